@@ -1,0 +1,1 @@
+"""Visual-token compression for multimodal language models."""

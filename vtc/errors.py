@@ -1,0 +1,55 @@
+"""Every exception the library raises on purpose, one root that callers can catch.
+
+VTCError
+├── BudgetError             retention or keep that cannot be met
+├── UnknownName             a method, model or task that is not registered; names the nearest ones
+├── UnsupportedModel        a model class or configuration no adapter can handle exactly
+├── UnsupportedMethod       a method that needs a signal the model does not have
+├── UnsupportedCall         a forward or generate() argument that compression cannot honour
+└── InputError              an unreadable file, a malformed setting, an unwritable folder
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VTCError(ValueError):
+    """Root of all errors raised by vtc. The message says what was given, why it is refused and what to write instead."""
+
+
+class BudgetError(VTCError):
+    """A retention or keep count that is contradictory, missing or out of range."""
+
+
+class UnknownName(VTCError):
+    """A name that is not registered."""
+
+
+class UnsupportedModel(VTCError):
+    """A model class or configuration for which compression would not be exact."""
+
+
+class UnsupportedMethod(VTCError):
+    """A method that needs something this model does not offer."""
+
+
+class UnsupportedCall(VTCError):
+    """An argument of forward() or generate() that cannot be combined with compression."""
+
+
+class InputError(VTCError):
+    """A file, folder or setting that cannot be used."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+    """Build the error for an unregistered `name`, with near matches and the full list.
+
+    >>> str(unknown_name("method", "vtc-cls", ["random", "vtc_cls"]))
+    "unknown method 'vtc-cls'; did you mean 'vtc_cls'? Known methods: random, vtc_cls"
+    """
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    hint = f" did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return UnknownName(f"unknown {kind} {name!r};{hint} Known {kind}s: {', '.join(options) or 'none'}")
