@@ -1,0 +1,82 @@
+"""Commands of the small model: `train`, `check` and `questions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vtc.eval.tiny import NAMES, model_path
+
+app = typer.Typer(help="Train and check the embedded model; make the questions of its benchmark.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run: scenes, checkpoint, log and the exported model.")],
+    steps_tower: Annotated[int | None, typer.Option(help="Steps of the vision tower alone.")] = None,
+    steps_joint: Annotated[int | None, typer.Option(help="Steps of the whole model.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Scenes per step.")] = None,
+    scenes: Annotated[int | None, typer.Option(help="Different training scenes, 85 kB of disk each.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and questions.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train the model from nothing; the same command goes on after an interruption."""
+    from vtc.eval.tiny.settings import Settings
+    from vtc.eval.tiny.train import train as run
+
+    given: dict[str, Any] = {
+        "steps_tower": steps_tower,
+        "steps_joint": steps_joint,
+        "batch_size": batch_size,
+        "scenes": scenes,
+    }
+    settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
+    typer.echo(str(run(out, settings, device=device, threads=threads)))
+
+
+@app.command()
+def check(
+    model: Annotated[Path | None, typer.Option(help="Exported folder; the embedded model if left out.")] = None,
+    per_family: Annotated[int, typer.Option(min=1, help="Questions per family.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    record: Annotated[bool, typer.Option(help="Write the result into training.json of the folder.")] = False,
+) -> None:
+    """Measure accuracy per family on held-out scenes through processor, generate and exact match."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from vtc.eval.tiny import checking
+    from vtc.eval.tiny.benchmark import benchmark_rows
+    from vtc.eval.tiny.record import add_accuracy
+
+    folder = model or model_path(NAMES[0])
+    rows = benchmark_rows(per_family, "check", checking.CHECK_SEED)
+    bar = iter(track(range(len(rows)), "questions", console=Console(stderr=True)))
+
+    def done(questions: int) -> None:
+        for _ in range(questions):
+            next(bar, None)
+
+    shares = checking.accuracy(folder, rows, batch_size=batch_size, device=device, done=done)
+    next(bar, None)
+    table = Table("family", "accuracy")
+    for name, share in shares.items():
+        table.add_row(name, f"{100 * share:.1f} %")
+    Console().print(table)
+    if record:
+        add_accuracy(folder, shares, per_family)
+
+
+@app.command()
+def questions(out: Annotated[Path, typer.Option(help="File to write, one JSON object per line.")]) -> None:
+    """Make the questions of the benchmark task tiny_image."""
+    from vtc.eval.tiny.benchmark import benchmark_rows, write_rows
+
+    rows = benchmark_rows()
+    write_rows(rows, out)
+    typer.echo(f"{len(rows)} questions about {len({row.seed for row in rows})} scenes")

@@ -1,0 +1,57 @@
+"""What the auxiliary heads predict in training: the content of every patch, and what is present in the whole scene."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vtc.eval.tiny.glyphs import WORDS
+from vtc.eval.tiny.scenes import COLOURS, GRID, SHAPES, Item, centre_patch, grid_overlap
+
+PATCH_CLASSES = {  # 0 is "nothing" everywhere
+    "kind": 1 + len(SHAPES) + 2,  # nothing, the six shapes, digit, word
+    "colour": 1 + len(COLOURS),
+    "digit": 1 + 10,
+    "word": 1 + len(WORDS),
+    "centre": 3,  # nothing, the middle of a shape, the middle of a digit or word
+}
+PRESENCE_BITS = len(SHAPES) * len(COLOURS) + 10 + len(WORDS)
+_MIN_OVERLAP = 0.12  # share of a patch that a thing must cover to become its content
+
+
+def _content(item: Item) -> tuple[int, int, int, int]:
+    if item.kind == "shape":
+        return 1 + SHAPES.index(item.name), 1 + COLOURS.index(item.colour), 0, 0
+    if item.kind == "digit":
+        return 1 + len(SHAPES), 0, 1 + int(item.name), 0
+    return 2 + len(SHAPES), 0, 0, 1 + WORDS.index(item.name)
+
+
+def patch_targets(items: Sequence[Item]) -> NDArray[np.uint8]:
+    """Classes of the 144 patches in the order of `PATCH_CLASSES`, (5, 144); the largest overlap wins a patch."""
+    targets = np.zeros((len(PATCH_CLASSES), GRID, GRID), dtype=np.uint8)
+    best = np.full((GRID, GRID), _MIN_OVERLAP)
+    for item in items:
+        overlap = grid_overlap(item)
+        wins = overlap > best
+        best[wins] = overlap[wins]
+        for row, value in enumerate(_content(item)):
+            targets[row][wins] = value
+        targets[4][centre_patch(item)] = 1 if item.kind == "shape" else 2
+    return targets.reshape(len(PATCH_CLASSES), -1)
+
+
+def presence(items: Sequence[Item]) -> NDArray[np.uint8]:
+    """One bit per (shape, colour), per digit and per word, (64,)."""
+    bits = np.zeros(PRESENCE_BITS, dtype=np.uint8)
+    pairs = len(SHAPES) * len(COLOURS)
+    for item in items:
+        if item.kind == "shape":
+            bits[SHAPES.index(item.name) * len(COLOURS) + COLOURS.index(item.colour)] = 1
+        elif item.kind == "digit":
+            bits[pairs + int(item.name)] = 1
+        else:
+            bits[pairs + 10 + WORDS.index(item.name)] = 1
+    return bits
