@@ -1,0 +1,97 @@
+"""The adapter protocol: what the engine has to know about a model family, and nothing about any method.
+
+A family is one file: the class docstring draws the module tree, the body names the modules and describes the items
+that an encoder call produced. Everything else (hooks, caches, positions, budgets) is the engine's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vtc.compressor import ModelSpec
+from vtc.errors import UnsupportedModel
+from vtc.layout import Kind, VisionContext
+
+
+class Adapter(ABC):
+    """One model of one family. Raises UnsupportedModel on construction where compression would not be exact."""
+
+    family: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+    modalities: ClassVar[tuple[Kind, ...]] = ("image",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.check()
+
+    # --- modules
+    @property
+    def backbone(self) -> Any:
+        """The module that merges visual features into the text embeddings and calls the language model."""
+        return self.model.model
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder stack, with `layers` and `rotary_emb`."""
+        return self.backbone.language_model
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """LLM layers that run."""
+        count = self.language_model.config.num_hidden_layers
+        return list(self.language_model.layers[:count])
+
+    @property
+    def llm_attention(self) -> list[nn.Module]:
+        """Attention module of each LLM layer."""
+        return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
+
+    @property
+    @abstractmethod
+    def vision_layers(self) -> Sequence[nn.Module]:
+        """Vision encoder layers in order."""
+
+    @property
+    @abstractmethod
+    def vision_attention(self) -> Sequence[nn.Module]:
+        """Attention module of each vision encoder layer."""
+
+    @property
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """The module that maps encoder features to LLM rows, before any packing."""
+
+    # --- facts
+    @property
+    @abstractmethod
+    def spec(self) -> ModelSpec:
+        """Facts that methods may depend on."""
+
+    @property
+    def placeholders(self) -> dict[Kind, int]:
+        """Placeholder token id of each modality."""
+        ids = {kind: getattr(self.model.config, f"{kind}_token_id", None) for kind in self.modalities}
+        return {kind: token for kind, token in ids.items() if token is not None}
+
+    @abstractmethod
+    def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
+        """Items of one get_{kind}_features call, from its bound arguments and its output."""
+
+    def prefix_tokens(self, hidden: Tensor) -> int:
+        """Encoder rows in front of the patches (the class token) in a [crops, T, C] hidden state."""
+        return int(self.spec.has_cls)
+
+    def check(self) -> None:
+        """Refuse configurations for which pruning would not equal masking."""
+        text = self.language_model.config
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or (getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} has sliding-window or linear attention layers ({sorted(kinds)}, "
+                f"sliding_window={getattr(text, 'sliding_window', None)}); physical order would differ from position there. "
+                "Load the checkpoint with sliding_window=None if its context allows it"
+            )

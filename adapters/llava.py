@@ -1,0 +1,101 @@
+"""LLaVA: one crop per image, a CLIP or SigLIP tower, one LLM token per patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.base import Adapter
+from vtc.compressor import ModelSpec
+from vtc.errors import UnsupportedModel
+from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.ops.hashing import fingerprint
+
+TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+"""Supported tower types and whether they have a class token."""
+
+
+class LlavaAdapter(Adapter):
+    """LlavaForConditionalGeneration (LLaVA-1.5 and everything trained with its recipe).
+
+    model
+    ├── vision_tower (.vision_model up to transformers 5.17) .encoder.layers[i].self_attn
+    ├── multi_modal_projector
+    └── language_model .layers[i].self_attn
+    lm_head
+    """
+
+    family = "llava"
+    model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+
+    def check(self) -> None:
+        """Refuse towers other than CLIP and SigLIP, and what the base class refuses."""
+        super().check()
+        tower = self.model.config.vision_config.model_type
+        if tower not in TOWERS:
+            raise UnsupportedModel(
+                f"LLaVA with a {tower!r} tower is not supported; supported towers: {', '.join(sorted(TOWERS))}"
+            )
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        tower = self.backbone.vision_tower
+        return list(getattr(tower, "vision_model", tower).encoder.layers)
+
+    @property
+    def vision_attention(self) -> Sequence[nn.Module]:
+        return [layer.self_attn for layer in self.vision_layers]  # type: ignore[misc]
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.backbone.multi_modal_projector  # type: ignore[no-any-return]
+
+    @property
+    def spec(self) -> ModelSpec:
+        config = self.model.config
+        layers = config.vision_config.num_hidden_layers
+        index = config.vision_feature_layer
+        deepest = max(i if i >= 0 else layers + 1 + i for i in ([index] if isinstance(index, int) else index))
+        return ModelSpec(
+            family=self.family,
+            vision_layers=layers,
+            feature_layer=deepest - 1,  # hidden_states[0] is the embedding output
+            has_cls=TOWERS[config.vision_config.model_type],
+            full_attention_layers=tuple(range(layers)),
+            llm_layers=config.text_config.num_hidden_layers,
+        )
+
+    def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
+        pixels: Tensor = arguments["pixel_values"]
+        strategy = arguments.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
+        first = 1 if strategy == "default" else 0
+        patch = self.model.config.vision_config.patch_size
+        rows, cols = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        item = _item(rows, cols, has_cls=self.spec.has_cls, first=first, device=pixels.device)
+        return VisionContext(
+            kind=kind,
+            items=[item] * pixels.shape[0],
+            fingerprint=fingerprint(pixels),
+            to_tokens=lambda values: list(values[:, first:]),
+        )
+
+
+def _item(rows: int, cols: int, *, has_cls: bool, first: int, device: torch.device) -> VisualItem:
+    """Geometry of one image whose encoder emits [class token,] rows * cols patches, of which `first` rows are cut."""
+    patch = torch.arange(-int(has_cls), rows * cols, device=device)[first:]
+    count = patch.numel()
+    full = count == rows * cols and not (has_cls and first == 0)
+    return VisualItem(
+        kind="image",
+        n_tokens=count,
+        crop=torch.zeros(count, dtype=torch.long, device=device),
+        row=torch.where(patch < 0, -1, patch // cols).float(),
+        col=torch.where(patch < 0, -1, patch % cols).float(),
+        newline=torch.zeros(count, dtype=torch.bool, device=device),
+        n_crops=1,
+        crop_grid=(rows, cols),
+        grid=(1, rows, cols) if full else None,
+    )

@@ -1,0 +1,130 @@
+"""`vtc.compress`: check everything, attach a method to a model, hand back a handle."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vtc.budget import Budget
+from vtc.compressor import Compressor, Plan, Positions
+from vtc.engine import Engine
+from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.registry import create
+from vtc.trace import CallRecord, Stats
+
+
+class Handle:
+    """An attached method. Leave its `with` block or call `detach` to give the model back untouched.
+
+    method, plan, budget, positions: what was attached, with every default resolved. stats: numbers per call.
+    trace: one CallRecord per call that carried visual tokens (empty while tracing is off); it grows with the calls,
+    so long-lived servers should attach with trace=False. errors: exceptions raised inside the engine, for callers
+    that swallow them.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def method(self) -> Compressor:
+        """The method with its hyper-parameters."""
+        return self._engine.method
+
+    @property
+    def plan(self) -> Plan:
+        """Its stages and needs on this model."""
+        return self._engine.plan
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget asked for."""
+        return self._engine.budget
+
+    @property
+    def positions(self) -> Positions:
+        """The position policy in force."""
+        return self._engine.positions
+
+    @property
+    def stats(self) -> Stats:
+        """Tokens, rows and seconds of every call so far."""
+        return self._engine.stats
+
+    @property
+    def trace(self) -> list[CallRecord]:
+        """Kept and merged tokens of every call so far."""
+        return self._engine.trace
+
+    @property
+    def errors(self) -> list[Exception]:
+        """What the engine raised so far."""
+        return self._engine.errors
+
+    def detach(self) -> None:
+        """Remove every hook; harmless when already detached."""
+        self._engine.detach()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Handle({self.method!r}, {self.budget}, positions={self.positions!r})"
+
+
+def compress(
+    model: nn.Module,
+    method: str | Compressor,
+    *,
+    retention: float | None = None,
+    keep: int | None = None,
+    positions: Positions | None = None,
+    pad_output: bool = False,
+    trace: bool = True,
+    **hyper_parameters: Any,
+) -> Handle:
+    """Attach a compression method to an unmodified Hugging Face model.
+
+    method: a registered name with its `hyper_parameters`, or a Compressor. retention: fraction of each item's visual
+    tokens that reaches the LLM, mean over the layers for methods that prune inside it; keep: the same as a count per
+    item. positions: "preserve" keeps the original position ids of kept tokens, "compact" renumbers them without gaps;
+    the method's default follows its paper. pad_output: put the outputs back at their input positions, which training
+    with labels needs. trace: record kept positions.
+
+    Raises VTCError (BudgetError, UnknownName, UnsupportedModel, UnsupportedMethod) before the model is touched.
+
+    Example::
+
+        with vtc.compress(model, "vtc_cls", retention=0.25) as handle:
+            output = model.generate(**inputs)
+        print(handle.stats.retention)
+    """
+    from vtc import adapters
+
+    if isinstance(method, str):
+        method = create(method, **hyper_parameters)
+    elif not isinstance(method, Compressor):
+        raise VTCError(f"method={method!r} is neither a registered name nor a Compressor object")
+    elif hyper_parameters:
+        given = ", ".join(sorted(hyper_parameters))
+        raise VTCError(f"{given} given beside a finished {method.name!r} object; set it when building the object")
+    budget = Budget(retention, keep) if method.needs_budget or retention is not None or keep is not None else None
+    if not method.needs_budget and budget is not None:
+        raise BudgetError(f"{method.name!r} takes no retention or keep; its hyper-parameters decide how much it keeps")
+    if positions not in (None, "preserve", "compact"):
+        raise unknown_name("positions value", str(positions), ["preserve", "compact"])
+    adapter = adapters.of(model)
+    plan = method.plan(adapter.spec)
+    engine = Engine(
+        adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace
+    )  # fmt: skip
+    try:
+        engine.attach()
+    except BaseException:
+        engine.detach()
+        raise
+    return Handle(engine)

@@ -1,0 +1,83 @@
+"""The one place where a retention or a count becomes a number of tokens.
+
+A budget is either `retention`, the fraction of each item's visual tokens that reaches the LLM, or `keep`, an absolute
+count per item. For methods that prune inside the LLM both mean the *mean number of visual tokens entering the layers*,
+so that 0.25 costs the same wherever a method acts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vtc.errors import BudgetError
+
+
+def tokens_to_keep(tokens: int, retention: float) -> int:
+    """`retention` of `tokens`, rounded half up, at least one and at most `tokens`.
+
+    Exact for every fraction k/n: ``tokens_to_keep(n, k / n) == k``.
+
+    >>> tokens_to_keep(576, 1 / 9), tokens_to_keep(10, 0.05), tokens_to_keep(0, 0.5)
+    (64, 1, 0)
+    """
+    return min(tokens, max(1, math.floor(tokens * retention + 0.5)))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens of an item may be kept: exactly one of `retention` in (0, 1] and `keep` >= 1.
+
+    >>> Budget(retention=0.25).tokens(576), Budget(keep=64).tokens(576), Budget(keep=64).tokens(16)
+    (144, 64, 16)
+    """
+
+    retention: float | None = None
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.retention is None) == (self.keep is None):
+            given = "both" if self.retention is not None else "neither"
+            raise BudgetError(
+                f"{given} of retention and keep given; pass exactly one, for example retention=0.25 or keep=64"
+            )
+        if self.retention is not None and not (
+            isinstance(self.retention, int | float) and not isinstance(self.retention, bool) and 0 < self.retention <= 1
+        ):
+            raise BudgetError(
+                f"retention={self.retention!r} is outside (0, 1]; it is the fraction of visual tokens kept, "
+                "for example 0.25 (use keep=N for an absolute count)"
+            )
+        if self.keep is not None and (
+            not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1
+        ):
+            raise BudgetError(f"keep={self.keep!r} is not a positive whole number of tokens per item, for example keep=64")
+
+    def tokens(self, count: int) -> int:
+        """Tokens to keep of an item that has `count` of them; an item below the budget is kept whole."""
+        if self.retention is not None:
+            return tokens_to_keep(count, self.retention)
+        assert self.keep is not None
+        return min(count, self.keep)
+
+    def tokens_from_layer(self, count: int, layer: int, layers: int) -> int:
+        """Tokens to keep from LLM layer `layer` on, so that the mean entering all `layers` layers meets the budget.
+
+        The first `layer` layers see all `count` tokens: ``layer * count + (layers - layer) * k = layers * budget``.
+        Raises BudgetError when not even one token per later layer fits.
+
+        >>> Budget(keep=192).tokens_from_layer(576, layer=2, layers=32)
+        166
+        """
+        mean = self.tokens(count)
+        if mean >= count or layer >= layers:
+            return count
+        exact = (layers * mean - layer * count) / (layers - layer)
+        if exact < 0.5:
+            least = (layer * count + layers - layer) / layers
+            raise BudgetError(
+                f"a mean of {mean} of {count} visual tokens per layer cannot be met by pruning at layer {layer} of "
+                f"{layers}: the layers before it already use more; ask for at least {math.ceil(least)} tokens "
+                f"(retention {least / count:.3f}) or prune earlier"
+            )
+        return min(count, max(1, math.floor(exact + 0.5)))

@@ -1,0 +1,146 @@
+"""A KV cache whose layers hold fewer tokens than the sequence has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vtc.errors import UnsupportedCall
+from vtc.ops.select import left_pack
+
+
+class CompressedCache(DynamicCache):
+    """A DynamicCache that answers lengths in logical tokens and mask geometry in physical ones.
+
+    `get_seq_length` counts every token of the original sequence, because generate() slices its input by it and models
+    derive position ids from it. `get_mask_sizes` and `get_query_offset` count the rows a layer really holds.
+
+    Layers form groups that begin at `starts`. Per group, `masks` holds the [B, rows] validity of its rows (None when
+    all are valid) and `shifts` the [B, 1] distance between original and renumbered positions (None under `preserve`).
+    """
+
+    seen: int
+    starts: tuple[int, ...]
+    masks: dict[int, Tensor | None]
+    shifts: dict[int, Tensor | None]
+    open: bool
+
+    @classmethod
+    def adopt(cls, cache: Any, starts: Sequence[int], mask: Tensor | None) -> CompressedCache:
+        """Turn a plain DynamicCache into a compressed one in place, so that callers who hold it see it filled.
+
+        starts: first layer of each group. mask: [B, rows] validity of what the cache already holds, None if all valid.
+        """
+        if isinstance(cache, cls):
+            if cache.starts != tuple(starts):
+                raise UnsupportedCall(
+                    f"this KV cache was compressed at layers {cache.starts}, the attached method acts at {tuple(starts)}; "
+                    "continue it with the same method or start a new cache"
+                )
+            return cache
+        check_plain(cache)
+        seen = cache.get_seq_length()
+        cache.__class__ = cls
+        cache.seen, cache.starts, cache.open = seen, tuple(starts), False
+        cache.masks = {start: mask if seen else None for start in starts}
+        cache.shifts = {start: None for start in starts}
+        return cache  # type: ignore[no-any-return]
+
+    def physical_length(self, layer_idx: int = 0) -> int:
+        """Rows that layer `layer_idx` holds, padding included."""
+        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical tokens seen, the same for every layer."""
+        return self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Physical rows in front of the next query."""
+        return self.physical_length(layer_idx)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values; refused unless an engine conducts the call."""
+        if not self.open:
+            raise UnsupportedCall(
+                "this KV cache was filled with compressed visual tokens; attach the same method again to continue it"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def extend(self, group: int, chunk: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+        """Note the validity of `length` rows about to be appended to `group`; returns its [B, rows] mask or None."""
+        old = self.masks[group]
+        if old is None and chunk is None:
+            return None
+        if old is None:
+            old = torch.ones(batch, self.physical_length(group), dtype=torch.bool, device=device)
+        if chunk is None:
+            chunk = torch.ones(batch, length, dtype=torch.bool, device=device)
+        self.masks[group] = torch.cat([old.to(device), chunk.to(device)], dim=1)
+        return self.masks[group]
+
+    def evict(self, group: int, keep: Tensor) -> None:
+        """Drop rows of every layer in `group`; keep: [B, rows] bool over its physical rows. Synchronises once."""
+        mask = self.masks[group]
+        keep = keep if mask is None else keep & mask
+        counts = keep.sum(1).tolist()
+        length = max(counts)
+        index = left_pack(keep, length)
+        end = min((start for start in self.starts if start > group), default=len(self.layers))
+        for layer in self.layers[group:end]:
+            rows = index.to(layer.keys.device)[:, None, :, None]
+            layer.keys = layer.keys.gather(2, rows.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1]))
+            layer.values = layer.values.gather(2, rows.expand(-1, layer.values.shape[1], -1, layer.values.shape[-1]))
+        limit = torch.tensor(counts, device=keep.device)[:, None]
+        uniform = all(count == length for count in counts)
+        self.masks[group] = None if uniform else torch.arange(length, device=keep.device) >= length - limit
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams: keys, values, masks and shifts."""
+        super().reorder_cache(beam_idx)
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`."""
+        super().batch_select_indices(indices)
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def crop(self, max_length: int) -> None:
+        """Remove the last tokens; only a negative count is defined, since logical and physical lengths differ."""
+        if max_length > 0:
+            raise UnsupportedCall(f"crop({max_length}) on a compressed cache; pass a negative count of tokens to remove")
+        if max_length == 0:
+            return
+        super().crop(max_length)
+        self.seen += max_length
+        self.masks = {group: None if mask is None else mask[:, :max_length] for group, mask in self.masks.items()}
+
+    def reset(self) -> None:
+        """Forget everything that was seen."""
+        super().reset()
+        self.seen = 0
+        self.masks = dict.fromkeys(self.starts)
+        self.shifts = dict.fromkeys(self.starts)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.masks = {group: None if mask is None else change(mask) for group, mask in self.masks.items()}
+        self.shifts = {group: None if shift is None else change(shift) for group, shift in self.shifts.items()}
+
+
+def check_plain(cache: Any) -> None:
+    """Raise UnsupportedCall unless `cache` is a DynamicCache of plain full-attention layers on one device."""
+    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
+        raise UnsupportedCall(
+            f"compression needs a plain DynamicCache with full-attention layers, got {type(cache).__name__} with layers "
+            f"{kinds}; drop cache_implementation (static, quantized and offloaded caches are not supported)"
+        )

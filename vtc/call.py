@@ -1,0 +1,177 @@
+"""State of one forward call of the language model: which input token sits in which row, where, and how valid it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.cache import CompressedCache
+from vtc.compressor import Positions, Selection, Stage
+from vtc.items import ItemTable
+from vtc.ops.select import left_pack, take_last, take_rows
+from vtc.trace import CallRecord, ItemRecord, StageStats
+
+
+class Call:
+    """One chunk on its way through the layers.
+
+    source: [B, L] input position of each current row. valid: [B, L] bool or None when every row holds a token.
+    logical: [..., B, L] the position ids the untouched model would use. row_counts: tokens per batch row, on the host.
+    """
+
+    def __init__(
+        self,
+        logical: Tensor,
+        valid: Tensor | None,
+        positions: Positions,
+        cache: CompressedCache | None,
+        items: ItemTable | None = None,
+        visual: Tensor | None = None,
+        row_counts: list[int] | None = None,
+        trace: bool = False,
+    ) -> None:
+        self.batch, self.length = logical.shape[-2:]
+        self.device = logical.device
+        self.logical, self.valid, self.policy, self.cache = logical, valid, positions, cache
+        self.items, self.row_counts = items, row_counts or []
+        self.visual = visual
+        self.source = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        self.sources: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.llm_rows: dict[int, Tensor] = {}
+        self.pruned = False
+        self.group = 0
+        self.group_inputs: tuple[Any, Any] = (None, None)  # attention mask and rotary phases of the current group
+        self.groups: list[tuple[int, int, list[int]]] = []  # first layer, rows, visual tokens per batch row
+        self.stages: list[StageStats] = []
+        self.record = self._new_record() if trace and items is not None else None
+        self.first, self.last = self._ends()
+
+    @property
+    def rows(self) -> int:
+        """Current sequence length, padding included."""
+        return self.source.shape[1]
+
+    def valid_rows(self) -> Tensor:
+        """[B, L] bool, all True when every row holds a token."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.batch, self.rows, dtype=torch.bool, device=self.source.device)
+
+    def to(self, device: torch.device) -> None:
+        """Follow the hidden states of a split model to the next device."""
+        if self.source.device == device:
+            return
+        for name in ("logical", "valid", "visual", "source", "first", "last"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+        self.llm_rows = {layer: rows.to(device) for layer, rows in self.llm_rows.items()}
+        if self.items is not None:
+            self.items = self.items.to(device)
+
+    # --- pruning
+    def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:
+        """Carry out a selection: replace rows, drop the others, pack what is left to the right. Returns [B, L', D]."""
+        items = self.items
+        assert items is not None and self.visual is not None
+        keep = selection.keep & items.mask
+        counts = list(selection.counts) if selection.counts is not None else keep.sum(1).tolist()
+        before, rows_before = items.row_totals(self.batch), self.rows
+        if selection.tokens is not None:
+            hidden = items.scatter(selection.tokens, hidden, where=keep)
+        self._note_merge(stage, selection, keep)
+        index, moved = self._pack(items.scatter(keep, self.valid_rows()), items, counts, before)
+        self.items = items.kept(keep, counts, moved)
+        self.source, self.logical = take_last(self.source, index), take_last(self.logical, index)
+        self.visual = take_last(self.visual, index)
+        self.llm_rows = {layer: take_last(rows, index) for layer, rows in self.llm_rows.items()}
+        self.pruned = True
+        self.stages.append(StageStats(stage, rows_before, self.rows, sum(before), sum(counts)))
+        self._note_stage(stage)
+        return take_rows(hidden, index)
+
+    def _pack(self, keep: Tensor, items: ItemTable, counts: list[int], before: list[int]) -> tuple[Tensor, Tensor]:
+        after = [0] * self.batch
+        for row, count in zip(items.rows, counts, strict=True):
+            after[row] += count
+        self.row_counts = [n - b + a for n, b, a in zip(self.row_counts, before, after, strict=True)]
+        length = max(self.row_counts)
+        index = left_pack(keep, length)
+        slots = torch.arange(length, device=keep.device)
+        moved = torch.zeros_like(keep, dtype=torch.long).scatter_(1, index, slots.expand(self.batch, -1))
+        if all(count == length for count in self.row_counts):
+            self.valid = None
+        else:
+            self.valid = slots >= length - torch.tensor(self.row_counts, device=keep.device)[:, None]
+        return index, moved
+
+    # --- positions and masks of a layer group
+    def enter(self, group: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Begin the layers from `group` on: returns their position ids [..., B, L] and 2D mask [B, rows] or None."""
+        self.group = group
+        totals = self.items.row_totals(self.batch) if self.items is not None else []
+        self.groups.append((group, self.rows, totals))
+        self.sources[group] = (self.source, self.valid)
+        positions = self._positions(group)
+        if self.cache is None:
+            return positions, self.valid
+        return positions, self.cache.extend(group, self.valid, self.batch, self.rows, device)
+
+    def _positions(self, group: int) -> Tensor:
+        if self.policy == "preserve":
+            return self.logical
+        cache = self.cache
+        shift = cache.shifts[group] if cache is not None else None
+        shift = None if shift is None else shift.to(self.logical.device)
+        if not self.pruned:
+            return self.logical if shift is None else self.logical - shift
+        begin: Tensor | int = 0
+        if cache is not None and cache.physical_length(group):
+            begin = self.first if shift is None else self.first - shift
+        numbers = (self.valid_rows().long().cumsum(1) - 1).clamp(min=0) + begin
+        if cache is not None:
+            cache.shifts[group] = self.last - numbers[:, -1:]
+        return numbers.expand_as(self.logical).contiguous()
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """[B, 1] smallest and largest position of the chunk's tokens; all axes of multi-axis positions count."""
+        axes = self.logical if self.logical.ndim == 3 else self.logical[None]
+        if self.valid is None:
+            return axes.amin((0, 2))[:, None], axes.amax((0, 2))[:, None]
+        first = axes.masked_fill(~self.valid, torch.iinfo(axes.dtype).max).amin((0, 2))
+        return first[:, None], axes.masked_fill(~self.valid, -1).amax((0, 2))[:, None]
+
+    # --- trace
+    def _new_record(self) -> CallRecord:
+        assert self.items is not None
+        columns = zip(self.items.rows, self.items.counts, self.items.layouts, self.items.index, strict=True)
+        items = [ItemRecord(row, layout.kind, index[:count], layout.grid) for row, count, layout, index in columns]
+        return CallRecord({}, items)
+
+    def _note_merge(self, stage: Stage, selection: Selection, keep: Tensor) -> None:
+        if self.record is None or selection.tokens is None:
+            return
+        assert self.items is not None
+        token = self.items.token
+        own = torch.where(keep, token, -1)
+        target = selection.merged_into
+        into = own if target is None else torch.where(target >= 0, token.gather(1, target.clamp(min=0)), own)
+        for record, numbers, absorbed, count in zip(self.record.items, token, into, self.items.counts, strict=True):
+            full = torch.full_like(record.positions, -1)
+            record.merged_into[stage] = full.scatter(0, numbers[:count], absorbed[:count])
+
+    def _note_stage(self, stage: Stage) -> None:
+        if self.record is None:
+            return
+        assert self.items is not None
+        self.record.keep[stage] = self.over_input(self.source, self.valid)
+        for record, token, count in zip(self.record.items, self.items.token, self.items.counts, strict=True):
+            record.kept[stage] = token[:count]
+
+    def over_input(self, source: Tensor, valid: Tensor | None) -> Tensor:
+        """[B, S] bool over input positions that `source` [B, L] still holds."""
+        held = torch.ones_like(source, dtype=torch.uint8) if valid is None else valid.to(torch.uint8)
+        full = torch.zeros(self.batch, self.length, dtype=torch.uint8, device=source.device)
+        # Padding slots point at dropped positions, so they add zero instead of writing.
+        return full.scatter_add(1, source, held) > 0

@@ -1,0 +1,146 @@
+"""The table of visual items in a batch: which row an item lies in, and where each of its tokens is right now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vtc.errors import UnsupportedCall
+from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.ops.select import front_pack
+
+
+@dataclass(frozen=True, eq=False)
+class ItemTable:
+    """I items side by side; N is the largest number of tokens one of them still has.
+
+    row: [I] batch row. index: [I, N] place of each token in the current rows. token: [I, N] its number inside the item
+    as encoded. mask: [I, N] False behind an item's end (index and token hold harmless values there).
+    source: [I] entry of the encoder's output (several rows share one under beams). counts, input_counts: tokens now
+    and at input, on the host. layouts: geometry of each item.
+    """
+
+    row: Tensor
+    index: Tensor
+    token: Tensor
+    mask: Tensor
+    source: Tensor
+    rows: tuple[int, ...]
+    counts: tuple[int, ...]
+    input_counts: tuple[int, ...]
+    layouts: tuple[VisualItem, ...]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def to(self, device: torch.device) -> ItemTable:
+        """The same table on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("row", "index", "token", "mask", "source")}
+        return replace(self, **moved)
+
+    def row_totals(self, batch: int) -> list[int]:
+        """Visual tokens of each of `batch` rows, on the host."""
+        totals = [0] * batch
+        for row, count in zip(self.rows, self.counts, strict=True):
+            totals[row] += count
+        return totals
+
+    def scatter(self, values: Tensor, background: Tensor, where: Tensor | None = None) -> Tensor:
+        """Write per-token `values` [I, N, ...] over `background` [B, L, ...] at the tokens' places.
+
+        where: [I, N] bool limits the writing to some of the tokens.
+        """
+        batch, length = background.shape[:2]
+        written = self.mask if where is None else self.mask & where
+        # Everything else goes to one spare row that is cut off again, so no mask has to be resolved on the host.
+        place = torch.where(written, self.row[:, None] * length + self.index, batch * length)
+        flat = torch.cat([background.flatten(0, 1), background.new_zeros(1, *background.shape[2:])])
+        flat = flat.index_put((place,), values.to(flat.dtype))
+        return flat[:-1].unflatten(0, (batch, length))
+
+    def kept(self, keep: Tensor, counts: Sequence[int], moved: Tensor) -> ItemTable:
+        """The table after a stage: `keep` [I, N], its host counts, `moved` [B, L] new place of every old row."""
+        width = max(counts, default=0)
+        order = front_pack(keep & self.mask, width)
+        limit = torch.tensor(counts, device=keep.device)
+        mask = torch.arange(width, device=keep.device) < limit[:, None]
+        index = moved[self.row[:, None], self.index.gather(1, order)]
+        token = self.token.gather(1, order)
+        return replace(
+            self,
+            index=torch.where(mask, index, 0),
+            token=torch.where(mask, token, 0),
+            mask=mask,
+            counts=tuple(counts),
+        )
+
+
+def build(placeholders: Tensor, counts: Sequence[int], contexts: Sequence[VisionContext], kinds: dict[Kind, int]) -> ItemTable:
+    """Assign the encoded items of all `contexts` to the placeholders of a batch.
+
+    placeholders: [K, B, S] bool, one mask per kind in the order of `kinds`. counts: their [K * B] sums on the host.
+    Items fill the rows in order; under beams or num_return_sequences each item serves several neighbouring rows.
+    Raises UnsupportedCall when placeholders and encoded tokens do not line up.
+    """
+    batch = placeholders.shape[1]
+    entries: list[tuple[int, int, int, VisualItem, int]] = []  # kind, row, first placeholder, layout, source
+    source = 0
+    for context in contexts:
+        kind = kinds[context.kind]
+        per_row = list(counts[kind * batch : (kind + 1) * batch])
+        entries += _assign(context, kind, per_row, source)
+        source += len(context.items)
+    for name, kind in kinds.items():
+        if sum(counts[kind * batch : (kind + 1) * batch]) and not any(c.kind == name for c in contexts):
+            raise UnsupportedCall(f"the prompt holds {name} placeholders but no {name} was encoded; pass its pixels too")
+    entries.sort(key=lambda entry: (entry[1], entry[0], entry[2]))
+    device = placeholders.device
+    sizes = tuple(entry[3].n_tokens for entry in entries)
+    table = torch.tensor([(k, r, o, n, s) for (k, r, o, _, s), n in zip(entries, sizes, strict=True)], device=device)
+    kind_of, row, offset, size, source_of = table.unbind(1)
+    steps = torch.arange(max(sizes), device=device)
+    mask = steps < size[:, None]
+    order = (~placeholders).to(torch.uint8).argsort(dim=2, stable=True)  # placeholder positions first, in order
+    rank = torch.where(mask, offset[:, None] + steps, 0)
+    index = order[kind_of[:, None], row[:, None], rank]
+    return ItemTable(
+        row,
+        torch.where(mask, index, 0),
+        torch.where(mask, steps, 0),
+        mask,
+        source_of,
+        tuple(entry[1] for entry in entries),
+        sizes,
+        sizes,
+        tuple(entry[3] for entry in entries),
+    )
+
+
+def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) -> list[tuple[int, int, int, VisualItem, int]]:
+    placeholders, total = sum(per_row), context.total
+    if total == 0 or placeholders % total:
+        raise UnsupportedCall(
+            f"{placeholders} {context.kind} placeholders cannot be matched to {total} encoded tokens; compression needs "
+            "the whole prompt with all its pixels in one call (chunked prefill is not supported)"
+        )
+    expand = placeholders // total
+    entries, item = [], 0
+    for first in range(0, len(per_row), expand):
+        group = per_row[first : first + expand]
+        if len(set(group)) != 1:
+            raise UnsupportedCall(f"rows {first} to {first + expand - 1} share encoded items but hold {group} placeholders")
+        offset = 0
+        while offset < group[0]:
+            layout = context.items[item]
+            if offset + layout.n_tokens > group[0]:
+                raise UnsupportedCall(
+                    f"row {first} holds {group[0]} {context.kind} placeholders, which ends inside an item of "
+                    f"{layout.n_tokens} tokens; prompts and pixels must come in the same order"
+                )
+            entries += [(kind, row, offset, layout, source + item) for row in range(first, first + len(group))]
+            offset += layout.n_tokens
+            item += 1
+    return entries

@@ -1,0 +1,68 @@
+"""What the vision side hands over: visual items and the context of one encoder call.
+
+An *item* is one image or one video as the user gave it. Its *tokens* are the rows that replace its placeholders in the
+prompt, in prompt order. Adapters fill these values in; engine and methods read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True, eq=False)
+class VisualItem:
+    """Geometry of one image or video with n tokens.
+
+    crop, row, col: [n]; tile or frame id (-1 on newline tokens) and the place inside it, in encoder patches
+    (fractional after pooling). newline: [n] bool. crop_grid: encoder patches (rows, columns) of one crop.
+    grid: (frames, rows, columns) of tokens when they form a full raster, else None.
+    thumbnail: crop id of the low-resolution overview, tiling: (rows, columns) of the other crops.
+    """
+
+    kind: Kind
+    n_tokens: int
+    crop: Tensor
+    row: Tensor
+    col: Tensor
+    newline: Tensor
+    n_crops: int
+    crop_grid: tuple[int, int]
+    grid: tuple[int, int, int] | None = None
+    thumbnail: int | None = None
+    tiling: tuple[int, int] | None = None
+
+
+@dataclass
+class VisionContext:
+    """Everything one call of get_image_features or get_video_features tells about its items.
+
+    fingerprint: [I] int64, a key of each item's pixels (the same image gives the same key in any batch).
+    to_tokens: pushes a per-patch quantity [crops, T, C] (T as the encoder emits it, class token included) through the
+    model's own packing, one [n_i, C] tensor per item, NaN on newline tokens.
+    attention: encoder layer -> [I, Nmax] attention per token, as the method's Needs asked for it.
+    alive: [I, Nmax] bool where an encoder stage removed tokens, with the surviving counts; None where none did.
+    """
+
+    kind: Kind
+    items: list[VisualItem]
+    fingerprint: Tensor
+    to_tokens: Callable[[Tensor], list[Tensor]]
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    alive: tuple[Tensor, tuple[int, ...]] | None = None
+
+    @property
+    def total(self) -> int:
+        """Tokens of all items together."""
+        return sum(item.n_tokens for item in self.items)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[crops, T] per-patch scalars -> [I, Nmax] per-token values, zero behind the end of shorter items."""
+        tokens = [item[:, 0] for item in self.to_tokens(values[..., None])]
+        return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)

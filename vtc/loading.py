@@ -1,0 +1,132 @@
+"""Load a model and its processor by name: an embedded model, a local folder or a hub name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtc import adapters
+from vtc.errors import InputError, UnsupportedModel, VTCError
+
+EMBEDDED = ("tiny-llava",)
+"""Trained models that ship inside the package."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model ready to generate, with its processor (left padding). name: as it was asked for; path: where it came from."""
+
+    name: str
+    path: str
+    model: Any
+    processor: Any
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the numbers this model produces: weights, dtype, attention implementation and class."""
+        config = self.model.config
+        text = config.get_text_config()
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "weights": getattr(config, "_commit_hash", None) or _weights_hash(Path(self.path)),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": {"vision": _attention(config.vision_config, config), "text": _attention(text, config)},
+        }
+
+
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> Loaded:
+    """Load `name`: one of EMBEDDED, a checkpoint folder or a hub name.
+
+    device: "auto" takes the GPU if there is one. dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU.
+    Raises InputError when nothing can be loaded and UnsupportedModel when no adapter knows the class; the class is
+    checked from the configuration, before any weights are read.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    path = _resolve(name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_dtype = _dtype(dtype, device)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        _check_class(name, config)
+        options: dict[str, Any] = {"dtype": torch_dtype, "revision": revision, "device_map": device_map}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice about image-processor back ends
+            processor = AutoProcessor.from_pretrained(path, revision=revision)
+        model = AutoModelForImageTextToText.from_pretrained(path, config=config, **options)
+    except VTCError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(EMBEDDED)}), a checkpoint folder "
+            "or a hub name"
+        ) from error
+    if device_map is None:
+        model = model.to(device)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    adapters.of(model)
+    return Loaded(name, path, model.eval(), processor)
+
+
+def _resolve(name: str) -> str:
+    if name in EMBEDDED:
+        folder = importlib.resources.files("vtc.eval.tiny") / "models" / name
+        return str(folder)
+    if Path(name).exists() and not Path(name).is_dir():
+        raise InputError(f"model {name!r} is a file; give the checkpoint folder that holds config.json")
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise InputError(f"model folder {name!r} holds no config.json; give the folder save_pretrained() wrote")
+    return name
+
+
+def _dtype(dtype: str, device: str) -> Any:
+    if dtype == "auto":
+        return "auto" if device != "cpu" else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"dtype={dtype!r} is no torch dtype; write auto, float32, bfloat16 or float16")
+    return found
+
+
+def _check_class(name: str, config: Any) -> None:
+    known = adapters.supported_classes()
+    classes = list(getattr(config, "architectures", None) or [])
+    if classes and not set(classes) & set(known):
+        raise UnsupportedModel(
+            f"model {name!r} is a {classes[0]}, which is not supported; supported classes: {', '.join(sorted(known))}"
+        )
+
+
+def _attention(part: Any, whole: Any) -> str:
+    return getattr(part, "_attn_implementation", None) or whole._attn_implementation or "eager"
+
+
+def _weights_hash(folder: Path) -> str:
+    """Hash of the weight files' names, sizes and heads; reading gigabytes would cost more than it tells."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.index.json"), *folder.glob("config.json")]):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode() + stream.read(1 << 20))
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]

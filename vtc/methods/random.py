@@ -1,0 +1,30 @@
+"""Random pruning: the baseline every method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc.compressor import ScoringCompressor, StageView
+from vtc.ops.hashing import uniform
+from vtc.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Random(ScoringCompressor):
+    """Keep a random subset of each item's tokens, in their original order.
+
+    Acts before the LLM, needs nothing. The draw depends on `seed` and on the item's pixels alone, so it is the same in
+    every batch and at every place of a prompt, and two images get different subsets. At a given seed a smaller budget
+    keeps a subset of what a larger one keeps.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def score(self, view: StageView) -> Tensor:
+        return uniform(view.fingerprint, view.items.token, self.seed)

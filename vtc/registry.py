@@ -1,0 +1,91 @@
+"""A dictionary with manners: lazy entries, third-party entry points, near matches for unknown names."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from vtc.compressor import Compressor
+from vtc.errors import UnknownName, VTCError, unknown_name
+
+GROUP = "vtc.methods"
+
+
+class MethodRegistry:
+    """Maps method names to Compressor classes: one module per method in `vtc.methods`, plus `vtc.methods` entry points.
+
+    A class registered by hand wins over nothing: names are unique and a second registration raises.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[Compressor]] = {}
+        self._scanned = False
+
+    def register(self, cls: type[Compressor]) -> type[Compressor]:
+        """Add a class under its `name`; usable as a decorator. Raises VTCError for a name that is taken."""
+        known = self._classes.get(cls.name)
+        if known is not None and known is not cls:
+            raise VTCError(f"method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another")
+        if not dataclasses.is_dataclass(cls):
+            raise VTCError(f"{cls.__qualname__} is no dataclass; decorate it with @dataclass(frozen=True)")
+        self._classes[cls.name] = cls
+        return cls
+
+    def unregister(self, name: str) -> None:
+        """Remove a name, as tests of third-party methods need it."""
+        del self._classes[name]
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._scan()
+        return sorted(self._classes)
+
+    def get(self, name: str) -> type[Compressor]:
+        """The class behind `name`; UnknownName lists near matches."""
+        self._scan()
+        if name not in self._classes:
+            raise unknown_name("method", name, self._classes)
+        return self._classes[name]
+
+    def create(self, name: str, **hyper_parameters: Any) -> Compressor:
+        """Build a method; a hyper-parameter it does not have raises UnknownName with near matches."""
+        cls = self.get(name)
+        fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+        for given in hyper_parameters:
+            if given not in fields:
+                error = unknown_name(f"hyper-parameter of {name!r}", given, fields)
+                raise UnknownName(str(error).replace(f"Known hyper-parameter of {name!r}s", "Known hyper-parameters"))
+        return cls(**hyper_parameters)
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        package = importlib.import_module("vtc.methods")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"vtc.methods.{module.name}")
+        for point in entry_points(group=GROUP):
+            try:
+                self.register(point.load())
+            except Exception as error:
+                raise VTCError(
+                    f"the entry point {point.value!r} of group {GROUP!r} cannot be loaded ({error}); "
+                    "fix or uninstall the package that provides it"
+                ) from error
+
+
+METHODS = MethodRegistry()
+register = METHODS.register
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, third-party ones included."""
+    return METHODS.names()
+
+
+def create(name: str, **hyper_parameters: Any) -> Compressor:
+    """Build a method by name: ``vtc.create("vtc_cls", layers=3)``."""
+    return METHODS.create(name, **hyper_parameters)

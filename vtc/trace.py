@@ -1,0 +1,100 @@
+"""What a run leaves behind: numbers per call (always) and kept positions per call (while tracing)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Stage
+from vtc.layout import Kind
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """Rows of the sequence (padding included) and visual tokens of the whole batch, before and after one stage."""
+
+    stage: Stage
+    rows_in: int
+    rows_out: int
+    visual_tokens_in: int
+    visual_tokens_out: int
+
+
+@dataclass(frozen=True)
+class CallStats:
+    """One call that carried visual tokens.
+
+    visual_tokens_in: tokens of each batch row. visual_tokens_kept: per batch row the mean over the LLM layers of the
+    visual tokens that enter the layer, the figure a budget is about. layer_rows: sequence length entering each layer.
+    kv_rows: rows each layer's cache holds after the call, empty without a cache. seconds: host time in the engine.
+    """
+
+    batch: int
+    visual_tokens_in: tuple[int, ...]
+    visual_tokens_kept: tuple[float, ...]
+    stages: tuple[StageStats, ...]
+    layer_rows: tuple[int, ...]
+    kv_rows: tuple[int, ...]
+    seconds: float
+
+
+@dataclass
+class Stats:
+    """Calls with visual tokens, in order. Text-only calls and decode steps are counted, not listed."""
+
+    calls: list[CallStats] = field(default_factory=list)
+    other_calls: int = 0
+    seconds: float = 0.0
+
+    @property
+    def visual_tokens_in(self) -> int:
+        """Visual tokens of all calls before compression."""
+        return sum(sum(call.visual_tokens_in) for call in self.calls)
+
+    @property
+    def visual_tokens_kept(self) -> float:
+        """Visual tokens of all calls that entered an LLM layer, mean over the layers."""
+        return sum(sum(call.visual_tokens_kept) for call in self.calls)
+
+    @property
+    def retention(self) -> float:
+        """Achieved fraction kept over all calls; 1.0 before the first."""
+        return self.visual_tokens_kept / self.visual_tokens_in if self.visual_tokens_in else 1.0
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """One image or video of one call.
+
+    row: batch row. positions: [n] its placeholders in the input. kept: stage -> [k] token numbers inside the item that
+    passed it. merged_into: stage -> [n] token number that absorbed each token (its own if kept, -1 if dropped), only
+    for stages that replaced rows. grid: (frames, rows, columns) of its tokens, None without a full raster.
+    """
+
+    row: int
+    kind: Kind
+    positions: Tensor
+    grid: tuple[int, int, int] | None
+    kept: dict[Stage, Tensor] = field(default_factory=dict)
+    merged_into: dict[Stage, Tensor] = field(default_factory=dict)
+
+    def map(self, stage: Stage = 0) -> Tensor:
+        """[frames, rows, columns] bool of the tokens that passed `stage`; needs a full raster."""
+        if self.grid is None:
+            raise ValueError("this item's tokens form no full raster; use `kept` and the item's layout")
+        flat = torch.zeros(self.positions.shape[0], dtype=torch.bool, device=self.positions.device)
+        return flat.index_fill(0, self.kept[stage], True).reshape(self.grid)
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """Trace of one call that carried visual tokens.
+
+    keep: stage -> [B, S] bool over input positions, True where the token is still there after the stage (text too;
+    padding never).
+    """
+
+    keep: dict[Stage, Tensor]
+    items: list[ItemRecord]

@@ -1,0 +1,215 @@
+"""The encoder side: wrap get_image_features and get_video_features, describe their items, record attention rows.
+
+Since transformers 5.20 generate() encodes images outside forward() and forgets pixels, sizes and grids afterwards, so
+the feature methods themselves are wrapped on the backbone instance. The description travels on the returned output,
+which survives beam expansion.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Compressor, Rows
+from vtc.errors import UnsupportedCall, UnsupportedMethod
+from vtc.layout import Kind, VisionContext
+from vtc.ops.attention import attention_received, attention_rows
+from vtc.taps import AttentionCall, TapSet
+
+if TYPE_CHECKING:
+    from vtc.adapters.base import Adapter
+    from vtc.encoder_stage import EncoderStages
+
+MARK = "_vtc_context"
+
+
+def context_of(output: Any) -> VisionContext | None:
+    """The description attached to an encoder output, None where the output was made without an engine."""
+    return getattr(output, MARK, None)
+
+
+class VisionRecorder:
+    """Describes every encoder call of one model while installed.
+
+    needs: encoder layer -> rows to record. stages: encoder stages to run, None for none. memo: keep outputs by the
+    identity of the pixel tensors, so that later calls on the same tensors encode nothing.
+    """
+
+    def __init__(
+        self, adapter: Adapter, needs: dict[int, Rows], stages: EncoderStages | None = None, *, memo: bool = False
+    ) -> None:
+        self.adapter, self.needs, self.stages = adapter, needs, stages
+        self.contexts: list[VisionContext] = []
+        self._memo: dict[Any, tuple[Any, Any]] | None = {} if memo else None
+        self._rows: dict[int, list[Tensor]] = {}
+        self._inside = False
+        self._wrapped: list[tuple[str, Any]] = []
+        attention = list(adapter.vision_attention)
+        for layer, rows in needs.items():
+            if not 0 <= layer < len(attention):
+                raise UnsupportedMethod(f"vision layer {layer} was asked for; {adapter.family} has {len(attention)} layers")
+            if rows is Rows.CLS and not adapter.spec.has_cls:
+                raise UnsupportedMethod(
+                    f"attention of the class token was asked for, but the vision encoder of this {adapter.family} model "
+                    "has none; use Rows.RECEIVED"
+                )
+        self._taps = TapSet((attention[layer], functools.partial(self._tap, layer, rows)) for layer, rows in needs.items())
+
+    # --- lifecycle
+    def install(self) -> None:
+        """Wrap the feature methods and place the taps."""
+        self._taps.install()
+        if self.stages is not None:
+            self.stages.install()
+        backbone = self.adapter.backbone
+        for kind in self.adapter.modalities:
+            name = f"get_{kind}_features"
+            function = getattr(backbone, name, None)
+            if function is not None:
+                self._wrapped.append((name, backbone.__dict__.get(name)))
+                backbone.__dict__[name] = self._wrap(kind, function)
+
+    def remove(self) -> None:
+        """Restore the backbone and forget everything."""
+        for name, before in reversed(self._wrapped):
+            if before is None:
+                del self.adapter.backbone.__dict__[name]
+            else:
+                self.adapter.backbone.__dict__[name] = before
+        self._wrapped = []
+        if self.stages is not None:
+            self.stages.remove()
+        self._taps.remove()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget contexts and, with memo, the outputs kept so far."""
+        self.contexts = []
+        self._rows = {}
+        if self._memo is not None:
+            self._memo = {}
+
+    # --- the wrapper
+    def _wrap(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
+        inner = getattr(function, "_vtc_uncached", function) if self.stages is not None else function
+
+        @functools.wraps(function)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # one modality's method may call the other's
+                return inner(*args, **kwargs)
+            if self._memo is None:
+                return self._encode(kind, inner, args, kwargs)
+            tensors = [v for v in (*args, *(kwargs[k] for k in sorted(kwargs))) if isinstance(v, Tensor)]
+            key = (kind, *((id(t), t._version, tuple(t.shape)) for t in tensors))
+            if key not in self._memo:
+                # The tensors are kept beside the output: a freed tensor's id could be given to another one.
+                self._memo[key] = (self._encode(kind, inner, args, kwargs), tensors)
+            kept = self._memo[key][0]
+            output = copy.copy(kept)  # generate() expands the object in place under beams
+            setattr(output, MARK, context_of(kept))
+            return output
+
+        features._vtc_uncached = inner if self._memo is None else function  # type: ignore[attr-defined]
+        return features
+
+    def _encode(self, kind: Kind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._inside, self._rows = True, {}
+        try:
+            output = function(*args, **kwargs)
+        finally:
+            self._inside = False
+            if self.stages is not None:
+                self.stages.end()
+        if isinstance(output, tuple):
+            return output
+        context = context_of(output)
+        if context is None:
+            context = self.adapter.describe(kind, _bound(function, args, kwargs), output)
+            context.attention = {layer: context.pack(self._collect(layer)) for layer in self.needs}
+            if self.stages is not None:
+                context.alive = self.stages.alive(context)
+            setattr(output, MARK, context)
+        missing = sorted(set(self.needs) - set(context.attention))
+        if missing:
+            raise UnsupportedCall(
+                f"these features were encoded without the attention of vision layers {missing}; name every method that "
+                "will be used when calling share_encoder"
+            )
+        self.contexts.append(context)
+        return output
+
+    def _tap(self, layer: int, rows: Rows, call: AttentionCall) -> None:
+        if rows is Rows.CLS:
+            first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device)
+            values = attention_rows(call.query, call.key, first, call.scaling, mask=call.mask)[:, 0]
+        else:
+            values = attention_received(call.query, call.key, call.scaling, mask=call.mask)
+        self._rows.setdefault(layer, []).append(values)
+
+    def _collect(self, layer: int) -> Tensor:
+        rows = self._rows.get(layer)
+        if not rows:
+            raise UnsupportedMethod(f"vision layer {layer} did not run; the encoder stops before it")
+        values = torch.cat(rows)
+        return values if self.stages is None else self.stages.expand(layer, values)
+
+
+def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, defaults left out, **kwargs flattened."""
+    arguments = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    arguments.update(arguments.pop("kwargs", {}))
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+class SharedEncoder:
+    """Encode once, compress many times: see `share_encoder`."""
+
+    def __init__(self, recorder: VisionRecorder) -> None:
+        self._recorder = recorder
+
+    def clear(self) -> None:
+        """Forget the outputs kept so far; call it between batches."""
+        self._recorder.clear()
+
+    def __enter__(self) -> SharedEncoder:
+        self._recorder.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._recorder.remove()
+
+
+def share_encoder(model: torch.nn.Module, methods: Iterable[Compressor] = ()) -> SharedEncoder:
+    """Keep encoder outputs by pixel tensor, so that several methods and the untouched model share one encoding.
+
+    methods: everything that will be attached inside the block; the union of the attention rows they need is recorded.
+    Methods with encoder stages still encode for themselves.
+
+    Example::
+
+        with vtc.share_encoder(model, [a, b]) as shared:
+            for inputs in batches:
+                for method in (a, b):
+                    with vtc.compress(model, method, retention=0.25):
+                        model.generate(**inputs)
+                shared.clear()
+    """
+    from vtc import adapters
+
+    adapter = adapters.of(model)
+    needs: dict[int, Rows] = {}
+    for method in methods:
+        for layer, rows in method.plan(adapter.spec).needs.vision.items():
+            if needs.setdefault(layer, rows) is not rows:
+                raise UnsupportedMethod(
+                    f"{method.name!r} needs {rows.value!r} attention of vision layer {layer}, another method needs "
+                    f"{needs[layer].value!r}; share the encoder between methods that agree"
+                )
+    return SharedEncoder(VisionRecorder(adapter, needs, memo=True))
