@@ -1,4 +1,4 @@
-"""Model families. `of(model)` finds the adapter by class name; families load lazily, so nothing heavy is imported here."""
+"""Model families. `of(model)` finds the adapter by class name; families load lazily, so importing this is cheap."""
 
 from __future__ import annotations
 

@@ -89,9 +89,10 @@ class Adapter(ABC):
         """Refuse configurations for which pruning would not equal masking."""
         text = self.language_model.config
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or (getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)):
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        if kinds != {"full_attention"} or window:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} has sliding-window or linear attention layers ({sorted(kinds)}, "
-                f"sliding_window={getattr(text, 'sliding_window', None)}); physical order would differ from position there. "
+                f"sliding_window={window}); the physical order of rows would differ from their positions there. "
                 "Load the checkpoint with sliding_window=None if its context allows it"
             )

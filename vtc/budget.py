@@ -48,10 +48,10 @@ class Budget:
                 f"retention={self.retention!r} is outside (0, 1]; it is the fraction of visual tokens kept, "
                 "for example 0.25 (use keep=N for an absolute count)"
             )
-        if self.keep is not None and (
-            not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1
-        ):
-            raise BudgetError(f"keep={self.keep!r} is not a positive whole number of tokens per item, for example keep=64")
+        if self.keep is not None and (not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1):
+            raise BudgetError(
+                f"keep={self.keep!r} is not a positive whole number of tokens per item, for example keep=64"
+            )
 
     def tokens(self, count: int) -> int:
         """Tokens to keep of an item that has `count` of them; an item below the budget is kept whole."""

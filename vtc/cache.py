@@ -38,7 +38,8 @@ class CompressedCache(DynamicCache):
         if isinstance(cache, cls):
             if cache.starts != tuple(starts):
                 raise UnsupportedCall(
-                    f"this KV cache was compressed at layers {cache.starts}, the attached method acts at {tuple(starts)}; "
+                    f"this KV cache was compressed at layers {cache.starts}, the attached method acts at "
+                    f"{tuple(starts)}; "
                     "continue it with the same method or start a new cache"
                 )
             return cache
@@ -116,7 +117,9 @@ class CompressedCache(DynamicCache):
     def crop(self, max_length: int) -> None:
         """Remove the last tokens; only a negative count is defined, since logical and physical lengths differ."""
         if max_length > 0:
-            raise UnsupportedCall(f"crop({max_length}) on a compressed cache; pass a negative count of tokens to remove")
+            raise UnsupportedCall(
+                f"crop({max_length}) on a compressed cache; pass a negative count of tokens to remove"
+            )
         if max_length == 0:
             return
         super().crop(max_length)
@@ -141,6 +144,6 @@ def check_plain(cache: Any) -> None:
     if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise UnsupportedCall(
-            f"compression needs a plain DynamicCache with full-attention layers, got {type(cache).__name__} with layers "
-            f"{kinds}; drop cache_implementation (static, quantized and offloaded caches are not supported)"
+            f"compression needs a plain DynamicCache with full-attention layers, got {type(cache).__name__} with "
+            f"layers {kinds}; drop cache_implementation (static, quantized and offloaded caches are not supported)"
         )

@@ -145,6 +145,7 @@ class StageView:
         return self.llm_rows[layer][self.items.row[:, None], self.items.index]
 
 
+@dataclass(frozen=True)
 class Compressor(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the method's hyper-parameters.
 
@@ -172,6 +173,7 @@ class Compressor(ABC):
         """Choose the tokens that pass `view.stage`; None keeps everything."""
 
 
+@dataclass(frozen=True)
 class ScoringCompressor(Compressor):
     """A method that keeps the highest-scoring tokens of each item before the LLM."""
 

@@ -38,7 +38,7 @@ class EncoderStages:
             if not 1 <= layer <= adapter.spec.feature_layer:
                 raise UnsupportedMethod(
                     f"an encoder stage before layer {layer} was asked for; the features of this {adapter.family} model "
-                    f"leave layer {adapter.spec.feature_layer}, so stages 1 to {adapter.spec.feature_layer} have an effect"
+                    f"leave layer {adapter.spec.feature_layer}, so only stages 1 to that layer have an effect"
                 )
 
     def install(self) -> None:

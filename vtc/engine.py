@@ -164,7 +164,7 @@ class Engine:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is not None:
             state.placeholders = torch.stack([ids == token for token in self.placeholders.values()])
-        else:
+        elif embeds is not None:
             table = self.adapter.model.get_input_embeddings()
             tokens = [torch.tensor(token, device=embeds.device) for token in self.placeholders.values()]
             state.placeholders = torch.stack([(embeds == table(token)).all(-1) for token in tokens])

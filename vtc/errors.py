@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class VTCError(ValueError):
-    """Root of all errors raised by vtc. The message says what was given, why it is refused and what to write instead."""
+    """Root of all errors raised by vtc; the message says what was given, why it is refused and what to write."""
 
 
 class BudgetError(VTCError):

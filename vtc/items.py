@@ -59,7 +59,7 @@ class ItemTable:
         place = torch.where(written, self.row[:, None] * length + self.index, batch * length)
         flat = torch.cat([background.flatten(0, 1), background.new_zeros(1, *background.shape[2:])])
         flat = flat.index_put((place,), values.to(flat.dtype))
-        return flat[:-1].unflatten(0, (batch, length))
+        return flat[:-1].reshape(background.shape)
 
     def kept(self, keep: Tensor, counts: Sequence[int], moved: Tensor) -> ItemTable:
         """The table after a stage: `keep` [I, N], its host counts, `moved` [B, L] new place of every old row."""
@@ -78,7 +78,20 @@ class ItemTable:
         )
 
 
-def build(placeholders: Tensor, counts: Sequence[int], contexts: Sequence[VisionContext], kinds: dict[Kind, int]) -> ItemTable:
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One item at its place: batch row, kind number, first placeholder of that kind in the row, encoder entry."""
+
+    row: int
+    kind: int
+    offset: int
+    source: int
+    layout: VisualItem
+
+
+def build(
+    placeholders: Tensor, counts: Sequence[int], contexts: Sequence[VisionContext], kinds: dict[Kind, int]
+) -> ItemTable:
     """Assign the encoded items of all `contexts` to the placeholders of a batch.
 
     placeholders: [K, B, S] bool, one mask per kind in the order of `kinds`. counts: their [K * B] sums on the host.
@@ -86,7 +99,7 @@ def build(placeholders: Tensor, counts: Sequence[int], contexts: Sequence[Vision
     Raises UnsupportedCall when placeholders and encoded tokens do not line up.
     """
     batch = placeholders.shape[1]
-    entries: list[tuple[int, int, int, VisualItem, int]] = []  # kind, row, first placeholder, layout, source
+    entries: list[_Entry] = []
     source = 0
     for context in contexts:
         kind = kinds[context.kind]
@@ -95,12 +108,14 @@ def build(placeholders: Tensor, counts: Sequence[int], contexts: Sequence[Vision
         source += len(context.items)
     for name, kind in kinds.items():
         if sum(counts[kind * batch : (kind + 1) * batch]) and not any(c.kind == name for c in contexts):
-            raise UnsupportedCall(f"the prompt holds {name} placeholders but no {name} was encoded; pass its pixels too")
-    entries.sort(key=lambda entry: (entry[1], entry[0], entry[2]))
+            raise UnsupportedCall(
+                f"the prompt holds {name} placeholders but no {name} was encoded; pass its pixels too"
+            )
+    entries.sort(key=lambda entry: (entry.row, entry.kind, entry.offset))
     device = placeholders.device
-    sizes = tuple(entry[3].n_tokens for entry in entries)
-    table = torch.tensor([(k, r, o, n, s) for (k, r, o, _, s), n in zip(entries, sizes, strict=True)], device=device)
-    kind_of, row, offset, size, source_of = table.unbind(1)
+    sizes = tuple(entry.layout.n_tokens for entry in entries)
+    numbers = [(e.kind, e.row, e.offset, e.layout.n_tokens, e.source) for e in entries]
+    kind_of, row, offset, size, source_of = torch.tensor(numbers, device=device).unbind(1)
     steps = torch.arange(max(sizes), device=device)
     mask = steps < size[:, None]
     order = (~placeholders).to(torch.uint8).argsort(dim=2, stable=True)  # placeholder positions first, in order
@@ -112,26 +127,31 @@ def build(placeholders: Tensor, counts: Sequence[int], contexts: Sequence[Vision
         torch.where(mask, steps, 0),
         mask,
         source_of,
-        tuple(entry[1] for entry in entries),
+        tuple(entry.row for entry in entries),
         sizes,
         sizes,
-        tuple(entry[3] for entry in entries),
+        tuple(entry.layout for entry in entries),
     )
 
 
-def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) -> list[tuple[int, int, int, VisualItem, int]]:
+def _assign(
+    context: VisionContext, kind: int, per_row: list[int], source: int
+) -> list[tuple[int, int, int, VisualItem, int]]:
     placeholders, total = sum(per_row), context.total
     if total == 0 or placeholders % total:
         raise UnsupportedCall(
-            f"{placeholders} {context.kind} placeholders cannot be matched to {total} encoded tokens; compression needs "
-            "the whole prompt with all its pixels in one call (chunked prefill is not supported)"
+            f"{placeholders} {context.kind} placeholders cannot be matched to {total} encoded tokens; compression "
+            "needs the whole prompt with all its pixels in one call (chunked prefill is not supported)"
         )
     expand = placeholders // total
-    entries, item = [], 0
+    entries: list[_Entry] = []
+    item = 0
     for first in range(0, len(per_row), expand):
         group = per_row[first : first + expand]
         if len(set(group)) != 1:
-            raise UnsupportedCall(f"rows {first} to {first + expand - 1} share encoded items but hold {group} placeholders")
+            raise UnsupportedCall(
+                f"rows {first} to {first + expand - 1} share encoded items but hold {group} placeholders"
+            )
         offset = 0
         while offset < group[0]:
             layout = context.items[item]
@@ -140,7 +160,7 @@ def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) 
                     f"row {first} holds {group[0]} {context.kind} placeholders, which ends inside an item of "
                     f"{layout.n_tokens} tokens; prompts and pixels must come in the same order"
                 )
-            entries += [(kind, row, offset, layout, source + item) for row in range(first, first + len(group))]
+            entries += [_Entry(row, kind, offset, source + item, layout) for row in range(first, first + len(group))]
             offset += layout.n_tokens
             item += 1
     return entries

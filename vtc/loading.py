@@ -20,7 +20,7 @@ EMBEDDED = ("tiny-llava",)
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model ready to generate, with its processor (left padding). name: as it was asked for; path: where it came from."""
+    """A model ready to generate, with its processor (left padding). name: as asked for; path: where it came from."""
 
     name: str
     path: str
@@ -76,8 +76,8 @@ def load(
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(EMBEDDED)}), a checkpoint folder "
-            "or a hub name"
+            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(EMBEDDED)}), a checkpoint "
+            "folder or a hub name"
         ) from error
     if device_map is None:
         model = model.to(device)

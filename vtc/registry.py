@@ -28,7 +28,9 @@ class MethodRegistry:
         """Add a class under its `name`; usable as a decorator. Raises VTCError for a name that is taken."""
         known = self._classes.get(cls.name)
         if known is not None and known is not cls:
-            raise VTCError(f"method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another")
+            raise VTCError(
+                f"method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
+            )
         if not dataclasses.is_dataclass(cls):
             raise VTCError(f"{cls.__qualname__} is no dataclass; decorate it with @dataclass(frozen=True)")
         self._classes[cls.name] = cls
@@ -53,7 +55,7 @@ class MethodRegistry:
     def create(self, name: str, **hyper_parameters: Any) -> Compressor:
         """Build a method; a hyper-parameter it does not have raises UnknownName with near matches."""
         cls = self.get(name)
-        fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+        fields = [f.name for f in dataclasses.fields(cls) if f.init]
         for given in hyper_parameters:
             if given not in fields:
                 error = unknown_name(f"hyper-parameter of {name!r}", given, fields)

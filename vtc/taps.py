@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.errors import UnsupportedModel
@@ -39,7 +39,7 @@ _saved: dict[str, tuple[bool, Callable[..., Any]]] = {}
 
 
 def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
-    def tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def tapped(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
         taps = _taps.get(id(module))
         if taps:
             scaling = kwargs.get("scaling")
@@ -64,7 +64,7 @@ class TapSet:
     Raises UnsupportedModel for eager attention, whose function is not looked up in the registry.
     """
 
-    def __init__(self, taps: Iterable[tuple[nn.Module, Tap]]) -> None:
+    def __init__(self, taps: Iterable[tuple[Any, Tap]]) -> None:
         self._entries = list(taps)
         self._names: list[str] = []
         for module, _ in self._entries:

@@ -54,13 +54,17 @@ class VisionRecorder:
         attention = list(adapter.vision_attention)
         for layer, rows in needs.items():
             if not 0 <= layer < len(attention):
-                raise UnsupportedMethod(f"vision layer {layer} was asked for; {adapter.family} has {len(attention)} layers")
+                raise UnsupportedMethod(
+                    f"vision layer {layer} was asked for; {adapter.family} has {len(attention)} layers"
+                )
             if rows is Rows.CLS and not adapter.spec.has_cls:
                 raise UnsupportedMethod(
-                    f"attention of the class token was asked for, but the vision encoder of this {adapter.family} model "
-                    "has none; use Rows.RECEIVED"
+                    f"attention of the class token was asked for, but the encoder of this {adapter.family} model has "
+                    "none; use Rows.RECEIVED"
                 )
-        self._taps = TapSet((attention[layer], functools.partial(self._tap, layer, rows)) for layer, rows in needs.items())
+        self._taps = TapSet(
+            (attention[layer], functools.partial(self._tap, layer, rows)) for layer, rows in needs.items()
+        )
 
     # --- lifecycle
     def install(self) -> None:
@@ -182,7 +186,9 @@ class SharedEncoder:
         self._recorder.install()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._recorder.remove()
 
 

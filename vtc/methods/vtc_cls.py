@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,12 @@ from vtc.compressor import ModelSpec, Needs, Plan, Rows, ScoringCompressor, Stag
 from vtc.errors import UnsupportedMethod, VTCError, unknown_name
 from vtc.registry import register
 
-REDUCTIONS = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}
+REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "max": torch.amax,
+    "min": torch.amin,
+}
 
 
 @register
@@ -71,4 +77,4 @@ class VTCCLS(ScoringCompressor):
 
 def ensemble(rows: list[Tensor], reduction: str = "sum") -> Tensor:
     """Combine head-mean attention rows of several layers, each [I, N], to scores [I, N] (float32)."""
-    return REDUCTIONS[reduction](torch.stack(rows).float(), dim=0)
+    return REDUCTIONS[reduction](torch.stack(rows).float(), 0)

@@ -24,7 +24,7 @@ def attention_rows(
     rows: [B, R] query indices. mask: [B, 1|Hq, Q, K] bool or additive, or [B, K] bool (False is never attended).
     causal: query i sees keys up to i + K - Q. Returns [B, R, K]; each row sums to one.
     """
-    parts = [_rows(query, key, part, scaling, mask, causal) for part in rows.split(chunk, dim=1)]
+    parts = [_rows(query, key, part, scaling, mask, causal) for part in torch.split(rows, chunk, dim=1)]
     return torch.cat(parts, dim=1)
 
 
@@ -47,7 +47,7 @@ def _rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     index = rows[:, None, :, None]
-    q = query.gather(2, index.expand(batch, heads, -1, width)).unflatten(1, (groups, heads // groups))
+    q = query.gather(2, index.expand(batch, heads, -1, width)).view(batch, groups, heads // groups, -1, width)
     logits = torch.matmul(q, key.unsqueeze(2).transpose(-1, -2)).float() * scaling
     logits = logits.flatten(1, 2)  # [B, Hq, R, K]
     lowest = torch.finfo(torch.float32).min

@@ -22,7 +22,9 @@ def output_grid(height: int, width: int, keep: int) -> tuple[int, int]:
         return abs(math.log((option[0] / height) / (option[1] / width)))
 
     square = [o for o in options if distortion(o) <= math.log(2) + 1e-9] or options
-    full = [o for o in square if o[0] * o[1] >= 0.9 * keep] or [max(square, key=lambda o: (o[0] * o[1], -distortion(o)))]
+    full = [o for o in square if o[0] * o[1] >= 0.9 * keep] or [
+        max(square, key=lambda o: (o[0] * o[1], -distortion(o)))
+    ]
     return min(full, key=lambda o: (distortion(o), -o[0] * o[1]))
 
 
@@ -48,7 +50,7 @@ def strided(height: int, width: int, keep: int, device: torch.device | None = No
 def pool_grid(tokens: Tensor, grid: tuple[int, int, int], output: tuple[int, int]) -> Tensor:
     """Adaptive average pooling of each frame: [I, t*h*w, D] -> [I, t*h'*w', D], computed in float32."""
     frames, height, width = grid
-    maps = tokens.float().unflatten(1, (frames, height, width)).flatten(0, 1).permute(0, 3, 1, 2)
+    maps = tokens.float().reshape(-1, height, width, tokens.shape[-1]).permute(0, 3, 1, 2)
     pooled = torch.nn.functional.adaptive_avg_pool2d(maps, output).flatten(2).transpose(1, 2)
     return pooled.reshape(tokens.shape[0], frames * output[0] * output[1], -1).to(tokens.dtype)
 

@@ -21,7 +21,9 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None) -> Tensor:
         order = by_score.gather(1, (~mask).gather(1, by_score).to(torch.uint8).argsort(dim=1, stable=True))
     else:
         order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     chosen = rank < keep[:, None]
     return chosen if mask is None else chosen & mask
 
@@ -40,7 +42,7 @@ def left_pack(keep: Tensor, length: int) -> Tensor:
 
 
 def front_pack(keep: Tensor, length: int) -> Tensor:
-    """Indices of the kept entries of each row in order, at the left end of `length` slots; [I, N] bool -> [I, length]."""
+    """Indices of each row's kept entries in order, at the left end of `length` slots; [I, N] bool -> [I, length]."""
     return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
 
 
