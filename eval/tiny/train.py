@@ -31,7 +31,6 @@ from vtc.eval.tiny.vocabulary import END, TOKEN
 
 VALIDATION_SCENES = 256
 VALIDATE_EVERY = 200  # steps
-SAVE_EVERY = 50  # steps
 StepHook = Callable[[str, int], None]
 
 
@@ -106,6 +105,7 @@ def run_stage(
     state: dict[str, Any] | None,
     validation: Validation,
     reporter: Reporter,
+    save_every: int,
     on_step: StepHook,
 ) -> None:
     """Train the rest of one stage, saving and validating on the way; `state` is the checkpoint it continues, if any."""
@@ -136,7 +136,7 @@ def run_stage(
         if progress.step % VALIDATE_EVERY == 0 or finished:
             seconds = before + time.monotonic() - started
             reporter.log(stage, progress.step, seconds, validation.measure(trainer, stage))
-        if progress.step % SAVE_EVERY == 0 or finished:
+        if progress.step % save_every == 0 or finished:
             save()
         on_step(stage.name, progress.step)
 
@@ -156,12 +156,14 @@ def train(
     device: str = "auto",
     threads: int = 0,
     workers: int | None = None,
+    save_every: int = 50,
     on_step: StepHook = lambda stage, step: None,
 ) -> Path:
     """Train a model into `out`, or go on with the run that `out` holds; returns the exported folder `out/model`.
 
     `threads` is the number of CPU threads (0: torch's choice), `workers` that of the processes that render scenes
-    (default: as many as threads). `on_step(stage name, finished steps)` is called after every step.
+    (default: as many as threads), `save_every` the distance of checkpoints in steps. `on_step(stage name, finished
+    steps)` is called after every step.
     """
     settings = settings or Settings()
     chosen = _pick_device(device)
@@ -175,7 +177,7 @@ def train(
         progress, state = _resume(trainer)
         validation = Validation.create(out / "scenes", min(VALIDATION_SCENES, settings.scenes))
         while progress.stage < len(settings.stages):
-            run_stage(trainer, progress.stage, progress, state, validation, reporter, on_step)
+            run_stage(trainer, progress.stage, progress, state, validation, reporter, save_every, on_step)
             progress = checkpoint.Progress(progress.stage + 1, 0, progress.seconds)
             state = None
     folder = out / "model"

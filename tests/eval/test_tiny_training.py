@@ -1,0 +1,115 @@
+"""A training run can be killed at any moment and ends with the same weights; its settings are checked."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from vtc.errors import InputError, UnknownName
+from vtc.eval.tiny import NAMES, model_path
+from vtc.eval.tiny.cli import app
+from vtc.eval.tiny.model import ModelShape
+from vtc.eval.tiny.optim import rate
+from vtc.eval.tiny.settings import Settings
+from vtc.eval.tiny.train import train
+
+SHAPE = ModelShape(hidden=32, vision_layers=2, text_layers=2, heads=2, vision_inner=32, text_inner=32)
+SETTINGS = Settings(steps_tower=3, steps_joint=5, batch_size=2, scenes=6, shape=SHAPE)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vtc.eval.tiny.model import ModelShape
+from vtc.eval.tiny.settings import Settings
+from vtc.eval.tiny.train import train
+
+def kill(stage, step):
+    if (stage, step) == ("joint", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+shape = ModelShape(hidden=32, vision_layers=2, text_layers=2, heads=2, vision_inner=32, text_inner=32)
+settings = Settings(steps_tower=3, steps_joint=5, batch_size=2, scenes=6, shape=shape)
+train(Path(sys.argv[1]), settings, device="cpu", threads=1, workers=0, save_every=2, on_step=kill)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(out: Path, steps: list[tuple[str, int]]) -> Path:
+    def note(stage: str, step: int) -> None:
+        steps.append((stage, step))
+
+    return train(out, SETTINGS, device="cpu", workers=0, save_every=2, on_step=note)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    (tmp_path / "killed" / "state.pt.part").write_bytes(b"torn")
+    resumed: list[tuple[str, int]] = []
+    first = _run(tmp_path / "killed", resumed)
+    assert resumed == [("joint", 3), ("joint", 4), ("joint", 5)]
+    whole: list[tuple[str, int]] = []
+    second = _run(tmp_path / "whole", whole)
+    assert len(whole) == 8
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    record = json.loads((first / "training.json").read_text())
+    assert record["settings"]["steps_joint"] == 5 and "torch" in record["versions"]
+    log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in log] == [("tower", 3), ("joint", 5)]
+    assert {"existence", "patch kind"} <= log[-1]["measured"].keys()
+
+    finished: list[tuple[str, int]] = []
+    _run(tmp_path / "whole", finished)
+    assert finished == []
+    other = Settings(steps_tower=3, steps_joint=6, batch_size=2, scenes=6, shape=SHAPE)
+    with pytest.raises(InputError, match="steps_joint"):
+        train(tmp_path / "whole", other, device="cpu", workers=0)
+
+
+@pytest.mark.parametrize("wrong", [{"steps_tower": 0}, {"seed": -1}, {"batch_size": 9, "scenes": 8}])
+def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError):
+        Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="toaster"):
+        train(tmp_path, SETTINGS, device="toaster")
+
+
+def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
+    for stage in Settings().stages:
+        rates = [rate(stage, step) for step in range(stage.steps)]
+        assert rates[0] == pytest.approx(stage.rate / stage.warmup, rel=1e-3)
+        assert max(rates) <= stage.rate
+        assert rates[stage.warmup :] == sorted(rates[stage.warmup :], reverse=True)
+        assert rates[-1] == pytest.approx(stage.rate * stage.floor, rel=0.01)
+
+
+def test_model_path_knows_its_names() -> None:
+    assert all(model_path(name).name == name for name in NAMES)
+    with pytest.raises(UnknownName, match="tiny-llava"):
+        model_path("tiny-lava")
+
+
+def test_the_commands_explain_themselves() -> None:
+    for command in ("train", "check", "questions"):
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0
+    assert CliRunner().invoke(app, ["check", "--per-family", "0"]).exit_code == 2
