@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from vtc.cache import CompressedCache
 from vtc.compressor import Positions, Selection, Stage
 from vtc.items import ItemTable
 from vtc.ops.select import left_pack, take_last, take_rows
-from vtc.trace import CallRecord, ItemRecord, StageStats
+from vtc.trace import CallRecord, CallStats, ItemRecord, StageStats
 
 
 class Call:
@@ -88,7 +89,7 @@ class Call:
         self.llm_rows = {layer: take_last(rows, index) for layer, rows in self.llm_rows.items()}
         self.pruned = True
         self.stages.append(StageStats(stage, rows_before, self.rows, sum(before), sum(counts)))
-        self._note_stage(stage)
+        self.note_stage(stage)
         return take_rows(hidden, index)
 
     def _pack(self, keep: Tensor, items: ItemTable, counts: list[int], before: list[int]) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,42 @@ class Call:
         first = axes.masked_fill(~self.valid, torch.iinfo(axes.dtype).max).amin((0, 2))
         return first[:, None], axes.masked_fill(~self.valid, -1).amax((0, 2))[:, None]
 
-    # --- trace
+    # --- notes
+    def pass_through(self, stages: Sequence[int]) -> None:
+        """Note that every token passed all `stages`."""
+        assert self.items is not None
+        self.groups.append((0, self.rows, self.items.row_totals(self.batch)))
+        for stage in stages:
+            self.note_stage(stage)
+
+    def stats(self, layers: int, cache: Any, seconds: float) -> CallStats:
+        """Numbers of this call on a model with `layers` LLM layers; cache: what the model returned."""
+        assert self.items is not None
+        ends = [start for start, _, _ in self.groups[1:]] + [layers]
+        spans = [(end - start, rows, totals) for (start, rows, totals), end in zip(self.groups, ends, strict=True)]
+        before = [0] * self.batch
+        for row, count in zip(self.items.rows, self.items.input_counts, strict=True):
+            before[row] += count
+        return CallStats(
+            batch=self.batch,
+            visual_tokens_in=tuple(before),
+            visual_tokens_kept=tuple(sum(n * t[row] for n, _, t in spans) / layers for row in range(self.batch)),
+            stages=tuple(self.stages),
+            layer_rows=tuple(rows for n, rows, _ in spans for _ in range(n)),
+            kv_rows=() if cache is None else tuple(layer.get_seq_length() for layer in cache.layers),
+            seconds=seconds,
+        )
+
+    def note_eviction(self, stage: Stage, selection: Selection, alive: Tensor) -> None:
+        """Trace a stage after the prefill; alive: [B, S] over input positions."""
+        if self.record is None:
+            return
+        assert self.items is not None
+        self.record.keep[stage] = alive
+        keep = selection.keep & self.items.mask
+        for record, token, kept in zip(self.record.items, self.items.token, keep, strict=True):
+            record.kept[stage] = token[kept]
+
     def _new_record(self) -> CallRecord:
         assert self.items is not None
         columns = zip(self.items.rows, self.items.counts, self.items.layouts, self.items.index, strict=True)
@@ -161,7 +197,8 @@ class Call:
             full = torch.full_like(record.positions, -1)
             record.merged_into[stage] = full.scatter(0, numbers[:count], absorbed[:count])
 
-    def _note_stage(self, stage: Stage) -> None:
+    def note_stage(self, stage: Stage) -> None:
+        """Trace what is there after `stage`."""
         if self.record is None:
             return
         assert self.items is not None

@@ -102,6 +102,7 @@ class EncoderStages:
             mask=torch.ones(crops, count, dtype=torch.bool, device=device),
             source=torch.arange(crops, device=device),
             rows=tuple(range(crops)),
+            sources=tuple(range(crops)),
             counts=(count,) * crops,
             input_counts=(self._patches,) * crops,
             layouts=(_crop(self._patches, device),) * crops,

@@ -19,8 +19,8 @@ class ItemTable:
 
     row: [I] batch row. index: [I, N] place of each token in the current rows. token: [I, N] its number inside the item
     as encoded. mask: [I, N] False behind an item's end (index and token hold harmless values there).
-    source: [I] entry of the encoder's output (several rows share one under beams). counts, input_counts: tokens now
-    and at input, on the host. layouts: geometry of each item.
+    source: [I] entry of the encoder's output (several rows share one under beams). rows, sources: the same on the
+    host. counts, input_counts: tokens now and at input, on the host. layouts: geometry of each item.
     """
 
     row: Tensor
@@ -29,6 +29,7 @@ class ItemTable:
     mask: Tensor
     source: Tensor
     rows: tuple[int, ...]
+    sources: tuple[int, ...]
     counts: tuple[int, ...]
     input_counts: tuple[int, ...]
     layouts: tuple[VisualItem, ...]
@@ -128,15 +129,14 @@ def build(
         mask,
         source_of,
         tuple(entry.row for entry in entries),
+        tuple(entry.source for entry in entries),
         sizes,
         sizes,
         tuple(entry.layout for entry in entries),
     )
 
 
-def _assign(
-    context: VisionContext, kind: int, per_row: list[int], source: int
-) -> list[tuple[int, int, int, VisualItem, int]]:
+def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) -> list[_Entry]:
     placeholders, total = sum(per_row), context.total
     if total == 0 or placeholders % total:
         raise UnsupportedCall(

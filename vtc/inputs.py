@@ -1,0 +1,107 @@
+"""Reading the arguments of a forward call: visual tokens, masks, positions and the cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from vtc.cache import CompressedCache, check_plain
+from vtc.errors import UnsupportedCall
+from vtc.layout import VisionContext
+from vtc.vision import context_of
+
+MEDIA = ("pixel_values", "pixel_values_videos")
+
+
+def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward call by name, whether they were passed by position or by keyword."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
+
+
+def carries_media(given: dict[str, Any]) -> bool:
+    """True when the call brings pixels or encoder outputs.
+
+    Only such a call holds visual tokens: a placeholder id that the model generated is text.
+    """
+    return bool(given.get("mm_encoder_outputs")) or any(given.get(name) is not None for name in MEDIA)
+
+
+def given_contexts(given: dict[str, Any]) -> tuple[VisionContext, ...]:
+    """Descriptions of encoder outputs passed along (generate() encodes before forward() since transformers 5.20)."""
+    outputs = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
+    contexts = tuple(context for context in map(context_of, outputs) if context is not None)
+    if len(contexts) != len(outputs):
+        raise UnsupportedCall(
+            "mm_encoder_outputs were encoded without the attached method (or cut by chunked prefill); encode them "
+            "inside the `with` block and pass them whole"
+        )
+    return contexts
+
+
+def placeholder_masks(given: dict[str, Any], tokens: Iterable[int], embedding: Any) -> Tensor:
+    """[K, B, S] bool, one mask per placeholder id; read from ids, or from embeddings where only those are given."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        return torch.stack([ids == token for token in tokens])
+    assert embeds is not None
+    rows = [embedding(torch.tensor(token, device=embeds.device)) for token in tokens]
+    return torch.stack([(embeds == row).all(-1) for row in rows])
+
+
+def mask_2d(kwargs: dict[str, Any]) -> Tensor | None:
+    """The [batch, rows] attention mask of a language-model call; UnsupportedCall for any other form."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    raise UnsupportedCall(
+        "compression needs a 2D attention mask [batch, length]; custom 4D masks and static caches are not supported"
+    )
+
+
+def host_counts(placeholders: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
+    """Placeholders per kind and row, and valid tokens per row, in one transfer to the host."""
+    batch, length = placeholders.shape[1:]
+    counts = placeholders.sum(-1).flatten()
+    if mask is None:
+        return counts.tolist(), [length] * batch
+    valid = mask[:, -length:].to(counts.device).bool().sum(1)
+    numbers: list[int] = torch.cat([counts, valid]).tolist()
+    return numbers[:-batch], numbers[-batch:]
+
+
+def open_cache(kwargs: dict[str, Any], config: Any, starts: Sequence[int]) -> CompressedCache | None:
+    """The call's cache, adopted for compression and open for writing; None when the call uses none."""
+    cache, mask, wanted = kwargs.get("past_key_values"), mask_2d(kwargs), kwargs.get("use_cache")
+    if cache is None:
+        if not (config.use_cache if wanted is None else wanted):
+            return None
+        cache = DynamicCache(config=config)
+    past = None
+    if not isinstance(cache, CompressedCache):
+        check_plain(cache)
+        seen = cache.get_seq_length()
+        past = mask[:, :seen].bool() if mask is not None and seen else None
+    adopted = CompressedCache.adopt(cache, starts, past)
+    adopted.open = True
+    return adopted
+
+
+def logical_positions(
+    ids: Tensor | None, batch: int, length: int, seen: int, device: torch.device, *, mrope: bool
+) -> Tensor:
+    """Position ids the untouched model would use: [B, S], or [3, B, S] for multi-axis positions."""
+    if ids is None:
+        ids = (torch.arange(length, device=device) + seen)[None]
+    if ids.ndim == 3 and ids.shape[0] == 4:
+        ids = ids[1:]  # the text row only feeds packed-sequence detection
+    if mrope and ids.ndim == 2:
+        ids = ids[None].expand(3, -1, -1)
+    return ids.expand(*ids.shape[:-2], batch, length)

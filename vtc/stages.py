@@ -1,0 +1,150 @@
+"""Running a method's stages inside a call: build the view, ask the method, carry out what it selected."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vtc.adapters.base import Adapter
+from vtc.budget import Budget
+from vtc.call import Call
+from vtc.compressor import CacheStage, Compressor, EncoderStage, Plan, Rows, Selection, Stage, StageView
+from vtc.encoder_stage import EncoderStages
+from vtc.errors import UnsupportedMethod
+from vtc.items import ItemTable
+from vtc.layout import VisionContext
+from vtc.ops.attention import attention_rows
+from vtc.taps import AttentionCall, TapSet
+
+
+class StageRunner:
+    """One method's stages on one model.
+
+    inner: LLM layers before which it acts, 0 included. starts: first layer of every group of layers that hold the same
+    rows. cache: its stage after the prefill. encoder: its stages inside the vision encoder.
+    """
+
+    def __init__(self, adapter: Adapter, method: Compressor, plan: Plan, budget: Budget | None) -> None:
+        self.method, self.plan, self.budget, self.spec = method, plan, budget, adapter.spec
+        self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
+        after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
+        self.cache = after[0] if after else None
+        bounds = [*self.inner, *(stage.from_layer for stage in after)]
+        layers = self.spec.llm_layers
+        beyond = [layer for layer in [*bounds, *plan.needs.llm] if not 0 <= layer < layers]
+        if beyond:
+            raise UnsupportedMethod(
+                f"{method.name!r} acts at or reads LLM layer {beyond[0]}; this {self.spec.family} model has layers 0 "
+                f"to {layers - 1}"
+            )
+        self.starts = tuple(sorted({0, *bounds}))
+        inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
+        self.encoder = EncoderStages(adapter, method, inside, budget) if inside else None
+
+    def taps(self, adapter: Adapter, current: functools.partial[Call | None]) -> TapSet:
+        """Taps for the LLM rows the plan needs; `current` returns the call in progress."""
+        attention = adapter.llm_attention
+        for rows in self.plan.needs.llm.values():
+            if rows is not Rows.LAST:
+                raise UnsupportedMethod(f"LLM layers record {Rows.LAST.value!r} rows, {rows.value!r} was asked for")
+        return TapSet((attention[k], functools.partial(_record_last, k, current)) for k in self.plan.needs.llm)
+
+    def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
+        """True when the budget keeps every token of every item: then the model must stay untouched, bit for bit."""
+        if self.budget is None or any(context.alive is not None for context in contexts):
+            return False
+        return all(self.budget.tokens(count) >= count for count in items.input_counts)
+
+    def run(self, stage: int, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:
+        """Pass `stage`: [B, L, D] rows in, [B, L', D] rows out."""
+        if stage == 0:
+            hidden = _drop_encoded(call, hidden, contexts)
+        if stage not in self.inner:
+            return hidden
+        selection = self.select(stage, call, hidden, contexts)
+        if selection is None:
+            call.note_stage(stage)
+            return hidden
+        return call.apply(stage, selection, hidden)
+
+    def select(self, stage: Stage, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Selection | None:
+        """Ask the method what to keep."""
+        items = call.items
+        assert items is not None and call.visual is not None
+        device = hidden.device
+        keys = torch.cat([context.fingerprint.to(device) for context in contexts])
+        vision = {
+            layer: _stack([context.attention[layer].to(device) for context in contexts])
+            for layer in self.plan.needs.vision
+        }
+        view = StageView(
+            stage=stage,
+            model=self.spec,
+            budget=self.budget,
+            items=items,
+            hidden=hidden,
+            visual=call.visual,
+            valid=call.valid_rows(),
+            fingerprint=keys[items.source],
+            vision_rows=vision,
+            llm_rows=call.llm_rows,
+        )
+        return self.method.select(view)
+
+    def evict(self, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> None:
+        """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group."""
+        stage, cache, items = self.cache, call.cache, call.items
+        if stage is None or cache is None:
+            return
+        assert items is not None
+        selection = self.select(stage, call, hidden, contexts)
+        if selection is None:
+            return
+        alive = call.over_input(call.source, items.scatter(selection.keep & items.mask, call.valid_rows()))
+        call.note_eviction(stage, selection, alive)
+        for group in self.starts:
+            if group < stage.from_layer:
+                continue
+            source, valid = call.sources[group]
+            chunk = alive.gather(1, source)
+            chunk = chunk if valid is None else chunk & valid
+            old = cache.physical_length(group) - chunk.shape[1]
+            cache.evict(group, torch.cat([chunk.new_ones(call.batch, old), chunk], dim=1))
+
+
+def _record_last(layer: int, current: functools.partial[Call | None], attention: AttentionCall) -> None:
+    """Keep what the last token of each row pays to the rows of the current chunk."""
+    call = current()
+    if call is None or call.items is None:
+        return
+    valid = call.valid_rows()
+    last = (torch.arange(call.rows, device=valid.device) * valid).amax(1, keepdim=True)
+    mask = attention.mask
+    if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say the same
+        mask = call.valid if call.cache is None else call.cache.masks[call.group]
+    rows = attention_rows(attention.query, attention.key, last, attention.scaling, mask=mask, causal=True)
+    call.llm_rows[layer] = rows[:, 0, -call.rows :]
+
+
+def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:
+    """Remove the tokens whose patches an encoder stage dropped."""
+    items = call.items
+    if items is None or all(context.alive is None for context in contexts):
+        return hidden
+    marks: list[Tensor] = []
+    counts: list[int] = []
+    for context in contexts:
+        sizes = tuple(item.n_tokens for item in context.items)
+        mark, kept = context.alive or (torch.ones(len(sizes), max(sizes), dtype=torch.bool), sizes)
+        marks.append(mark.to(hidden.device))
+        counts += kept
+    alive = _stack(marks)[items.source].gather(1, items.token)
+    return call.apply(0, Selection(alive, counts=[counts[source] for source in items.sources]), hidden)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """[I_c, N_c] tables of several contexts as one [I, N], zero-padded."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
