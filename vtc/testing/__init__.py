@@ -1,1 +1,26 @@
-"""."""
+"""Tools to test methods and adapters, for this library and for third-party packages.
+
+`tiny_model` and `tiny_inputs` build random models of every supported family in milliseconds, `Oracle` turns the
+untouched model into the reference for pruning, `check_method` and `check_adapter` run the whole contract.
+"""
+
+from __future__ import annotations
+
+from vtc.testing.contract import Deviation, check_adapter, check_method
+from vtc.testing.models import TINY_MODELS, tiny_inputs, tiny_model
+from vtc.testing.oracle import Oracle
+from vtc.testing.probes import FixedKeep, LastRowTopK
+from vtc.testing.snapshot import snapshot
+
+__all__ = [
+    "TINY_MODELS",
+    "Deviation",
+    "FixedKeep",
+    "LastRowTopK",
+    "Oracle",
+    "check_adapter",
+    "check_method",
+    "snapshot",
+    "tiny_inputs",
+    "tiny_model",
+]

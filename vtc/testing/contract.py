@@ -1,0 +1,276 @@
+"""The contract every method keeps on every model, as checks that return what they measured.
+
+Pruning equals the unpruned model with the dropped tokens masked out; a batch equals its rows alone; padding side and
+generation mode do not matter; text-only prompts and retention 1.0 are bit-identical; nothing is left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc import adapters
+from vtc.attach import Handle, compress
+from vtc.compressor import CacheStage, Compressor, Positions
+from vtc.registry import create
+from vtc.testing.models import TINY_MODELS, Part, single_row, tiny_inputs, tiny_model
+from vtc.testing.oracle import Oracle
+from vtc.testing.snapshot import snapshot
+
+LIMIT = 5e-5
+"""Largest difference of logits allowed in float32; measured noise is below 2e-5, a wrong mask moves them by units."""
+
+MIXED: list[list[Part]] = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]
+"""Two images, one image, none: a batch of three prompts of different length."""
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beam 3": {"do_sample": False, "num_beams": 3},
+    "beam 3, return 2": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "sampling, return 2": {"do_sample": True, "num_return_sequences": 2},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One cell of the contract: the worst difference found and the limit it has to stay within."""
+
+    method: str
+    model: str
+    check: str
+    worst: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Within the limit; NaN never passes."""
+        return self.worst <= self.limit
+
+
+Attach = Callable[[Any], Handle]
+
+
+@torch.no_grad()
+def generate(
+    model: Any, inputs: dict[str, Tensor], manager: AbstractContextManager[Any], steps: int = 8, **mode: Any
+) -> tuple[Tensor, Tensor]:
+    """Sequences [R, S + steps] and logits [steps, R, V] of a seeded generate() call inside `manager`.
+
+    Placeholder ids are never generated: without a cache the untouched model itself would refuse them.
+    """
+    torch.manual_seed(5)
+    with manager:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            return_dict_in_generate=True,
+            output_logits=True,
+            suppress_tokens=list(adapters.of(model).placeholders.values()),
+            **{"do_sample": False, **mode},
+        )
+    return output.sequences, torch.stack(output.logits)
+
+
+def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
+    """The oracle for what `handle` traced: one set of tables per call. rows: [B, L, D] first-layer input, for merging."""
+    tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
+    cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
+    embeddings = None
+    if rows is not None and any(0 in item.merged_into for item in handle.trace[0].items):
+        keep = handle.trace[0].keep[0]
+        embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
+        for row in range(keep.shape[0]):
+            count = int(keep[row].sum())
+            embeddings[row, keep[row]] = rows[row, rows.shape[1] - count :]
+    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings)
+
+
+def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
+    """Largest logit difference between the compressed model and its oracle; infinite when sampled tokens differ."""
+    seen: list[Tensor] = []
+    handle = attach(model)
+    first = adapters.of(model).layers[0]
+    hook = first.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        ids, logits = generate(model, inputs, handle, steps, **mode)
+    finally:
+        hook.remove()
+        handle.detach()
+    expected_ids, expected = generate(model, inputs, reference(model, handle, seen[0]), steps, **mode)
+    return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
+
+
+def batch_against_singles(model: Any, name: str, attach: Attach, steps: int = 8) -> float:
+    """Largest logit difference between a left-padded batch and its rows one by one."""
+    inputs = tiny_inputs(name, MIXED, seed=3)
+    _, batched = generate(model, inputs, attach(model), steps)
+    worst = 0.0
+    for row in range(len(MIXED)):
+        _, alone = generate(model, single_row(inputs, MIXED, row), attach(model), steps)
+        worst = max(worst, float((batched[:, row] - alone[:, 0]).abs().max()))
+    return worst
+
+
+@torch.no_grad()
+def right_padding(model: Any, name: str, attach: Attach) -> float:
+    """Largest difference of the last prompt token's logits between left- and right-padded inputs."""
+    logits = []
+    for side in ("left", "right"):
+        inputs = tiny_inputs(name, MIXED, seed=3, padding=side, extra=1)  # type: ignore[arg-type]
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with attach(model):
+            logits.append(model(**inputs, position_ids=positions).logits[:, -1])
+    return float((logits[0] - logits[1]).abs().max())
+
+
+@torch.no_grad()
+def two_turns(model: Any, name: str, attach: Attach) -> float:
+    """Largest logit difference to the oracle over two generate() calls on one cache the caller owns."""
+    from transformers import DynamicCache
+
+    layout: list[list[Part]] = [[3, "image", 5], [2, "image", 9]]
+    inputs = tiny_inputs(name, layout, seed=2, extra=1)
+
+    def turns(manager: AbstractContextManager[Any]) -> Tensor:
+        cache = DynamicCache(config=model.config.get_text_config())
+        with manager:
+            ids, first = generate(model, inputs, nullcontext(), 4, past_key_values=cache)
+            ids = torch.cat([ids, torch.full((2, 6), 7)], dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+            more = {"input_ids": ids, "attention_mask": mask}
+            _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
+        return torch.cat([first, second])
+
+    seen: list[Tensor] = []
+    handle = attach(model)
+    hook = (
+        adapters.of(model)
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    )
+    try:
+        logits = turns(handle)
+    finally:
+        hook.remove()
+        handle.detach()
+    return float((logits - turns(reference(model, handle, seen[0]))).abs().max())
+
+
+def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when attaching changes no bit of ids and logits, else the largest difference."""
+    plain_ids, plain = generate(model, inputs, nullcontext())
+    ids, logits = generate(model, inputs, attach(model))
+    if torch.equal(plain, logits) and torch.equal(plain_ids, ids):
+        return 0.0
+    return max(float((plain - logits).abs().max()), 1e-30)
+
+
+def half_precision(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when a bfloat16 run gives finite logits."""
+    model = model.to(torch.bfloat16)
+    try:
+        cast = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+        _, logits = generate(model, cast, attach(model), 2)
+    finally:
+        model.float()
+    return 0.0 if bool(logits.float().isfinite().all()) else float("inf")
+
+
+def no_trace(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when the model is as before after a normal run and after one that raised inside the method."""
+    generate(model, inputs, nullcontext(), 1)
+    before = snapshot(model)
+    generate(model, inputs, attach(model), 2)
+    leftovers = float(snapshot(model) != before)
+    handle = attach(model)
+    layer = adapters.of(model).layers[-1]
+    breaker = layer.register_forward_pre_hook(_raise)
+    try:
+        generate(model, inputs, handle, 2)
+    except _Planned:
+        pass
+    finally:
+        breaker.remove()
+    return leftovers + float(snapshot(model) != before)
+
+
+class _Planned(Exception):
+    pass
+
+
+def _raise(module: Any, args: Any) -> None:
+    raise _Planned
+
+
+def check_method(
+    method: str | Compressor,
+    *,
+    models: Sequence[str] | None = None,
+    retention: float = 0.5,
+    policies: Sequence[Positions] = ("preserve", "compact"),
+    steps: int = 8,
+) -> list[Deviation]:
+    """Run the whole contract for a method on tiny models; AssertionError names every cell that fails.
+
+    method: a registered name or an object. models: names from TINY_MODELS, all by default.
+    """
+    resolved = create(method) if isinstance(method, str) else method
+    budget: dict[str, Any] = {"retention": retention} if resolved.needs_budget else {}
+    cells: list[Deviation] = []
+    for name in models or TINY_MODELS:
+        model = tiny_model(name)
+        inputs = tiny_inputs(name, MIXED, seed=3, extra=1)
+
+        def add(check: str, worst: float, limit: float = LIMIT, name: str = name) -> None:
+            cells.append(Deviation(resolved.name, name, check, worst, limit))
+
+        for policy in policies:
+
+            def attach(model: Any, policy: Positions = policy) -> Handle:
+                return compress(model, resolved, positions=policy, **budget)
+
+            for mode, options in MODES.items():
+                add(f"oracle, {policy}, {mode}", against_oracle(model, inputs, attach, steps, **options))
+            add(f"batch = singles, {policy}", batch_against_singles(model, name, attach, steps))
+            add(f"right = left padding, {policy}", right_padding(model, name, attach))
+            add(f"two turns, {policy}", two_turns(model, name, attach))
+        add("text only, bit-identical", identical(model, tiny_inputs(name, [[9], [5]]), attach), 0.0)
+        if resolved.needs_budget:
+            whole = lambda model: compress(model, resolved, retention=1.0)  # noqa: E731
+            add("retention 1.0, bit-identical", identical(model, inputs, whole), 0.0)
+        add("nothing left behind", no_trace(model, inputs, attach), 0.0)
+        add("bfloat16 runs", half_precision(model, inputs, attach), 0.0)
+    _raise_on_failure(cells)
+    return cells
+
+
+def check_adapter(name: str, *, steps: int = 8) -> list[Deviation]:
+    """Run the contract on one tiny model with probe methods at every kind of stage."""
+    from vtc.compressor import AFTER_PREFILL
+    from vtc.testing.probes import FixedKeep, LastRowTopK
+
+    cells: list[Deviation] = []
+    for at in ((0,), (2,), (0, 2), (0, 1, 3), (0, AFTER_PREFILL), (1, CacheStage(2))):
+        cells += check_method(FixedKeep(at=at), models=[name], steps=steps)
+    cells += check_method(FixedKeep(at=(0, 2), static=False), models=[name], steps=steps)
+    cells += check_method(LastRowTopK(), models=[name], steps=steps, retention=0.7)
+    return cells
+
+
+def _raise_on_failure(cells: Sequence[Deviation]) -> None:
+    failed = [cell for cell in cells if not cell.passed]
+    lines = [f"{c.method} on {c.model}: {c.check}: {c.worst:.2e} exceeds {c.limit:.0e}" for c in failed]
+    assert not failed, "contract broken:\n" + "\n".join(lines)

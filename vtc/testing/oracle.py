@@ -1,0 +1,97 @@
+"""The reference for pruning: the unpruned model with the dropped tokens masked out of attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc import adapters
+from vtc.compressor import Positions
+
+
+class Oracle:
+    """Run a model as if tokens had been dropped, without dropping any.
+
+    tables: LLM layer -> [B, S] bool over the input positions, True where a token is still visible from that layer on
+    (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact" renumbers the visible tokens from the first table on.
+    cached: the same for later calls only, for rows evicted from the cache after the prefill.
+    embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: dict[int, Tensor] | Sequence[dict[int, Tensor]],
+        *,
+        positions: Positions = "preserve",
+        cached: dict[int, Tensor] | None = None,
+        embeddings: Tensor | None = None,
+    ) -> None:
+        adapter = adapters.of(model)
+        self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
+        self.queue = [tables] if isinstance(tables, dict) else list(tables)
+        self.tables, self.cached = self.queue[0], cached or {}
+        self.positions, self.embeddings = positions, embeddings
+        self._mask: Tensor | None = None
+        self._past = 0
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Oracle:
+        self._handles = [self.llm.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        for index, layer in enumerate(self.layers):
+            hook = functools.partial(self._layer, index)
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        self._mask, self._past = kwargs.get("attention_mask"), cache.get_seq_length() if cache is not None else 0
+        if self._past == 0:
+            self.tables = self.queue.pop(0) if len(self.queue) > 1 else self.queue[0]
+        rows = kwargs["inputs_embeds"]
+        if self.embeddings is not None and self._past == 0:
+            full = self.embeddings.repeat_interleave(rows.shape[0] // self.embeddings.shape[0], 0)
+            rows = torch.cat([full.to(rows.dtype), rows[:, full.shape[1] :]], dim=1)
+            kwargs["inputs_embeds"] = rows
+        return args, kwargs
+
+    def _layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        batch, queries, _ = hidden.shape
+        keys = self._past + queries
+        visible = torch.ones(batch, keys, dtype=torch.bool)
+        if self._mask is not None:
+            visible = self._mask[:, :keys].bool()
+        numbered = self._hide(visible, self.tables, index)
+        visible = self._hide(numbered, self.cached, index) if self._past else numbered
+        causal = torch.arange(keys) <= torch.arange(queries)[:, None] + self._past
+        mask = causal & visible[:, None, None]
+        if self.llm.config._attn_implementation == "eager":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        kwargs["attention_mask"] = mask
+        if self.positions == "compact" and index >= min(self.tables):
+            numbers = (numbered.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]
+            numbers = numbers[None].expand(3, -1, -1) if self.mrope else numbers
+            kwargs["position_embeddings"] = self.llm.rotary_emb(hidden, numbers)
+        return args, kwargs
+
+    @staticmethod
+    def _hide(visible: Tensor, tables: dict[int, Tensor], layer: int) -> Tensor:
+        visible = visible.clone()
+        for start, table in tables.items():
+            if layer >= start:
+                table = table.repeat_interleave(visible.shape[0] // table.shape[0], 0)
+                width = min(visible.shape[1], table.shape[1])
+                visible[:, :width] &= table[:, :width]
+        return visible

@@ -1,0 +1,75 @@
+"""Small methods that exercise the engine's stages in tests; they are not registered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtc.compressor import (
+    AFTER_PREFILL,
+    Compressor,
+    ModelSpec,
+    Needs,
+    Plan,
+    Positions,
+    Rows,
+    Selection,
+    Stage,
+    StageView,
+)
+from vtc.ops.hashing import uniform
+from vtc.ops.select import top_k
+
+
+@dataclass(frozen=True)
+class FixedKeep(Compressor):
+    """Drop a random share of each item's tokens at every given stage, seeded by item, stage and token.
+
+    static: give the counts to the engine; otherwise each token is drawn on its own and the counts stay data-dependent.
+    """
+
+    at: tuple[Stage, ...] = (0,)
+    rate: float = 0.5
+    seed: int = 0
+    static: bool = True
+
+    name: ClassVar[str] = "fixed_keep"
+    needs_budget: ClassVar[bool] = False
+    default_positions: ClassVar[Positions] = "preserve"
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan(self.at, Needs(), self.default_positions)
+
+    def select(self, view: StageView) -> Selection:
+        salt = self.at.index(view.stage) + 17 * self.seed
+        draw = uniform(view.fingerprint, view.items.token, salt)
+        if not self.static:
+            return Selection(draw < self.rate)
+        counts = [round(count * self.rate) for count in view.items.counts]
+        keep = torch.tensor(counts, device=draw.device)
+        return Selection(top_k(draw, keep, view.items.mask), counts=counts)
+
+
+@dataclass(frozen=True)
+class LastRowTopK(Compressor):
+    """Prune before LLM layer `layer` by the attention of the last token in the layer before it."""
+
+    layer: int = 2
+
+    name: ClassVar[str] = "last_row_top_k"
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((self.layer,), Needs(llm={self.layer - 1: Rows.LAST}), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        assert view.budget is not None
+        layers = view.model.llm_layers
+        counts = [view.budget.tokens_from_layer(n, self.layer, layers) for n in view.items.input_counts]
+        keep = torch.tensor(counts, device=view.hidden.device)
+        return Selection(top_k(view.llm_attention(self.layer - 1), keep, view.items.mask), counts=counts)
+
+
+EVICT_HALF = FixedKeep(at=(0, AFTER_PREFILL))
+"""Half the tokens go before the LLM, half of the rest leave the cache after the prefill."""
