@@ -1,1 +1,21 @@
-"""."""
+"""Evaluation: sweep methods x retentions over lmms-eval tasks, score the answers and draw the report.
+
+The modules, in the order in which a sweep uses them::
+
+    spec.py        what the user asks for, from options or a YAML file
+    cells.py       one cell = one method with its hyper-parameters at one retention, and its key
+    tasks.py       lmms-eval tasks: documents, messages, generation settings, fingerprint
+    runner.py      messages -> processor -> model.generate, with or without compression
+    store.py       the append-only record of all answers
+    execute.py     which answers are missing, and the loop that fetches them
+    scoring.py     answers -> metrics, by lmms-eval's own code
+    statistics.py  intervals and paired tests
+    tables.py, figure.py, report.py    metrics -> tables, figure and report
+    sweep.py, cli.py, lmms_plugin.py   the ways in
+
+Importing this package imports none of them: lmms-eval, datasets and matplotlib are loaded where they are used.
+
+>>> from vtc.eval.spec import SweepSpec
+>>> SweepSpec(model="tiny-llava", limit=24).retentions
+(1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
+"""

@@ -1,0 +1,236 @@
+"""lmms-eval tasks as a sweep sees them: documents, messages, generation settings and a fingerprint.
+
+Tasks come from the embedded folder, from `include_path` folders and, for names found in neither, from lmms-eval itself
+(indexing those takes seconds, so it happens only then).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from vtc.eval.generation import Generation, make_generation
+from vtc.eval.quiet import muted
+
+from vtc.errors import InputError, UnknownName
+
+EMBEDDED = Path(__file__).parent / "tasks"
+GENERATE = "generate_until"
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """One lmms-eval task, ready to be answered and scored. `lmms` is the task object that lmms-eval built."""
+
+    name: str
+    lmms: Any
+    profile: str = "default"
+
+    @cached_property
+    def documents(self) -> Any:
+        """The evaluated documents, in the order of their ids."""
+        return self.lmms.eval_docs
+
+    @property
+    def repeats(self) -> int:
+        """How often each question is asked; more than once only for sampling tasks."""
+        return int(self.lmms.config.repeats or 1)
+
+    @property
+    def version(self) -> str:
+        """The version that the task's author gave it."""
+        return str(self.lmms.VERSION)
+
+    @property
+    def main_metric(self) -> str:
+        """The first metric that the task declares."""
+        return str(next(iter(self.lmms.aggregation())))
+
+    def conversation(self, doc_id: int) -> list[dict[str, Any]]:
+        """The chat messages of one document in the form that `processor.apply_chat_template` takes, images as PIL.
+
+        Raises:
+            InputError: the document carries video or audio.
+        """
+        return conversation(self.lmms.doc_to_messages(self.documents[doc_id]), f"task {self.name!r}, document {doc_id}")
+
+    def generation(self, overrides: Mapping[str, Any]) -> Generation:
+        """How answers are generated: the task's settings, then `overrides`."""
+        declared = self.lmms.config.generation_kwargs or {}
+        # lmms-eval fills in the few-shot delimiter where a task names no stop strings; its own chat models ignore it.
+        implicit = declared.get("until") == [self.lmms.config.fewshot_delimiter]
+        own = {key: value for key, value in declared.items() if not (key == "until" and implicit)}
+        return make_generation({**own, **overrides}, source=f"task {self.name!r}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the task's settings, the code of its functions or its data."""
+        settings = dict(vars(self.lmms.config))
+        kwargs = dict(settings.pop("dataset_kwargs") or {})
+        files = list(_paths(kwargs.pop("data_files", None)))
+        data = [_file_digest(file) for file in files] or [str(self.documents._fingerprint)]
+        content = {"settings": settings, "dataset_kwargs": kwargs, "data": data, "n": len(self.documents)}
+        canonical = json.dumps({**content, "profile": self.profile}, sort_keys=True, default=_stable)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def conversation(messages: Any, source: str) -> list[dict[str, Any]]:
+    """lmms-eval's chat `messages` in the form that `processor.apply_chat_template` takes, images as PIL in RGB.
+
+    Raises:
+        InputError: video or audio.
+    """
+    from lmms_eval.protocol import ChatMessages
+
+    converted: list[dict[str, Any]] = ChatMessages(messages=messages).to_hf_messages()
+    for message in converted:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = _open_image(part["image"])
+            elif part["type"] != "text":
+                raise InputError(f"{source}: {part['type']} input; this version evaluates image tasks")
+    return converted
+
+
+def _open_image(image: Any) -> Any:
+    from PIL import Image
+
+    return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
+
+
+def _paths(data_files: Any) -> Iterator[Path]:
+    """Local files in the `data_files` of a task: a name, a list or a mapping of splits."""
+    if isinstance(data_files, str):
+        if Path(data_files).is_file():
+            yield Path(data_files)
+    elif isinstance(data_files, Mapping):
+        for split in sorted(data_files):
+            yield from _paths(data_files[split])
+    elif isinstance(data_files, Sequence):
+        for entry in data_files:
+            yield from _paths(entry)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stable(value: Any) -> str:
+    """A function by the content of the file it is defined in; any other object by its type and attributes."""
+    while isinstance(value, partial):
+        value = value.func
+    if callable(value):
+        source = inspect.getsourcefile(value) if inspect.isroutine(value) or inspect.isclass(value) else None
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return f"{name}:{_file_digest(Path(source)) if source else ''}"
+    return (
+        f"{type(value).__qualname__}:{json.dumps(getattr(value, '__dict__', str(value)), default=str, sort_keys=True)}"
+    )
+
+
+def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:
+    for folder in include_path:
+        if not folder.is_dir():
+            raise InputError(f"include path {str(folder)!r} is not a folder; write a folder that holds task YAML files")
+    with muted():
+        import datasets.config
+        from lmms_eval.tasks import TaskManager
+
+        # Else every load of a local parquet or json file counts itself at a server, which delays machines without one.
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+        folders = [str(folder) for folder in (*include_path, EMBEDDED) if folder.is_dir()]
+        return TaskManager(include_path=folders, include_defaults=defaults, model_name=profile)
+
+
+def load_tasks(names: Sequence[str], include_path: Sequence[Path] = (), profile: str = "default") -> list[SweepTask]:
+    """Load the tasks called `names`, groups and tags expanded, each once, in this order.
+
+    Raises:
+        UnknownName: a name that no folder knows, with near matches.
+        InputError: a task that is not generate_until, whose data are missing, or whose code fails to load.
+    """
+    manager = _manager(include_path, profile, defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        local = manager.all_tasks
+        manager = _manager(include_path, profile, defaults=True)
+        for name in names:
+            if name not in manager.all_tasks:
+                raise _unknown_task(name, manager.all_tasks, local)
+    tasks: dict[str, SweepTask] = {}
+    for name in names:
+        _check_output_type(name, _output_type(manager, name))
+        for leaf, lmms in _leaves(_load(manager, name)):
+            _check_output_type(leaf, lmms.OUTPUT_TYPE)
+            tasks.setdefault(leaf, SweepTask(leaf, lmms, profile))
+    return list(tasks.values())
+
+
+def _unknown_task(name: str, known: Sequence[str], local: Sequence[str]) -> UnknownName:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    here = ", ".join(local) or "none"
+    return UnknownName(f"unknown task {name!r};{hint} Local tasks: {here}. `vtc tasks --all` lists lmms-eval's own")
+
+
+def _output_type(manager: Any, name: str) -> str:
+    """The output type that a task's YAML declares; groups and tags count as generate_until until they are expanded."""
+    from lmms_eval.utils import load_yaml_config
+
+    entry = manager.task_index[name]
+    if entry["type"] != "task":
+        return GENERATE
+    return str(load_yaml_config(entry["yaml_path"], mode="simple").get("output_type", GENERATE))
+
+
+def _check_output_type(name: str, output_type: str) -> None:
+    if output_type != GENERATE:
+        raise InputError(
+            f"task {name!r} is of type {output_type}; a sweep answers {GENERATE} tasks, which `vtc tasks --all` lists"
+        )
+
+
+def _load(manager: Any, name: str) -> Mapping[Any, Any]:
+    from lmms_eval.tasks import get_task_dict
+    from tenacity import RetryError
+
+    try:
+        with muted():
+            loaded: Mapping[Any, Any] = get_task_dict([name], manager, "chat")
+            return loaded
+    except Exception as error:
+        cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise InputError(f"task {name!r} cannot be loaded here: {reason}") from error
+
+
+def _leaves(loaded: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, entry in loaded.items():
+        if isinstance(entry, Mapping):
+            yield from _leaves(entry)
+        else:
+            yield str(name), entry[1] if isinstance(entry, tuple) else entry
+
+
+def list_tasks(include_path: Sequence[Path] = (), *, everything: bool = False) -> list[dict[str, str]]:
+    """The tasks, groups and tags that a sweep can name, sorted: ``{"name", "kind", "folder"}`` each.
+
+    Only local ones unless `everything`, which adds the generate_until tasks of lmms-eval; most of those need data from
+    the hub.
+    """
+    manager = _manager(include_path, "default", defaults=everything)
+    listed = []
+    for name in manager.all_tasks:
+        entry = manager.task_index[name]
+        if _output_type(manager, name) == GENERATE:
+            path = entry["yaml_path"]
+            folder = str(Path(path).parent) if isinstance(path, str) else ""
+            listed.append({"name": name, "kind": entry["type"].removeprefix("python_"), "folder": folder})
+    return listed

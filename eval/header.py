@@ -1,0 +1,111 @@
+"""`run.json`: what a store was made with, and whether a sweep may add to it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from vtc.eval.catalogue import SweepTask
+from vtc.eval.cells import Cell
+from vtc.eval.spec import SweepSpec
+from vtc.eval.store import Record, Store
+
+from vtc.errors import InputError
+
+PACKAGES = ("vtc", "torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy", "pillow")
+
+
+def documents(spec: SweepSpec, task: SweepTask) -> int:
+    """How many documents of `task` the sweep asks about."""
+    return min(spec.limit or len(task.documents), len(task.documents))
+
+
+def run_record(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells: Sequence[Cell], loaded: Any) -> Record:
+    """The content of `run.json` once `spec` runs: what is there already, and this sweep."""
+    run: Record = store.run() if store.exists else {"tasks": {}, "sweeps": []}
+    for task in tasks:
+        asked = run["tasks"].get(task.name, {}).get("cells", [])
+        generation = task.generation(spec.generation)
+        run["tasks"][task.name] = {
+            "fingerprint": task.fingerprint,
+            "version": task.version,
+            "documents": documents(spec, task),
+            "of": len(task.documents),
+            "repeats": task.repeats,
+            "main_metric": task.main_metric,
+            "cluster_key": task.lmms.config.cluster_key,
+            "prompt_profile": task.profile,
+            "generation": {name: value for name, value in generation.arguments.items() if value is not None},
+            "until": list(generation.until),
+            "cells": list(dict.fromkeys([*asked, *(cell.key() for cell in cells)])),
+        }
+    sweep = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "spec": spec.model_dump(mode="json"),
+        "versions": versions(),
+        "device": str(loaded.model.device),
+    }
+    return {
+        "model": {"name": loaded.name, "fingerprint": _plain(cells[0].model)},
+        "seed": spec.seed,
+        "generation": _plain(spec.generation),
+        "tasks": run["tasks"],
+        "sweeps": [*run["sweeps"], sweep],
+    }
+
+
+def check_same_sweep(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells: Sequence[Cell]) -> None:
+    """Refuse to add to a store whose answers could not stand beside the new ones.
+
+    Raises:
+        InputError: another model, seed or generation override, or a task that has changed since.
+    """
+    run = store.run()
+    where = f"{str(store.folder)!r} holds a sweep"
+    there, here = run["model"]["fingerprint"], _plain(cells[0].model)
+    if there != here:
+        changed = [f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there.get(key) != here[key]]
+        raise InputError(f"{where} of {run['model']['name']!r} ({'; '.join(changed)}); choose another --out")
+    for setting, now in (("seed", spec.seed), ("generation", _plain(spec.generation))):
+        if run[setting] != now:
+            raise InputError(f"{where} with {setting} {run[setting]!r}, not {now!r}; choose another --out")
+    for task in tasks:
+        stored = run["tasks"].get(task.name)
+        if stored is not None and stored["fingerprint"] != task.fingerprint:
+            raise InputError(
+                f"{where} of task {task.name!r} as it was before its settings, code or data changed"
+                f" (version {stored['version']} there, {task.version} here); choose another --out"
+            )
+
+
+def changes_since(store: Store, spec: SweepSpec) -> list[str]:
+    """What differs from the last sweep in this store and may be worth knowing: library versions, the batch size."""
+    if not store.exists:
+        return []
+    last = store.run()["sweeps"][-1]
+    now, before = versions(), last["versions"]
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    notes = [f"stored answers were made with other versions: {', '.join(changed)}"] if changed else []
+    if last["spec"]["batch_size"] != spec.batch_size:
+        notes.append(f"stored answers were made in batches of {last['spec']['batch_size']}, not {spec.batch_size}")
+    return notes
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that answers and metrics depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """`settings` as they are after a round trip through JSON."""
+    return json.loads(json.dumps(dict(settings), default=str))

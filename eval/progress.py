@@ -1,0 +1,90 @@
+"""How a sweep reports to a person, on stderr: a bar with the remaining time, or plain lines without a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from vtc.eval.store import Record
+
+
+class SilentProgress:
+    """Reports nothing."""
+
+    def note(self, text: str) -> None:
+        """One line for the user."""
+
+    def start(self, total: int, done: int) -> None:
+        """`total` answers are wanted, `done` of them are stored already."""
+
+    def advance(self, answers: int) -> None:
+        """So many more are stored."""
+
+    def fail(self, failure: Record, lost: int) -> None:
+        """A failure was recorded; `lost` answers will not be fetched in this run."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class ConsoleProgress(SilentProgress):
+    """Reports to stderr."""
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        # The stream is named because whatever redirects sys.stderr later means to silence others, not this bar.
+        self.console = Console(file=sys.stderr)
+        self._every = every_seconds
+        self._bar = Progress(
+            TextColumn("answers"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._id = self._bar.add_task("answers", total=None)
+        self._total = self._done = self._stored = 0
+        self._began = self._spoke = 0.0
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, total: int, done: int) -> None:
+        """Begin with `done` of `total` answers."""
+        self._total, self._done, self._stored = total, done, done
+        self._began = self._spoke = time.monotonic()
+        self._bar.update(self._id, total=total, completed=done)
+
+    def advance(self, answers: int) -> None:
+        """Move the bar, or print a line when the last one is old."""
+        self._done += answers
+        self._bar.update(self._id, completed=self._done)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._spoke >= self._every and self._done > self._stored:
+            self._spoke = now
+            left = (now - self._began) / (self._done - self._stored) * (self._total - self._done)
+            self.note(f"{self._done} of {self._total} answers, {timedelta(seconds=round(left))} left")
+
+    def fail(self, failure: Record, lost: int) -> None:
+        """Print the reason and shorten the bar."""
+        self._total -= lost
+        self._bar.update(self._id, total=self._total)
+        self.note(f"failed: {failure['task']}, {failure['stage']}: {failure['error']}: {failure['reason']}")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

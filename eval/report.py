@@ -1,0 +1,75 @@
+"""The files that people read, drawn from a store: `metrics.csv`, `figure.png`, the self-contained `report.html`."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+from vtc.eval import figure
+from vtc.eval.tables import Grid, Results, grid, read_results, significant, to_csv, tokens
+
+from vtc.errors import InputError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(folder: Path) -> Results:
+    """Write the three files into `folder` from the store that it holds, and return what they show.
+
+    Raises:
+        InputError: the folder holds no sweep, or cannot be written.
+    """
+    results = read_results(folder)
+    picture = figure.draw(results)
+    files = {
+        "metrics.csv": to_csv(results).encode(),
+        "figure.png": picture,
+        "report.html": render(results, picture).encode(),
+    }
+    for name, content in files.items():
+        temporary = folder / f"{name}.new"
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, folder / name)
+        except OSError as error:
+            raise InputError(f"cannot write {str(folder / name)!r}: {error.strerror or error}") from error
+    return results
+
+
+def render(results: Results, picture: bytes) -> str:
+    """The report as one HTML page that needs no other file."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(significant=significant, tokens=tokens)
+    return environment.get_template("report.html").render(
+        results=results,
+        run=results.run,
+        sweep=results.run["sweeps"][-1],
+        picture=base64.b64encode(picture).decode(),
+        tasks=[_task(results, task) for task in results.tasks],
+    )
+
+
+def _task(results: Results, task: str) -> dict[str, Any]:
+    metrics = results.metrics(task)
+    grids: dict[str, Grid] = {metric: grid(results, task, metric) for metric in metrics}
+    main = grids.get(results.main_metric(task))
+    methods = sorted({line["ci_method"] for line in results.lines if line["task"] == task})
+    tests = sorted({line["diff_method"] for line in results.lines if line["task"] == task and line["diff_method"]})
+    return {
+        "name": task,
+        "settings": results.run["tasks"][task],
+        "main": main,
+        "grids": grids,
+        "intervals": methods,
+        "tests": tests,
+    }

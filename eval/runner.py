@@ -1,0 +1,231 @@
+"""The path every user takes: chat template -> processor -> `model.generate`, inside `vtc.compress` or without it.
+
+Knows nothing of lmms-eval: it takes conversations and returns answers. A batch is prepared once and answered by as many
+cells as wanted; inside `Runner.sharing` its images are encoded once as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vtc.eval.cells import Cell
+from vtc.eval.generation import Generation
+
+import vtc
+import vtc.vision
+from vtc.compressor import Compressor
+from vtc.errors import InputError, UnsupportedMethod, UnsupportedModel
+
+Conversation = Sequence[Mapping[str, Any]]
+SMALL = 50_000_000  # parameters
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of B prompts on the model's device, left-padded; `visual_tokens` (B) counts their image placeholders."""
+
+    inputs: Mapping[str, Any]
+    visual_tokens: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.visual_tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost.
+
+    `input_tokens` is the prompt's length before compression. `visual_tokens_kept` is the mean, over the layers of the
+    language model, of the visual tokens that enter the layer. `seconds` is this answer's share of the batch's generate
+    time, `engine_seconds` the part of it that the compression engine spent on the host.
+    """
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    visual_tokens_in: int
+    visual_tokens_kept: float
+    seconds: float
+    engine_seconds: float
+
+
+class Runner:
+    """Answers batches of conversations with one loaded model."""
+
+    def __init__(self, loaded: Any) -> None:
+        """Use the model and processor that `vtc.loading.load` returned.
+
+        Raises:
+            UnsupportedModel: the processor has no chat template.
+        """
+        self.model = loaded.model
+        self.processor = loaded.processor
+        if not getattr(self.processor, "chat_template", None):
+            raise UnsupportedModel(f"{loaded.name!r} has no chat template, so its prompts cannot be written")
+
+    def prepare(self, conversations: Sequence[Conversation]) -> Batch:
+        """Render, tokenise and preprocess `conversations` as one left-padded batch."""
+        texts = [
+            self.processor.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+            for conversation in conversations
+        ]
+        images = [
+            [part["image"] for part in _parts(conversation) if part["type"] == "image"]
+            for conversation in conversations
+        ]
+        bos = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+        )
+        visual = torch.isin(inputs["input_ids"], self._visual_token_ids()).sum(1)
+        return Batch(inputs.to(self.model.device, dtype=self.model.dtype), tuple(visual.tolist()))
+
+    def _visual_token_ids(self) -> Tensor:
+        names = ("image_token_id", "video_token_id")
+        ids = [getattr(self.model.config, name, None) for name in names]
+        return torch.tensor([token_id for token_id in ids if token_id is not None], dtype=torch.long)
+
+    def check(self, cell: Cell) -> Cell:
+        """The cell with its position policy resolved.
+
+        Raises:
+            VTCError: the method cannot run on this model, or not at this retention.
+        """
+        if cell.compressor is None:
+            return cell
+        with self._compressed(cell.compressor, cell) as handle:
+            return dataclasses.replace(cell, positions=handle.positions)
+
+    def _compressed(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
+        return vtc.compress(self.model, compressor, retention=cell.retention, positions=cell.positions, trace=False)
+
+    def sharing(self, cells: Sequence[Cell]) -> vtc.vision.SharedEncoder:
+        """Inside this context, the images of a batch are encoded by the first of `cells` that answers it.
+
+        Raises:
+            UnsupportedMethod: two methods need different rows of the attention of one vision layer.
+        """
+        return vtc.share_encoder(self.model, [cell.compressor for cell in cells if cell.compressor is not None])
+
+    def sharing_groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Split `cells` into the fewest runs, in order, whose methods can share one encoding."""
+        groups: list[list[Cell]] = []
+        for cell in cells:
+            for group in groups:
+                with contextlib.suppress(UnsupportedMethod):
+                    self.sharing([*group, cell])
+                    group.append(cell)
+                    break
+            else:
+                groups.append([cell])
+        return groups
+
+    def answer(self, batch: Batch, cell: Cell, generation: Generation, *, seed: int = 0) -> list[Answer]:
+        """The B answers of `cell`. `seed` is used by sampling only.
+
+        Raises:
+            Exception: whatever the method or the model raises; nothing is answered in its place.
+        """
+        start = time.perf_counter()
+        kept: Sequence[float] = batch.visual_tokens
+        engine_seconds = 0.0
+        if cell.compressor is None:
+            new = self._generate(batch, generation, seed)
+        else:
+            with self._compressed(cell.compressor, cell) as handle:
+                new = self._generate(batch, generation, seed)
+                if any(batch.visual_tokens):
+                    call = handle.stats.calls[-1]
+                    kept = _per_prompt(call.visual_tokens_kept, len(batch))
+                    engine_seconds = round(call.seconds / len(batch), 6)
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        lengths = self._lengths(new)
+        prompt_lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        seconds = round((time.perf_counter() - start) / len(batch), 6)
+        return [
+            Answer(
+                generation.cut(text),
+                prompt,
+                length,
+                before,
+                round(after, 4),
+                round(seconds, 6),
+                round(engine_seconds, 6),
+            )
+            for text, prompt, length, before, after in zip(
+                texts, prompt_lengths, lengths, batch.visual_tokens, kept, strict=True
+            )
+        ]
+
+    @torch.inference_mode()
+    def _generate(self, batch: Batch, generation: Generation, seed: int) -> Tensor:
+        """The new token ids, (B, S)."""
+        with _seeded(seed, self.model.device) if generation.samples else contextlib.nullcontext():
+            output = self.model.generate(**batch.inputs, **generation.arguments)
+        new: Tensor = output[:, batch.inputs["input_ids"].shape[1] :]
+        if new.shape[0] != len(batch):
+            raise InputError(f"{new.shape[0]} answers to {len(batch)} questions; set num_return_sequences to 1")
+        return new
+
+    def _lengths(self, new: Tensor) -> list[int]:
+        """Generated tokens per answer, the end-of-sequence token included, the padding after it not."""
+        pad = self.model.generation_config.pad_token_id
+        pad = self.processor.tokenizer.pad_token_id if pad is None else pad
+        return [int(n) for n in (new != pad).sum(1).tolist()]
+
+
+def _parts(conversation: Conversation) -> Iterator[Mapping[str, Any]]:
+    for message in conversation:
+        yield from message["content"]
+
+
+def _per_prompt(values: Sequence[float], prompts: int) -> Sequence[float]:
+    """One value per prompt where beams repeat each prompt several times in a row."""
+    return values[:: max(1, len(values) // prompts)]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def few_threads(model: torch.nn.Module) -> Iterator[None]:
+    """One torch thread for a small model on the CPU.
+
+    Its matrices are hardly worth splitting, and where a second core is busy with something else, waiting for it after
+    every one of them makes answers ten times slower.
+    """
+    threads = torch.get_num_threads()
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+    if small and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batch_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on `parts` only, the same in every process.
+
+    >>> batch_seed(0, "pope", 24) == batch_seed(0, "pope", 24) != batch_seed(0, "pope", 48)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1

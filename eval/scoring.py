@@ -1,0 +1,184 @@
+"""Stored answers -> metrics, by lmms-eval's own code.
+
+`evaluator.evaluate` runs on a model that replays the stored answers, so that filters, `process_results` and aggregation
+are those of a plain lmms-eval run. Answering and scoring are separate: a new metric never costs a second generation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from vtc.eval.catalogue import SweepTask
+from vtc.eval.quiet import muted
+from vtc.eval.statistics import Outcomes, Paired, interval, paired
+from vtc.eval.store import Record
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One metric of one cell: `value` as the task aggregates it, over the documents `doc_ids` (N) that have it."""
+
+    value: float
+    doc_ids: tuple[int, ...]
+    outcomes: Outcomes
+
+
+def score(task: SweepTask, rows: Sequence[Record], documents: int) -> dict[str, Scored]:
+    """The metrics of one cell from its answers to the first `documents` documents, by name.
+
+    A metric under a filter other than lmms-eval's default is called ``metric,filter``. Metrics whose aggregate is not a
+    number (predictions written to a file for a server, for instance) are left out.
+
+    Raises:
+        Exception: whatever the task's scoring code raises.
+    """
+    replay = _replay({(row["doc_id"], row["repeat"]): row["text"] for row in rows})
+    with muted():
+        from lmms_eval.evaluator import evaluate
+
+        result = evaluate(
+            lm=replay,
+            task_dict={task.name: task.lmms},
+            limit=documents,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            cli_args=argparse.Namespace(process_with_media=False, reasoning_tags=None),
+        )
+    samples = result["samples"][task.name]
+    values = {k: v for k, v in result["results"][task.name].items() if "," in k and "_stderr" not in k}
+    filters = list(dict.fromkeys(key.split(",", 1)[1] for key in values))
+    scored = {}
+    for key, value in values.items():
+        metric, name = key.split(",", 1)
+        if isinstance(value, Real) and metric in task.lmms.aggregation():
+            start = filters.index(name) * documents
+            having = [sample for sample in samples[start : start + documents] if metric in sample]
+            label = metric if name == "none" else key
+            scored[label] = Scored(
+                float(value), tuple(s["doc_id"] for s in having), _outcomes(task, metric, having, float(value))
+            )
+    return scored
+
+
+def _replay(texts: Mapping[tuple[int, int], str]) -> Any:
+    with muted():
+        import torch
+        from lmms_eval.api.model import lmms
+
+    class Replay(lmms):  # type: ignore[misc]
+        """Answers every request with the stored text."""
+
+        is_simple = False
+        accelerator = None
+
+        def clean(self) -> None:
+            """Nothing to free."""
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            asked: Counter[int] = Counter()
+            answers = []
+            for request in requests:
+                doc_id = request.args[3]
+                answers.append(texts[doc_id, asked[doc_id]])
+                asked[doc_id] += 1
+            return answers
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+            raise NotImplementedError
+
+        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+            raise NotImplementedError
+
+    replay = Replay()
+    replay.device = torch.device("cpu")
+    return replay
+
+
+def _outcomes(task: SweepTask, metric: str, samples: Sequence[Mapping[str, Any]], value: float) -> Outcomes:
+    """The documents' outcomes in `metric`, which aggregate to `value`."""
+    aggregate = task.lmms.aggregation()[metric]
+    score_key, cluster_key = task.lmms.config.score_key, task.lmms.config.cluster_key
+    items = [sample[metric] for sample in samples]
+    numbers = [item.get(score_key) if isinstance(item, Mapping) else item for item in items]
+    scores, scale = None, 1.0
+    if all(isinstance(number, Real) for number in numbers):
+        candidate = np.array(numbers, dtype=np.float64)
+        for factor in (1.0, 100.0):
+            if np.isclose(value, factor * candidate.mean(), rtol=1e-9, atol=1e-12):
+                scores, scale = candidate, factor
+                break
+        if scores is not None and not candidate.any():
+            scale = _scale_from_a_hit(aggregate, items, score_key)
+    clusters = None
+    if cluster_key:
+        named = [_cluster(item, sample, cluster_key) for item, sample in zip(items, samples, strict=True)]
+        clusters = named if all(cluster is not None for cluster in named) else None
+    return Outcomes(items, aggregate, scores, scale, clusters)
+
+
+def _scale_from_a_hit(aggregate: Any, items: Sequence[Any], score_key: str) -> float:
+    """Whether a metric counts to 1 or to 100, which scores that are all zero do not tell."""
+    hits = [{**item, score_key: 1.0} if isinstance(item, Mapping) else 1.0 for item in items]
+    try:
+        return 100.0 if np.isclose(float(aggregate(hits)), 100.0) else 1.0
+    except Exception:  # the task's own code, on outcomes it did not make
+        return 1.0
+
+
+def _cluster(item: Any, sample: Mapping[str, Any], cluster_key: str) -> Hashable | None:
+    cluster = item.get(cluster_key) if isinstance(item, Mapping) else None
+    cluster = sample["doc"].get(cluster_key) if cluster is None else cluster
+    return cluster if cluster is None else str(cluster)
+
+
+def metric_records(
+    task: SweepTask, cell: str, documents: int, rows: Sequence[Record], baseline: Mapping[str, Scored] | None
+) -> tuple[dict[str, Scored], list[Record]]:
+    """Score one cell and describe each metric as a line of `metrics.jsonl`.
+
+    `rows` are the cell's answers to the first `documents` documents; `baseline` the scored baseline to compare with,
+    None for the baseline itself or where it is incomplete.
+    """
+    scored = score(task, rows, documents)
+    better = task.lmms.higher_is_better()
+    tokens = {row["doc_id"]: (row["visual_tokens_in"], row["visual_tokens_kept"]) for row in rows}
+    records = []
+    for metric, result in scored.items():
+        if not result.doc_ids:
+            continue
+        ends = interval(result.outcomes)
+        against = _against(result, baseline.get(metric)) if baseline is not None else None
+        visual = np.array([tokens[doc_id] for doc_id in result.doc_ids], dtype=np.float64).mean(axis=0)
+        scores = result.outcomes.scores
+        records.append(
+            {
+                "cell": cell,
+                "task": task.name,
+                "task_fp": task.fingerprint,
+                "documents": documents,
+                "metric": metric,
+                "value": result.value,
+                "ci_low": ends.low,
+                "ci_high": ends.high,
+                "ci_method": ends.how,
+                "n": len(result.doc_ids),
+                "higher_is_better": bool(better.get(metric.split(",")[0], True)),
+                "visual_tokens_in": float(visual[0]),
+                "visual_tokens_kept": float(visual[1]),
+                "paired": None if against is None else vars(against),
+                "scores": None if scores is None else dict(zip(map(str, result.doc_ids), scores.tolist(), strict=True)),
+            }
+        )
+    return scored, records
+
+
+def _against(ours: Scored, theirs: Scored | None) -> Paired | None:
+    if theirs is None or ours.doc_ids != theirs.doc_ids:
+        return None
+    return paired(ours.outcomes, theirs.outcomes)

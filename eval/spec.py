@@ -1,0 +1,159 @@
+"""What a sweep is asked to do: `SweepSpec`, from keyword arguments or a YAML file.
+
+Everything that can be refused without loading a model is refused here, in one line that says what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from vtc.errors import BudgetError, InputError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class MethodSpec(BaseModel):
+    """A method by name, with the hyper-parameters that differ from its defaults.
+
+    >>> MethodSpec.model_validate({"name": "random", "seed": 1}).parameters
+    {'seed': 1}
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The hyper-parameters as given."""
+        return dict(self.model_extra or {})
+
+
+class SweepSpec(BaseModel):
+    """One sweep: a model, methods x retentions, and the tasks to answer.
+
+    The untouched model is always part of a sweep and need not be listed. `retentions` are fractions of the visual
+    tokens, in (0, 1]. `limit` is the number of questions per task, from its beginning; None means all of them.
+    `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
+    generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
+    ``qwen2_5_vl``, where a task words its prompts differently for each model family.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = "tiny-llava"
+    methods: tuple[MethodSpec, ...] = tuple(MethodSpec(name=n) for n in ("random", "stride", "pool", "vtc_cls"))
+    retentions: tuple[float, ...] = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
+    tasks: tuple[str, ...] = ("tiny_image",)
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=24, ge=1)
+    out: Path | None = None
+    include_path: tuple[Path, ...] = ()
+    seed: int = 0
+    positions: Literal["preserve", "compact"] | None = None
+    generation: dict[str, Any] = Field(default_factory=dict)
+    prompt_profile: str = "default"
+    device: str = "auto"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    revision: str | None = None
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _name_is_enough(cls, given: Any) -> Any:
+        entries = [given] if isinstance(given, str | Mapping) else given
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in _sequence(entries)]
+
+    @field_validator("retentions", "tasks", "include_path", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return _sequence([given] if isinstance(given, str | int | float | Path) else given)
+
+    @field_validator("methods", "retentions", "tasks")
+    @classmethod
+    def _not_empty(cls, given: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if not given:
+            raise InputError(f"{info.field_name} is empty; name at least one, or leave the setting out for the default")
+        return given
+
+    @field_validator("retentions")
+    @classmethod
+    def _a_fraction(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        for retention in given:
+            if not 0.0 < retention <= 1.0:
+                raise BudgetError(
+                    f"retention {retention:g} is outside (0, 1]; it is the fraction of visual tokens that is kept,"
+                    f" so 25 % is written 0.25"
+                )
+        return given
+
+    @property
+    def folder(self) -> Path:
+        """Where the sweep is stored: `out`, or ``results/`` and the last part of the model's name."""
+        return self.out if self.out is not None else Path("results") / Path(self.model).name
+
+
+def _sequence(given: Any) -> Any:
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else given
+
+
+def make_spec(settings: Mapping[str, Any], *, source: str = "sweep") -> SweepSpec:
+    """Validate `settings`; `source` names their origin in error messages.
+
+    Raises:
+        InputError: an unknown key (the nearest known one is named), a value of the wrong type, an empty list.
+        BudgetError: a retention outside (0, 1].
+
+    >>> make_spec({"retention": [0.5]}, source="sweep.yaml")
+    Traceback (most recent call last):
+        ...
+    vtc.errors.InputError: sweep.yaml: unknown key 'retention'; did you mean 'retentions'?
+    """
+    try:
+        return SweepSpec.model_validate(dict(settings))
+    except ValidationError as error:
+        problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, InputError | BudgetError):
+        raise type(cause)(f"{source}: {cause}")
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        raise InputError(f"{source}: unknown key {where!r}{_nearest_key(where)}")
+    raise InputError(f"{source}: {where}: {problem['msg'].lower()}, got {problem['input']!r}")
+
+
+def _nearest_key(key: str) -> str:
+    known = list(SweepSpec.model_fields)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f". Known keys: {', '.join(known)}"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings in a YAML file, with `out` defaulting to ``results/`` and the file's name.
+
+    A bare name that is not a file here may be one of the shipped configurations, such as ``quick``.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    if not path.is_file():
+        if str(path) not in shipped:
+            raise InputError(f"no sweep file {str(path)!r}; write its path, or a shipped one: {', '.join(shipped)}")
+        path = shipped[str(path)]
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise InputError(f"{path}: expected 'key: value' lines, such as 'retentions: [0.5, 0.25]'")
+    settings.setdefault("out", str(Path("results") / path.stem))
+    return settings

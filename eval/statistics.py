@@ -1,0 +1,254 @@
+"""Intervals for a metric of one cell, and paired tests against the baseline.
+
+Two cells answer the same questions, so their difference is far better known than either value: pairs are compared, not
+means. Where a task names a `cluster_key` (several questions about one picture, say) whole clusters are resampled or
+flipped, because questions of one cluster are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+LEVEL = 0.95
+RESAMPLES = 2000
+Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What one cell achieved on N documents, in one metric.
+
+    `items` are the N values that the task's `process_results` returned, `aggregate` the function that turns them into
+    the metric. `scores` (N) are numbers such that the metric is `scale` times their mean, None where it is not a mean.
+    `clusters` (N) names each document's cluster, None where the task has none.
+    """
+
+    items: Sequence[Any]
+    aggregate: Callable[[list[Any]], float]
+    scores: Floats | None
+    scale: float = 1.0
+    clusters: Sequence[Hashable] | None = None
+
+    @property
+    def binary(self) -> bool:
+        """Whether every score is 0 or 1."""
+        return self.scores is not None and bool(np.isin(self.scores, (0.0, 1.0)).all())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % confidence interval and the name of the procedure it comes from; None where there is none."""
+
+    low: float | None
+    high: float | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A cell minus the baseline on the same documents.
+
+    `p` is two-sided, of the hypothesis of no difference; `how` names interval and test. `n_up` and `n_down` count the
+    documents whose score is higher and lower than the baseline's; None for metrics that are not means.
+    """
+
+    diff: float
+    low: float | None
+    high: float | None
+    p: float | None
+    how: str
+    n_up: int | None
+    n_down: int | None
+
+
+def interval(outcomes: Outcomes) -> Interval:
+    """The interval of a metric: Wilson for 0/1 scores, else a percentile bootstrap, over clusters if there are any."""
+    if outcomes.binary and outcomes.scores is not None:
+        n = _effective_n(outcomes.scores, outcomes.clusters)
+        low, high = wilson(float(outcomes.scores.mean()), n)
+        how = "Wilson" if outcomes.clusters is None else "Wilson, effective n of clusters"
+        return Interval(low * outcomes.scale, high * outcomes.scale, how)
+    groups = _groups(len(outcomes.items), outcomes.clusters)
+    how = "bootstrap" if outcomes.clusters is None else "cluster bootstrap"
+    if outcomes.scores is not None:
+        return Interval(*_bootstrap_mean(outcomes.scores * outcomes.scale, groups), how)
+    return Interval(*_bootstrap_aggregate([outcomes], groups, lambda values: values[0]), how)
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval for a proportion.
+
+    >>> tuple(round(end, 3) for end in wilson(0.9, 100))
+    (0.826, 0.945)
+    """
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * float(np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def _effective_n(scores: Floats, clusters: Sequence[Hashable] | None) -> float:
+    """Independent questions that say as much as these: N over the design effect, and at most N.
+
+    Without any spread the design effect is unknown; then each cluster counts once.
+    """
+    n = len(scores)
+    if clusters is None:
+        return float(n)
+    sums, counts = _cluster_sums(scores, _groups(n, clusters))
+    mean, k = scores.mean(), len(sums)
+    if mean in (0.0, 1.0) or k < 2:
+        return float(k)
+    variance = k / (k - 1) * float(((sums - mean * counts) ** 2).sum()) / n**2
+    return min(float(n), float(mean * (1 - mean)) / variance) if variance > 0 else float(n)
+
+
+def paired(cell: Outcomes, baseline: Outcomes) -> Paired:
+    """Compare two cells on the same N documents, which must be in the same order.
+
+    0/1 scores without clusters: Bonett-Price interval (2012) and McNemar's exact test. Other means: bootstrap interval
+    and sign-flip test of the (cluster) differences. Metrics that are not means: both by recomputing the metric.
+    """
+    if cell.scores is None or baseline.scores is None:
+        return _paired_aggregate(cell, baseline)
+    difference = (cell.scores - baseline.scores) * cell.scale
+    up, down, n = int((difference > 0).sum()), int((difference < 0).sum()), len(difference)
+    if cell.binary and baseline.binary and cell.clusters is None:
+        low, high = bonett_price(up, down, n)
+        p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
+        how = "Bonett-Price, McNemar exact"
+        return Paired((up - down) / n * cell.scale, low * cell.scale, high * cell.scale, p, how, up, down)
+    groups = _groups(n, cell.clusters)
+    if cell.binary and baseline.binary and up == down == 0:  # a bootstrap of zeros would claim certainty
+        low, high = bonett_price(0, 0, len(groups))
+        return Paired(0.0, low * cell.scale, high * cell.scale, 1.0, "Bonett-Price over clusters", 0, 0)
+    low, high = _bootstrap_mean(difference, groups)
+    sums, _ = _cluster_sums(difference, groups)
+    how = "bootstrap, sign flips" if cell.clusters is None else "cluster bootstrap, sign flips of clusters"
+    return Paired(float(difference.mean()), low, high, _sign_flips(sums), how, up, down)
+
+
+def bonett_price(up: int, down: int, n: int) -> tuple[float, float]:
+    """Interval of a difference of paired proportions: `up` pairs of `n` change from 0 to 1, `down` from 1 to 0.
+
+    >>> tuple(round(end, 3) for end in bonett_price(5, 15, 100))
+    (-0.186, -0.01)
+    """
+    gained, lost = (up + 1) / (n + 2), (down + 1) / (n + 2)
+    half = Z * float(np.sqrt((gained + lost - (gained - lost) ** 2) / (n + 2)))
+    return max(-1.0, gained - lost - half), min(1.0, gained - lost + half)
+
+
+def _groups(n: int, clusters: Sequence[Hashable] | None) -> list[NDArray[np.intp]]:
+    """The positions of each cluster's documents; every document on its own without clusters."""
+    if clusters is None:
+        return list(np.arange(n)[:, None])
+    members: dict[Hashable, list[int]] = {}
+    for position, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(position)
+    return [np.array(positions) for positions in members.values()]
+
+
+def _cluster_sums(values: Floats, groups: Sequence[NDArray[np.intp]]) -> tuple[Floats, Floats]:
+    sums = np.array([values[group].sum() for group in groups])
+    return sums, np.array([len(group) for group in groups], dtype=np.float64)
+
+
+def _bootstrap_mean(values: Floats, groups: Sequence[NDArray[np.intp]]) -> tuple[float, float]:
+    sums, counts = _cluster_sums(values, groups)
+    mean = float(sums.sum() / counts.sum())
+    if len(groups) < 2 or np.allclose(sums, mean * counts):
+        return mean, mean
+
+    def ratio(total: Floats, count: Floats, axis: int = -1) -> Floats:
+        quotient: Floats = total.sum(axis=axis) / count.sum(axis=axis)
+        return quotient
+
+    result = stats.bootstrap(
+        (sums, counts),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        batch=max(1, 2_000_000 // len(groups)),
+        confidence_level=LEVEL,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _sign_flips(differences: Floats) -> float:
+    """Two-sided p of "each difference could as well have the other sign"; exact where there are few."""
+    nonzero = differences[differences != 0]
+    if len(nonzero) < 2:  # either sign of a single difference is as extreme as the other
+        return 1.0
+
+    def total(a: Floats, b: Floats, axis: int = -1) -> Floats:
+        summed: Floats = (a - b).sum(axis=axis)
+        return summed
+
+    result = stats.permutation_test(
+        (nonzero, np.zeros_like(nonzero)),
+        total,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 1_000_000 // len(nonzero)),
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def _bootstrap_aggregate(
+    cells: Sequence[Outcomes], groups: Sequence[NDArray[np.intp]], combine: Callable[[list[float]], float]
+) -> tuple[float | None, float | None]:
+    """Percentile interval of `combine` of the cells' metrics over resampled clusters; None if it cannot be computed."""
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(_aggregate_resamples(cells[0])):
+        chosen = np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))])
+        try:
+            draws.append(combine([float(c.aggregate([c.items[i] for i in chosen])) for c in cells]))
+        except Exception:  # the task's own code, on a subset that it may not have been written for
+            return None, None
+    low, high = np.quantile(draws, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    return float(low), float(high)
+
+
+def _aggregate_resamples(outcomes: Outcomes) -> int:
+    return int(np.clip(1_000_000 // max(1, len(outcomes.items)), 200, RESAMPLES))
+
+
+def _paired_aggregate(cell: Outcomes, baseline: Outcomes) -> Paired:
+    groups = _groups(len(cell.items), cell.clusters)
+
+    def difference(values: list[float]) -> float:
+        return values[0] - values[1]
+
+    observed = float(cell.aggregate(list(cell.items))) - float(baseline.aggregate(list(baseline.items)))
+    low, high = _bootstrap_aggregate([cell, baseline], groups, difference)
+    how = "bootstrap, swaps" if cell.clusters is None else "cluster bootstrap, swaps of clusters"
+    p = None if low is None else _swaps(cell, baseline, groups, observed)
+    return Paired(observed, low, high, p, how, None, None)
+
+
+def _swaps(cell: Outcomes, baseline: Outcomes, groups: Sequence[NDArray[np.intp]], observed: float) -> float:
+    """Two-sided p of "the answers to each cluster could as well be the other's"."""
+    rng = np.random.default_rng(0)
+    resamples = _aggregate_resamples(cell)
+    extreme = 0
+    for _ in range(resamples):
+        ours, theirs = list(cell.items), list(baseline.items)
+        for group, swap in zip(groups, rng.random(len(groups)) < 0.5, strict=True):
+            if swap:
+                for i in group:
+                    ours[i], theirs[i] = theirs[i], ours[i]
+        extreme += abs(float(cell.aggregate(ours)) - float(cell.aggregate(theirs))) >= abs(observed) - 1e-12
+    return (extreme + 1) / (resamples + 1)

@@ -1,0 +1,200 @@
+"""The record of a sweep on disk: four append-only files of JSON lines and `run.json`.
+
+::
+
+    run.json        the model, the tasks with their fingerprints, every sweep that wrote here, library versions
+    cells.jsonl     the settings of each cell
+    rows.jsonl      one answer per line; flushed to the disk after each batch of a cell
+    metrics.jsonl   one scored metric of one cell per line; a later line replaces an earlier one
+    failures.jsonl  what went wrong, where
+
+A process that is killed can leave half a line at the end of a file; the next writer drops it. There is one writer at a
+time, held by a lock of the operating system, which ends with the process however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vtc.errors import InputError
+
+Record = dict[str, Any]
+RowKey = tuple[str, str, str, int, int]
+
+
+def row_key(row: Record) -> RowKey:
+    """What identifies an answer: cell, task, task fingerprint, document and repeat."""
+    return row["cell"], row["task"], row["task_fp"], row["doc_id"], row["repeat"]
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """The complete lines of a file of JSON lines; none if there is no file."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+class Store:
+    """The folder of one sweep, for reading, and inside `writing()` for appending."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether a sweep has written here."""
+        return (self.folder / "run.json").is_file()
+
+    def run(self) -> Record:
+        """The content of `run.json`.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        path = self.folder / "run.json"
+        try:
+            content: Record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{str(self.folder)!r} holds no sweep; run `vtc sweep --out {self.folder}` first"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not readable: {error}") from error
+        return content
+
+    def rows(self) -> Iterator[Record]:
+        """All answers."""
+        return read_lines(self.folder / "rows.jsonl")
+
+    def cells(self) -> dict[str, Record]:
+        """Settings by cell key, in the order in which the cells were first swept."""
+        return {record["cell"]: record for record in read_lines(self.folder / "cells.jsonl")}
+
+    def metrics(self) -> list[Record]:
+        """The last record of each metric of each cell, for each number of documents it was scored on."""
+        last = {
+            (r["cell"], r["task"], r["task_fp"], r["documents"], r["metric"]): r
+            for r in read_lines(self.folder / "metrics.jsonl")
+        }
+        return list(last.values())
+
+    def failures(self) -> list[Record]:
+        """All recorded failures, the oldest first."""
+        return list(read_lines(self.folder / "failures.jsonl"))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Become the one writer of this folder, which is created if needed.
+
+        Raises:
+            InputError: the folder cannot be written, or another process is writing it.
+        """
+        check_writable(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(lock, 32).decode(errors="replace").strip()
+                raise InputError(
+                    f"{str(self.folder)!r} is being written by another sweep (process {owner});"
+                    " wait for it or choose another --out"
+                ) from None
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            yield Writer(self)
+        finally:
+            os.close(lock)
+
+
+class Writer:
+    """Appends to a store. Made by `Store.writing`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        for name in ("cells", "rows", "metrics", "failures"):
+            _drop_half_line(store.folder / f"{name}.jsonl")
+        self.seen: set[RowKey] = {row_key(row) for row in store.rows()}
+        self._cells = set(store.cells())
+
+    def save_run(self, content: Record) -> None:
+        """Replace `run.json` in one step."""
+        path = self.store.folder / "run.json"
+        temporary = path.with_suffix(".json.new")
+        with self._reporting(), temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def add_cells(self, cells: Iterable[Record]) -> None:
+        """Append the cells that are not recorded yet."""
+        fresh = {cell["cell"]: cell for cell in cells if cell["cell"] not in self._cells}
+        self._append("cells", list(fresh.values()))
+        self._cells |= set(fresh)
+
+    def add_rows(self, rows: Iterable[Record]) -> int:
+        """Append the answers that are not recorded yet and return how many those were."""
+        fresh = {key: row for row in rows if (key := row_key(row)) not in self.seen}
+        self._append("rows", list(fresh.values()))
+        self.seen |= set(fresh)
+        return len(fresh)
+
+    def add_metrics(self, metrics: Iterable[Record]) -> None:
+        """Append scored metrics; they replace earlier ones of the same cell, task and number of documents."""
+        self._append("metrics", list(metrics))
+
+    def add_failure(self, failure: Record) -> None:
+        """Append one failure."""
+        self._append("failures", [failure])
+
+    def _append(self, name: str, records: list[Record]) -> None:
+        if not records:
+            return
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        with self._reporting(), (self.store.folder / f"{name}.jsonl").open("ab") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(self.store.folder, error) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `InputError` if `folder` cannot be created or written; creates nothing."""
+    for path in (folder, *folder.absolute().parents):
+        if path.exists():
+            if not path.is_dir():
+                raise InputError(f"cannot write {str(folder)!r}: {str(path)!r} is not a folder; choose another --out")
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise InputError(f"cannot write {str(folder)!r}: no permission in {str(path)!r}; choose another --out")
+            return
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {str(folder)!r}: {error.strerror or error}; choose another --out")
+
+
+def _drop_half_line(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end != len(content):
+            file.truncate(end)
