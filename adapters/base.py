@@ -23,6 +23,9 @@ class Adapter(ABC):
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     modalities: ClassVar[tuple[Kind, ...]] = ("image",)
+    towers: ClassVar[tuple[str, ...]]
+    references: ClassVar[tuple[ModelSpec, ...]]
+    """Facts of a published checkpoint for each tower, so that tables can be made without loading anything."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

@@ -30,6 +30,11 @@ class LlavaAdapter(Adapter):
 
     family = "llava"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+    towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP")
+    references: ClassVar[tuple[ModelSpec, ...]] = (
+        ModelSpec("llava", 24, 22, True, tuple(range(24)), 32),  # LLaVA-1.5-7B, CLIP-L/14-336
+        ModelSpec("llava", 27, 26, False, tuple(range(27)), 32),  # a SigLIP-So400m tower
+    )
 
     def check(self) -> None:
         """Refuse towers other than CLIP and SigLIP, and what the base class refuses."""

@@ -7,7 +7,7 @@ True
 
 from __future__ import annotations
 
-from vtc.attach import Handle, compress
+from vtc.attach import Handle, compress, share_encoder
 from vtc.budget import Budget, tokens_to_keep
 from vtc.compressor import (
     AFTER_PREFILL,
@@ -25,7 +25,6 @@ from vtc.compressor import (
 )
 from vtc.errors import VTCError
 from vtc.registry import create, list_methods, register
-from vtc.vision import share_encoder
 
 __version__ = "0.1.0"
 

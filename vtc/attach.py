@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vtc.budget import Budget
 from vtc.compressor import Compressor, Plan, Positions
-from vtc.engine import Engine
 from vtc.errors import BudgetError, VTCError, unknown_name
 from vtc.registry import create
 from vtc.trace import CallRecord, Stats
+
+if TYPE_CHECKING:
+    from vtc.engine import Engine
+    from vtc.vision import SharedEncoder
 
 
 class Handle:
@@ -106,6 +110,7 @@ def compress(
         print(handle.stats.retention)
     """
     from vtc import adapters
+    from vtc.engine import Engine  # brings in transformers, which `import vtc` does not need
 
     if isinstance(method, str):
         method = create(method, **hyper_parameters)
@@ -130,3 +135,24 @@ def compress(
         engine.detach()
         raise
     return Handle(engine)
+
+
+def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> SharedEncoder:
+    """Keep encoder outputs by pixel tensor, so that several methods and the untouched model share one encoding.
+
+    methods: everything that will be attached inside the block; the union of the attention rows they need is recorded.
+    Methods with encoder stages still encode for themselves.
+
+    Example::
+
+        with vtc.share_encoder(model, [a, b]) as shared:
+            for inputs in batches:
+                for method in (a, b):
+                    with vtc.compress(model, method, retention=0.25):
+                        model.generate(**inputs)
+                shared.clear()
+    """
+    from vtc import adapters
+    from vtc.vision import SharedEncoder
+
+    return SharedEncoder(adapters.of(model), methods)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 
 from vtc import adapters
 from vtc.errors import InputError, UnsupportedModel, VTCError
-
-EMBEDDED = ("tiny-llava",)
-"""Trained models that ship inside the package."""
+from vtc.eval import tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> Loaded:
-    """Load `name`: one of EMBEDDED, a checkpoint folder or a hub name.
+    """Load `name`: one of `vtc.eval.tiny.NAMES`, a checkpoint folder or a hub name.
 
     device: "auto" takes the GPU if there is one. dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU.
     Raises InputError when nothing can be loaded and UnsupportedModel when no adapter knows the class; the class is
@@ -76,7 +73,7 @@ def load(
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(EMBEDDED)}), a checkpoint "
+            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(tiny.NAMES)}), a checkpoint "
             "folder or a hub name"
         ) from error
     if device_map is None:
@@ -89,9 +86,8 @@ def load(
 
 
 def _resolve(name: str) -> str:
-    if name in EMBEDDED:
-        folder = importlib.resources.files("vtc.eval.tiny") / "models" / name
-        return str(folder)
+    if name in tiny.NAMES:
+        return str(tiny.model_path(name))
     if Path(name).exists() and not Path(name).is_dir():
         raise InputError(f"model {name!r} is a file; give the checkpoint folder that holds config.json")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():

@@ -173,10 +173,18 @@ def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 class SharedEncoder:
-    """Encode once, compress many times: see `share_encoder`."""
+    """Encode once, compress many times: see `vtc.share_encoder`. methods: all that will be attached meanwhile."""
 
-    def __init__(self, recorder: VisionRecorder) -> None:
-        self._recorder = recorder
+    def __init__(self, adapter: Adapter, methods: Iterable[Compressor]) -> None:
+        needs: dict[int, Rows] = {}
+        for method in methods:
+            for layer, rows in method.plan(adapter.spec).needs.vision.items():
+                if needs.setdefault(layer, rows) is not rows:
+                    raise UnsupportedMethod(
+                        f"{method.name!r} needs {rows.value!r} attention of vision layer {layer}, another method needs "
+                        f"{needs[layer].value!r}; share the encoder between methods that agree"
+                    )
+        self._recorder = VisionRecorder(adapter, needs, memo=True)
 
     def clear(self) -> None:
         """Forget the outputs kept so far; call it between batches."""
@@ -190,32 +198,3 @@ class SharedEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._recorder.remove()
-
-
-def share_encoder(model: torch.nn.Module, methods: Iterable[Compressor] = ()) -> SharedEncoder:
-    """Keep encoder outputs by pixel tensor, so that several methods and the untouched model share one encoding.
-
-    methods: everything that will be attached inside the block; the union of the attention rows they need is recorded.
-    Methods with encoder stages still encode for themselves.
-
-    Example::
-
-        with vtc.share_encoder(model, [a, b]) as shared:
-            for inputs in batches:
-                for method in (a, b):
-                    with vtc.compress(model, method, retention=0.25):
-                        model.generate(**inputs)
-                shared.clear()
-    """
-    from vtc import adapters
-
-    adapter = adapters.of(model)
-    needs: dict[int, Rows] = {}
-    for method in methods:
-        for layer, rows in method.plan(adapter.spec).needs.vision.items():
-            if needs.setdefault(layer, rows) is not rows:
-                raise UnsupportedMethod(
-                    f"{method.name!r} needs {rows.value!r} attention of vision layer {layer}, another method needs "
-                    f"{needs[layer].value!r}; share the encoder between methods that agree"
-                )
-    return SharedEncoder(VisionRecorder(adapter, needs, memo=True))

@@ -80,7 +80,7 @@ def generate(
 
 
 def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
-    """The oracle for what `handle` traced: one set of tables per call. rows: [B, L, D] first-layer input, for merging."""
+    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of the first layer, for merging."""
     tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
     cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
     embeddings = None
@@ -126,7 +126,7 @@ def right_padding(model: Any, name: str, attach: Attach) -> float:
     """Largest difference of the last prompt token's logits between left- and right-padded inputs."""
     logits = []
     for side in ("left", "right"):
-        inputs = tiny_inputs(name, MIXED, seed=3, padding=side, extra=1)  # type: ignore[arg-type]
+        inputs = tiny_inputs(name, MIXED, seed=3, padding=side, extra=1)
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with attach(model):
             logits.append(model(**inputs, position_ids=positions).logits[:, -1])

@@ -18,7 +18,8 @@ class Oracle:
     """Run a model as if tokens had been dropped, without dropping any.
 
     tables: LLM layer -> [B, S] bool over the input positions, True where a token is still visible from that layer on
-    (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact" renumbers the visible tokens from the first table on.
+    (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact"
+    renumbers the visible tokens from the first table on.
     cached: the same for later calls only, for rows evicted from the cache after the prefill.
     embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM.
     """

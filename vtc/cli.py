@@ -1,0 +1,168 @@
+"""The command `vtc`. Errors the library raises on purpose become one line on stderr and a non-zero exit status."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vtc.errors import InputError, VTCError
+
+app = typer.Typer(
+    name="vtc",
+    help="Visual-token compression for multimodal language models, and the benchmark that measures it. "
+    "Any command takes --debug for a traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+@app.command()
+def methods(
+    as_json: JsonOption = False,
+    long: Annotated[bool, typer.Option("--long", help="Print each method's whole description.")] = False,
+) -> None:
+    """List compression methods: where they act, what they need, on which families they run."""
+    from vtc.catalogue import describe_methods
+
+    entries = describe_methods()
+    if as_json:
+        _print_json(entries)
+        return
+    console = Console()
+    if long:
+        for entry in entries:
+            console.print(f"[bold]{entry['name']}[/bold] (version {entry['version']})")
+            console.print(f"{entry['description']}\n", markup=False, highlight=False)
+        return
+    table = Table("method", "stages", "needs", "trained", "families", "what it does")
+    for entry in entries:
+        cells = [", ".join(entry[key]) or "-" for key in ("stages", "needs", "families")]
+        trained = "yes" if entry["trained"] else "no"
+        table.add_row(entry["name"], cells[0], cells[1], trained, cells[2], entry["summary"])
+    console.print(table)
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List embedded models and supported model families."""
+    from vtc.catalogue import describe_models
+
+    entries = describe_models()
+    if as_json:
+        _print_json(entries)
+        return
+    table = Table("name", "kind", "model classes", "vision towers", "modalities")
+    for entry in entries:
+        cells = [", ".join(entry[key]) or "-" for key in ("classes", "towers", "modalities")]
+        table.add_row(entry["name"], entry["kind"], *cells)
+    Console().print(table)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[list[Path], typer.Option(help="Image file; repeat the option for several.")],
+    model: Annotated[str, typer.Option(help="Embedded model, checkpoint folder or hub name.")] = "tiny-llava",
+    method: Annotated[str | None, typer.Option(help="Compression method; none leaves the model untouched.")] = None,
+    retention: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
+    keep: Annotated[int | None, typer.Option(help="Visual tokens kept per image, instead of a retention.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value; repeatable.")] = None,
+    positions: Annotated[str | None, typer.Option(help="preserve or compact; the method's own by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, flash_attention_2, ...")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about images, with or without compression."""
+    from vtc.answer import answer, open_image
+    from vtc.budget import Budget
+    from vtc.loading import load
+    from vtc.registry import create
+
+    options = _hyper_parameters(set_ or [])
+    if method is None and (retention is not None or keep is not None or options or positions is not None):
+        raise InputError("retention, keep, positions and --set belong to a method; name one with --method")
+    chosen = create(method, **options) if method is not None else None
+    if chosen is not None and chosen.needs_budget:
+        Budget(retention, keep)
+    images = [open_image(path) for path in image]
+    loaded = load(model, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
+    limits: dict[str, Any] = {"retention": retention, "keep": keep}
+    extra: dict[str, Any] = {"positions": positions} if positions is not None else {}
+    result = answer(loaded, images, prompt, method=chosen, max_new_tokens=max_new_tokens, **limits, **extra)
+    if as_json:
+        _print_json({"model": model, "method": method, **limits, **dataclasses.asdict(result)})
+        return
+    print(result.text)
+    share = result.visual_tokens_kept / result.visual_tokens_in if result.visual_tokens_in else 1.0
+    kept = f"{result.visual_tokens_kept:g} of {result.visual_tokens_in} visual tokens ({share:.1%})"
+    Console(stderr=True).print(f"{kept}, {result.seconds:.2f} s", highlight=False, style="dim")
+
+
+def _hyper_parameters(pairs: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {pair!r} is no name=value pair; write for example --set layers=3")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
+
+
+def _mount() -> None:
+    """Add the commands of the evaluation package; its heavy imports wait until a command runs."""
+    from vtc.eval.cli import app as evaluation
+    from vtc.eval.tiny.cli import app as tiny
+
+    app.registered_commands.extend(evaluation.registered_commands)
+    app.add_typer(tiny, name="tiny")
+
+
+_mount()
+
+
+def main() -> None:
+    """Entry point: 0 on success, 1 for a failure inside a run, 2 for input that is refused."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except VTCError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"vtc: error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("vtc: interrupted\n")
+        raise SystemExit(130) from None
+    except ImportError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"vtc: error: {error}; this command needs the evaluation extra: pip install 'vtc[eval]'\n")
+        raise SystemExit(2) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"vtc: unexpected {type(error).__name__}: {error} (run again with --debug for a traceback)\n")
+        raise SystemExit(1) from None
