@@ -1,0 +1,131 @@
+"""Shared by all tests: no network, one thread, the table of tolerances, fresh tiny models, golden directories."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vtc.testing import tiny_model
+from vtc.testing.contract import LIMIT
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every tolerance of the suite (float32, CPU), each between what noise does and what a fault does.
+
+    logits: two orders of summation differ by 1e-6 to 2e-5, a wrong mask or position moves logits by 0.1 to 20.
+    broken: what a removed guard has to exceed at least, 200 times `logits`.
+    attention: probabilities of two softmax implementations differ by below 1e-6; a 1 % fault in a score of a tiny
+    model moves them by 1e-4. hidden: rows of a tower or of an LLM input, as `logits` but before the last layers.
+    gradient: relative to the largest gradient of the parameter; noise is 1e-6.
+    """
+
+    logits: float = LIMIT
+    broken: float = 1e-2
+    attention: float = 5e-6
+    hidden: float = 2e-5
+    gradient: float = 1e-4
+
+
+@pytest.fixture(scope="session")
+def limits() -> Limits:
+    """The table of tolerances."""
+    return Limits()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Connections to anything but this machine fail the test that opens them, even inside `except Exception`."""
+    original = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        internet = self.family in (socket.AF_INET, socket.AF_INET6)
+        if internet and not str(address[0]).startswith(("127.", "::1", "localhost")):
+            pytest.fail(f"network use: {address!r}")
+        original(self, address)
+
+    socket.socket.connect = connect  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = original  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def clip() -> Any:
+    """A fresh tiny LLaVA with a CLIP tower (class token, features of the last layer but one)."""
+    return tiny_model("llava-clip")
+
+
+@pytest.fixture
+def siglip() -> Any:
+    """A fresh tiny LLaVA with a SigLIP tower (no class token, features of the last layer)."""
+    return tiny_model("llava-siglip")
+
+
+# --- golden cases
+@dataclass(frozen=True)
+class GoldenCase:
+    """One stored case: its description and the tensors beside it."""
+
+    path: Path
+
+    @property
+    def method(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def description(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())  # type: ignore[no-any-return]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.path.with_suffix(".safetensors"))  # type: ignore[no-any-return]
+
+
+def golden_directories() -> list[Path]:
+    """tests/golden, then those named by VTC_GOLDEN (a path list) or else ../shared/golden beside the repository."""
+    named = os.environ.get("VTC_GOLDEN")
+    more = [Path(part) for part in named.split(os.pathsep)] if named else [HERE.parents[1] / "shared" / "golden"]
+    missing = [str(path) for path in more if not path.is_dir()] if named else []
+    if missing:
+        raise pytest.UsageError(f"VTC_GOLDEN names no directory: {', '.join(missing)}")
+    return [path for path in [HERE / "golden", *more] if path.is_dir()]
+
+
+def golden_cases() -> list[GoldenCase]:
+    """Every case below the golden directories; a copy with the same bytes counts once."""
+    cases: dict[tuple[str, str, bytes], GoldenCase] = {}
+    for directory in golden_directories():
+        for path in sorted(directory.glob("*/case*.json")):
+            cases.setdefault((path.parent.name, path.stem, path.read_bytes()), GoldenCase(path))
+    return sorted(cases.values(), key=lambda case: (case.method, case.name))
+
+
+@pytest.fixture(scope="session")
+def all_golden_cases() -> list[GoldenCase]:
+    """Every stored case, whether its method exists yet or not."""
+    return golden_cases()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `golden_case` over the stored cases of the methods that the module's CHECKERS know."""
+    if "golden_case" in metafunc.fixturenames:
+        cases = [case for case in golden_cases() if case.method in metafunc.module.CHECKERS]
+        metafunc.parametrize("golden_case", cases, ids=lambda case: f"{case.method}-{case.name}")

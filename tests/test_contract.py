@@ -1,0 +1,107 @@
+"""The contract of vtc.testing over everything that is registered, and proof that the contract can fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import vtc
+from vtc import adapters
+from vtc.compressor import CacheStage, Compressor, Selection, StageView
+from vtc.engine import Engine
+from vtc.ops.hashing import uniform
+from vtc.ops.select import top_k
+from vtc.testing import TINY_MODELS, Deviation, FixedKeep, LastRowTopK, check_adapter, check_method, tiny_inputs
+from vtc.testing.contract import LIMIT, MODES, no_trace
+
+STEPS = 4  # generated tokens; a wrong mask or position shows at the first or second
+
+
+def verify(cells: list[Deviation], name: str) -> None:
+    """Every cell passed, and every kind of cell was measured."""
+    checks = {cell.check for cell in cells}
+    for policy in ("preserve", "compact"):
+        assert {f"oracle, {policy}, {mode}" for mode in MODES} <= checks
+        assert {f"{what}, {policy}" for what in ("batch = singles", "right = left padding", "two turns")} <= checks
+    assert {"text only, bit-identical", "nothing left behind", "bfloat16 runs"} <= checks
+    assert all(cell.passed and cell.limit <= LIMIT and cell.model == name for cell in cells)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("method", vtc.list_methods())
+def test_every_method_keeps_the_contract_on_every_model(method: str, name: str) -> None:
+    cells = check_method(method, models=[name], steps=STEPS)
+    verify(cells, name)
+    assert {cell.method for cell in cells} == {method}
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_model_serves_every_kind_of_stage(name: str) -> None:
+    cells = check_adapter(name, steps=STEPS)
+    verify(cells, name)
+    assert {cell.method for cell in cells} == {"fixed_keep", "last_row_top_k"}
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        FixedKeep(at=(0, 2), rate=0.0),
+        FixedKeep(at=(0, 2), rate=0.95),
+        FixedKeep(at=(1,), static=False, rate=0.3, seed=3),
+        FixedKeep(at=(0, 2, CacheStage(1)), static=False),
+        LastRowTopK(layer=1),
+        LastRowTopK(layer=3),
+    ],
+    ids=["nothing left", "almost all left", "ragged", "every kind at once", "first layer", "last layer"],
+)
+def test_extreme_probes_keep_the_contract(probe: Compressor) -> None:
+    verify(check_method(probe, models=["llava-clip"], steps=STEPS, retention=0.85), "llava-clip")
+
+
+# --- the contract notices what it is there for
+@dataclass(frozen=True)
+class Neighbourly(Compressor):
+    """Wrong on purpose: the draw depends on how many items are in the batch."""
+
+    name: ClassVar[str] = "neighbourly"
+    needs_budget: ClassVar[bool] = False
+
+    def select(self, view: StageView) -> Selection:
+        draw = uniform(view.fingerprint, view.items.token, len(view.items))
+        counts = [count // 2 for count in view.items.counts]
+        return Selection(top_k(draw, torch.tensor(counts), view.items.mask), counts=counts)
+
+
+def failures(method: Compressor) -> str:
+    with pytest.raises(AssertionError, match="contract broken") as caught:
+        check_method(method, models=["llava-clip"], steps=2)
+    return str(caught.value)
+
+
+def test_the_contract_notices_a_draw_that_depends_on_the_batch() -> None:
+    message = failures(Neighbourly())
+    assert "neighbourly on llava-clip: batch = singles, preserve" in message
+    assert "oracle" not in message
+
+
+def test_the_contract_notices_a_changed_text_only_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter = Engine._enter_llm
+
+    def disturbed(self: Engine, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        enter(self, module, args, kwargs)
+        kwargs["inputs_embeds"] = kwargs["inputs_embeds"] * (1 + 1e-6)
+        return args, kwargs
+
+    monkeypatch.setattr(Engine, "_enter_llm", disturbed)
+    assert "text only, bit-identical" in failures(FixedKeep())
+
+
+def test_the_contract_notices_what_is_left_behind(clip: Any) -> None:
+    def untidy(model: Any) -> vtc.Handle:
+        adapters.of(model).layers[1].left_behind = object()
+        return vtc.compress(model, FixedKeep())
+
+    assert no_trace(clip, tiny_inputs("llava-clip", [[3, "image", 5]]), untidy) > 0
