@@ -88,6 +88,18 @@ class Adapter(ABC):
         """Encoder rows in front of the patches (the class token) in a [crops, T, C] hidden state."""
         return int(self.spec.has_cls)
 
+    @property
+    def deepstack(self) -> bool:
+        """True when visual rows are also added inside the LLM's first layers."""
+        return False
+
+    def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
+        """Join encoder entries to items where only the prompt shows which belong together.
+
+        placeholders: [K, B, S] bool per kind. The default leaves the contexts as they are.
+        """
+        return contexts
+
     def check(self) -> None:
         """Refuse configurations for which pruning would not equal masking."""
         text = self.language_model.config

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc.cache import CompressedCache
 from vtc.compressor import Positions, Selection, Stage
+from vtc.deepstack import Deepstack
 from vtc.items import ItemTable
 from vtc.ops.select import left_pack, take_last, take_rows
 from vtc.trace import CallRecord, CallStats, ItemRecord, StageStats
@@ -36,11 +37,12 @@ class Call:
         self.batch, self.length = logical.shape[-2:]
         self.device = logical.device
         self.logical, self.valid, self.policy, self.cache = logical, valid, positions, cache
-        self.items, self.row_counts = items, row_counts or []
+        self.items, self.row_counts = items, list(row_counts or [])
         self.visual = visual
         self.source = torch.arange(self.length, device=self.device).expand(self.batch, -1)
         self.sources: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.llm_rows: dict[int, Tensor] = {}
+        self.deepstack: Deepstack | None = None
         self.pruned = False
         self.group = 0
         self.group_inputs: tuple[Any, Any] = (None, None)  # attention mask and rotary phases of the current group
@@ -70,6 +72,8 @@ class Call:
         self.llm_rows = {layer: rows.to(device) for layer, rows in self.llm_rows.items()}
         if self.items is not None:
             self.items = self.items.to(device)
+        if self.deepstack is not None:
+            self.deepstack = self.deepstack.to(device)
 
     # --- pruning
     def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:
@@ -78,25 +82,27 @@ class Call:
         assert items is not None and self.visual is not None
         keep = selection.keep & items.mask
         counts = list(selection.counts) if selection.counts is not None else keep.sum(1).tolist()
-        before, rows_before = items.row_totals(self.batch), self.rows
+        before, rows_before = sum(items.row_totals(self.batch)), self.rows
         if selection.tokens is not None:
             hidden = items.scatter(selection.tokens, hidden, where=keep)
         self._note_merge(stage, selection, keep)
-        index, moved = self._pack(items.scatter(keep, self.valid_rows()), items, counts, before)
+        dropped = [now - left for now, left in zip(items.counts, counts, strict=True)]
+        index, moved = self._pack(items.scatter(keep, self.valid_rows()), items.rows, dropped)
         self.items = items.kept(keep, counts, moved)
         self.source, self.logical = take_last(self.source, index), take_last(self.logical, index)
         self.visual = take_last(self.visual, index)
         self.llm_rows = {layer: take_last(rows, index) for layer, rows in self.llm_rows.items()}
+        if self.deepstack is not None:
+            self.deepstack = self.deepstack.take(index)
         self.pruned = True
-        self.stages.append(StageStats(stage, rows_before, self.rows, sum(before), sum(counts)))
+        self.stages.append(StageStats(stage, rows_before, self.rows, before, before - sum(dropped)))
         self.note_stage(stage)
         return take_rows(hidden, index)
 
-    def _pack(self, keep: Tensor, items: ItemTable, counts: list[int], before: list[int]) -> tuple[Tensor, Tensor]:
-        after = [0] * self.batch
-        for row, count in zip(items.rows, counts, strict=True):
-            after[row] += count
-        self.row_counts = [n - b + a for n, b, a in zip(self.row_counts, before, after, strict=True)]
+    def _pack(self, keep: Tensor, rows: Sequence[int], dropped: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Where every new row comes from, and where every old one went; drops each item's `dropped` tokens."""
+        for row, count in zip(rows, dropped, strict=True):
+            self.row_counts[row] -= count
         length = max(self.row_counts)
         index = left_pack(keep, length)
         slots = torch.arange(length, device=keep.device)
@@ -156,9 +162,7 @@ class Call:
         assert self.items is not None
         ends = [start for start, _, _ in self.groups[1:]] + [layers]
         spans = [(end - start, rows, totals) for (start, rows, totals), end in zip(self.groups, ends, strict=True)]
-        before = [0] * self.batch
-        for row, count in zip(self.items.rows, self.items.input_counts, strict=True):
-            before[row] += count
+        before = self.items.input_totals(self.batch)
         return CallStats(
             batch=self.batch,
             visual_tokens_in=tuple(before),
@@ -169,20 +173,15 @@ class Call:
             seconds=seconds,
         )
 
-    def note_eviction(self, stage: Stage, selection: Selection, alive: Tensor) -> None:
+    def note_eviction(self, stage: Stage, alive: Tensor) -> None:
         """Trace a stage after the prefill; alive: [B, S] over input positions."""
-        if self.record is None:
-            return
-        assert self.items is not None
-        self.record.keep[stage] = alive
-        keep = selection.keep & self.items.mask
-        for record, token, kept in zip(self.record.items, self.items.token, keep, strict=True):
-            record.kept[stage] = token[kept]
+        if self.record is not None:
+            self._trace(stage, alive)
 
     def _new_record(self) -> CallRecord:
         assert self.items is not None
-        columns = zip(self.items.rows, self.items.counts, self.items.layouts, self.items.index, strict=True)
-        items = [ItemRecord(row, layout.kind, index[:count], layout.grid) for row, count, layout, index in columns]
+        columns = zip(self.items.rows, self.items.layouts, self.items.positions, strict=True)
+        items = [ItemRecord(row, each.kind, positions[: each.n_tokens], each.grid) for row, each, positions in columns]
         return CallRecord({}, items)
 
     def _note_merge(self, stage: Stage, selection: Selection, keep: Tensor) -> None:
@@ -202,9 +201,13 @@ class Call:
         if self.record is None:
             return
         assert self.items is not None
-        self.record.keep[stage] = self.over_input(self.source, self.valid)
-        for record, token, count in zip(self.record.items, self.items.token, self.items.counts, strict=True):
-            record.kept[stage] = token[:count]
+        self._trace(stage, self.over_input(self.source, self.valid))
+
+    def _trace(self, stage: Stage, alive: Tensor) -> None:
+        assert self.record is not None
+        self.record.keep[stage] = alive
+        for item in self.record.items:
+            item.kept[stage] = alive[item.row].gather(0, item.positions.to(alive.device)).nonzero().flatten()
 
     def over_input(self, source: Tensor, valid: Tensor | None) -> Tensor:
         """[B, S] bool over input positions that `source` [B, L] still holds."""

@@ -131,10 +131,19 @@ class StageView:
 
     @cached_property
     def keep(self) -> tuple[int, ...]:
-        """Tokens the budget grants each item, of those it had in the input."""
+        """Tokens the budget grants each item, of those it had in the input and without its separators."""
         assert self.budget is not None, "this method was planned without a budget"
-        pairs = zip(self.items.input_counts, self.items.counts, strict=True)
-        return tuple(min(now, self.budget.tokens(count)) for count, now in pairs)
+        return self._grant([self.budget.tokens(count) for count in self.items.input_counts])
+
+    def keep_from_layer(self, layer: int) -> tuple[int, ...]:
+        """Tokens each item may keep from LLM layer `layer` on when every layer before it sees them all."""
+        assert self.budget is not None, "this method was planned without a budget"
+        layers = self.model.llm_layers
+        return self._grant([self.budget.tokens_from_layer(n, layer, layers) for n in self.items.input_counts])
+
+    def _grant(self, granted: list[int]) -> tuple[int, ...]:
+        columns = zip(granted, self.items.counts, self.items.fixed, strict=True)
+        return tuple(min(now, max(1, total - fixed)) for total, now, fixed in columns)
 
     def vision_attention(self, layer: int) -> Tensor:
         """[I, N] attention of encoder layer `layer`, as the plan's Needs asked for it, packed to the LLM's tokens."""

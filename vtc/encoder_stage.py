@@ -101,9 +101,11 @@ class EncoderStages:
             token=places,
             mask=torch.ones(crops, count, dtype=torch.bool, device=device),
             source=torch.arange(crops, device=device),
+            positions=places,
             rows=tuple(range(crops)),
             sources=tuple(range(crops)),
             counts=(count,) * crops,
+            fixed=(0,) * crops,
             input_counts=(self._patches,) * crops,
             layouts=(_crop(self._patches, device),) * crops,
         )

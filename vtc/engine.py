@@ -22,6 +22,7 @@ from vtc.budget import Budget
 from vtc.cache import CompressedCache
 from vtc.call import Call
 from vtc.compressor import Compressor, Plan, Positions
+from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.inputs import (
     by_name,
@@ -111,9 +112,10 @@ class Engine:
         language_model = adapter.language_model
         handles.append(language_model.register_forward_pre_hook(self._enter_llm, with_kwargs=True))
         handles.append(language_model.register_forward_hook(self._leave_llm, with_kwargs=True, always_call=True))
+        first = min([*self.stages.starts[1:], 1 if adapter.deepstack else len(adapter.layers)])
         for index, layer in enumerate(adapter.layers):
             # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
-            if index >= min(self.stages.starts[1:], default=len(adapter.layers)) or "flash" in self._attention():
+            if index >= first or "flash" in self._attention():
                 hook = functools.partial(self._enter_layer, index)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -161,6 +163,7 @@ class Engine:
                 return None
         hidden: Tensor = kwargs["inputs_embeds"]
         call = self._state.call = self._begin(kwargs, items, totals)
+        call.deepstack = Deepstack.pop(kwargs)
         if items is not None:
             hidden = self.stages.run(0, call, hidden, self._state.contexts)
         positions, mask = call.enter(0, hidden.device)
@@ -178,6 +181,8 @@ class Engine:
         if call is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if call.deepstack is not None:
+            hidden = call.deepstack.add(index, hidden, call.valid)
         if index > 0 and index in self.stages.starts:
             call.to(hidden.device)
             if call.items is not None:
@@ -236,6 +241,7 @@ class Engine:
         visual, totals = host_counts(state.placeholders, mask_2d(kwargs))
         if not any(visual):
             return None, totals
+        state.contexts = self.adapter.regroup(state.contexts, state.placeholders)
         kinds = {kind: place for place, kind in enumerate(self.placeholders)}
         return build(state.placeholders, visual, state.contexts, kinds), totals
 

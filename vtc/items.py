@@ -19,8 +19,10 @@ class ItemTable:
 
     row: [I] batch row. index: [I, N] place of each token in the current rows. token: [I, N] its number inside the item
     as encoded. mask: [I, N] False behind an item's end (index and token hold harmless values there).
-    source: [I] entry of the encoder's output (several rows share one under beams). rows, sources: the same on the
-    host. counts, input_counts: tokens now and at input, on the host. layouts: geometry of each item.
+    source: [I] entry of the encoder's output (several rows share one under beams). positions: [I, Nin] input
+    position of all its tokens, separators included. rows, sources: row and source on the
+    host. counts: selectable tokens now, fixed: separators that always stay, input_counts: tokens at input, all kinds;
+    on the host. layouts: geometry of each item.
     """
 
     row: Tensor
@@ -28,9 +30,11 @@ class ItemTable:
     token: Tensor
     mask: Tensor
     source: Tensor
+    positions: Tensor
     rows: tuple[int, ...]
     sources: tuple[int, ...]
     counts: tuple[int, ...]
+    fixed: tuple[int, ...]
     input_counts: tuple[int, ...]
     layouts: tuple[VisualItem, ...]
 
@@ -39,15 +43,40 @@ class ItemTable:
 
     def to(self, device: torch.device) -> ItemTable:
         """The same table on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("row", "index", "token", "mask", "source")}
+        moved = {
+            name: getattr(self, name).to(device) for name in ("row", "index", "token", "mask", "source", "positions")
+        }
         return replace(self, **moved)
 
     def row_totals(self, batch: int) -> list[int]:
-        """Visual tokens of each of `batch` rows, on the host."""
+        """Visual tokens of each of `batch` rows, separators included, on the host."""
         totals = [0] * batch
-        for row, count in zip(self.rows, self.counts, strict=True):
+        for row, count, fixed in zip(self.rows, self.counts, self.fixed, strict=True):
+            totals[row] += count + fixed
+        return totals
+
+    def input_totals(self, batch: int) -> list[int]:
+        """Visual tokens of each of `batch` rows at input, on the host."""
+        totals = [0] * batch
+        for row, count in zip(self.rows, self.input_counts, strict=True):
             totals[row] += count
         return totals
+
+    def selectable(self) -> ItemTable:
+        """The table without separator tokens."""
+        if not any(self.fixed):
+            return self
+        width = self.mask.shape[1]
+        pad = torch.nn.functional.pad
+        newline = torch.stack(
+            [pad(item.newline.to(self.mask.device), (0, width - item.n_tokens)) for item in self.layouts]
+        )
+        keep = self.mask & ~newline
+        length = max(self.counts)
+        order = front_pack(keep, length)
+        mask = torch.arange(length, device=keep.device) < torch.tensor(self.counts, device=keep.device)[:, None]
+        index, token = self.index.gather(1, order), self.token.gather(1, order)
+        return replace(self, index=torch.where(mask, index, 0), token=torch.where(mask, token, 0), mask=mask)
 
     def scatter(self, values: Tensor, background: Tensor, where: Tensor | None = None) -> Tensor:
         """Write per-token `values` [I, N, ...] over `background` [B, L, ...] at the tokens' places.
@@ -122,18 +151,22 @@ def build(
     order = (~placeholders).to(torch.uint8).argsort(dim=2, stable=True)  # placeholder positions first, in order
     rank = torch.where(mask, offset[:, None] + steps, 0)
     index = order[kind_of[:, None], row[:, None], rank]
-    return ItemTable(
-        row,
-        torch.where(mask, index, 0),
-        torch.where(mask, steps, 0),
-        mask,
-        source_of,
-        tuple(entry.row for entry in entries),
-        tuple(entry.source for entry in entries),
-        sizes,
-        sizes,
-        tuple(entry.layout for entry in entries),
+    fixed = tuple(entry.layout.newlines for entry in entries)
+    table = ItemTable(
+        row=row,
+        index=torch.where(mask, index, 0),
+        token=torch.where(mask, steps, 0),
+        mask=mask,
+        source=source_of,
+        positions=torch.where(mask, index, 0),
+        rows=tuple(entry.row for entry in entries),
+        sources=tuple(entry.source for entry in entries),
+        counts=tuple(size - newlines for size, newlines in zip(sizes, fixed, strict=True)),
+        fixed=fixed,
+        input_counts=sizes,
+        layouts=tuple(entry.layout for entry in entries),
     )
+    return table.selectable()
 
 
 def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) -> list[_Entry]:

@@ -21,7 +21,8 @@ class VisualItem:
     """Geometry of one image or video with n tokens.
 
     crop, row, col: [n]; tile or frame id (-1 on newline tokens) and the place inside it, in encoder patches
-    (fractional after pooling). newline: [n] bool. crop_grid: encoder patches (rows, columns) of one crop.
+    (fractional after pooling). newline: [n] bool, of which there are `newlines`; such separators are always kept, no
+    method sees them, and they count against the budget. crop_grid: encoder patches (rows, columns) of one crop.
     grid: (frames, rows, columns) of tokens when they form a full raster, else None.
     thumbnail: crop id of the low-resolution overview, tiling: (rows, columns) of the other crops.
     """
@@ -34,6 +35,7 @@ class VisualItem:
     newline: Tensor
     n_crops: int
     crop_grid: tuple[int, int]
+    newlines: int = 0
     grid: tuple[int, int, int] | None = None
     thumbnail: int | None = None
     tiling: tuple[int, int] | None = None

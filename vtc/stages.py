@@ -103,7 +103,7 @@ class StageRunner:
         if selection is None:
             return
         alive = call.over_input(call.source, items.scatter(selection.keep & items.mask, call.valid_rows()))
-        call.note_eviction(stage, selection, alive)
+        call.note_eviction(stage, alive)
         for group in self.starts:
             if group < stage.from_layer:
                 continue

@@ -30,11 +30,15 @@ def main(models: list[str]) -> None:
     print("|---" * (len(rows) + 2) + "|")
     for check in checks:
         limit = max(cell.limit for cell in cells if cell.check == check)
-        values = []
-        for model, method in rows:
-            found = [c.worst for c in cells if (c.check, c.model, c.method) == (check, model, method)]
-            values.append(f"{max(found):.1e}" if found and max(found) else "0" if found else "-")
+        values = [_worst(cells, check, model, method) for model, method in rows]
         print(f"| {check} | {limit:.0e} | " + " | ".join(values) + " |")
+
+
+def _worst(cells: list[Deviation], check: str, model: str, method: str) -> str:
+    found = [cell.worst for cell in cells if (cell.check, cell.model, cell.method) == (check, model, method)]
+    if not found:
+        return "-"
+    return f"{max(found):.1e}" if max(found) else "0"
 
 
 if __name__ == "__main__":

@@ -64,9 +64,7 @@ class LastRowTopK(Compressor):
         return Plan((self.layer,), Needs(llm={self.layer - 1: Rows.LAST}), "preserve")
 
     def select(self, view: StageView) -> Selection:
-        assert view.budget is not None
-        layers = view.model.llm_layers
-        counts = [view.budget.tokens_from_layer(n, self.layer, layers) for n in view.items.input_counts]
+        counts = view.keep_from_layer(self.layer)
         keep = torch.tensor(counts, device=view.hidden.device)
         return Selection(top_k(view.llm_attention(self.layer - 1), keep, view.items.mask), counts=counts)
 
