@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,16 +17,26 @@ from torch import Tensor
 from vtc import adapters
 from vtc.attach import Handle, compress
 from vtc.compressor import CacheStage, Compressor, Positions
+from vtc.layout import Kind
 from vtc.registry import create
-from vtc.testing.models import TINY_MODELS, Part, single_row, tiny_inputs, tiny_model
+from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
 from vtc.testing.oracle import Oracle
 from vtc.testing.snapshot import snapshot
 
 LIMIT = 5e-5
 """Largest difference of logits allowed in float32; measured noise is below 2e-5, a wrong mask moves them by units."""
 
-MIXED: list[list[Part]] = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]
-"""Two images, one image, none: a batch of three prompts of different length."""
+
+def layouts(name: str) -> dict[str, list[list[Part]]]:
+    """Batches of three prompts of different length, by name: two items, one item, none; for families with video also
+    videos, and images and videos in one batch.
+    """
+    kinds = TINY_MODELS[name].kinds
+    mixed: dict[str, list[list[Part]]] = {kind: [[4, kind, 3, kind, 5], [2, kind, 12], [9]] for kind in kinds}
+    if len(kinds) > 1:
+        mixed["image and video"] = [[4, "image", 3], [2, "video", 12], [9]]
+    return mixed
+
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -110,36 +120,38 @@ def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps:
     return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
 
 
-def batch_against_singles(model: Any, name: str, attach: Attach, steps: int = 8) -> float:
+def batch_against_singles(model: Any, name: str, layout: list[list[Part]], attach: Attach, steps: int = 8) -> float:
     """Largest logit difference between a left-padded batch and its rows one by one."""
-    inputs = tiny_inputs(name, MIXED, seed=3)
+    inputs = tiny_inputs(name, layout, seed=3, model=model)
     _, batched = generate(model, inputs, attach(model), steps)
     worst = 0.0
-    for row in range(len(MIXED)):
-        _, alone = generate(model, single_row(inputs, MIXED, row), attach(model), steps)
+    for row in range(len(layout)):
+        _, alone = generate(model, tiny_inputs(name, layout, seed=3, only=row, model=model), attach(model), steps)
         worst = max(worst, float((batched[:, row] - alone[:, 0]).abs().max()))
     return worst
 
 
 @torch.no_grad()
-def right_padding(model: Any, name: str, attach: Attach) -> float:
+def right_padding(model: Any, name: str, layout: list[list[Part]], attach: Attach) -> float:
     """Largest difference of the last prompt token's logits between left- and right-padded inputs."""
     logits = []
-    for side in ("left", "right"):
-        inputs = tiny_inputs(name, MIXED, seed=3, padding=side, extra=1)
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    sides: tuple[Literal["left", "right"], ...] = ("left", "right")
+    for side in sides:
+        inputs = tiny_inputs(name, layout, seed=3, padding=side, extra=1, model=model)
+        if not adapters.of(model).spec.mrope:  # models with multi-axis positions derive them from the mask themselves
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with attach(model):
-            logits.append(model(**inputs, position_ids=positions).logits[:, -1])
+            logits.append(model(**inputs).logits[:, -1])
     return float((logits[0] - logits[1]).abs().max())
 
 
 @torch.no_grad()
-def two_turns(model: Any, name: str, attach: Attach) -> float:
+def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
     """Largest logit difference to the oracle over two generate() calls on one cache the caller owns."""
     from transformers import DynamicCache
 
-    layout: list[list[Part]] = [[3, "image", 5], [2, "image", 9]]
-    inputs = tiny_inputs(name, layout, seed=2, extra=1)
+    layout: list[list[Part]] = [[3, kind, 5], [2, kind, 9]]
+    inputs = tiny_inputs(name, layout, seed=2, extra=1, model=model)
 
     def turns(manager: AbstractContextManager[Any]) -> Tensor:
         cache = DynamicCache(config=model.config.get_text_config())
@@ -149,6 +161,9 @@ def two_turns(model: Any, name: str, attach: Attach) -> float:
             mask = torch.ones_like(ids)
             mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
             more = {"input_ids": ids, "attention_mask": mask}
+            if "mm_token_type_ids" in inputs:
+                more["mm_token_type_ids"] = torch.zeros_like(ids, dtype=torch.int)
+                more["mm_token_type_ids"][:, : inputs["mm_token_type_ids"].shape[1]] = inputs["mm_token_type_ids"]
             _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
         return torch.cat([first, second])
 
@@ -232,27 +247,36 @@ def check_method(
     cells: list[Deviation] = []
     for name in models or TINY_MODELS:
         model = tiny_model(name)
-        inputs = tiny_inputs(name, MIXED, seed=3, extra=1)
 
         def add(check: str, worst: float, limit: float = LIMIT, name: str = name) -> None:
             cells.append(Deviation(resolved.name, name, check, worst, limit))
 
-        for policy in policies:
+        for layout_name, layout in layouts(name).items():
+            inputs = tiny_inputs(name, layout, seed=3, extra=1, model=model)
+            for policy in policies:
 
-            def attach(model: Any, policy: Positions = policy) -> Handle:
-                return compress(model, resolved, positions=policy, **budget)
+                def attach(model: Any, policy: Positions = policy) -> Handle:
+                    return compress(model, resolved, positions=policy, **budget)
 
-            for mode, options in MODES.items():
-                add(f"oracle, {policy}, {mode}", against_oracle(model, inputs, attach, steps, **options))
-            add(f"batch = singles, {policy}", batch_against_singles(model, name, attach, steps))
-            add(f"right = left padding, {policy}", right_padding(model, name, attach))
-            add(f"two turns, {policy}", two_turns(model, name, attach))
-        add("text only, bit-identical", identical(model, tiny_inputs(name, [[9], [5]]), attach), 0.0)
-        if resolved.needs_budget:
-            whole = lambda model: compress(model, resolved, retention=1.0)  # noqa: E731
-            add("retention 1.0, bit-identical", identical(model, inputs, whole), 0.0)
-        add("nothing left behind", no_trace(model, inputs, attach), 0.0)
-        add("bfloat16 runs", half_precision(model, inputs, attach), 0.0)
+                for mode, options in MODES.items():
+                    worst = against_oracle(model, inputs, attach, steps, **options)
+                    add(f"{layout_name}: oracle, {policy}, {mode}", worst)
+                add(
+                    f"{layout_name}: batch = singles, {policy}",
+                    batch_against_singles(model, name, layout, attach, steps),
+                )
+                add(f"{layout_name}: right = left padding, {policy}", right_padding(model, name, layout, attach))
+            if resolved.needs_budget:
+                whole = lambda model: compress(model, resolved, retention=1.0)  # noqa: E731
+                add(f"{layout_name}: retention 1.0, bit-identical", identical(model, inputs, whole), 0.0)
+            add(f"{layout_name}: nothing left behind", no_trace(model, inputs, attach), 0.0)
+            add(f"{layout_name}: bfloat16 runs", half_precision(model, inputs, attach), 0.0)
+        for kind in TINY_MODELS[name].kinds:
+            for policy in policies:
+                turns = lambda model, policy=policy: compress(model, resolved, positions=policy, **budget)  # noqa: E731
+                add(f"{kind}: two turns, {policy}", two_turns(model, name, kind, turns))
+        text: list[list[Part]] = [[9], [5]]
+        add("text only, bit-identical", identical(model, tiny_inputs(name, text, model=model), attach), 0.0)
     _raise_on_failure(cells)
     return cells
 
