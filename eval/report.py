@@ -49,7 +49,7 @@ def render(results: Results, picture: bytes) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(significant=significant, tokens=tokens)
+    environment.globals.update(significant=significant, tokens=tokens, plain=_plain)
     return environment.get_template("report.html").render(
         results=results,
         run=results.run,
@@ -57,6 +57,16 @@ def render(results: Results, picture: bytes) -> str:
         picture=base64.b64encode(picture).decode(),
         tasks=[_task(results, task) for task in results.tasks],
     )
+
+
+def _plain(value: Any) -> str:
+    """A setting as text: lists and mappings without brackets and quotes."""
+    if isinstance(value, dict):
+        rest = ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items() if key != "name")
+        return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
+    if isinstance(value, list):
+        return ", ".join(_plain(entry) for entry in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _task(results: Results, task: str) -> dict[str, Any]:

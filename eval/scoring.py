@@ -53,10 +53,11 @@ def score(task: SweepTask, rows: Sequence[Record], documents: int) -> dict[str, 
     samples = result["samples"][task.name]
     values = {k: v for k, v in result["results"][task.name].items() if "," in k and "_stderr" not in k}
     filters = list(dict.fromkeys(key.split(",", 1)[1] for key in values))
+    declared = list(task.lmms.aggregation())
     scored = {}
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda entry: _position(declared, entry[0].split(",")[0])):
         metric, name = key.split(",", 1)
-        if isinstance(value, Real) and metric in task.lmms.aggregation():
+        if isinstance(value, Real) and metric in declared:
             start = filters.index(name) * documents
             having = [sample for sample in samples[start : start + documents] if metric in sample]
             label = metric if name == "none" else key
@@ -64,6 +65,10 @@ def score(task: SweepTask, rows: Sequence[Record], documents: int) -> dict[str, 
                 float(value), tuple(s["doc_id"] for s in having), _outcomes(task, metric, having, float(value))
             )
     return scored
+
+
+def _position(declared: Sequence[str], metric: str) -> int:
+    return declared.index(metric) if metric in declared else len(declared)
 
 
 def _replay(texts: Mapping[tuple[int, int], str]) -> Any:

@@ -17,6 +17,7 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
+PERMUTATIONS = 9999
 Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
 Floats = NDArray[np.float64]
 
@@ -96,7 +97,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 def _effective_n(scores: Floats, clusters: Sequence[Hashable] | None) -> float:
     """Independent questions that say as much as these: N over the design effect, and at most N.
 
-    Without any spread the design effect is unknown; then each cluster counts once.
+    Scores that are all equal do not tell the design effect; it is then taken as 1.
     """
     n = len(scores)
     if clusters is None:
@@ -104,7 +105,7 @@ def _effective_n(scores: Floats, clusters: Sequence[Hashable] | None) -> float:
     sums, counts = _cluster_sums(scores, _groups(n, clusters))
     mean, k = scores.mean(), len(sums)
     if mean in (0.0, 1.0) or k < 2:
-        return float(k)
+        return float(n)
     variance = k / (k - 1) * float(((sums - mean * counts) ** 2).sum()) / n**2
     return min(float(n), float(mean * (1 - mean)) / variance) if variance > 0 else float(n)
 
@@ -126,8 +127,8 @@ def paired(cell: Outcomes, baseline: Outcomes) -> Paired:
         return Paired((up - down) / n * cell.scale, low * cell.scale, high * cell.scale, p, how, up, down)
     groups = _groups(n, cell.clusters)
     if cell.binary and baseline.binary and up == down == 0:  # a bootstrap of zeros would claim certainty
-        low, high = bonett_price(0, 0, len(groups))
-        return Paired(0.0, low * cell.scale, high * cell.scale, 1.0, "Bonett-Price over clusters", 0, 0)
+        low, high = bonett_price(0, 0, n)
+        return Paired(0.0, low * cell.scale, high * cell.scale, 1.0, "Bonett-Price where no answer differs", 0, 0)
     low, high = _bootstrap_mean(difference, groups)
     sums, _ = _cluster_sums(difference, groups)
     how = "bootstrap, sign flips" if cell.clusters is None else "cluster bootstrap, sign flips of clusters"
@@ -199,7 +200,7 @@ def _sign_flips(differences: Floats) -> float:
         total,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=PERMUTATIONS,
         batch=max(1, 1_000_000 // len(nonzero)),
         rng=np.random.default_rng(0),
     )

@@ -192,6 +192,12 @@ class Grid:
             return "-"
         return f"{100 * value:.1f}" if self.percent else f"{value:.4g}"
 
+    def show_diff(self, value: float | None) -> str:
+        """A difference of two values as text, with its sign."""
+        if value is None:
+            return "-"
+        return f"{100 * value + 0.0:+.1f}" if self.percent else f"{value + 0.0:+.4g}"
+
 
 def grid(results: Results, task: str, metric: str) -> Grid:
     """Arrange one metric of one task."""

@@ -1,6 +1,14 @@
 """`python -m vtc.eval.tiny`."""
 
+from __future__ import annotations
+
+import sys
+
+from vtc.errors import VTCError
 from vtc.eval.tiny.cli import app
 
 if __name__ == "__main__":
-    app(prog_name="python -m vtc.eval.tiny")
+    try:
+        app(prog_name="python -m vtc.eval.tiny")
+    except VTCError as error:
+        sys.exit(f"error: {error}")

@@ -47,7 +47,7 @@ def check(
 ) -> None:
     """Measure accuracy per family on held-out scenes through processor, generate and exact match."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
     from rich.table import Table
 
     from vtc.eval.tiny import checking
@@ -56,14 +56,11 @@ def check(
 
     folder = model or model_path(NAMES[0])
     rows = benchmark_rows(per_family, "check", checking.CHECK_SEED)
-    bar = iter(track(range(len(rows)), "questions", console=Console(stderr=True)))
-
-    def done(questions: int) -> None:
-        for _ in range(questions):
-            next(bar, None)
-
-    shares = checking.accuracy(folder, rows, batch_size=batch_size, device=device, done=done)
-    next(bar, None)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("questions", total=len(rows))
+        shares = checking.accuracy(
+            folder, rows, batch_size=batch_size, device=device, done=lambda count: bar.advance(task, count)
+        )
     table = Table("family", "accuracy")
     for name, share in shares.items():
         table.add_row(name, f"{100 * share:.1f} %")

@@ -1,0 +1,137 @@
+"""A model with random weights and small local tasks, so that the harness runs end to end in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TASK_CODE = '''
+from PIL import Image
+
+COLOURS = ["red", "green", "blue", "yellow"]
+
+
+def doc_to_visual(doc):
+    picture = Image.new("RGB", (120, 90), COLOURS[doc["scene"] % 4])
+    picture.paste(COLOURS[(doc["scene"] + doc["shift"]) % 4], (10, 10, 50, 70))
+    return [picture]
+
+
+def text_only(doc):
+    return []
+
+
+def process_results(doc, results):
+    hit = float(results[0].strip() == doc["answer"])
+    entry = {"score": hit, "scene": str(doc["scene"]), "guess": results[0]}
+    return {"accuracy": entry, doc["family"]: entry}
+
+
+def mean(items):
+    return sum(item["score"] for item in items) / len(items)
+
+
+def broken(doc, results):
+    raise RuntimeError("no judge")
+'''
+
+TASK_YAML = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {output_type}
+doc_to_visual: !function utils.{visual}
+doc_to_text: question
+doc_to_target: answer
+process_results: !function utils.{process}
+{generation}
+cluster_key: scene
+metric_list:
+  - {{metric: accuracy, aggregation: !function utils.mean, higher_is_better: true}}
+  - {{metric: colour, aggregation: !function utils.mean, higher_is_better: true}}
+  - {{metric: place, aggregation: !function utils.mean, higher_is_better: true}}
+metadata: {{version: 2.0}}
+"""
+GENERATION = "generation_kwargs: {max_new_tokens: 3, temperature: 0, do_sample: false}"
+
+WriteTask = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_task() -> WriteTask:
+    """A function that writes a local lmms-eval task into a folder."""
+
+    def write(
+        folder: Path,
+        name: str = "blobs",
+        *,
+        documents: int = 10,
+        output_type: str = "generate_until",
+        visual: str = "doc_to_visual",
+        process: str = "process_results",
+        generation: str = GENERATION,
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        questions = {"colour": "What color is the ring?", "place": "Where is the red ring relative to the blue star?"}
+        lines = [
+            {
+                "scene": number // 2,
+                "shift": 1 + number // 2 % 3,
+                "family": (family := ("colour", "place")[number % 2]),
+                "question": questions[family],
+                "answer": ("red", "left")[number % 2],
+            }
+            for number in range(documents)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "utils.py").write_text(TASK_CODE)
+        settings = {"output_type": output_type, "visual": visual, "process": process, "generation": generation}
+        (folder / f"{name}.yaml").write_text(TASK_YAML.format(name=name, data=f"{name}.jsonl", **settings))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory, write_task: WriteTask) -> Path:
+    """A folder with the task `blobs`: ten questions about five pictures, two families, clusters named by scene."""
+    return write_task(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a LLaVA with random weights and the small model's processor."""
+    from vtc.eval.tiny.export import export
+    from vtc.eval.tiny.model import ModelShape, build_model
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("models") / "blind"
+    model = build_model(ModelShape(32, vision_layers=3, text_layers=2, heads=2, vision_inner=64, text_inner=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 6.0 if parameter.dim() == 2 else 1.0  # else every answer is the same word
+    export(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runner(model_folder: Path) -> Any:
+    """A runner on that model."""
+    from vtc import loading
+    from vtc.eval.runner import Runner
+
+    return Runner(loading.load(str(model_folder), device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def blobs(task_folder: Path) -> Any:
+    """The loaded task `blobs`."""
+    from vtc.eval.catalogue import load_tasks
+
+    return load_tasks(["blobs"], [task_folder])[0]

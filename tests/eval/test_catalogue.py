@@ -1,0 +1,106 @@
+"""lmms-eval tasks as a sweep sees them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtc.errors import InputError, UnknownName
+from vtc.eval.catalogue import conversation, list_tasks, load_tasks
+
+WriteTask = Callable[..., Path]
+
+
+def test_a_local_task_is_loaded_with_its_questions_and_settings(blobs: Any) -> None:
+    assert (blobs.name, len(blobs.documents), blobs.repeats, blobs.version) == ("blobs", 10, 1, "2.0")
+    assert blobs.main_metric == "accuracy"
+    assert blobs.generation({}).arguments["max_new_tokens"] == 3
+    assert blobs.generation({"max_new_tokens": 7}).arguments["max_new_tokens"] == 7
+
+
+def test_a_document_becomes_chat_messages_with_pictures(blobs: Any) -> None:
+    (message,) = blobs.conversation(1)
+    assert message["role"] == "user"
+    picture, text = message["content"]
+    assert picture["type"] == "image" and picture["image"].size == (120, 90) and picture["image"].mode == "RGB"
+    assert text == {"type": "text", "text": "Where is the red ring relative to the blue star?"}
+
+
+def test_the_stop_string_that_lmms_eval_adds_is_dropped_and_the_tasks_own_kept(
+    tmp_path: Path, write_task: WriteTask
+) -> None:
+    write_task(tmp_path, "plain", generation="generation_kwargs: {max_new_tokens: 2}")
+    write_task(tmp_path, "own", generation='generation_kwargs: {max_new_tokens: 2, until: ["."]}')
+    plain, own = load_tasks(["plain", "own"], [tmp_path])
+    assert plain.lmms.config.generation_kwargs["until"] == ["\n\n"]
+    assert plain.generation({}).until == ()
+    assert own.generation({}).until == (".",)
+
+
+def test_tags_are_expanded_and_no_task_is_loaded_twice() -> None:
+    names = [task.name for task in load_tasks(["tiny_image_words", "tiny_image_families"])]
+    assert names[0] == "tiny_image_words"
+    assert len(names) == len(set(names)) == 9
+
+
+def test_unknown_tasks_are_refused_with_near_matches(task_folder: Path) -> None:
+    with pytest.raises(UnknownName, match=r"unknown task 'blob'; did you mean 'blobs'.*`vtc tasks --all`"):
+        load_tasks(["blob"], [task_folder])
+
+
+def test_tasks_that_are_not_generate_until_are_refused(tmp_path: Path, write_task: WriteTask) -> None:
+    write_task(tmp_path, "choice", output_type="multiple_choice", generation="doc_to_choice: [red, left]")
+    with pytest.raises(InputError, match="task 'choice' is of type multiple_choice; a sweep answers generate_until"):
+        load_tasks(["choice"], [tmp_path])
+
+
+def test_a_task_that_does_not_load_says_why(tmp_path: Path, write_task: WriteTask) -> None:
+    write_task(tmp_path, "broken")
+    (tmp_path / "utils.py").write_text("raise KeyError('no judge configured')")
+    with pytest.raises(InputError, match="task 'broken' cannot be loaded here: KeyError: 'no judge configured'"):
+        load_tasks(["broken"], [tmp_path])
+
+
+def test_an_include_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="include path .* is not a folder"):
+        load_tasks(["blobs"], [tmp_path / "nowhere"])
+
+
+def test_video_is_refused() -> None:
+    messages = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}]}]
+    with pytest.raises(InputError, match="task 'x': video input; this version evaluates image tasks"):
+        conversation(messages, "task 'x'")
+
+
+def test_the_fingerprint_knows_settings_code_and_data_but_not_the_place(tmp_path: Path, write_task: WriteTask) -> None:
+    def fingerprint(folder: Path, profile: str = "default") -> str:
+        return load_tasks(["blobs"], [folder], profile)[0].fingerprint
+
+    original = write_task(tmp_path / "a")
+    first = fingerprint(original)
+    assert fingerprint(original) == first
+    moved = tmp_path / "b"
+    shutil.copytree(original, moved)
+    assert fingerprint(moved) == first
+    assert fingerprint(moved, "qwen2_5_vl") != first
+    (moved / "utils.py").write_text((moved / "utils.py").read_text() + "\n# other code\n")
+    assert fingerprint(moved) != first
+    shutil.copy(original / "utils.py", moved)
+    lines = (moved / "blobs.jsonl").read_text()
+    (moved / "blobs.jsonl").write_text(lines.replace("relative to", "beside"))
+    assert fingerprint(moved) != first
+    (moved / "blobs.jsonl").write_text(lines)
+    settings = (moved / "blobs.yaml").read_text()
+    (moved / "blobs.yaml").write_text(settings.replace("max_new_tokens: 3", "max_new_tokens: 4"))
+    assert fingerprint(moved) != first
+
+
+def test_the_list_holds_embedded_and_included_tasks(task_folder: Path) -> None:
+    listed = {entry["name"]: entry for entry in list_tasks([task_folder])}
+    assert listed["blobs"] == {"name": "blobs", "kind": "task", "folder": str(task_folder)}
+    assert listed["tiny_image"]["kind"] == "task"
+    assert listed["tiny_image_families"]["kind"] == "tag"

@@ -1,0 +1,147 @@
+"""The path of a prompt: the same answers however they are batched, shared and repeated."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vtc
+from vtc.errors import UnsupportedModel
+from vtc.eval.cells import make_cells
+from vtc.eval.generation import Generation, make_generation
+from vtc.eval.runner import Runner, batch_seed, few_threads
+from vtc.eval.spec import make_spec
+
+GREEDY = make_generation({"max_new_tokens": 4}, source="test")
+SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="test")
+
+
+@pytest.fixture(scope="module")
+def cells(runner: Runner) -> list[Any]:
+    spec = make_spec({"retentions": [1.0, 0.25, 0.05]})
+    return [runner.check(cell) for cell in make_cells(spec, {})]
+
+
+@pytest.fixture(scope="module")
+def conversations(blobs: Any) -> list[Any]:
+    return [blobs.conversation(doc_id) for doc_id in range(6)]
+
+
+def texts(runner: Runner, conversations: list[Any], cell: Any, generation: Generation = GREEDY, seed: int = 0) -> list[str]:
+    return [answer.text for answer in runner.answer(runner.prepare(conversations), cell, generation, seed=seed)]
+
+
+def test_prompts_are_padded_on_the_left(runner: Runner, conversations: list[Any]) -> None:
+    batch = runner.prepare(conversations[:2])
+    mask = batch.inputs["attention_mask"]
+    assert mask.sum(1).unique().numel() == 2
+    assert (mask.diff(dim=1) >= 0).all()
+    assert batch.visual_tokens == (144, 144)
+    begin = runner.processor.tokenizer.bos_token_id
+    assert (batch.inputs["input_ids"] == begin).sum(1).tolist() == [1, 1]
+
+
+def test_answers_do_not_depend_on_the_batch(runner: Runner, conversations: list[Any], cells: list[Any]) -> None:
+    seen = set()
+    for cell in cells:
+        together = texts(runner, conversations, cell)
+        assert together == [texts(runner, [one], cell)[0] for one in conversations]
+        assert together == texts(runner, conversations[:2], cell) + texts(runner, conversations[2:], cell)
+        seen |= set(together)
+    assert len(seen) > 5
+
+
+def test_sharing_the_encoder_changes_no_answer_and_encodes_once(
+    runner: Runner, conversations: list[Any], cells: list[Any]
+) -> None:
+    alone = [texts(runner, conversations, cell) for cell in cells]
+    passes = []
+    tower = runner.model.model.vision_tower
+    hook = tower.register_forward_hook(lambda *_: passes.append(1))
+    batch = runner.prepare(conversations)
+    (group,) = runner.sharing_groups(cells)
+    with runner.sharing(group):
+        shared = [[answer.text for answer in runner.answer(batch, cell, GREEDY)] for cell in cells]
+    hook.remove()
+    assert shared == alone
+    assert len(passes) == 1
+
+
+def test_an_answer_says_what_it_cost(runner: Runner, conversations: list[Any], cells: list[Any]) -> None:
+    baseline, *_, quarter = [c for c in cells if c.is_baseline or (c.method, c.retention) == ("stride", 0.25)]
+    batch = runner.prepare(conversations)
+    whole, kept = runner.answer(batch, baseline, GREEDY)[0], runner.answer(batch, quarter, GREEDY)[0]
+    assert (whole.visual_tokens_in, whole.visual_tokens_kept, whole.engine_seconds) == (144, 144, 0.0)
+    assert (kept.visual_tokens_in, kept.visual_tokens_kept) == (144, 36.0)
+    assert kept.input_tokens == whole.input_tokens == int(batch.inputs["attention_mask"][0].sum())
+    assert 1 <= whole.output_tokens <= 4 and whole.seconds > 0 and kept.engine_seconds > 0
+
+
+def test_prompts_without_a_picture_are_answered_beside_others(
+    runner: Runner, conversations: list[Any], cells: list[Any]
+) -> None:
+    text = [{"role": "user", "content": [{"type": "text", "text": "How many red objects are there?"}]}]
+    for cell in (cells[0], cells[-1]):
+        answers = runner.answer(runner.prepare([conversations[0], text]), cell, GREEDY)
+        assert [answer.text for answer in answers] == texts(runner, conversations[:1], cell) + texts(runner, [text], cell)
+        assert (answers[1].visual_tokens_in, answers[1].visual_tokens_kept) == (0, 0.0)
+
+
+def test_several_pictures_in_one_prompt(runner: Runner, cells: list[Any]) -> None:
+    pictures = [{"type": "image", "image": Image.new("RGB", (80, 60), colour)} for colour in ("red", "blue")]
+    prompt = [{"role": "user", "content": [*pictures, {"type": "text", "text": "What color is the ring?"}]}]
+    answer = runner.answer(runner.prepare([prompt]), cells[-1], GREEDY)[0]
+    assert answer.visual_tokens_in == 288
+    assert answer.visual_tokens_kept == 2 * vtc.tokens_to_keep(144, 0.05)
+
+
+def test_sampling_follows_its_seed_and_leaves_the_global_generator_alone(
+    runner: Runner, conversations: list[Any], cells: list[Any]
+) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = texts(runner, conversations, cells[0], SAMPLED, seed=1)
+    assert first == texts(runner, conversations, cells[0], SAMPLED, seed=1)
+    assert first != texts(runner, conversations, cells[0], SAMPLED, seed=2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert batch_seed(0, "t", 0, 0) != batch_seed(0, "t", 0, 1)
+
+
+def test_beams_give_one_answer_per_prompt(runner: Runner, conversations: list[Any], cells: list[Any]) -> None:
+    beams = make_generation({"max_new_tokens": 3, "num_beams": 2}, source="test")
+    answers = runner.answer(runner.prepare(conversations[:3]), cells[-1], beams)
+    assert len(answers) == 3
+    assert {answer.visual_tokens_kept for answer in answers} == {float(vtc.tokens_to_keep(144, 0.05))}
+
+
+def test_methods_that_read_one_layer_differently_are_not_shared(runner: Runner) -> None:
+    def conflicting(methods: list[str]) -> SimpleNamespace:
+        if {"random", "pool"} <= set(methods):
+            raise vtc.errors.UnsupportedMethod("they disagree")
+        return SimpleNamespace()
+
+    names = ["random", "stride", "pool", "random"]
+    stand_in = SimpleNamespace(sharing=lambda cells: conflicting([cell for cell in cells]))
+    groups = Runner.sharing_groups(stand_in, names)  # type: ignore[arg-type]
+    assert groups == [["random", "stride", "random"], ["pool"]]
+
+
+def test_a_small_model_gets_one_thread_and_the_setting_comes_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with few_threads(torch.nn.Linear(2, 2)):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_without_chat_template_is_refused() -> None:
+    loaded = SimpleNamespace(name="old", model=None, processor=SimpleNamespace(chat_template=None))
+    with pytest.raises(UnsupportedModel, match="'old' has no chat template"):
+        Runner(loaded)

@@ -1,0 +1,75 @@
+"""What a sweep may be asked for, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtc.errors import BudgetError, InputError
+from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
+
+
+def test_the_default_file_says_what_the_defaults_are() -> None:
+    spec = make_spec(read_settings(CONFIGS / "default.yaml"))
+    assert spec.model_copy(update={"out": None}) == SweepSpec()
+    assert spec.folder == SweepSpec().folder == Path("results/tiny-llava")
+
+
+def test_every_shipped_file_is_valid_and_reached_by_its_name() -> None:
+    for file in CONFIGS.glob("*.yaml"):
+        assert make_spec(read_settings(Path(file.stem))) == make_spec(read_settings(file))
+
+
+def test_methods_may_be_names_or_mappings() -> None:
+    spec = make_spec({"methods": ["stride", {"name": "random", "seed": 1}]})
+    assert [(m.name, m.parameters) for m in spec.methods] == [("stride", {}), ("random", {"seed": 1})]
+    assert make_spec({"methods": "stride"}).methods[0].name == "stride"
+
+
+def test_the_output_folder_is_named_after_the_file_or_the_model(tmp_path: Path) -> None:
+    file = tmp_path / "night.yaml"
+    file.write_text("limit: 3\n")
+    assert make_spec(read_settings(file)).folder == Path("results/night")
+    assert make_spec({"model": "org/model-7b"}).folder == Path("results/model-7b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"retention": [0.5]}, "unknown key 'retention'; did you mean 'retentions'"),
+        ({"zzzz": 1}, "unknown key 'zzzz'. Known keys: model, methods"),
+        ({"methods": []}, "methods is empty"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"retentions": ["much"]}, "retentions.0: input should be a valid number"),
+        ({"methods": [{"seed": 1}]}, "methods.0.name: field required"),
+        ({"limit": 0}, "limit: input should be greater than or equal to 1"),
+        ({"batch_size": -1}, "batch_size: input should be greater than or equal to 1"),
+        ({"positions": "squeeze"}, "positions: input should be 'preserve' or 'compact'"),
+    ],
+)
+def test_refused_settings_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=f"^here: {words}"):
+        make_spec(settings, source="here")
+
+
+@pytest.mark.parametrize("retention", [0.0, -0.5, 1.01, 25])
+def test_a_retention_is_a_fraction(retention: float) -> None:
+    with pytest.raises(BudgetError, match="the fraction of visual tokens that is kept, so 25 % is written 0.25"):
+        make_spec({"retentions": [0.5, retention]})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("a: [", "not readable as YAML"), ("- 1", "expected 'key: value' lines"), ("1: 2", "expected")]
+)
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=words):
+        read_settings(file)
+
+
+def test_a_missing_file_names_the_shipped_ones() -> None:
+    with pytest.raises(InputError, match="no sweep file 'nope.yaml'.*default, quick"):
+        read_settings(Path("nope.yaml"))
