@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,34 @@ def clip() -> Any:
 def siglip() -> Any:
     """A fresh tiny LLaVA with a SigLIP tower (no class token, features of the last layer)."""
     return tiny_model("llava-siglip")
+
+
+@pytest.fixture(scope="session")
+def run_chunks() -> Callable[..., torch.Tensor]:
+    """Feed chunks to a model one after the other on one cache, then decode; last-token logits of every call."""
+
+    @torch.no_grad()
+    def run(
+        model: Any, chunks: Sequence[dict[str, torch.Tensor]], manager: Any, steps: int = 3, **options: Any
+    ) -> torch.Tensor:
+        masks, seen, logits = list[torch.Tensor](), 0, list[torch.Tensor]()
+        with manager:
+            cache = None
+            tokens = [torch.full((chunks[0]["input_ids"].shape[0], 1), 7 + step) for step in range(steps)]
+            for chunk in [*chunks, *({"input_ids": ids} for ids in tokens)]:
+                chunk = dict(chunk)
+                masks.append(chunk.pop("attention_mask", torch.ones_like(chunk["input_ids"])))
+                mask = torch.cat(masks, dim=1)
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, seen:]
+                padded = {} if bool(mask.all()) else {"attention_mask": mask}
+                output = model(
+                    **chunk, **padded, position_ids=positions, past_key_values=cache, use_cache=True, **options
+                )
+                cache, seen = output.past_key_values, mask.shape[1]
+                logits.append(output.logits[:, -1])
+        return torch.stack(logits)
+
+    return run
 
 
 # --- golden cases
