@@ -77,26 +77,40 @@ def siglip() -> Any:
 
 @pytest.fixture(scope="session")
 def run_chunks() -> Callable[..., torch.Tensor]:
-    """Feed chunks to a model one after the other on one cache, then decode; last-token logits of every call."""
+    """Feed chunks to a model one after the other on one cache, then decode; last-token logits of every call.
+
+    mask: False leaves the attention mask out (nothing may be padded). positions: False leaves the position ids to the
+    model. cache: a cache of the caller's. use_cache: False feeds the whole conversation anew at every step instead.
+    """
 
     @torch.no_grad()
     def run(
-        model: Any, chunks: Sequence[dict[str, torch.Tensor]], manager: Any, steps: int = 3, **options: Any
+        model: Any,
+        chunks: Sequence[dict[str, torch.Tensor]],
+        manager: Any,
+        *,
+        steps: int = 3,
+        mask: bool = True,
+        positions: bool = True,
+        cache: Any = None,
+        use_cache: bool = True,
     ) -> torch.Tensor:
-        masks, seen, logits = list[torch.Tensor](), 0, list[torch.Tensor]()
+        batch = chunks[0]["input_ids"].shape[0]
+        decoded = [{"input_ids": torch.full((batch, 1), 7 + step)} for step in range(steps)]
+        ids, valid, logits = torch.empty(batch, 0).long(), torch.empty(batch, 0).long(), list[torch.Tensor]()
         with manager:
-            cache = None
-            tokens = [torch.full((chunks[0]["input_ids"].shape[0], 1), 7 + step) for step in range(steps)]
-            for chunk in [*chunks, *({"input_ids": ids} for ids in tokens)]:
-                chunk = dict(chunk)
-                masks.append(chunk.pop("attention_mask", torch.ones_like(chunk["input_ids"])))
-                mask = torch.cat(masks, dim=1)
-                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, seen:]
-                padded = {} if bool(mask.all()) else {"attention_mask": mask}
-                output = model(
-                    **chunk, **padded, position_ids=positions, past_key_values=cache, use_cache=True, **options
-                )
-                cache, seen = output.past_key_values, mask.shape[1]
+            for chunk in [*chunks, *decoded]:
+                seen = ids.shape[1] if use_cache else 0
+                ids = torch.cat([ids, chunk["input_ids"]], dim=1)
+                valid = torch.cat([valid, chunk.get("attention_mask", torch.ones_like(chunk["input_ids"]))], dim=1)
+                given = dict(chunk) if use_cache else {**chunks[0]}
+                given |= {"input_ids": ids[:, seen:], "attention_mask": valid}
+                if not mask:
+                    del given["attention_mask"]
+                if positions:
+                    given["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, seen:]
+                output = model(**given, past_key_values=cache, use_cache=use_cache)
+                cache = output.past_key_values
                 logits.append(output.logits[:, -1])
         return torch.stack(logits)
 
