@@ -111,7 +111,7 @@ class VisionRecorder:
             if self._memo is None:
                 return self._encode(kind, inner, args, kwargs)
             tensors = [v for v in (*args, *(kwargs[k] for k in sorted(kwargs))) if isinstance(v, Tensor)]
-            key = (kind, *((id(t), t._version, tuple(t.shape)) for t in tensors))
+            key = (kind, *((id(t), _version(t), tuple(t.shape)) for t in tensors))
             if key not in self._memo:
                 # The tensors are kept beside the output: a freed tensor's id could be given to another one.
                 self._memo[key] = (self._encode(kind, inner, args, kwargs), tensors)
@@ -154,15 +154,23 @@ class VisionRecorder:
             first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device)
             values = attention_rows(call.query, call.key, first, call.scaling, mask=call.mask)[:, 0]
         else:
-            values = attention_received(call.query, call.key, call.scaling, mask=call.mask)
+            values = attention_received(
+                call.query, call.key, call.scaling, mask=call.mask, segments=call.segments
+            )
         self._rows.setdefault(layer, []).append(values)
 
     def _collect(self, layer: int) -> Tensor:
         rows = self._rows.get(layer)
         if not rows:
             raise UnsupportedMethod(f"vision layer {layer} did not run; the encoder stops before it")
-        values = torch.cat(rows)
+        # A packed encoder calls attention segment by segment, [1, segment] each; any other crop by crop.
+        values = torch.cat(rows, dim=1 if self.adapter.packed else 0)
         return values if self.stages is None else self.stages.expand(layer, values)
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts in-place changes; tensors made under inference_mode keep no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""The command line as a user meets it: exit status, stdout, stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def vtc(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from vtc.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One line on stderr that holds all `words`, nothing on stdout, exit status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("vtc: error:")]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    from vtc.eval.tiny.scenes import make_scene
+
+    file = tmp_path / "scene.png"
+    Image.fromarray(make_scene(3, "check").image).save(file)
+    return file
+
+
+def test_methods_json_is_alone_on_stdout() -> None:
+    result = vtc("methods", "--json")
+    assert result.returncode == 0, result.stderr
+    entries = json.loads(result.stdout)
+    assert {"random", "stride", "pool", "vtc_cls"} <= {entry["name"] for entry in entries}
+    for entry in entries:
+        assert {"name", "stages", "needs", "trained", "families"} <= set(entry)
+        assert "llava" in entry["families"]
+        assert entry["stages"]
+
+
+def test_methods_table_and_long_text() -> None:
+    assert "vtc_cls" in vtc("methods").stdout
+    assert "2412.05819" not in vtc("methods").stdout
+    assert "Departures from the paper" in vtc("methods", "--long").stdout
+
+
+def test_models_lists_the_embedded_model_and_every_family() -> None:
+    entries = json.loads(vtc("models", "--json").stdout)
+    kinds = {entry["name"]: entry["kind"] for entry in entries}
+    assert kinds["tiny-llava"] == "embedded"
+    assert kinds["llava"] == "family"
+
+
+def test_generate_answers_and_reports_tokens(image: Path) -> None:
+    plain = vtc("generate", "--image", str(image), "--prompt", "how many red objects are there?")
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout.strip()
+    assert "144 of 144 visual tokens" in plain.stderr
+    arguments = ["--method", "vtc_cls", "--retention", "0.25", "--set", "layers=2", "--json"]
+    short = vtc("generate", "--image", str(image), "--prompt", "is there a red star?", *arguments)
+    assert short.returncode == 0, short.stderr
+    entry = json.loads(short.stdout)
+    assert (entry["visual_tokens_in"], entry["visual_tokens_kept"]) == (144, 36)
+    assert entry["text"] in ("yes", "no")
+
+
+def test_generate_takes_several_images(image: Path) -> None:
+    arguments = ["--image", str(image), "--image", str(image), "--method", "stride", "--keep", "10", "--json"]
+    result = vtc("generate", "--prompt", "is there a red star?", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["visual_tokens_kept"] == 20
+
+
+def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
+    refused(vtc("generate", "--image", str(tmp_path / "none.png"), "--prompt", "x"), "none.png", "does not exist")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(image.read_bytes()[:300])
+    refused(vtc("generate", "--image", str(broken), "--prompt", "x"), "broken.png", "cannot be read")
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    refused(vtc("generate", "--image", str(text), "--prompt", "x"), "text.png", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "vtc-cls", "--retention", "0.5"], ["'vtc-cls'", "did you mean 'vtc_cls'"]),
+        (["--method", "vtc_cls"], ["neither", "retention=0.25"]),
+        (["--method", "vtc_cls", "--retention", "0.5", "--keep", "3"], ["both"]),
+        (["--method", "vtc_cls", "--retention", "1.5"], ["1.5", "(0, 1]"]),
+        (["--method", "vtc_cls", "--keep", "0"], ["keep=0"]),
+        (["--method", "vtc_cls", "--retention", "0.5", "--set", "layer=3"], ["'layer'", "did you mean"]),
+        (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers"], ["name=value"]),
+        (["--retention", "0.5"], ["--method"]),
+        (["--method", "random", "--retention", "0.5", "--positions", "keep"], ["'keep'", "preserve"]),
+        (["--model", "no/such-model"], ["no/such-model"]),
+        (["--dtype", "float99"], ["float99"]),
+    ],
+)
+def test_generate_refuses_bad_arguments(image: Path, arguments: list[str], words: list[str]) -> None:
+    refused(vtc("generate", "--image", str(image), "--prompt", "x", *arguments), *words)
+
+
+def test_unsupported_checkpoint_is_named_before_weights_are_read(tmp_path: Path, image: Path) -> None:
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    result = vtc("generate", "--model", str(folder), "--image", str(image), "--prompt", "x")
+    refused(result, "BertModel", "LlavaForConditionalGeneration")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = vtc("--debug", "generate", "--image", str(tmp_path / "none.png"), "--prompt", "x")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+
+
+def test_unknown_command_fails() -> None:
+    assert vtc("methodes").returncode == 2

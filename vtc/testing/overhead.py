@@ -1,0 +1,117 @@
+"""`python -m vtc.testing.overhead` compares a compressed prefill with the same model on a natively short sequence.
+
+Three arms run interleaved in one process on one random LLaMA-sized stack: the whole prompt, the prompt compressed by a
+method, and a prompt that was as short from the start (its embeddings fed directly). Images are encoded once and shared,
+so that the figures are about the language model. Medians; the natively short prompt is the limit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from vtc.attach import compress, share_encoder
+from vtc.registry import list_methods
+from vtc.testing.family import IMAGE, text_settings
+
+SIDE, PATCH, TEXT = 336, 14, 40
+HIDDEN, LAYERS = 512, 8
+RETENTION = 1 / 9
+
+
+def build() -> Any:
+    """LLaVA with a shallow CLIP tower (576 patches) and an LLM of 8 layers, hidden size 512, random weights."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    sizes = {**text_settings(LAYERS), "hidden_size": HIDDEN, "intermediate_size": 1376, "num_attention_heads": 8}
+    text = LlamaConfig(**{**sizes, "num_key_value_heads": 8})
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    )
+    return model.eval()
+
+
+def prompts(batch: int, padding: int) -> dict[str, Tensor]:
+    """`batch` prompts of one image and TEXT tokens; row i has i * `padding` tokens of left padding."""
+    visual = (SIDE // PATCH) ** 2
+    ids = torch.randint(5, 110, (batch, TEXT + visual), generator=torch.Generator().manual_seed(0))
+    ids[:, TEXT // 2 : TEXT // 2 + visual] = IMAGE
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : row * padding] = 0
+    pixels = torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+@torch.inference_mode()
+def measure(method: str, batch: int, padding: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of the three arms, and of the host time inside the engine."""
+    model, inputs = build(), prompts(batch, padding)
+    mask, visual = inputs["attention_mask"], (SIDE // PATCH) ** 2
+    kept = round(visual * RETENTION)
+    short = torch.randn(batch, TEXT + kept, HIDDEN)
+    inside: list[float] = []
+
+    def full() -> None:
+        model(**inputs)
+
+    def native() -> None:
+        model(inputs_embeds=short, attention_mask=mask[:, : TEXT + kept])
+
+    def compressed() -> None:
+        with compress(model, method, retention=RETENTION, trace=False) as handle:
+            model(**inputs)
+        inside.append(handle.stats.seconds)
+
+    arms: dict[str, Callable[[], None]] = {"full": full, "compressed": compressed, "native": native}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    from vtc.registry import create
+
+    with share_encoder(model, [create(method)]):
+        for repeat in range(repeats + 2):
+            for name, arm in arms.items():
+                start = time.perf_counter()
+                arm()
+                if repeat >= 2:  # the first rounds warm up
+                    times[name].append(time.perf_counter() - start)
+    medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    return {**medians, "engine": 1000 * statistics.median(inside)}
+
+
+def main(repeats: int = 9) -> None:
+    """Print a Markdown table."""
+    torch.set_num_threads(1)
+    print("# Cost of a compressed prefill\n")
+    print(f"Made by `python -m vtc.testing.overhead`: LLaMA-type stack, hidden {HIDDEN}, {LAYERS} layers, 616 -> 104")
+    print(
+        f"tokens, CPU, one thread, medians of {repeats} interleaved repetitions, attach and detach included. The limit"
+    )
+    print("is the same model on a natively short sequence.")
+    print(f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}.\n")
+    print("| method | batch | full ms | compressed ms | natively short ms (limit) | compressed / limit | engine ms |")
+    print("|---|---|---|---|---|---|---|")
+    for method in list_methods():
+        for batch, padding in ((1, 0), (4, 5)):
+            row = measure(method, batch, padding, repeats)
+            ratio = row["compressed"] / row["native"]
+            cells = [f"{row[arm]:.1f}" for arm in ("full", "compressed", "native")]
+            print(f"| {method} | {batch} | {' | '.join(cells)} | {ratio:.2f} | {row['engine']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
