@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vtc.budget import Budget
-from vtc.ops.select import top_k
+from vtc.errors import VTCError, unknown_name
+from vtc.ops.select import top_k, top_k_in_groups
 
 if TYPE_CHECKING:
     from vtc.items import ItemTable
@@ -130,6 +131,16 @@ class StageView:
         return self.hidden[self.items.row[:, None], self.items.index]
 
     @cached_property
+    def crop(self) -> Tensor:
+        """[I, N] crop or frame of each token, -1 behind an item's end."""
+        return self.items.geometry("crop")
+
+    @cached_property
+    def place(self) -> tuple[Tensor, Tensor]:
+        """[I, N] row and column of each token inside its crop, in encoder patches; -1 behind an item's end."""
+        return self.items.geometry("row"), self.items.geometry("col")
+
+    @cached_property
     def keep(self) -> tuple[int, ...]:
         """Tokens the budget grants each item, of those it had in the input and without its separators."""
         assert self.budget is not None, "this method was planned without a budget"
@@ -182,9 +193,23 @@ class Compressor(ABC):
         """Choose the tokens that pass `view.stage`; None keeps everything."""
 
 
+Scope = Literal["item", "crop"]
+
+
 @dataclass(frozen=True)
 class ScoringCompressor(Compressor):
-    """A method that keeps the highest-scoring tokens of each item before the LLM."""
+    """A method that keeps the highest-scoring tokens of each item before the LLM.
+
+    scope: "item" ranks all tokens of an image or video together; "crop" ranks inside every crop, tile or frame and
+    keeps the same share of each (sizes differ after unpadding; largest remainders make the total exact). The two agree
+    on images of one crop. Subclasses set the default that suits their scores.
+    """
+
+    scope: Scope = field(default="item", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise VTCError(str(unknown_name("scope", self.scope, get_args(Scope))))
 
     @abstractmethod
     def score(self, view: StageView) -> Tensor:
@@ -193,4 +218,9 @@ class ScoringCompressor(Compressor):
     def select(self, view: StageView) -> Selection:
         """Keep the `view.keep` best tokens of each item, in their original order."""
         keep = torch.tensor(view.keep, device=view.hidden.device)
-        return Selection(top_k(self.score(view), keep, view.items.mask), counts=view.keep)
+        crops = max((layout.n_crops for layout in view.items.layouts), default=1)
+        if self.scope == "item" or crops == 1:
+            chosen = top_k(self.score(view), keep, view.items.mask)
+        else:
+            chosen = top_k_in_groups(self.score(view), view.crop, crops, keep, view.items.mask)
+        return Selection(chosen, counts=view.keep)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vtc.errors import UnsupportedCall
 from vtc.layout import Kind, VisionContext, VisualItem
@@ -61,6 +63,11 @@ class ItemTable:
         for row, count in zip(self.rows, self.input_counts, strict=True):
             totals[row] += count
         return totals
+
+    def geometry(self, name: Literal["crop", "row", "col"]) -> Tensor:
+        """[I, N] crop id, row or column of every token, as in `VisualItem`; -1 behind an item's end."""
+        values = pad_sequence([getattr(item, name) for item in self.layouts], batch_first=True)
+        return torch.where(self.mask, values.to(self.token.device).gather(1, self.token), -1)
 
     def selectable(self) -> ItemTable:
         """The table without separator tokens."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["image", "video"]
+Grid = tuple[int, int, int]
+"""(frames or tiles, rows, columns) of a raster."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,9 @@ class VisualItem:
     method sees them, and they count against the budget. crop_grid: encoder patches (rows, columns) of one crop.
     grid: (frames, rows, columns) of tokens when they form a full raster, else None.
     thumbnail: crop id of the low-resolution overview, tiling: (rows, columns) of the other crops.
+    regions: the full rasters that the tokens without the newlines are made of, one behind the other in token order
+    (the thumbnail and the stitched map of an AnyRes image, say); just `grid` where there is one, () where some token
+    lies in no raster.
     """
 
     kind: Kind
@@ -36,9 +41,14 @@ class VisualItem:
     n_crops: int
     crop_grid: tuple[int, int]
     newlines: int = 0
-    grid: tuple[int, int, int] | None = None
+    grid: Grid | None = None
     thumbnail: int | None = None
     tiling: tuple[int, int] | None = None
+    regions: tuple[Grid, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and not self.regions:
+            object.__setattr__(self, "regions", (self.grid,))
 
 
 @dataclass
@@ -65,6 +75,7 @@ class VisionContext:
         return sum(item.n_tokens for item in self.items)
 
     def pack(self, values: Tensor) -> Tensor:
-        """[crops, T] per-patch scalars -> [I, Nmax] per-token values, zero behind the end of shorter items."""
+        """[crops, T] per-patch scalars -> [I, Nmax] per-token values, zero on newlines and behind an item's end."""
         tokens = [item[:, 0] for item in self.to_tokens(values[..., None])]
-        return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        packed = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        return packed.masked_fill(packed.isnan(), 0)

@@ -136,8 +136,9 @@ def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...
     marks: list[Tensor] = []
     counts: list[int] = []
     for context in contexts:
-        sizes = tuple(item.n_tokens for item in context.items)
-        mark, kept = context.alive or (torch.ones(len(sizes), max(sizes), dtype=torch.bool), sizes)
+        sizes = tuple(item.n_tokens - item.newlines for item in context.items)
+        width = max(item.n_tokens for item in context.items)
+        mark, kept = context.alive or (torch.ones(len(sizes), width, dtype=torch.bool), sizes)
         marks.append(mark.to(hidden.device))
         counts += kept
     alive = _stack(marks)[items.source].gather(1, items.token)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.compressor import ScoringCompressor, StageView
+from vtc.compressor import Scope, ScoringCompressor, StageView
 from vtc.ops.hashing import uniform
 from vtc.registry import register
 
@@ -19,10 +19,12 @@ class Random(ScoringCompressor):
 
     Acts before the LLM, needs nothing. The draw depends on `seed` and on the item's pixels alone, so it is the same in
     every batch and at every place of a prompt, and two images get different subsets. At a given seed a smaller budget
-    keeps a subset of what a larger one keeps.
+    keeps a subset of what a larger one keeps (of images with one crop; over several crops the shares are rounded).
+    Every crop, tile or frame keeps the same share (`scope`).
     """
 
     seed: int = 0
+    scope: Scope = field(default="crop", kw_only=True)
 
     name: ClassVar[str] = "random"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +10,8 @@ import torch
 
 from vtc.compressor import Compressor, Selection, StageView
 from vtc.errors import VTCError, unknown_name
-from vtc.ops.grid import strided
+from vtc.layout import Grid
+from vtc.ops.grid import split_budget, strided
 from vtc.registry import register
 
 LAYOUTS = ("grid", "sequence")
@@ -21,8 +23,9 @@ class Stride(Compressor):
     """Keep evenly spaced tokens of each item.
 
     Acts before the LLM, needs nothing. layout "grid" spreads the budget over rows and columns of the token raster (a
-    video's frames are stacked), "sequence" takes every N/k-th token of the flattened item, which drops whole columns
-    when k divides the row length. Both are centred and keep the exact count. Items without a full raster are strided
+    video's frames and an image's tiles are stacked; thumbnail and stitched map of an AnyRes image share the budget in
+    proportion to their sizes), "sequence" takes every N/k-th token of the flattened item, which drops whole columns
+    when k divides the row length. Both are centred and keep the exact count. Items without full rasters are strided
     as a sequence.
     """
 
@@ -37,15 +40,15 @@ class Stride(Compressor):
     def select(self, view: StageView) -> Selection:
         items = view.items
         keep = torch.zeros_like(items.mask)
-        shapes = [self._shape(grid.grid, n) for grid, n in zip(items.layouts, items.counts, strict=True)]
-        for shape in set(zip(shapes, view.keep, strict=True)):
-            (height, width), count = shape
-            same = [i for i, other in enumerate(zip(shapes, view.keep, strict=True)) if other == shape]
-            chosen = strided(height, width, count, device=keep.device)
-            keep[torch.tensor(same, device=keep.device)[:, None], chosen] = True
+        shapes = [self._shape(layout.regions, n) for layout, n in zip(items.layouts, items.counts, strict=True)]
+        wanted = list(zip(shapes, view.keep, strict=True))
+        for regions, count in dict.fromkeys(wanted):
+            rows = torch.tensor([i for i, other in enumerate(wanted) if other == (regions, count)], device=keep.device)
+            for first, (frames, height, width), share in split_budget(regions, count):
+                keep[rows[:, None], first + strided(frames * height, width, share, device=keep.device)] = True
         return Selection(keep, counts=view.keep)
 
-    def _shape(self, grid: tuple[int, int, int] | None, count: int) -> tuple[int, int]:
-        if self.layout == "sequence" or grid is None or count != grid[0] * grid[1] * grid[2]:
-            return 1, count
-        return grid[0] * grid[1], grid[2]
+    def _shape(self, regions: tuple[Grid, ...], count: int) -> tuple[Grid, ...]:
+        if self.layout == "sequence" or count != sum(math.prod(region) for region in regions):
+            return ((1, 1, count),)
+        return regions

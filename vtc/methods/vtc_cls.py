@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtc.compressor import ModelSpec, Needs, Plan, Rows, ScoringCompressor, StageView
+from vtc.compressor import ModelSpec, Needs, Plan, Rows, Scope, ScoringCompressor, StageView
 from vtc.errors import UnsupportedMethod, VTCError, unknown_name
 from vtc.registry import register
 
@@ -44,10 +44,12 @@ class VTCCLS(ScoringCompressor):
     layers: int = 3
     start_layer: int | None = None
     reduction: Literal["sum", "mean", "max", "min"] = "sum"
+    scope: Scope = field(default="crop", kw_only=True)
 
     name: ClassVar[str] = "vtc_cls"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduction not in REDUCTIONS:
             raise VTCError(str(unknown_name("reduction", self.reduction, REDUCTIONS)))
         if self.layers < 1:

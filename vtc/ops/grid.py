@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from vtc.ops.select import apportion
+
+Grid = tuple[int, int, int]
 
 
 def output_grid(height: int, width: int, keep: int) -> tuple[int, int]:
@@ -47,18 +53,56 @@ def strided(height: int, width: int, keep: int, device: torch.device | None = No
     return row * width + col
 
 
-def pool_grid(tokens: Tensor, grid: tuple[int, int, int], output: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of each frame: [I, t*h*w, D] -> [I, t*h'*w', D], computed in float32."""
+def output_raster(grid: Grid, keep: int) -> Grid:
+    """The coarser raster with at most `keep` cells: every frame as in `output_grid`, frames merged if keep < frames.
+
+    >>> output_raster((2, 4, 4), 9), output_raster((4, 3, 3), 2)
+    ((2, 2, 2), (2, 1, 1))
+    """
     frames, height, width = grid
-    maps = tokens.float().reshape(-1, height, width, tokens.shape[-1]).permute(0, 3, 1, 2)
-    pooled = torch.nn.functional.adaptive_avg_pool2d(maps, output).flatten(2).transpose(1, 2)
-    return pooled.reshape(tokens.shape[0], frames * output[0] * output[1], -1).to(tokens.dtype)
+    if keep < frames:
+        return keep, 1, 1
+    return frames, *output_grid(height, width, keep // frames)
 
 
-def cell_centres(grid: tuple[int, int, int], output: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Raster index of the token at the centre of every pooled cell, ascending; [t*h'*w']."""
-    frames, height, width = grid
-    row = (2 * torch.arange(output[0], device=device) + 1) * height // (2 * output[0])
-    col = (2 * torch.arange(output[1], device=device) + 1) * width // (2 * output[1])
-    frame = torch.arange(frames, device=device) * (height * width)
-    return (frame[:, None, None] + row[:, None] * width + col).flatten()
+def split_budget(regions: Sequence[Grid], keep: int) -> list[tuple[int, Grid, int]]:
+    """(first token, raster, tokens to keep) of rasters that lie one behind the other, in proportion to their sizes.
+
+    Rasters that get no token are left out.
+
+    >>> split_budget([(1, 2, 2), (1, 4, 3)], 4)
+    [(0, (1, 2, 2), 1), (4, (1, 4, 3), 3)]
+    """
+    sizes = [math.prod(region) for region in regions]
+    shares: list[int] = apportion(torch.tensor([keep]), torch.tensor([sizes]))[0].tolist()
+    starts = accumulate(sizes, initial=0)
+    return [(start, region, share) for start, region, share in zip(starts, regions, shares, strict=False) if share]
+
+
+def pool_grid(tokens: Tensor, grid: Grid, output: Grid) -> Tensor:
+    """Adaptive average pooling: [I, t*h*w, D] -> [I, t'*h'*w', D], computed in float32."""
+    items, _, width = tokens.shape
+    if grid[0] == output[0]:  # frame by frame; the kernel for flat maps is the faster one
+        flat = tokens.float().reshape(-1, *grid[1:], width).movedim(-1, 1)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(flat, output[1:]).flatten(2).transpose(1, 2)
+    else:
+        maps = tokens.float().reshape(items, *grid, width).movedim(-1, 1)
+        pooled = torch.nn.functional.adaptive_avg_pool3d(maps, output).flatten(2).transpose(1, 2)
+    return pooled.reshape(items, -1, width).to(tokens.dtype)
+
+
+def cell_centres(grid: Grid, output: Grid, device: torch.device | None = None) -> Tensor:
+    """Raster index of the token at the centre of every pooled cell, ascending; [t'*h'*w']."""
+    steps = [(2 * torch.arange(n, device=device) + 1) * size // (2 * n) for size, n in zip(grid, output, strict=True)]
+    return _raster_index(steps, grid).flatten()
+
+
+def absorbing_cell(grid: Grid, output: Grid, device: torch.device | None = None) -> Tensor:
+    """[t*h*w] number of the pooled cell a token lies in (the first, where adaptive cells overlap)."""
+    steps = [torch.arange(size, device=device) * n // size for size, n in zip(grid, output, strict=True)]
+    return _raster_index(steps, output).flatten()
+
+
+def _raster_index(steps: Sequence[Tensor], grid: Grid) -> Tensor:
+    frame, row, col = steps
+    return (frame[:, None, None] * grid[1] + row[:, None]) * grid[2] + col

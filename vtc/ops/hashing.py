@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,14 @@ def fingerprint(values: Tensor) -> Tensor:
     bits = flat.view(_BITS[flat.element_size()]).long()
     place = _mix(torch.arange(bits.shape[1], device=bits.device))
     return _mix((_mix(bits + place)).sum(1))
+
+
+def joint_fingerprint(keys: Tensor, counts: Sequence[int]) -> Tensor:
+    """One key for every run of `counts` neighbours: [C] int64 -> [I] int64; depends on their order."""
+    sizes = torch.tensor(counts, device=keys.device)
+    item = torch.arange(len(counts), device=keys.device).repeat_interleave(sizes, output_size=len(keys))
+    place = torch.arange(len(keys), device=keys.device) - (sizes.cumsum(0) - sizes)[item]
+    return _mix(torch.zeros_like(sizes).index_add(0, item, _mix(keys + _mix(place))))
 
 
 def uniform(key: Tensor, token: Tensor, seed: int) -> Tensor:

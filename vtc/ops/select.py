@@ -28,6 +28,43 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None) -> Tensor:
     return chosen if mask is None else chosen & mask
 
 
+def apportion(total: Tensor, sizes: Tensor) -> Tensor:
+    """Split `total` [I] over groups in proportion to their `sizes` [I, G], exactly, by largest remainder.
+
+    Every share is the exact one rounded up or down, never above the group's size while total <= the sum of sizes;
+    equal remainders go to the lower group. Returns [I, G].
+
+    >>> apportion(torch.tensor([7]), torch.tensor([[16, 8, 4]])).tolist()
+    [[4, 2, 1]]
+    """
+    whole = sizes.sum(1, keepdim=True).clamp(min=1)
+    exact = sizes * total[:, None]
+    share = exact // whole
+    return share + top_k(exact - share * whole, total - share.sum(1))
+
+
+def top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
+    """Mark `keep` entries of each row, the best of every group, from each group the same share of its entries.
+
+    scores: [I, N], higher is kept, ties go to the lower index. group: [I, N] numbers below `groups`. keep: [I] counts,
+    split over a row's groups by `apportion`. mask: [I, N] bool, False is never kept and belongs to no group.
+    Returns bool [I, N].
+
+    >>> scores, group = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0, 5.0]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
+    >>> top_k_in_groups(scores, group, 2, torch.tensor([3]), torch.ones(1, 6, dtype=torch.bool)).int().tolist()
+    [[1, 1, 0, 0, 0, 1]]
+    """
+    group = torch.where(mask, group, groups)
+    sizes = scores.new_zeros(len(scores), groups + 1, dtype=torch.long).scatter_add(1, group, mask.long())
+    share = apportion(keep, sizes)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # groups side by side, best first
+    ordered = group.gather(1, order)
+    first = sizes.cumsum(1) - sizes
+    rank = torch.arange(group.shape[1], device=group.device) - first.gather(1, ordered)
+    return torch.zeros_like(mask).scatter_(1, order, rank < share.gather(1, ordered))
+
+
 def left_pack(keep: Tensor, length: int) -> Tensor:
     """Indices that move the kept rows, in order, to the right end of `length` slots.
 
