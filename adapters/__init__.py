@@ -17,6 +17,9 @@ GROUP = "vtc.adapters"
 
 FAMILIES: dict[str, str] = {
     "LlavaForConditionalGeneration": "vtc.adapters.llava:LlavaAdapter",
+    "Qwen2VLForConditionalGeneration": "vtc.adapters.qwen2_vl:Qwen2VLAdapter",
+    "Qwen2_5_VLForConditionalGeneration": "vtc.adapters.qwen2_5_vl:Qwen25VLAdapter",
+    "Qwen3VLForConditionalGeneration": "vtc.adapters.qwen3_vl:Qwen3VLAdapter",
 }
 """Model class name -> adapter, as "module:Class"."""
 

@@ -89,6 +89,11 @@ class Adapter(ABC):
         return int(self.spec.has_cls)
 
     @property
+    def packed(self) -> bool:
+        """True when the encoder runs all items as one sequence cut into attention segments, not as a batch of crops."""
+        return False
+
+    @property
     def deepstack(self) -> bool:
         """True when visual rows are also added inside the LLM's first layers."""
         return False

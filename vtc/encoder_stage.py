@@ -27,6 +27,12 @@ class EncoderStages:
     """Runs a method's encoder stages. Each crop is an item; all crops must keep the same number of patches."""
 
     def __init__(self, adapter: Adapter, method: Compressor, stages: list[EncoderStage], budget: Budget | None) -> None:
+        if adapter.packed:
+            raise UnsupportedMethod(
+                f"{method.name!r} removes patches inside the vision encoder; {adapter.family} encodes all items as one "
+                "packed sequence and merges groups of neighbouring patches, which stages inside the encoder do not "
+                "support. Choose a method that acts before or inside the LLM"
+            )
         self.adapter, self.method, self.budget = adapter, method, budget
         self.stages = {stage.layer: stage for stage in stages}
         self._handles: list[Any] = []

@@ -23,13 +23,17 @@ Tap = Callable[["AttentionCall"], None]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of one attention call: query [B, Hq, Q, D], key [B, Hk, K, D] after rotary embedding, and its mask."""
+    """Arguments of one attention call: query [B, Hq, Q, D], key [B, Hk, K, D] after rotary embedding, and its mask.
+
+    segments: [S + 1] ends of the sequences packed along Q, starting with 0, where one call serves several of them.
+    """
 
     query: Tensor
     key: Tensor
     mask: Any
     scaling: float
     causal: bool
+    segments: Tensor | None = None
 
 
 _lock = threading.Lock()
@@ -39,7 +43,9 @@ _saved: dict[str, tuple[bool, Callable[..., Any]]] = {}
 
 
 def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
-    def tapped(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def tapped(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         taps = _taps.get(id(module))
         if taps:
             scaling = kwargs.get("scaling")
@@ -47,13 +53,14 @@ def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
             call = AttentionCall(
                 query,
                 key,
-                mask,
+                attention_mask,
                 query.shape[-1] ** -0.5 if scaling is None else scaling,
                 bool(getattr(module, "is_causal", False) if causal is None else causal),
+                kwargs.get("cu_seq_lens_q"),
             )
             for tap in tuple(taps):
                 tap(call)
-        return base(module, query, key, value, mask, *args, **kwargs)
+        return base(module, query, key, value, attention_mask, *args, **kwargs)
 
     return tapped
 

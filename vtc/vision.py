@@ -154,9 +154,7 @@ class VisionRecorder:
             first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device)
             values = attention_rows(call.query, call.key, first, call.scaling, mask=call.mask)[:, 0]
         else:
-            values = attention_received(
-                call.query, call.key, call.scaling, mask=call.mask, segments=call.segments
-            )
+            values = attention_received(call.query, call.key, call.scaling, mask=call.mask, segments=call.segments)
         self._rows.setdefault(layer, []).append(values)
 
     def _collect(self, layer: int) -> Tensor:

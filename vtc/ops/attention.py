@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -29,18 +31,43 @@ def attention_rows(
 
 
 def attention_received(
-    query: Tensor, key: Tensor, scaling: float, *, mask: Tensor | None = None, chunk: int = CHUNK
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """Mean attention each key receives over all queries and heads; shapes as in `attention_rows`, returns [B, K].
 
-    Streams over the queries: memory is [B, H, chunk, K], never [Q, K] at once.
+    Streams over the queries: memory is [B, H, chunk, K], never [Q, K] at once. segments: [S + 1] ends of the sequences
+    packed along Q = K of a batch of one, starting with 0; a key then receives from its own sequence only.
+    Synchronises once.
     """
+    if segments is not None:
+        return _received_in_segments(query, key, scaling, segments, chunk)
     batch, _, length, _ = query.shape
     total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
     for start in range(0, length, chunk):
         rows = torch.arange(start, min(start + chunk, length), device=query.device).expand(batch, -1)
         total = total + _rows(query, key, rows, scaling, mask, False).sum(1)
     return total / length
+
+
+def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: Tensor, chunk: int) -> Tensor:
+    ends: list[int] = segments.tolist()
+    starts: dict[int, list[int]] = {}
+    for start, end in pairwise(ends):
+        starts.setdefault(end - start, []).append(start)
+    total = query.new_zeros(1, key.shape[2], dtype=torch.float32)
+    for length, same in starts.items():  # sequences of one length form a batch
+        if length:
+            steps = torch.arange(length, device=query.device)
+            place = torch.tensor(same, device=query.device)[:, None] + steps
+            q, k = query[0][:, place].transpose(0, 1), key[0][:, place].transpose(0, 1)
+            total[0, place] = attention_received(q, k, scaling, chunk=max(1, chunk // len(same)))
+    return total
 
 
 def _rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Tensor:

@@ -9,6 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc import taps
 
+MODEL_STATE = ("rope_deltas",)
+"""Attributes that models with multi-axis positions replace with every prompt, whether an engine is attached or not."""
+
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Hooks and instance attributes of every module, the attention registry and the active taps.
@@ -21,6 +24,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items():
             if key.startswith(("_forward", "_backward", "_state_dict", "_load_state")):
                 state[f"{name}.{key}"] = [id(hook) for hook in value.values()] if isinstance(value, dict) else value
+            elif key in MODEL_STATE:
+                continue
             elif key not in ("_modules", "_parameters", "_buffers"):
                 state[f"{name}.{key}"] = id(value)
             else:

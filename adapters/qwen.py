@@ -1,0 +1,120 @@
+"""What the Qwen-VL families share: one packed sequence of patches, merging of neighbours, multi-axis positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vtc.adapters.base import Adapter
+
+from vtc.compressor import ModelSpec
+from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.ops.hashing import fingerprint
+
+PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+Grid = tuple[int, int, int]
+
+
+class QwenVLAdapter(Adapter):
+    """Base of the Qwen-VL families.
+
+    model
+    ├── visual .blocks[i].attn, .merger
+    └── language_model .layers[i].self_attn
+    lm_head
+
+    The encoder runs the patches of all items as one sequence [P, C], frame by frame, in which every `merge` x `merge`
+    neighbours follow one another; attention stays inside a frame. The merger makes one LLM token of each such group.
+    """
+
+    modalities: ClassVar[tuple[Kind, ...]] = ("image", "video")
+    towers: ClassVar[tuple[str, ...]] = ("ViT",)
+
+    @property
+    def packed(self) -> bool:
+        return True
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        return list(self.backbone.visual.blocks)
+
+    @property
+    def vision_attention(self) -> Sequence[nn.Module]:
+        return [block.attn for block in self.vision_layers]  # type: ignore[misc]
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.backbone.visual.merger  # type: ignore[no-any-return]
+
+    @property
+    def spec(self) -> ModelSpec:
+        depth = self.model.config.vision_config.depth
+        return ModelSpec(
+            family=self.family,
+            vision_layers=depth,
+            feature_layer=depth - 1,
+            has_cls=False,
+            full_attention_layers=self.full_attention_layers(depth),
+            llm_layers=self.model.config.text_config.num_hidden_layers,
+            mrope=True,
+        )
+
+    def full_attention_layers(self, depth: int) -> tuple[int, ...]:
+        """Encoder layers in which a patch sees its whole frame."""
+        return tuple(range(depth))
+
+    def raster_order(self, grids: Tensor) -> Tensor | None:
+        """[P / merge²] place in the encoder's sequence of each token in raster order, None where these are the same.
+
+        grids: [I, 3] frames, rows and columns of patches.
+        """
+        return None
+
+    def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
+        pixels: Tensor = arguments[PIXELS[kind]]
+        table: Tensor = arguments[f"{kind}_grid_thw"]
+        grids: list[Grid] = [(t, h, w) for t, h, w in table.tolist()]
+        merge = self.model.config.vision_config.spatial_merge_size
+        layouts = {grid: _item(kind, grid, merge, pixels.device) for grid in set(grids)}
+        items = [layouts[grid] for grid in grids]
+        order = self.raster_order(table)
+
+        def to_tokens(values: Tensor) -> list[Tensor]:
+            """[P, C] or [1, P, C] -> one [n_i, C] per item: the mean over the patches that make a token."""
+            units = values.reshape(-1, merge * merge, values.shape[-1]).mean(1)
+            units = units if order is None else units[order.to(units.device)]
+            return list(torch.split(units, [item.n_tokens for item in items]))
+
+        return VisionContext(kind=kind, items=items, fingerprint=_fingerprints(pixels, grids), to_tokens=to_tokens)
+
+
+def _item(kind: Kind, grid: Grid, merge: int, device: torch.device) -> VisualItem:
+    """Geometry of an item of `grid` patches; a token sits at the centre of the patches it was merged from."""
+    frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
+    place = torch.arange(frames * height * width, device=device)
+    row, col = place % (height * width) // width, place % width
+    return VisualItem(
+        kind=kind,
+        n_tokens=place.numel(),
+        crop=place // (height * width),
+        row=row * merge + (merge - 1) / 2,
+        col=col * merge + (merge - 1) / 2,
+        newline=torch.zeros_like(place, dtype=torch.bool),
+        n_crops=frames,
+        crop_grid=grid[1:],
+        grid=(frames, height, width),
+    )
+
+
+def _fingerprints(pixels: Tensor, grids: list[Grid]) -> Tensor:
+    """[P, C] packed pixels -> [I] keys, each of its item's pixels alone; neighbours of one size go together."""
+    keys: list[Tensor] = []
+    start = 0
+    for patches, run in groupby(t * h * w for t, h, w in grids):
+        count = len(list(run))
+        keys.append(fingerprint(pixels[start : start + count * patches].reshape(count, -1)))
+        start += count * patches
+    return torch.cat(keys)

@@ -1,0 +1,36 @@
+"""Qwen2.5-VL: most encoder layers attend inside windows, and the patches travel in window order."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vtc.adapters.qwen import QwenVLAdapter
+
+from vtc.compressor import ModelSpec
+
+
+class Qwen25VLAdapter(QwenVLAdapter):
+    """Qwen2_5_VLForConditionalGeneration; the module tree is that of QwenVLAdapter.
+
+    Hidden states and attention of all encoder layers are in window order. The model puts the merged tokens back, the
+    tokens of `to_tokens` are in raster order as well.
+    """
+
+    family = "qwen2.5-vl"
+    model_classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration",)
+    references: ClassVar[tuple[ModelSpec, ...]] = (
+        ModelSpec("qwen2.5-vl", 32, 31, False, (7, 15, 23, 31), 28, mrope=True),  # Qwen2.5-VL-7B
+    )
+
+    def full_attention_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted(self.model.config.vision_config.fullatt_block_indexes))
+
+    def raster_order(self, grids: Tensor) -> Tensor | None:
+        from transformers.vision_utils import get_vision_window_index
+
+        config = self.model.config.vision_config
+        merge, window, patch = config.spatial_merge_size, config.window_size, config.patch_size
+        index: Tensor = get_vision_window_index(grids, merge, window, patch)[0]
+        return torch.argsort(index)
