@@ -192,7 +192,7 @@ def test_caches_of_other_kinds_are_refused(clip: Any, cache: Any, named: str) ->
 
 
 def test_generate_refuses_a_static_cache(clip: Any) -> None:
-    with vtc.compress(clip, INNER), pytest.raises(UnsupportedCall, match="2D attention mask.*static caches"):
+    with vtc.compress(clip, INNER), pytest.raises(UnsupportedCall, match=r"2D attention mask.*static caches"):
         clip.generate(**tiny_inputs(NAME, PAIR), max_new_tokens=2, cache_implementation="static")
 
 
@@ -242,7 +242,7 @@ def test_prompts_that_cut_an_image_are_refused(clip: Any) -> None:
     ids[0, (ids[0] == image).nonzero()[8:, 0]] = 7
     ids[1, :8] = image
     prefill(clip, nullcontext(), **inputs)
-    with vtc.compress(clip, INNER), pytest.raises(UnsupportedCall, match="8 image placeholders.*ends inside an item"):
+    with vtc.compress(clip, INNER), pytest.raises(UnsupportedCall, match=r"8 image placeholders.*ends inside an item"):
         clip(**inputs)
 
 
@@ -352,7 +352,7 @@ def test_eager_and_sdpa_keep_the_same_and_answer_alike(clip: Any, limits: Any) -
 @pytest.mark.parametrize("method", ["vtc_cls", LastRowTopK()])
 def test_eager_attention_is_refused_for_methods_with_taps(method: Any) -> None:
     model = tiny_model(NAME, attn_implementation="eager")
-    with pytest.raises(UnsupportedModel, match="Attention runs eager attention.*attn_implementation='sdpa'"):
+    with pytest.raises(UnsupportedModel, match=r"Attention runs eager attention.*attn_implementation='sdpa'"):
         vtc.compress(model, method, retention=0.7)
 
 
@@ -396,13 +396,28 @@ def test_loss_and_gradients_equal_the_oracle(clip: Any, limits: Any, stages: tup
         assert float((grad - expected[name]).abs().max()) <= limits.gradient * scale, name
 
 
+def test_recomputed_activations_give_the_same_gradients(clip: Any, limits: Any) -> None:
+    inputs = labelled(clip)
+
+    def gradient() -> Tensor:
+        clip.zero_grad()
+        with vtc.compress(clip, INNER, pad_output=True):
+            clip(**inputs, use_cache=False).loss.backward()
+        return clip.model.multi_modal_projector.linear_1.weight.grad.clone()
+
+    clip.train()
+    stored = gradient()
+    getattr(clip, "activation_checkpointing_enable", clip.gradient_checkpointing_enable)()
+    assert float((gradient() - stored).abs().max()) <= limits.gradient * float(stored.abs().max())
+
+
 def test_a_label_behind_a_removed_token_is_refused(clip: Any) -> None:
     inputs = labelled(clip)
     visual = inputs["input_ids"] == clip.config.image_token_id
     behind = torch.nn.functional.pad(visual[:, :-1], (1, 0)) & ~visual
     inputs["labels"] = torch.where(behind, inputs["input_ids"], -100)
     handle = vtc.compress(clip, FixedKeep(rate=0.0), pad_output=True)
-    with handle, pytest.raises(UnsupportedCall, match="a label follows a removed token.*-100"):
+    with handle, pytest.raises(UnsupportedCall, match=r"a label follows a removed token.*-100"):
         clip(**inputs)
 
 
@@ -469,3 +484,27 @@ def test_two_models_in_two_threads() -> None:
         thread.join()
     assert wrong == []
     assert (taps._taps, taps._users, taps._saved) == ({}, {}, {})
+
+
+def test_one_model_in_two_threads(clip: Any) -> None:
+    inputs = [tiny_inputs(NAME, PAIR, seed=seed) for seed in range(2)]
+    wrong: list[Any] = []
+    start = threading.Barrier(2)
+    with vtc.compress(clip, "vtc_cls", retention=0.5):
+        alone = [prefill(clip, nullcontext(), **given).logits[:, -1] for given in inputs]
+
+        def work(k: int) -> None:
+            try:
+                start.wait()
+                for _ in range(30):
+                    if not torch.equal(prefill(clip, nullcontext(), **inputs[k]).logits[:, -1], alone[k]):
+                        wrong.append(k)
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
