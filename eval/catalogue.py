@@ -197,16 +197,22 @@ def _check_output_type(name: str, output_type: str) -> None:
         )
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """What went wrong in a task's code behind lmms-eval's "five tries failed"."""
+    from tenacity import RetryError
+
+    return error.last_attempt.exception() or error if isinstance(error, RetryError) else error
+
+
 def _load(manager: Any, name: str) -> Mapping[Any, Any]:
     from lmms_eval.tasks import get_task_dict
-    from tenacity import RetryError
 
     try:
         with muted():
             loaded: Mapping[Any, Any] = get_task_dict([name], manager, "chat")
             return loaded
     except Exception as error:
-        cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+        cause = root_cause(error)
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise InputError(f"task {name!r} cannot be loaded here: {reason}") from error
 

@@ -23,7 +23,8 @@ class Cell:
 
     `label` is what tables and figures show, `method` the registered name, or ``none`` for the untouched model.
     `parameters` are all hyper-parameters after defaults, so that a changed default is another cell. `positions` is the
-    position policy, None for the method's own. `model` is the fingerprint of the loaded model. `compressor` is the
+    position policy, None for the method's own. `retention` is None for methods that decide themselves how much they
+    keep. `model` is the fingerprint of the loaded model. `compressor` is the
     method to run, None for the baseline; it takes no part in comparisons because the other fields determine it.
     """
 
@@ -31,7 +32,7 @@ class Cell:
     method: str
     version: int
     parameters: Mapping[str, Any]
-    retention: float
+    retention: float | None
     positions: Positions | None
     seed: int
     generation: Mapping[str, Any]
@@ -79,12 +80,15 @@ def make_methods(spec: SweepSpec) -> list[tuple[MethodSpec, Compressor]]:
 
 
 def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
-    """The cells of `spec` for a model with this fingerprint: the baseline, then method by method; no cell twice."""
+    """The cells of `spec` for a model with this fingerprint: the baseline, then method by method; no cell twice.
+
+    A method that takes no budget is one cell, whatever the retentions.
+    """
     common: dict[str, Any] = {"seed": spec.seed, "generation": dict(spec.generation), "model": dict(model)}
     baseline = Cell(BASELINE, BASELINE, 1, {}, 1.0, None, **common)
     cells = {baseline.key(): baseline}
     for entry, method in make_methods(spec):
-        for retention in spec.retentions:
+        for retention in spec.retentions if method.needs_budget else (None,):
             cell = Cell(
                 label=_label(entry),
                 method=method.name,

@@ -129,7 +129,7 @@ def _free_stdout() -> contextlib.AbstractContextManager[Any]:
 
 def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult | None = None) -> None:
     from rich.console import Console
-    from vtc.eval.tables import NOTE, console_table, console_title, json_summary
+    from vtc.eval.tables import NOTE, console_table, console_title, json_summary, nominal
 
     if as_json:
         summary = {"out": str(folder), **json_summary(results)}
@@ -145,13 +145,9 @@ def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult 
             console.print(console_table(results, task))
             console.print(NOTE, highlight=False, soft_wrap=True)
     for entry in results.incomplete:
-        console.print(
-            f"incomplete: {entry.task}, {entry.method} at {entry.retention:g}: {entry.answered} of {entry.wanted}"
-            f" answers; {entry.reason}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        cell = f"{entry.task}, {entry.method} at {nominal(entry.retention)}"
+        text = f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if result is not None:
         console.print(f"{result.answered} answers in {result.seconds:.0f} s", highlight=False)
     console.print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)

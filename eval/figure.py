@@ -41,6 +41,11 @@ def _panel(panel: object, data: Grid) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(panel, Axes)
+    panel.set_title(data.task)
+    if data.baseline is None and not data.methods:
+        panel.text(0.5, 0.5, "no cell is complete", ha="center", va="center", transform=panel.transAxes)
+        panel.set_axis_off()
+        return
     factor = 100.0 if data.percent else 1.0
     if data.baseline is not None:
         panel.axhline(data.baseline["value"] * factor, color="black", linewidth=1.2, linestyle="--", label="untouched")
@@ -60,12 +65,11 @@ def _panel(panel: object, data: Grid) -> None:
             low = [line["ci_low"] * factor for line in lines]
             high = [line["ci_high"] * factor for line in lines]
             panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        ticks |= {round(100 * line["retention"], 1) for line in lines}
+        ticks |= {round(100 * line["retention"], 1) for line in lines if line["retention"] is not None}
     panel.set_xscale("log")
     panel.set_xticks(sorted(ticks), [f"{tick:g} %" for tick in sorted(ticks)])
     panel.minorticks_off()
     panel.set_xlabel("visual tokens entering an LLM layer (achieved)")
     panel.set_ylabel(f"{data.metric} (%)" if data.percent else data.metric)
-    panel.set_title(data.task)
     panel.grid(alpha=0.25)
     panel.legend(fontsize="small", frameon=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.eval import figure
-from vtc.eval.tables import Grid, Results, grid, read_results, significant, to_csv, tokens
+from vtc.eval.tables import Grid, Results, grid, nominal, read_results, significant, to_csv, tokens
 
 from vtc.errors import InputError
 
@@ -49,7 +49,7 @@ def render(results: Results, picture: bytes) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(significant=significant, tokens=tokens, plain=_plain)
+    environment.globals.update(significant=significant, tokens=tokens, plain=_plain, nominal=nominal)
     return environment.get_template("report.html").render(
         results=results,
         run=results.run,

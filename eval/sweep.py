@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtc.eval.catalogue import SweepTask, load_tasks
+from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.execute import Worker, failure_record, missing, plan, run_local
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
@@ -132,7 +132,7 @@ def _score(task: SweepTask, n: int, baseline: str, writer: Writer, progress: Sil
         try:
             scored, records = metric_records(task, key, n, rows[key], reference)
         except Exception as error:
-            failures.append(failure_record("score", task, (key,), (), error))
+            failures.append(failure_record("score", task, (key,), (), root_cause(error)))
             writer.add_failure(failures[-1])
             progress.fail(failures[-1], 0)
             continue

@@ -49,7 +49,7 @@ class Incomplete:
 
     task: str
     method: str
-    retention: float
+    retention: float | None
     answered: int
     wanted: int
     reason: str
@@ -182,9 +182,9 @@ class Grid:
     metric: str
     percent: bool
     baseline: Record | None
-    retentions: Sequence[float]
+    retentions: Sequence[float | None]
     methods: Sequence[str]
-    entries: dict[tuple[str, float], Record]
+    entries: dict[tuple[str, float | None], Record]
 
     def show(self, value: float | None) -> str:
         """A value of the metric as text: in percent where all values lie in [0, 1]."""
@@ -208,7 +208,7 @@ def grid(results: Results, task: str, metric: str) -> Grid:
         metric=metric,
         percent=all(0.0 <= line["value"] <= 1.0 for line in lines),
         baseline=next((line for line in lines if line["method"] == BASELINE), None),
-        retentions=sorted({line["retention"] for line in compressed}, reverse=True),
+        retentions=sorted({line["retention"] for line in compressed}, key=lambda r: (r is None, -(r or 0.0))),
         methods=list(dict.fromkeys(line["method"] for line in compressed)),
         entries={(line["method"], line["retention"]): line for line in compressed},
     )
@@ -217,6 +217,11 @@ def grid(results: Results, task: str, metric: str) -> Grid:
 def significant(line: Record) -> bool:
     """Whether a cell differs from the baseline at p < 0.05, not corrected for the number of comparisons."""
     return line["p"] is not None and line["p"] < 0.05
+
+
+def nominal(retention: float | None) -> str:
+    """A retention as asked for; ``own`` for methods that are not asked."""
+    return "own" if retention is None else f"{retention:g}"
 
 
 def tokens(line: Record) -> str:
@@ -241,7 +246,7 @@ def console_table(results: Results, task: str) -> Table:
     table = Table()
     table.add_column("method")
     for retention in data.retentions:
-        table.add_column(f"{retention:g}", justify="right")
+        table.add_column(nominal(retention), justify="right")
     if data.baseline:
         whole = f"{data.show(data.baseline['value'])} [dim]{data.baseline['visual_tokens_in']:.4g}[/dim]"
         table.add_row("untouched", whole, *[""] * (len(data.retentions) - 1), end_section=True)

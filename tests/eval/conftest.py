@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-TASK_CODE = '''
+TASK_CODE = """
 from PIL import Image
 
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -38,7 +38,7 @@ def mean(items):
 
 def broken(doc, results):
     raise RuntimeError("no judge")
-'''
+"""
 
 TASK_YAML = """
 task: {name}
@@ -123,8 +123,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runner(model_folder: Path) -> Any:
     """A runner on that model."""
-    from vtc import loading
     from vtc.eval.runner import Runner
+
+    from vtc import loading
 
     return Runner(loading.load(str(model_folder), device="cpu"))
 

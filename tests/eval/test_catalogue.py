@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vtc.eval.catalogue import conversation, list_tasks, load_tasks
 
 from vtc.errors import InputError, UnknownName
-from vtc.eval.catalogue import conversation, list_tasks, load_tasks
 
 WriteTask = Callable[..., Path]
 
@@ -66,7 +66,7 @@ def test_a_task_that_does_not_load_says_why(tmp_path: Path, write_task: WriteTas
 
 
 def test_an_include_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="include path .* is not a folder"):
+    with pytest.raises(InputError, match=r"include path .* is not a folder"):
         load_tasks(["blobs"], [tmp_path / "nowhere"])
 
 

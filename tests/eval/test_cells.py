@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-
-from vtc.errors import UnknownName, VTCError
 from vtc.eval.cells import BASELINE, Cell, make_cells
 from vtc.eval.spec import make_spec
+
+import vtc
+from vtc.errors import UnknownName, VTCError
 
 MODEL = {"weights": "0123", "dtype": "float32"}
 
@@ -73,3 +74,8 @@ def test_unknown_methods_and_hyper_parameters_are_refused() -> None:
         cells(methods=["strid"])
     with pytest.raises(VTCError, match="did you mean 'seed'"):
         cells(methods=[{"name": "random", "sed": 1}])
+
+
+def test_a_method_that_takes_no_budget_is_one_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(vtc.create("stride")), "needs_budget", False)
+    assert [(c.method, c.retention) for c in cells(methods=["stride"])] == [(BASELINE, 1.0), ("stride", None)]

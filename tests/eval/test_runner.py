@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-
-import vtc
-from vtc.errors import UnsupportedModel
 from vtc.eval.cells import make_cells
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.runner import Runner, batch_seed, few_threads
 from vtc.eval.spec import make_spec
+
+import vtc
+from vtc.errors import UnsupportedModel
 
 GREEDY = make_generation({"max_new_tokens": 4}, source="test")
 SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="test")
@@ -31,7 +31,9 @@ def conversations(blobs: Any) -> list[Any]:
     return [blobs.conversation(doc_id) for doc_id in range(6)]
 
 
-def texts(runner: Runner, conversations: list[Any], cell: Any, generation: Generation = GREEDY, seed: int = 0) -> list[str]:
+def texts(
+    runner: Runner, conversations: list[Any], cell: Any, generation: Generation = GREEDY, seed: int = 0
+) -> list[str]:
     return [answer.text for answer in runner.answer(runner.prepare(conversations), cell, generation, seed=seed)]
 
 
@@ -87,7 +89,9 @@ def test_prompts_without_a_picture_are_answered_beside_others(
     text = [{"role": "user", "content": [{"type": "text", "text": "How many red objects are there?"}]}]
     for cell in (cells[0], cells[-1]):
         answers = runner.answer(runner.prepare([conversations[0], text]), cell, GREEDY)
-        assert [answer.text for answer in answers] == texts(runner, conversations[:1], cell) + texts(runner, [text], cell)
+        assert [answer.text for answer in answers] == texts(runner, conversations[:1], cell) + texts(
+            runner, [text], cell
+        )
         assert (answers[1].visual_tokens_in, answers[1].visual_tokens_kept) == (0, 0.0)
 
 

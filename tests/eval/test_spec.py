@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
 
 from vtc.errors import BudgetError, InputError
-from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
 
 
 def test_the_default_file_says_what_the_defaults_are() -> None:
@@ -56,12 +56,13 @@ def test_refused_settings_are_named(settings: dict[str, Any], words: str) -> Non
 
 @pytest.mark.parametrize("retention", [0.0, -0.5, 1.01, 25])
 def test_a_retention_is_a_fraction(retention: float) -> None:
-    with pytest.raises(BudgetError, match="the fraction of visual tokens that is kept, so 25 % is written 0.25"):
+    with pytest.raises(BudgetError, match=r"the fraction of visual tokens that is kept, so 25 % is written 0\.25"):
         make_spec({"retentions": [0.5, retention]})
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("a: [", "not readable as YAML"), ("- 1", "expected 'key: value' lines"), ("1: 2", "expected")]
+    ("content", "words"),
+    [("a: [", "not readable as YAML"), ("- 1", "expected 'key: value' lines"), ("1: 2", "expected")],
 )
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str, words: str) -> None:
     file = tmp_path / "bad.yaml"
@@ -71,5 +72,5 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str, w
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match="no sweep file 'nope.yaml'.*default, quick"):
+    with pytest.raises(InputError, match=r"no sweep file 'nope\.yaml'.*default, quick"):
         read_settings(Path("nope.yaml"))

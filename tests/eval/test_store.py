@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vtc.eval.store import Store, check_writable
 
 from vtc.errors import InputError
-from vtc.eval.store import Store, check_writable
 
 
 def row(doc_id: int, **changes: Any) -> dict[str, Any]:
@@ -98,5 +98,5 @@ def test_run_json_is_replaced_whole_and_missing_or_damaged_ones_are_named(tmp_pa
         writer.save_run({"a": 2})
     assert store.exists and store.run() == {"a": 2}
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(InputError, match="run.json: not readable"):
+    with pytest.raises(InputError, match=r"run\.json: not readable"):
         store.run()

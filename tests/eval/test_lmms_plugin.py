@@ -1,0 +1,58 @@
+"""`python -m lmms_eval --model vtc`: found by its entry point, same answers as a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vtc.eval.quiet import muted
+
+from vtc.errors import VTCError
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Any:
+    """The class that lmms-eval finds under the name `vtc`."""
+    with muted():
+        from lmms_eval.models import get_model
+
+        return get_model("vtc")
+
+
+def test_the_class_is_found_by_its_entry_point(plugin: Any) -> None:
+    assert plugin.__module__ == "vtc.eval.lmms_model" and plugin.is_simple is False
+
+
+def test_it_answers_what_a_sweep_answers(
+    plugin: Any, model_folder: Path, task_folder: Path, blobs: Any, runner: Any
+) -> None:
+    with muted():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+        arguments = f"pretrained={model_folder},method=random,retention=0.1,seed=5,device=cpu"
+        result = simple_evaluate(
+            "vtc", model_args=arguments, tasks=["blobs"], task_manager=manager, batch_size=3, bootstrap_iters=0
+        )
+    samples = result["samples"]["blobs"]
+    lm = plugin(pretrained=str(model_folder), method="random", retention="0.1", seed="5", device="cpu")
+    batch = runner.prepare([blobs.conversation(doc_id) for doc_id in range(10)])
+    expected = [answer.text for answer in runner.answer(batch, lm.cell, blobs.generation({}))]
+    assert [sample["resps"][0][0] for sample in samples] == expected
+    assert result["throughput"]["avg_visual_tokens_kept"] == 14.0
+    assert samples[0]["token_counts"][0]["output_tokens"] >= 1
+
+
+def test_unknown_arguments_are_refused(plugin: Any, model_folder: Path) -> None:
+    with pytest.raises(VTCError, match="did you mean 'seed'"):
+        plugin(pretrained=str(model_folder), method="random", sed=1)
+    with pytest.raises(VTCError, match="did you mean 'random'"):
+        plugin(pretrained=str(model_folder), method="randm")
+    with pytest.raises(VTCError, match="retention_rate"):
+        plugin(pretrained=str(model_folder), retention_rate=0.5)
+
+
+def test_the_untouched_model_is_the_default(plugin: Any, model_folder: Path) -> None:
+    assert plugin(pretrained=str(model_folder)).cell.is_baseline

@@ -1,0 +1,211 @@
+"""Tables, figure and report from a store that is written by hand."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from vtc.eval.report import write_report
+from vtc.eval.store import Store
+from vtc.eval.tables import COLUMNS, Results, console_table, console_title, grid, json_summary, read_results, to_csv
+
+from vtc.errors import InputError
+
+CELLS = {
+    "k0": ("none", 1.0, {}),
+    "k1": ("random", 0.5, {"seed": 0}),
+    "k2": ("random", 0.25, {"seed": 0}),
+    "k3": ("pool <b>", 0.5, {}),
+    "k4": ("own", None, {}),
+}
+
+
+def cell(key: str, **changes: Any) -> dict[str, Any]:
+    label, retention, parameters = CELLS[key]
+    return {
+        "cell": key, "label": label, "method": label, "version": 1, "parameters": parameters, "retention": retention,
+        "positions": "compact", "seed": 0, "generation": {}, "model": {"dtype": "float32"},
+    } | changes  # fmt: skip
+
+
+def metric(key: str, value: float, **changes: Any) -> dict[str, Any]:
+    paired = {"diff": value - 0.9, "low": -0.3, "high": 0.1, "p": value / 10, "how": "McNemar", "n_up": 1, "n_down": 2}
+    return {
+        "cell": key, "task": "t", "task_fp": "f", "documents": 4, "metric": "accuracy", "value": value, "ci_low": 0.1,
+        "ci_high": 0.95, "ci_method": "Wilson", "n": 4, "higher_is_better": True, "visual_tokens_in": 144.0,
+        "visual_tokens_kept": 144.0 * (CELLS[key][1] or 0.3), "scores": None,
+        "paired": None if key == "k0" else paired,
+    } | changes  # fmt: skip
+
+
+def run(**changes: Any) -> dict[str, Any]:
+    task = {
+        "fingerprint": "f", "version": "1", "documents": 4, "of": 9, "repeats": 1, "main_metric": "accuracy",
+        "cluster_key": None, "prompt_profile": "default", "generation": {"max_new_tokens": 3}, "until": [],
+        "cells": list(CELLS),
+    }  # fmt: skip
+    spec = {"methods": [{"name": "random", "seed": 1}, {"name": "pool"}], "retentions": [0.5, 0.25], "limit": None}
+    sweep = {"started": "2026-01-01T00:00:00+00:00", "spec": spec, "versions": {"torch": "2.15"}, "device": "cpu"}
+    return {
+        "model": {"name": "tiny", "fingerprint": {"name": "tiny", "dtype": "float32"}},
+        "seed": 0, "generation": {}, "tasks": {"t": task}, "sweeps": [sweep],
+    } | changes  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store with a baseline, three cells, and one more that failed half way."""
+    rows = [
+        {"cell": key, "task": "t", "task_fp": "f", "doc_id": doc_id, "repeat": 0}
+        for key in CELLS
+        for doc_id in range(4 if key != "k3" else 2)
+    ]
+    failure = {
+        "stage": "answer", "task": "t", "task_fp": "f", "cells": ["k3"], "doc_ids": [2], "error": "OSError",
+        "reason": "<disk> full",
+    }  # fmt: skip
+    with Store(tmp_path).writing() as writer:
+        writer.save_run(run())
+        writer.add_cells(cell(key) for key in CELLS)
+        writer.add_rows(rows)
+        writer.add_failure(failure)
+        writer.add_metrics(
+            [
+                *(metric(key, value) for key, value in (("k0", 0.9), ("k1", 0.8), ("k2", 0.4), ("k4", 0.7))),
+                *(metric(key, value, metric="words", n=2) for key, value in (("k1", 0.75), ("k0", 1.0))),
+                metric("k2", 0.1, documents=2),
+                metric("k2", 0.1, task_fp="old"),
+            ]
+        )
+    return tmp_path
+
+
+def test_the_csv_has_one_line_per_metric_of_each_cell(folder: Path) -> None:
+    lines = list(csv.DictReader(io.StringIO(to_csv(read_results(folder)))))
+    assert tuple(lines[0]) == COLUMNS
+    assert COLUMNS[:11] == (
+        "model", "task", "metric", "method", "retention", "value", "ci_low", "ci_high", "n", "visual_tokens_in",
+        "visual_tokens_kept",
+    )  # fmt: skip
+    assert [(line["method"], line["retention"], line["metric"], line["value"]) for line in lines] == [
+        ("none", "1.0", "accuracy", "0.9"),
+        ("none", "1.0", "words", "1.0"),
+        ("random", "0.5", "accuracy", "0.8"),
+        ("random", "0.5", "words", "0.75"),
+        ("random", "0.25", "accuracy", "0.4"),
+        ("own", "", "accuracy", "0.7"),
+    ]
+    assert lines[0]["diff"] == "" and float(lines[2]["diff"]) == pytest.approx(-0.1)
+    assert (lines[2]["positions"], lines[2]["parameters"], lines[2]["seed"]) == ("compact", '{"seed": 0}', "0")
+
+
+def test_what_is_incomplete_is_said_with_its_reason(folder: Path) -> None:
+    (entry,) = read_results(folder).incomplete
+    assert vars(entry) == {
+        "task": "t", "method": "pool <b>", "retention": 0.5, "answered": 2, "wanted": 4,
+        "reason": "answer: OSError: <disk> full",
+    }  # fmt: skip
+
+
+def test_a_grid_shows_shares_in_percent_and_other_numbers_as_they_are(folder: Path) -> None:
+    results = read_results(folder)
+    data = grid(results, "t", "accuracy")
+    assert (list(data.retentions), list(data.methods)) == ([0.5, 0.25, None], ["random", "own"])
+    assert (data.show(0.5), data.show(None)) == ("50.0", "-")
+    assert (data.show_diff(-0.0), data.show_diff(0.25), data.show_diff(None)) == ("+0.0", "+25.0", "-")
+    big = Results(results.run, [line | {"value": 1859.871} for line in results.lines], [])
+    assert grid(big, "t", "accuracy").show(1859.871) == "1860"
+
+
+def test_the_console_table_shows_values_marks_and_achieved_tokens(folder: Path) -> None:
+    from rich.console import Console
+
+    results = read_results(folder)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(console_table(results, "t"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"untouched +│ 90.0 144", text)
+    assert re.search(r"random +│ +80.0 72 │ 40.0\* 36 │ +-", text)
+    assert re.search(r"own +│ +- │ +- │ 70.0 43.2", text)
+    assert console_title(results, "t") == "t: accuracy (%), 4 questions, tiny"
+
+
+def test_methods_that_differ_only_in_settings_get_different_names(folder: Path) -> None:
+    with Store(folder).writing() as writer:
+        writer.add_cells([cell("k1", cell="k5", positions="preserve")])
+        writer.add_metrics([metric("k1", 0.6, cell="k5")])
+    names = [line["method"] for line in read_results(folder).lines if line["retention"] == 0.5]
+    assert names == ["random [positions=compact]"] * 2 + ["random [positions=preserve]"]
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are balanced and collects what the page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.loaded += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_stands_alone(folder: Path) -> None:
+    write_report(folder)
+    text = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert [source[:22] for source in page.loaded] == ["data:image/png;base64,"]
+    assert "url(" not in text and "@import" not in text and "<script" not in text and "http" not in text
+    shown = ("random(seed 1), pool", "&lt;disk&gt; full", "pool &lt;b&gt;", "72 of 144", "p = 0.08", "Wilson", "2.15")
+    assert [words for words in shown if words not in text] == []
+    with Image.open(folder / "figure.png") as image:
+        assert image.width > 600
+
+
+def test_a_redrawn_report_is_the_same(folder: Path) -> None:
+    def drawn() -> dict[str, bytes]:
+        write_report(folder)
+        return {name: (folder / name).read_bytes() for name in ("metrics.csv", "figure.png", "report.html")}
+
+    assert drawn() == drawn()
+    assert not list(folder.glob("*.new"))
+
+
+def test_several_tasks_get_several_panels_and_an_empty_one_says_so(folder: Path) -> None:
+    one = write_report(folder)
+    with Image.open(folder / "figure.png") as image:
+        width = image.width
+    record = run()
+    record["tasks"] = {name: record["tasks"]["t"] for name in ("t", "u", "v", "w")}
+    with Store(folder).writing() as writer:
+        writer.save_run(record)
+    four = write_report(folder)
+    with Image.open(folder / "figure.png") as image:
+        assert image.width == 3 * width
+    assert len(four.incomplete) == len(one.incomplete) + 3 * 5
+    assert "No cell is complete." in (folder / "report.html").read_text()
+
+
+def test_json_values(folder: Path) -> None:
+    summary = json_summary(read_results(folder))
+    assert summary["model"]["name"] == "tiny" and len(summary["metrics"]) == 6
+    assert summary["incomplete"][0]["wanted"] == 4
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no sweep"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
