@@ -17,6 +17,10 @@ GROUP = "vtc.adapters"
 
 FAMILIES: dict[str, str] = {
     "LlavaForConditionalGeneration": "vtc.adapters.llava:LlavaAdapter",
+    "LlavaNextForConditionalGeneration": "vtc.adapters.llava_next:LlavaNextAdapter",
+    "LlavaNextVideoForConditionalGeneration": "vtc.adapters.llava_next_video:LlavaNextVideoAdapter",
+    "LlavaOnevisionForConditionalGeneration": "vtc.adapters.llava_onevision:LlavaOnevisionAdapter",
+    "InternVLForConditionalGeneration": "vtc.adapters.internvl:InternVLAdapter",
     "Qwen2VLForConditionalGeneration": "vtc.adapters.qwen2_vl:Qwen2VLAdapter",
     "Qwen2_5_VLForConditionalGeneration": "vtc.adapters.qwen2_5_vl:Qwen25VLAdapter",
     "Qwen3VLForConditionalGeneration": "vtc.adapters.qwen3_vl:Qwen3VLAdapter",
@@ -47,11 +51,19 @@ def supported_classes() -> list[str]:
 
 
 def of(model: nn.Module) -> Adapter:
-    """The adapter for `model`, by its class or a base class of it.
+    """The adapter for `model`, by its class or a base class of it; a PEFT wrapper stands for the model inside it.
 
     Raises UnsupportedModel that lists the supported classes.
     """
     entries = _entries()
+    unwrap = getattr(model, "get_base_model", None)
+    if callable(unwrap) and type(model).__name__ not in entries:
+        return of(unwrap())
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(
+            "torch.compile(model) compiles the hooks of the compression as well; keep the model as it is and compile "
+            "the forward method of every LLM layer: layer.forward = torch.compile(layer.forward, dynamic=True)"
+        )
     for cls in type(model).__mro__:
         if cls.__name__ in entries:
             return load(entries[cls.__name__])(model)

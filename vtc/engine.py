@@ -21,6 +21,7 @@ from vtc.adapters.base import Adapter
 from vtc.budget import Budget
 from vtc.cache import CompressedCache
 from vtc.call import Call
+from vtc.compiled import check_compiled
 from vtc.compressor import Compressor, Plan, Positions
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall, VTCError
@@ -103,21 +104,23 @@ class Engine:
         adapter = self.adapter
         if OWNER in adapter.model.__dict__:
             raise VTCError("this model already has a method attached; detach it first (leave its `with` block)")
+        first = min([*self.stages.starts[1:], 1 if adapter.deepstack else len(adapter.layers)])
+        # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
+        layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or "flash" in self._attention()]
+        language_model = adapter.language_model
+        hooked = [adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers)]
+        check_compiled(hooked, language_model, inside=bool(layers))
         adapter.model.__dict__[OWNER] = self
         self.recorder.install()
         self.taps.install()
         handles = self._handles
         handles.append(adapter.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         handles.append(adapter.backbone.register_forward_pre_hook(self._enter_backbone, with_kwargs=True))
-        language_model = adapter.language_model
         handles.append(language_model.register_forward_pre_hook(self._enter_llm, with_kwargs=True))
         handles.append(language_model.register_forward_hook(self._leave_llm, with_kwargs=True, always_call=True))
-        first = min([*self.stages.starts[1:], 1 if adapter.deepstack else len(adapter.layers)])
-        for index, layer in enumerate(adapter.layers):
-            # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
-            if index >= first or "flash" in self._attention():
-                hook = functools.partial(self._enter_layer, index)
-                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for index, layer in layers:
+            hook = functools.partial(self._enter_layer, index)
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Remove everything; harmless when already detached."""
