@@ -31,17 +31,17 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from vtc.adapters.base import Adapter
 
 import vtc
 import vtc.engine
 import vtc.items
 from vtc import adapters
+from vtc.adapters.base import Adapter
 from vtc.cache import CompressedCache
 from vtc.call import Call
 from vtc.compressor import Compressor
 from vtc.errors import UnsupportedCall, UnsupportedModel
-from vtc.testing import FixedKeep, tiny_inputs
+from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs
 from vtc.testing.contract import against_oracle, generate, reference
 from vtc.vision import VisionRecorder
 
@@ -290,17 +290,29 @@ class EmulatedFlash:
         return output.transpose(1, 2).contiguous(), None
 
 
+@pytest.fixture
+def flash_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], EmulatedFlash]:
+    """Switch a model to the emulated kernel."""
+
+    def switch(model: Any) -> EmulatedFlash:
+        kernel = EmulatedFlash()
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", kernel)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                monkeypatch.setattr(module.config, "_attn_implementation_internal", "flash_attention_2")
+        return kernel
+
+    return switch
+
+
 def test_flash_attention_never_sees_gapped_position_ids(
-    clip: Any, limits: Any, run_chunks: Any, monkeypatch: pytest.MonkeyPatch
+    clip: Any, limits: Any, run_chunks: Any, flash_kernel: Any
 ) -> None:
     chunks = [tiny_inputs(NAME, [[3, "image", 5]], seed=seed) for seed in (1, 2)]
-    probe, kernel = FixedKeep(at=(0,)), EmulatedFlash()
+    probe = FixedKeep(at=(0,))
     with vtc.compress(clip, probe) as handle:
         exact = run_chunks(clip, chunks, handle)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", kernel)
-    for module in clip.modules():
-        if hasattr(module, "config"):
-            monkeypatch.setattr(module.config, "_attn_implementation_internal", "flash_attention_2")
+    kernel = flash_kernel(clip)
     logits = run_chunks(clip, chunks, vtc.compress(clip, probe))
     assert float((logits - exact).abs().max()) <= limits.logits
     assert kernel.packed == 0
@@ -308,6 +320,22 @@ def test_flash_attention_never_sees_gapped_position_ids(
     logits = run_chunks(clip, chunks, restoring("position_ids", every_layer, probe)(clip))
     assert float((logits - exact).abs().max()) > limits.broken
     assert kernel.packed > 0
+
+
+@pytest.mark.parametrize("probe", [FixedKeep(at=(0, 2)), LastRowTopK(), vtc.create("vtc_cls")], ids=lambda m: m.name)
+@pytest.mark.parametrize("layout", [PAIR, PAIR[:1]], ids=["padded", "single"])
+def test_flash_attention_gives_the_same_answers(
+    clip: Any, limits: Any, flash_kernel: Any, probe: Any, layout: Any
+) -> None:
+    inputs = tiny_inputs(NAME, layout, extra=len(layout) - 1)
+    budget = {"retention": 0.7} if probe.needs_budget else {}
+    exact = generate(clip, inputs, first := vtc.compress(clip, probe, **budget), STEPS)
+    flash_kernel(clip)
+    found = generate(clip, inputs, second := vtc.compress(clip, probe, **budget), STEPS)
+    assert torch.equal(found[0], exact[0])
+    assert float((found[1] - exact[1]).abs().max()) <= limits.logits
+    for stage, keep in first.trace[0].keep.items():
+        assert torch.equal(second.trace[0].keep[stage], keep)
 
 
 # --- where the images are encoded
