@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from vtc.adapters.base import Adapter
+from vtc.adapters.compat import refuse_wrong_order
 
 from vtc.compressor import ModelSpec
 from vtc.errors import UnsupportedModel
@@ -72,6 +73,11 @@ class LlavaAdapter(Adapter):
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
         )
+
+    def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
+        for context in contexts:
+            refuse_wrong_order(context, placeholders[list(self.placeholders).index(context.kind)])
+        return contexts
 
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         pixels: Tensor = arguments["pixel_values"]

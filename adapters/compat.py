@@ -1,0 +1,57 @@
+"""Differences between the supported transformers versions, 5.17 and later, in one place."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import Tensor
+
+from vtc.errors import UnsupportedCall
+from vtc.layout import Kind, VisionContext
+
+EXPANDS_IN_ORDER = Version(transformers.__version__) >= Version("5.20.0.dev0")
+"""generate() repeats a prompt's images as a group for its beams; before, it repeated them one by one."""
+
+
+def media(kind: Kind, arguments: dict[str, Any]) -> Tensor:
+    """The pixels among the arguments of a get_{kind}_features call; up to 5.17 videos had the name of images."""
+    names = ("pixel_values_videos", "pixel_values") if kind == "video" else ("pixel_values",)
+    found = [arguments[name] for name in names if name in arguments]
+    pixels: Tensor = found[0]
+    return pixels
+
+
+def refuse_wrong_order(context: VisionContext, placeholders: Tensor) -> None:
+    """Raise UnsupportedCall where an old generate() handed the images of one prompt to the wrong beams.
+
+    placeholders: [B, S] bool. Before transformers 5.20 the images A, B of a prompt reach its two beams as A, A and
+    B, B. This reads keys and counts on the host; newer versions return at once.
+    """
+    if EXPANDS_IN_ORDER:
+        return
+    keys: list[int] = context.fingerprint.tolist()
+    ends = list(accumulate(item.n_tokens for item in context.items))
+    rows = list(accumulate(placeholders.sum(1).tolist()))
+    if not ends or ends[-1] != rows[-1]:
+        return
+    held = [
+        tuple(key for key, end in zip(keys, ends, strict=True) if before < end <= row) for before, row in _runs(rows)
+    ]
+    for expand in range(2, len(rows) + 1):
+        repeated = len(rows) % expand == len(keys) % expand == 0 and all(
+            keys[i] == keys[i - i % expand] for i in range(len(keys))
+        )
+        beams = [held[row : row + expand] for row in range(0, len(held), expand)]
+        if repeated and any(len(set(group)) > 1 for group in beams):
+            raise UnsupportedCall(
+                f"generate() of transformers {transformers.__version__} gives the {context.kind}s of one prompt to the "
+                "wrong beams or returned sequences, with or without compression; use transformers 5.20 or later, or "
+                f"one {context.kind} (one tile) per prompt"
+            )
+
+
+def _runs(ends: list[int]) -> list[tuple[int, int]]:
+    return list(zip([0, *ends[:-1]], ends, strict=True))

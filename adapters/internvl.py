@@ -1,0 +1,162 @@
+"""InternVL: tiles of one size and an overview behind them, pixel shuffle, no separators."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from vtc.adapters.base import Adapter
+from vtc.adapters.compat import refuse_wrong_order
+
+from vtc.compressor import ModelSpec
+from vtc.errors import UnsupportedCall
+from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.ops.hashing import fingerprint, joint_fingerprint
+
+
+class InternVLAdapter(Adapter):
+    """InternVLForConditionalGeneration (InternVL3-hf and InternVL3.5-hf).
+
+    model
+    ├── vision_tower .encoder.layer[i].attention
+    ├── multi_modal_projector, behind pixel_shuffle
+    └── language_model .layers[i].self_attn
+    lm_head
+
+    The encoder sees tiles. Which of them are one image only the prompt tells: an image is an unbroken run of
+    placeholders, as its processor writes it between <img> and </img>; images whose placeholders touch count as one.
+    The last tile of an image of several is the overview; rows and columns of the others are unknown to the model.
+    A video reaches the model as one image per frame, so a budget in tokens is one per frame.
+    """
+
+    family = "internvl"
+    model_classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration",)
+    towers: ClassVar[tuple[str, ...]] = ("InternViT",)
+    references: ClassVar[tuple[ModelSpec, ...]] = (
+        ModelSpec("internvl", 24, 23, True, tuple(range(24)), 28),  # InternVL3-8B-hf, InternViT-300M
+    )
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        return list(self.backbone.vision_tower.encoder.layer)
+
+    @property
+    def vision_attention(self) -> Sequence[nn.Module]:
+        return [layer.attention for layer in self.vision_layers]  # type: ignore[misc]
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.backbone.multi_modal_projector  # type: ignore[no-any-return]
+
+    @property
+    def spec(self) -> ModelSpec:
+        config = self.model.config
+        layers = config.vision_config.num_hidden_layers
+        index = config.vision_feature_layer
+        return ModelSpec(
+            family=self.family,
+            vision_layers=layers,
+            feature_layer=index - 1 if index >= 0 else layers + index,  # hidden_states[0] is the embedding output
+            has_cls=True,
+            full_attention_layers=tuple(range(layers)),
+            llm_layers=config.text_config.num_hidden_layers,
+        )
+
+    def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
+        """One item per tile; `regroup` joins them to images."""
+        pixels: Tensor = arguments["pixel_values"]
+        config = self.model.config
+        strategy = arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
+        first = 1 if strategy == "default" else 0
+        patch = config.vision_config.patch_size
+        rows, cols = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
+        ratio = config.downsample_ratio
+        merged = round(1 / ratio) ** 2
+
+        def pack(values: Tensor) -> Tensor:
+            """[tiles, T, C] -> [tiles, T / merged, C]: the mean over the patches that pixel shuffle joins."""
+            count, _, width = values.shape
+            shuffled = self.backbone.pixel_shuffle(values.reshape(count, rows, cols, width), scale_factor=ratio)
+            return shuffled.reshape(count, -1, merged, width).mean(2)  # type: ignore[no-any-return]
+
+        place = pack(torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()[None])[0]
+        item = _image(1, place.to(pixels.device), (rows, cols), (round(rows * ratio), round(cols * ratio)))
+        return VisionContext(
+            kind="image",
+            items=[item] * len(pixels),
+            fingerprint=fingerprint(pixels),
+            to_tokens=lambda values: list(pack(values[:, first:])),
+        )
+
+    def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
+        """Join tiles to images by the runs of placeholders; copies their mask to the host."""
+        if not contexts:
+            return contexts
+        (context,) = contexts
+        refuse_wrong_order(context, placeholders[0])
+        rows: list[list[bool]] = placeholders[0].tolist()
+        expand, rest = divmod(sum(map(sum, rows)), max(context.total, 1))
+        if rest or not expand:
+            return contexts  # the engine refuses placeholders that do not match what was encoded
+        tile = context.items[0]
+        lengths = [length for row in rows[::expand] for length in _runs(row)]
+        if any(length % tile.n_tokens for length in lengths):
+            raise UnsupportedCall(
+                f"a run of image placeholders is no multiple of the {tile.n_tokens} tokens of a tile ({lengths}); keep "
+                "the prompt as the processor writes it"
+            )
+        return (_join(context, [length // tile.n_tokens for length in lengths]),)
+
+
+def _runs(row: Sequence[bool]) -> list[int]:
+    """Lengths of the unbroken runs of True."""
+    return [len(run) for run in "".join("01"[placeholder] for placeholder in row).split("0") if run]
+
+
+def _join(context: VisionContext, counts: Sequence[int]) -> VisionContext:
+    """The context of images that are made of `counts` consecutive tiles each."""
+    tile = context.items[0]
+    assert tile.grid is not None
+    place = torch.stack([tile.row, tile.col], dim=1)
+    images = {count: _image(count, place, tile.crop_grid, tile.grid[1:]) for count in set(counts)}
+
+    def join(values: Tensor) -> Tensor:
+        """[tiles, N] -> [I, Nmax]"""
+        return pad_sequence([part.flatten() for part in torch.split(values, list(counts))], batch_first=True)
+
+    alive = context.alive
+    if alive is not None:
+        starts = [sum(counts[:image]) for image in range(len(counts))]
+        kept = tuple(sum(alive[1][start : start + count]) for start, count in zip(starts, counts, strict=True))
+        alive = join(alive[0]), kept
+    return dataclasses.replace(
+        context,
+        items=[images[count] for count in counts],
+        fingerprint=joint_fingerprint(context.fingerprint, counts),
+        to_tokens=lambda values: [
+            part.flatten(0, 1) for part in torch.split(torch.stack(context.to_tokens(values)), list(counts))
+        ],
+        attention={layer: join(values) for layer, values in context.attention.items()},
+        alive=alive,
+    )
+
+
+def _image(tiles: int, place: Tensor, crop_grid: tuple[int, int], tokens: tuple[int, int]) -> VisualItem:
+    """Geometry of an image; place: [n, 2] row and column of the tokens of one tile, tokens: their rows and columns."""
+    crop = torch.arange(tiles, device=place.device).repeat_interleave(len(place))
+    return VisualItem(
+        kind="image",
+        n_tokens=len(crop),
+        crop=crop,
+        row=place[:, 0].repeat(tiles),
+        col=place[:, 1].repeat(tiles),
+        newline=torch.zeros_like(crop, dtype=torch.bool),
+        n_crops=tiles,
+        crop_grid=crop_grid,
+        grid=(tiles, *tokens),
+        thumbnail=tiles - 1 if tiles > 1 else None,
+    )
