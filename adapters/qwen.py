@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from vtc.adapters.base import Adapter
 
+from vtc.adapters.base import Adapter
 from vtc.compressor import ModelSpec
 from vtc.layout import Kind, VisionContext, VisualItem
 from vtc.ops.hashing import fingerprint

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from vtc.adapters.qwen import QwenVLAdapter
 
+from vtc.adapters.qwen import QwenVLAdapter
 from vtc.compressor import ModelSpec
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vtc.adapters.qwen import QwenVLAdapter
-
 from vtc.compressor import ModelSpec
 
 
