@@ -74,10 +74,11 @@ class Budget:
             return count
         exact = (layers * mean - layer * count) / (layers - layer)
         if exact < 0.5:
-            least = (layer * count + layers - layer) / layers
+            least = math.ceil((layer * count + layers - layer) / layers)
+            share = math.ceil(1000 * least / count) / 1000  # rounded up, so that it works when it is written
             raise BudgetError(
                 f"a mean of {mean} of {count} visual tokens per layer cannot be met by pruning at layer {layer} of "
-                f"{layers}: the layers before it already use more; ask for at least {math.ceil(least)} tokens "
-                f"(retention {least / count:.3f}) or prune earlier"
+                f"{layers}: the layers before it already use more; ask for at least {least} tokens "
+                f"(retention {share:.3f}) or prune earlier"
             )
         return min(count, max(1, math.floor(exact + 0.5)))

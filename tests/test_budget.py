@@ -1,0 +1,125 @@
+"""The one place where a retention becomes a count."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vtc.budget import Budget, tokens_to_keep
+from vtc.errors import BudgetError
+
+
+def test_every_fraction_is_met_exactly() -> None:
+    wrong = [(k, n) for n in range(1, 600) for k in range(1, n + 1) if tokens_to_keep(n, k / n) != k]
+    assert wrong == []
+
+
+def test_halves_round_up_and_one_token_always_stays() -> None:
+    assert [tokens_to_keep(n, 0.5) for n in (1, 3, 5, 7)] == [1, 2, 3, 4]
+    assert [tokens_to_keep(n, 1e-9) for n in (1, 2, 576)] == [1, 1, 1]
+    assert tokens_to_keep(0, 0.5) == 0
+    assert tokens_to_keep(7, 1.0) == 7
+
+
+@given(st.integers(1, 5000), st.floats(1e-6, 1.0))
+def test_counts_are_the_nearest_whole_number(tokens: int, retention: float) -> None:
+    keep = tokens_to_keep(tokens, retention)
+    assert 1 <= keep <= tokens
+    exact = Fraction(tokens) * Fraction(retention)
+    assert abs(keep - exact) <= Fraction(1, 2) + Fraction(1, 10**9) or keep == 1
+    assert keep <= tokens_to_keep(tokens + 1, retention)
+
+
+@given(st.integers(1, 3000), st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
+def test_counts_grow_with_the_retention(tokens: int, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert tokens_to_keep(tokens, low) <= tokens_to_keep(tokens, high)
+
+
+def test_a_budget_is_one_of_two_numbers() -> None:
+    assert Budget(retention=0.25).tokens(576) == 144
+    assert Budget(retention=1).tokens(576) == 576
+    assert [Budget(keep=64).tokens(n) for n in (576, 64, 63, 1, 0)] == [64, 64, 63, 1, 0]
+    assert Budget(keep=64) == Budget(keep=64) != Budget(keep=65)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Budget(keep=64).keep = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({}, "neither of retention and keep given; pass exactly one, for example retention=0.25 or keep=64"),
+        ({"retention": 0.5, "keep": 3}, "both of retention and keep given; pass exactly one"),
+        ({"retention": 0}, r"retention=0 is outside \(0, 1\].*for example 0.25 \(use keep=N"),
+        ({"retention": 0.0}, r"retention=0.0 is outside \(0, 1\]"),
+        ({"retention": -0.1}, r"retention=-0.1 is outside \(0, 1\]"),
+        ({"retention": 1.0001}, r"retention=1.0001 is outside \(0, 1\]"),
+        ({"retention": 64}, r"retention=64 is outside \(0, 1\].*use keep=N for an absolute count"),
+        ({"retention": math.nan}, r"retention=nan is outside \(0, 1\]"),
+        ({"retention": True}, r"retention=True is outside \(0, 1\]"),
+        ({"retention": "0.5"}, r"retention='0.5' is outside \(0, 1\]"),
+        ({"keep": 0}, "keep=0 is not a positive whole number of tokens per item, for example keep=64"),
+        ({"keep": -3}, "keep=-3 is not a positive whole number"),
+        ({"keep": 2.5}, "keep=2.5 is not a positive whole number"),
+        ({"keep": True}, "keep=True is not a positive whole number"),
+        ({"keep": "64"}, "keep='64' is not a positive whole number"),
+    ],
+)
+def test_other_values_are_refused(given: dict, match: str) -> None:
+    with pytest.raises(BudgetError, match=match):
+        Budget(**given)
+
+
+# --- pruning inside the LLM
+def test_published_settings_of_pruning_after_two_layers() -> None:
+    """The equal-compute counts of FastV at K = 2 in 32 layers."""
+    assert [Budget(keep=a).tokens_from_layer(576, 2, 32) for a in (192, 128, 64)] == [166, 98, 30]
+    assert Budget(retention=1 / 3).tokens_from_layer(576, 2, 32) == 166
+
+
+@given(st.integers(1, 1200), st.integers(1, 80), st.data())
+def test_the_mean_over_the_layers_meets_the_budget(count: int, layers: int, data: st.DataObject) -> None:
+    layer = data.draw(st.integers(0, layers - 1))
+    keep = data.draw(st.integers(1, count))
+    budget = Budget(keep=keep)
+    exact = Fraction(layers * keep - layer * count, layers - layer)
+    if keep < count and exact < Fraction(1, 2):
+        with pytest.raises(BudgetError, match="cannot be met by pruning at layer"):
+            budget.tokens_from_layer(count, layer, layers)
+        return
+    later = budget.tokens_from_layer(count, layer, layers)
+    assert 1 <= later <= count
+    mean = Fraction(layer * count + (layers - layer) * later, layers)
+    assert abs(mean - keep) <= Fraction(layers - layer, 2 * layers)
+
+
+def test_a_budget_that_is_met_anyway_keeps_everything() -> None:
+    assert Budget(retention=1.0).tokens_from_layer(576, 31, 32) == 576
+    assert Budget(keep=600).tokens_from_layer(576, 2, 32) == 576
+    assert Budget(keep=3).tokens_from_layer(576, 32, 32) == 576
+    assert Budget(keep=3).tokens_from_layer(576, 0, 32) == 3
+
+
+def test_the_error_names_a_budget_that_works() -> None:
+    with pytest.raises(BudgetError, match=r"a mean of 30 of 576 visual tokens per layer.*at least 37 tokens") as caught:
+        Budget(keep=30).tokens_from_layer(576, 2, 32)
+    assert "pruning at layer 2 of 32" in str(caught.value)
+    assert "(retention 0.065) or prune earlier" in str(caught.value)
+    assert Budget(keep=37).tokens_from_layer(576, 2, 32) == 1
+
+
+@given(st.integers(2, 1200), st.integers(2, 80), st.data())
+def test_the_named_budget_always_works(count: int, layers: int, data: st.DataObject) -> None:
+    layer = data.draw(st.integers(1, layers - 1))
+    try:
+        Budget(keep=1).tokens_from_layer(count, layer, layers)
+    except BudgetError as error:
+        least = int(str(error).split("at least ")[1].split(" tokens")[0])
+        assert Budget(keep=least).tokens_from_layer(count, layer, layers) >= 1
+        share = float(str(error).split("(retention ")[1].split(")")[0])
+        assert Budget(retention=min(1.0, share)).tokens_from_layer(count, layer, layers) >= 1
