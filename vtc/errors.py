@@ -50,6 +50,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     "unknown method 'vtc-cls'; did you mean 'vtc_cls'? Known methods: random, vtc_cls"
     """
     options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    lower = {option.lower(): option for option in options}
+    near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
     hint = f" did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return UnknownName(f"unknown {kind} {name!r};{hint} Known {kind}s: {', '.join(options) or 'none'}")

@@ -31,7 +31,7 @@ class MethodRegistry:
             raise VTCError(
                 f"method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
             )
-        if not dataclasses.is_dataclass(cls):
+        if "__dataclass_fields__" not in vars(cls):  # is_dataclass() would see the base class
             raise VTCError(f"{cls.__qualname__} is no dataclass; decorate it with @dataclass(frozen=True)")
         self._classes[cls.name] = cls
         return cls
@@ -73,6 +73,7 @@ class MethodRegistry:
             try:
                 self.register(point.load())
             except Exception as error:
+                self._scanned = False  # the next call must not pass over it in silence
                 raise VTCError(
                     f"the entry point {point.value!r} of group {GROUP!r} cannot be loaded ({error}); "
                     "fix or uninstall the package that provides it"

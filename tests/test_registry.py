@@ -1,0 +1,209 @@
+"""Names of methods: lookup, near matches, duplicates, third-party packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import vtc
+import vtc.methods
+from vtc.compressor import Compressor, ScoringCompressor, Selection, StageView
+from vtc.errors import UnknownName, VTCError
+from vtc.registry import METHODS, MethodRegistry
+from vtc.testing import check_method, tiny_inputs
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+import vtc
+
+@dataclass(frozen=True)
+class LastTokens(vtc.ScoringCompressor):
+    sign: float = 1.0
+    name: ClassVar[str] = "last_tokens"
+
+    def score(self, view):
+        return self.sign * view.items.token.float()
+"""
+
+
+def make_package(folder: Path, entry_point: str, source: str = PLUGIN) -> None:
+    """An installed distribution with one module and one entry point."""
+    (folder / "vtc_plugin_of_tests.py").write_text(source)
+    info = folder / "vtc_plugin_of_tests-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vtc-plugin-of-tests\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[vtc.methods]\n{entry_point}\n")
+
+
+@pytest.fixture
+def fresh_scan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The global registry looks for packages again, and forgets what it found afterwards."""
+    before = dict(METHODS._classes)
+    monkeypatch.setattr(METHODS, "_scanned", False)
+    yield
+    METHODS._classes.clear()
+    METHODS._classes.update(before)
+    sys.modules.pop("vtc_plugin_of_tests", None)
+    importlib.invalidate_caches()
+
+
+@dataclass(frozen=True)
+class Mine(ScoringCompressor):
+    """Keeps the tokens with the largest norm."""
+
+    power: float = 2.0
+
+    name: ClassVar[str] = "mine"
+
+    def score(self, view: StageView) -> torch.Tensor:
+        return view.tokens.norm(dim=-1) ** self.power
+
+
+# --- lookup
+def test_every_module_of_the_package_registers_one_method() -> None:
+    modules = [module.name for module in pkgutil.iter_modules(vtc.methods.__path__)]
+    assert vtc.list_methods() == sorted(vtc.list_methods())
+    own = [name for name in vtc.list_methods() if METHODS.get(name).__module__.startswith("vtc.methods.")]
+    assert sorted(own) == sorted(modules)
+    assert {"vtc_cls", "random", "stride", "pool"} <= set(own)
+    for name in own:
+        assert METHODS.get(name).__module__ == f"vtc.methods.{name}"
+
+
+@pytest.mark.parametrize("name", vtc.list_methods())
+def test_every_method_is_an_immutable_documented_value(name: str) -> None:
+    cls = METHODS.get(name)
+    method = vtc.create(name)
+    assert type(method) is cls
+    assert method == vtc.create(name)
+    assert hash(method) == hash(vtc.create(name))
+    assert eval(repr(method), {cls.__name__: cls}) == method
+    assert cls.name == name == name.lower()
+    assert isinstance(cls.version, int)
+    assert cls.version >= 1
+    assert cls.__doc__ is not None
+    doc = " ".join(parent.__doc__ or "" for parent in cls.__mro__)
+    for field in dataclasses.fields(cls):
+        assert field.default is not dataclasses.MISSING, f"{name}.{field.name} has no default"
+        assert field.name in doc, f"{name}.{field.name} is not described"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, field.name, field.default)
+
+
+def test_hyper_parameters_go_by_name() -> None:
+    assert vtc.create("vtc_cls", layers=5) == dataclasses.replace(vtc.create("vtc_cls"), layers=5)
+    with pytest.raises(UnknownName) as caught:
+        vtc.create("vtc_cls", layer=5)
+    assert str(caught.value).startswith("unknown hyper-parameter of 'vtc_cls' 'layer'; did you mean 'layers'")
+    known = ", ".join(sorted(field.name for field in dataclasses.fields(vtc.create("vtc_cls"))))
+    assert str(caught.value).endswith(f"Known hyper-parameters: {known}")
+    with pytest.raises(UnknownName, match="Known hyper-parameters: none"):
+        vtc.create("pool", anything=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("vtc-cls", "vtc_cls"), ("VTC_CLS", "vtc_cls"), ("randm", "random"), ("pooling", "pool")]
+)
+def test_near_matches(given: str, near: str) -> None:
+    with pytest.raises(UnknownName, match=rf"unknown method '{given}'; did you mean .*'{near}'.*Known methods: "):
+        vtc.create(given)
+
+
+def test_names_without_near_matches_get_the_list(clip: Any) -> None:
+    with pytest.raises(UnknownName) as caught:
+        vtc.compress(clip, "xyzzy", retention=0.5)
+    assert str(caught.value) == f"unknown method 'xyzzy'; Known methods: {', '.join(vtc.list_methods())}"
+
+
+# --- registration
+def test_registration_by_hand(clip: Any, fresh_scan: None) -> None:
+    assert vtc.register(Mine) is Mine
+    assert vtc.register(Mine) is Mine  # the same class again is no conflict
+    assert "mine" in vtc.list_methods()
+    with vtc.compress(clip, "mine", retention=0.25, power=1.0) as handle, torch.no_grad():
+        clip(**tiny_inputs("llava-clip", [[3, "image", 5]]))
+    assert handle.method == Mine(power=1.0)
+    assert handle.stats.visual_tokens_kept == 4
+    assert all(cell.passed for cell in check_method("mine", models=["llava-clip"], steps=2))
+    METHODS.unregister("mine")
+    assert "mine" not in vtc.list_methods()
+
+
+def test_a_name_is_given_once(fresh_scan: None) -> None:
+    class Random(Mine):
+        name: ClassVar[str] = "random"
+
+    taken = r"method name 'random' is taken by vtc\.methods\.random\.Random; choose another"
+    vtc.list_methods()
+    with pytest.raises(VTCError, match=taken):
+        vtc.register(dataclass(frozen=True)(Random))
+
+
+def test_a_class_that_is_no_dataclass_is_refused() -> None:
+    class Plain(Compressor):
+        alpha: float = 1.0  # would silently be no hyper-parameter
+        name: ClassVar[str] = "plain"
+
+        def select(self, view: StageView) -> Selection | None:
+            return None
+
+    with pytest.raises(VTCError, match=r"Plain is no dataclass; decorate it with @dataclass\(frozen=True\)"):
+        MethodRegistry().register(Plain)
+
+
+# --- third-party packages
+def test_a_package_adds_its_method(
+    clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_scan: None
+) -> None:
+    make_package(tmp_path, "last = vtc_plugin_of_tests:LastTokens")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "last_tokens" in vtc.list_methods()
+    with vtc.compress(clip, "last_tokens", keep=3) as handle, torch.no_grad():
+        clip(**tiny_inputs("llava-clip", [[3, "image", 5]]))
+    assert handle.trace[0].items[0].kept[0].tolist() == [13, 14, 15]
+    with vtc.compress(clip, "last_tokens", keep=3, sign=-1.0) as handle, torch.no_grad():
+        clip(**tiny_inputs("llava-clip", [[3, "image", 5]]))
+    assert handle.trace[0].items[0].kept[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "source", "reason"),
+    [
+        ("last = vtc_plugin_of_tests:Missing", PLUGIN, "Missing"),
+        ("last = vtc_plugin_of_tests:LastTokens", "import does_not_exist", "does_not_exist"),
+        ("last = vtc_plugin_of_tests:LastTokens", PLUGIN.replace("last_tokens", "random"), "is taken by"),
+        ("last = vtc_plugin_of_tests:vtc", PLUGIN, "vtc"),
+    ],
+    ids=["no such class", "import fails", "name taken", "no class"],
+)
+def test_a_broken_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_scan: None, entry_point: str, source: str, reason: str
+) -> None:
+    make_package(tmp_path, entry_point, source)
+    monkeypatch.syspath_prepend(tmp_path)
+    target = entry_point.split(" = ")[1]
+    for _ in range(2):  # a second look must not pass over it
+        with pytest.raises(VTCError) as caught:
+            vtc.list_methods()
+        message = str(caught.value)
+        assert f"the entry point '{target}' of group 'vtc.methods' cannot be loaded" in message
+        assert reason in message
+        assert message.endswith("fix or uninstall the package that provides it")
+
+
+def test_the_scan_waits_until_a_name_is_needed() -> None:
+    code = "import sys, vtc; assert 'vtc.methods.random' not in sys.modules; vtc.list_methods(); " + (
+        "assert 'vtc.methods.random' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
