@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
+from vtc.adapters.compat import media
 from vtc.compressor import ModelSpec
-from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.layout import Grid, Kind, VisionContext, VisualItem
 from vtc.ops.hashing import fingerprint
-
-PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
-Grid = tuple[int, int, int]
 
 
 class QwenVLAdapter(Adapter):
@@ -74,7 +72,7 @@ class QwenVLAdapter(Adapter):
         return None
 
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
-        pixels: Tensor = arguments[PIXELS[kind]]
+        pixels = media(kind, arguments)
         table: Tensor = arguments[f"{kind}_grid_thw"]
         grids: list[Grid] = [(t, h, w) for t, h, w in table.tolist()]
         merge = self.model.config.vision_config.spatial_merge_size
