@@ -1,0 +1,223 @@
+"""What a run leaves behind: kept and merged tokens of every call, numbers of every call."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtc
+from vtc.compressor import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
+from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs
+from vtc.testing.contract import generate
+from vtc.trace import CallStats, StageStats, Stats
+
+NAME = "llava-clip"
+LAYOUT = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]  # 44, 30 and 9 tokens
+
+
+@dataclass(frozen=True)
+class Listed(Compressor):
+    """Keeps tokens by their number: even ones before the LLM, those below 8 later, those below 4 in the cache."""
+
+    at: tuple[Stage, ...] = (0, 2)
+
+    name: ClassVar[str] = "listed"
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan(self.at, Needs(), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        token = view.items.token
+        return Selection({0: token % 2 == 0, 2: token < 8}.get(view.stage, token < 4))  # type: ignore[arg-type]
+
+
+def call(model: Any, method: Any, layout: Any = LAYOUT, call_options: Any = None, **options: Any) -> vtc.Handle:
+    with vtc.compress(model, method, **options) as handle, torch.no_grad():
+        model(**tiny_inputs(NAME, layout, extra=1), **({"use_cache": True} | (call_options or {})))
+    return handle
+
+
+def placeholders(layout: Any = LAYOUT) -> tuple[Tensor, Tensor]:
+    inputs = tiny_inputs(NAME, layout, extra=1)
+    return inputs["input_ids"] == 120, inputs["attention_mask"].bool()
+
+
+# --- kept tokens
+def test_kept_tokens_over_the_input(clip: Any) -> None:
+    handle = call(clip, Listed((0, 2, vtc.AFTER_PREFILL)))
+    (record,) = handle.trace
+    visual, valid = placeholders()
+    number = torch.where(visual, (visual.cumsum(1) - 1) % 16, -1)
+    assert list(record.keep) == [0, 2, vtc.AFTER_PREFILL]
+    expected = valid & (~visual | (number % 2 == 0))
+    assert torch.equal(record.keep[0], expected)
+    expected = expected & (~visual | (number < 8))
+    assert torch.equal(record.keep[2], expected)
+    assert torch.equal(record.keep[vtc.AFTER_PREFILL], expected & (~visual | (number < 4)))
+
+
+def test_kept_tokens_of_every_item(clip: Any) -> None:
+    (record,) = call(clip, Listed((0, 2, vtc.AFTER_PREFILL))).trace
+    visual, _ = placeholders()
+    assert [item.row for item in record.items] == [0, 0, 1]
+    places = [visual[0].nonzero()[:16, 0], visual[0].nonzero()[16:, 0], visual[1].nonzero()[:, 0]]
+    for item, expected in zip(record.items, places, strict=True):
+        assert (item.kind, item.grid) == ("image", (1, 4, 4))
+        assert torch.equal(item.positions, expected)
+        assert item.kept[0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+        assert item.kept[2].tolist() == [0, 2, 4, 6]
+        assert item.kept[vtc.AFTER_PREFILL].tolist() == [0, 2]
+        assert item.merged_into == {}
+
+
+def test_maps_show_the_raster(clip: Any) -> None:
+    (record,) = call(clip, Listed()).trace
+    item = record.items[0]
+    assert item.map().int().tolist() == [[[1, 0, 1, 0]] * 4]
+    assert item.map(2).int().tolist() == [[[1, 0, 1, 0], [1, 0, 1, 0], [0] * 4, [0] * 4]]
+    bare = type(item)(0, "image", item.positions, None, item.kept)
+    with pytest.raises(ValueError, match="no full raster; use `kept`"):
+        bare.map()
+
+
+def test_beams_repeat_the_rows(clip: Any) -> None:
+    handle = vtc.compress(clip, Listed())
+    generate(clip, tiny_inputs(NAME, LAYOUT, extra=1), handle, 2, num_beams=2)
+    (record,) = handle.trace
+    single = call(clip, Listed()).trace[0]
+    assert sorted(item.row for item in record.items) == [0, 0, 1, 1, 2, 3]
+    assert torch.equal(record.keep[0], single.keep[0].repeat_interleave(2, 0))
+
+
+def test_positions_count_inside_the_call(clip: Any, run_chunks: Any) -> None:
+    chunks = [tiny_inputs(NAME, [[3, "image", 5]]), tiny_inputs(NAME, [[1, "image", 2]], seed=1)]
+    handle = vtc.compress(clip, Listed())
+    run_chunks(clip, chunks, handle)
+    assert [record.items[0].positions[0].item() for record in handle.trace] == [3, 1]
+    assert [record.keep[0].shape[1] for record in handle.trace] == [24, 19]
+
+
+# --- merged tokens
+def test_merged_tokens_know_who_absorbed_them(clip: Any) -> None:
+    (record,) = call(clip, "pool", retention=0.25).trace
+    for item in record.items:
+        assert item.kept[0].tolist() == [5, 7, 13, 15]
+        assert item.merged_into[0].reshape(4, 4).tolist() == [[5, 5, 7, 7]] * 2 + [[13, 13, 15, 15]] * 2
+
+
+@dataclass(frozen=True)
+class Merges(Compressor):
+    """Token 0 absorbs token 1, token 3 stays with a new row, the rest goes; before or inside the LLM."""
+
+    at: int = 0
+    named: bool = True
+
+    name: ClassVar[str] = "merges"
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((self.at,), Needs(), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        token = view.items.token
+        into = torch.where(token == 1, 0, torch.where((token == 0) | (token == 3), token, -1))
+        keep = (token == 0) | (token == 3)
+        return Selection(keep, tokens=view.tokens / 2, merged_into=into if self.named else None)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("named", [True, False])
+def test_merging_before_and_inside_the_llm(clip: Any, at: int, named: bool) -> None:
+    (record,) = call(clip, Merges(at, named)).trace
+    for item in record.items:
+        assert item.kept[at].tolist() == [0, 3]
+        assert item.merged_into[at].tolist() == [0, 0 if named else -1, -1, 3] + [-1] * 12
+
+
+# --- off
+def test_without_tracing_only_numbers_are_kept(clip: Any) -> None:
+    traced, bare = call(clip, Listed()), call(clip, Listed(), trace=False)
+    assert bare.trace == []
+    assert len(traced.trace) == 1
+
+    def numbers(stats: CallStats) -> dict[str, Any]:
+        return {k: v for k, v in vars(stats).items() if k != "seconds"}
+
+    assert [numbers(c) for c in bare.stats.calls] == [numbers(c) for c in traced.stats.calls]
+
+
+# --- numbers
+def test_numbers_of_one_call(clip: Any) -> None:
+    (stats,) = call(clip, Listed((0, 2))).stats.calls
+    assert stats.batch == 3
+    assert stats.visual_tokens_in == (32, 16, 0)
+    assert stats.visual_tokens_kept == ((16 * 2 + 8 * 2) / 4, (8 * 2 + 4 * 2) / 4, 0.0)
+    assert stats.stages == (StageStats(0, 45, 28, 48, 24), StageStats(2, 28, 20, 24, 12))
+    assert stats.layer_rows == (28, 28, 20, 20)
+    assert stats.kv_rows == (28, 28, 20, 20)
+    assert stats.seconds > 0
+
+
+def test_the_mean_over_the_layers_is_what_the_budget_asked_for(clip: Any) -> None:
+    handle = call(clip, LastRowTopK(layer=1), retention=0.5)
+    (stats,) = handle.stats.calls
+    later = (4 * 8 - 16) / 3
+    assert stats.visual_tokens_kept[1] == (16 + 3 * round(later)) / 4
+    assert stats.layer_rows == (45, *[44 - 2 * (16 - round(later))] * 3)
+    assert handle.stats.retention == pytest.approx(0.5, abs=0.03)
+
+
+def test_rows_of_the_cache_after_eviction(clip: Any) -> None:
+    (stats,) = call(clip, Listed((0, CacheStage(2)))).stats.calls
+    assert stats.layer_rows == (28, 28, 28, 28)
+    assert stats.kv_rows == (28, 28, 16, 16)  # 4 of 32 tokens stay in the longest row's later layers
+    assert stats.visual_tokens_kept == (16.0, 8.0, 0.0)
+
+
+def test_without_a_cache_there_are_no_rows_of_it(clip: Any) -> None:
+    (stats,) = call(clip, Listed(), call_options={"use_cache": False}).stats.calls
+    assert stats.kv_rows == ()
+    assert stats.layer_rows == (28, 28, 20, 20)
+
+
+def test_sums_over_calls(clip: Any) -> None:
+    with vtc.compress(clip, "random", retention=0.25) as handle:
+        assert (handle.stats.visual_tokens_in, handle.stats.visual_tokens_kept, handle.stats.retention) == (0, 0, 1.0)
+        generate(clip, tiny_inputs(NAME, LAYOUT), nullcontext(), 5)
+        generate(clip, tiny_inputs(NAME, [[9]]), nullcontext(), 3)
+        generate(clip, tiny_inputs(NAME, [[2, "image", 3]]), nullcontext(), 2)
+    stats = handle.stats
+    assert len(stats.calls) == 2
+    assert stats.other_calls == 4 + 3 + 1  # decode steps, and the text-only prompt
+    assert (stats.visual_tokens_in, stats.visual_tokens_kept) == (64, 16.0)
+    assert stats.retention == 0.25
+    assert stats.seconds >= sum(c.seconds for c in stats.calls) > 0
+    assert Stats().retention == 1.0
+
+
+def test_a_budget_of_everything_is_noted(clip: Any) -> None:
+    handle = call(clip, "vtc_cls", retention=1.0)
+    (stats,), (record,) = handle.stats.calls, handle.trace
+    _, valid = placeholders()
+    assert stats.visual_tokens_kept == (32.0, 16.0, 0.0)
+    assert stats.stages == ()
+    assert stats.layer_rows == stats.kv_rows == (45, 45, 45, 45)
+    assert handle.stats.retention == 1.0
+    assert torch.equal(record.keep[0], valid)
+    assert all(item.map().all() for item in record.items)
+
+
+def test_unequal_keeps_count_the_longest_row(clip: Any) -> None:
+    handle = call(clip, FixedKeep(at=(0,), static=False, rate=0.3))
+    (stats,), (record,) = handle.stats.calls, handle.trace
+    kept = [sum(len(item.kept[0]) for item in record.items if item.row == row) for row in range(3)]
+    assert list(stats.visual_tokens_kept) == kept
+    rows = max(12 + kept[0], 14 + kept[1], 9)
+    assert stats.layer_rows == (rows,) * 4
+    assert stats.stages[0].visual_tokens_out == sum(kept)
