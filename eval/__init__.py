@@ -4,14 +4,14 @@ The modules, in the order in which a sweep uses them::
 
     spec.py        what the user asks for, from options or a YAML file
     cells.py       one cell = one method with its hyper-parameters at one retention, and its key
-    tasks.py       lmms-eval tasks: documents, messages, generation settings, fingerprint
+    catalogue.py   lmms-eval tasks: documents and messages; fingerprint.py and generation.py go with it
     runner.py      messages -> processor -> model.generate, with or without compression
     store.py       the append-only record of all answers
     execute.py     which answers are missing, and the loop that fetches them
     scoring.py     answers -> metrics, by lmms-eval's own code
     statistics.py  intervals and paired tests
-    tables.py, figure.py, report.py    metrics -> tables, figure and report
-    sweep.py, cli.py, lmms_plugin.py   the ways in
+    results.py, tables.py, figure.py, report.py    metrics -> CSV, tables, figure and report
+    sweep.py, cli.py, lmms_model.py                the ways in
 
 Importing this package imports none of them: lmms-eval, datasets and matplotlib are loaded where they are used.
 

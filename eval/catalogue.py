@@ -7,19 +7,16 @@ Tasks come from the embedded folder, from `include_path` folders and, for names 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vtc.errors import InputError, UnknownName
+from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.quiet import muted
-
-from vtc.errors import InputError, UnknownName
 
 EMBEDDED = Path(__file__).parent / "tasks"
 GENERATE = "generate_until"
@@ -61,6 +58,20 @@ class SweepTask:
         """
         return conversation(self.lmms.doc_to_messages(self.documents[doc_id]), f"task {self.name!r}, document {doc_id}")
 
+    def probe(self) -> None:
+        """Read the first question, so that a task whose documents cannot be used is refused before a sweep begins.
+
+        Raises:
+            InputError: they cannot; the message says why.
+        """
+        try:
+            self.conversation(0)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"task {self.name!r}: its first question cannot be read: {reason}") from error
+
     def generation(self, overrides: Mapping[str, Any]) -> Generation:
         """How answers are generated: the task's settings, then `overrides`."""
         declared = self.lmms.config.generation_kwargs or {}
@@ -72,13 +83,7 @@ class SweepTask:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the task's settings, the code of its functions or its data."""
-        settings = dict(vars(self.lmms.config))
-        kwargs = dict(settings.pop("dataset_kwargs") or {})
-        files = list(_paths(kwargs.pop("data_files", None)))
-        data = [_file_digest(file) for file in files] or [str(self.documents._fingerprint)]
-        content = {"settings": settings, "dataset_kwargs": kwargs, "data": data, "n": len(self.documents)}
-        canonical = json.dumps({**content, "profile": self.profile}, sort_keys=True, default=_stable)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return task_fingerprint(vars(self.lmms.config), self.documents, self.profile)
 
 
 def conversation(messages: Any, source: str) -> list[dict[str, Any]]:
@@ -103,37 +108,6 @@ def _open_image(image: Any) -> Any:
     from PIL import Image
 
     return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
-
-
-def _paths(data_files: Any) -> Iterator[Path]:
-    """Local files in the `data_files` of a task: a name, a list or a mapping of splits."""
-    if isinstance(data_files, str):
-        if Path(data_files).is_file():
-            yield Path(data_files)
-    elif isinstance(data_files, Mapping):
-        for split in sorted(data_files):
-            yield from _paths(data_files[split])
-    elif isinstance(data_files, Sequence):
-        for entry in data_files:
-            yield from _paths(entry)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _stable(value: Any) -> str:
-    """A function by the content of the file it is defined in; any other object by its type and attributes."""
-    while isinstance(value, partial):
-        value = value.func
-    if callable(value):
-        source = inspect.getsourcefile(value) if inspect.isroutine(value) or inspect.isclass(value) else None
-        name = getattr(value, "__qualname__", type(value).__qualname__)
-        return f"{name}:{_file_digest(Path(source)) if source else ''}"
-    return (
-        f"{type(value).__qualname__}:{json.dumps(getattr(value, '__dict__', str(value)), default=str, sort_keys=True)}"
-    )
 
 
 def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:

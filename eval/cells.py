@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtc.eval.spec import MethodSpec, SweepSpec
-
 import vtc
 from vtc.compressor import Compressor, Positions
+from vtc.eval.spec import MethodSpec, SweepSpec
 
 BASELINE = "none"
 

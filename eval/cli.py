@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from vtc.eval.results import Results
     from vtc.eval.sweep import SweepResult
-    from vtc.eval.tables import Results
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -129,7 +129,9 @@ def _free_stdout() -> contextlib.AbstractContextManager[Any]:
 
 def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult | None = None) -> None:
     from rich.console import Console
-    from vtc.eval.tables import NOTE, console_table, console_title, json_summary, nominal
+
+    from vtc.eval.results import json_summary
+    from vtc.eval.tables import NOTE, console_table, console_title, nominal
 
     if as_json:
         summary = {"out": str(folder), **json_summary(results)}

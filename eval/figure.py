@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 
-from vtc.eval.tables import Grid, Results, grid
+from vtc.eval.results import Results
+from vtc.eval.tables import Grid, grid
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, without the black of the baseline.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")

@@ -9,12 +9,11 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+from vtc.errors import InputError
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store
-
-from vtc.errors import InputError
 
 PACKAGES = ("vtc", "torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy", "pillow")
 

@@ -15,15 +15,15 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.utils import Collator
-from vtc.eval.catalogue import conversation
-from vtc.eval.cells import BASELINE, Cell
-from vtc.eval.generation import make_generation
-from vtc.eval.runner import Answer, Runner, batch_seed
 
 import vtc
 from vtc import loading
 from vtc.compressor import Positions
 from vtc.errors import InputError
+from vtc.eval.catalogue import conversation
+from vtc.eval.cells import BASELINE, Cell
+from vtc.eval.generation import make_generation
+from vtc.eval.runner import Answer, Runner, batch_seed
 
 
 class VTC(lmms):  # type: ignore[misc]

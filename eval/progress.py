@@ -8,7 +8,16 @@ from datetime import timedelta
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
 from vtc.eval.store import Record
 
 
@@ -52,7 +61,7 @@ class ConsoleProgress(SilentProgress):
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._id = self._bar.add_task("answers", total=None)
+        self._id: TaskID | None = None
         self._total = self._done = self._stored = 0
         self._began = self._spoke = 0.0
 
@@ -64,12 +73,13 @@ class ConsoleProgress(SilentProgress):
         """Begin with `done` of `total` answers."""
         self._total, self._done, self._stored = total, done, done
         self._began = self._spoke = time.monotonic()
-        self._bar.update(self._id, total=total, completed=done)
+        self._id = self._bar.add_task("answers", total=total, completed=done)
 
     def advance(self, answers: int) -> None:
         """Move the bar, or print a line when the last one is old."""
         self._done += answers
-        self._bar.update(self._id, completed=self._done)
+        if self._id is not None:
+            self._bar.update(self._id, completed=self._done)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._spoke >= self._every and self._done > self._stored:
             self._spoke = now
@@ -79,7 +89,8 @@ class ConsoleProgress(SilentProgress):
     def fail(self, failure: Record, lost: int) -> None:
         """Print the reason and shorten the bar."""
         self._total -= lost
-        self._bar.update(self._id, total=self._total)
+        if self._id is not None:
+            self._bar.update(self._id, total=self._total)
         self.note(f"failed: {failure['task']}, {failure['stage']}: {failure['error']}: {failure['reason']}")
 
     def __enter__(self) -> Self:

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vtc.eval import figure
-from vtc.eval.tables import Grid, Results, grid, nominal, read_results, significant, to_csv, tokens
-
 from vtc.errors import InputError
+from vtc.eval import figure
+from vtc.eval.results import Results, read_results, to_csv
+from vtc.eval.tables import Grid, grid, nominal, significant, tokens
 
 TEMPLATES = Path(__file__).parent / "templates"
 

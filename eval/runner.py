@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vtc.eval.cells import Cell
-from vtc.eval.generation import Generation
 
 import vtc
 import vtc.vision
 from vtc.compressor import Compressor
 from vtc.errors import InputError, UnsupportedMethod, UnsupportedModel
+from vtc.eval.cells import Cell
+from vtc.eval.generation import Generation
 
 Conversation = Sequence[Mapping[str, Any]]
 SMALL = 50_000_000  # parameters
@@ -182,9 +182,11 @@ class Runner:
 
     def _lengths(self, new: Tensor) -> list[int]:
         """Generated tokens per answer, the end-of-sequence token included, the padding after it not."""
-        pad = self.model.generation_config.pad_token_id
-        pad = self.processor.tokenizer.pad_token_id if pad is None else pad
-        return [int(n) for n in (new != pad).sum(1).tolist()]
+        ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device)).int()
+        lengths = torch.where(ended.any(1), ended.argmax(1) + 1, new.shape[1])
+        return [int(n) for n in lengths.tolist()]
 
 
 def _parts(conversation: Conversation) -> Iterator[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.quiet import muted
 from vtc.eval.statistics import Outcomes, Paired, interval, paired

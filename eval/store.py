@@ -34,11 +34,19 @@ def row_key(row: Record) -> RowKey:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """The complete lines of a file of JSON lines; none if there is no file."""
+    """The complete lines of a file of JSON lines; none if there is no file.
+
+    Raises:
+        InputError: a complete line is not JSON, which no interruption of a sweep can cause.
+    """
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path}: line {number} is damaged ({error}); remove it and go on") from error
+                yield record
 
 
 class Store:
@@ -67,6 +75,8 @@ class Store:
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not readable: {error}") from error
+        if not isinstance(content, dict) or not {"model", "tasks", "sweeps"} <= set(content):
+            raise InputError(f"{path} was not written by a sweep; choose another --out")
         return content
 
     def rows(self) -> Iterator[Record]:

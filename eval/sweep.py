@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vtc import loading
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.execute import Worker, failure_record, missing, plan, run_local
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
 from vtc.eval.progress import SilentProgress
 from vtc.eval.report import write_report
+from vtc.eval.results import Results
 from vtc.eval.runner import Runner, few_threads
 from vtc.eval.scoring import Scored, metric_records
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store, Writer, check_writable
-from vtc.eval.tables import Results
-
-from vtc import loading
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile)
     for task in tasks:
         task.generation(spec.generation)
+        task.probe()
     progress.note(f"loading {spec.model}")
     loaded = loading.load(
         spec.model,
@@ -66,8 +66,8 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     with store.writing() as writer:
         for note in changes_since(store, spec):
             progress.note(f"note: {note}")
-        writer.save_run(run_record(store, spec, tasks, cells, loaded))
         writer.add_cells(cell.record() for cell in cells)
+        writer.save_run(run_record(store, spec, tasks, cells, loaded))
         answered, failures = _answer(spec, tasks, cells, runner, writer, progress)
         for task in tasks:
             failures += _score(task, documents(spec, task), cells[0].key(), writer, progress)

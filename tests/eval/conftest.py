@@ -123,9 +123,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runner(model_folder: Path) -> Any:
     """A runner on that model."""
-    from vtc.eval.runner import Runner
-
     from vtc import loading
+    from vtc.eval.runner import Runner
 
     return Runner(loading.load(str(model_folder), device="cpu"))
 

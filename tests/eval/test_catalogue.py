@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vtc.eval.catalogue import conversation, list_tasks, load_tasks
 
 from vtc.errors import InputError, UnknownName
+from vtc.eval.catalogue import conversation, list_tasks, load_tasks
 
 WriteTask = Callable[..., Path]
 
@@ -68,6 +68,14 @@ def test_a_task_that_does_not_load_says_why(tmp_path: Path, write_task: WriteTas
 def test_an_include_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"include path .* is not a folder"):
         load_tasks(["blobs"], [tmp_path / "nowhere"])
+
+
+def test_a_task_whose_questions_cannot_be_read_is_refused(tmp_path: Path, write_task: WriteTask) -> None:
+    folder = write_task(tmp_path)
+    (folder / "utils.py").write_text((folder / "utils.py").read_text().replace('doc["shift"]', 'doc["angle"]'))
+    (task,) = load_tasks(["blobs"], [folder])
+    with pytest.raises(InputError, match="task 'blobs': its first question cannot be read: KeyError: 'angle'"):
+        task.probe()
 
 
 def test_video_is_refused() -> None:

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-from vtc.eval.cells import BASELINE, Cell, make_cells
-from vtc.eval.spec import make_spec
 
 import vtc
 from vtc.errors import UnknownName, VTCError
+from vtc.eval.cells import BASELINE, Cell, make_cells
+from vtc.eval.spec import make_spec
 
 MODEL = {"weights": "0123", "dtype": "float32"}
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from vtc.eval.execute import Item, Outcome, Worker, failure_record, missing, plan, run_local
 from vtc.eval.progress import SilentProgress
 from vtc.eval.store import Store, row_key

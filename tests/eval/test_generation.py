@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vtc.eval.generation import Generation, make_generation
 
 from vtc.errors import InputError
+from vtc.eval.generation import Generation, make_generation
 
 
 def make(**settings: Any) -> Generation:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vtc.eval.quiet import muted
 
 from vtc.errors import VTCError
+from vtc.eval.quiet import muted
 
 
 @pytest.fixture(scope="module")

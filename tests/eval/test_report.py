@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from vtc.eval.report import write_report
-from vtc.eval.store import Store
-from vtc.eval.tables import COLUMNS, Results, console_table, console_title, grid, json_summary, read_results, to_csv
 
 from vtc.errors import InputError
+from vtc.eval.report import write_report
+from vtc.eval.results import COLUMNS, Results, json_summary, read_results, to_csv
+from vtc.eval.store import Store
+from vtc.eval.tables import console_table, console_title, grid
 
 CELLS = {
     "k0": ("none", 1.0, {}),

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+
+import vtc
+from vtc.errors import UnsupportedModel
 from vtc.eval.cells import make_cells
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.runner import Runner, batch_seed, few_threads
 from vtc.eval.spec import make_spec
-
-import vtc
-from vtc.errors import UnsupportedModel
 
 GREEDY = make_generation({"max_new_tokens": 4}, source="test")
 SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="test")
@@ -81,6 +81,14 @@ def test_an_answer_says_what_it_cost(runner: Runner, conversations: list[Any], c
     assert (kept.visual_tokens_in, kept.visual_tokens_kept) == (144, 36.0)
     assert kept.input_tokens == whole.input_tokens == int(batch.inputs["attention_mask"][0].sum())
     assert 1 <= whole.output_tokens <= 4 and whole.seconds > 0 and kept.engine_seconds > 0
+
+
+def test_an_answers_length_ends_with_its_end_token(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = torch.tensor([[5, 3, 0, 0], [5, 6, 7, 8], [3, 3, 3, 3], [0, 0, 9, 3]])
+    configuration = runner.model.generation_config
+    for ends, lengths in ((3, [2, 4, 1, 4]), ([9, 3], [2, 4, 1, 3]), (None, [4, 4, 4, 4])):
+        monkeypatch.setattr(configuration, "eos_token_id", ends)
+        assert runner._lengths(new) == lengths
 
 
 def test_prompts_without_a_picture_are_answered_beside_others(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from vtc.eval.catalogue import load_tasks
 from vtc.eval.quiet import muted
 from vtc.eval.scoring import metric_records, score

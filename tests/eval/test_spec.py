@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
 
 from vtc.errors import BudgetError, InputError
+from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
 
 
 def test_the_default_file_says_what_the_defaults_are() -> None:

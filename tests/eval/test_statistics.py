@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+
 from vtc.eval.statistics import Outcomes, bonett_price, interval, paired, wilson
 
 

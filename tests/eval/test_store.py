@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vtc.eval.store import Store, check_writable
 
 from vtc.errors import InputError
+from vtc.eval.store import Store, check_writable
 
 
 def row(doc_id: int, **changes: Any) -> dict[str, Any]:
@@ -40,6 +40,12 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path, half: str) -> None:
     with store.writing() as writer:
         writer.add_rows([row(1)])
     assert [r["doc_id"] for r in store.rows()] == [0, 1]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a":\n{"a": 2}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl: line 2 is damaged"):
+        list(Store(tmp_path).rows())
 
 
 def test_cells_are_recorded_once_and_the_last_metric_wins(tmp_path: Path) -> None:
@@ -93,10 +99,14 @@ def test_run_json_is_replaced_whole_and_missing_or_damaged_ones_are_named(tmp_pa
     store = Store(tmp_path)
     with pytest.raises(InputError, match="holds no sweep; run `vtc sweep --out"):
         store.run()
+    content = {"model": {}, "tasks": {}, "sweeps": []}
     with store.writing() as writer:
         writer.save_run({"a": 1})
-        writer.save_run({"a": 2})
-    assert store.exists and store.run() == {"a": 2}
+        writer.save_run(content)
+    assert store.exists and store.run() == content
+    (tmp_path / "run.json").write_text('{"another": "program"}')
+    with pytest.raises(InputError, match="was not written by a sweep"):
+        store.run()
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(InputError, match=r"run\.json: not readable"):
         store.run()

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import pytest
 from torch import Tensor
-from vtc.eval.progress import SilentProgress
-from vtc.eval.spec import make_spec
-from vtc.eval.store import Store, row_key
-from vtc.eval.sweep import SweepResult, run_sweep
 
 import vtc
 from vtc.compressor import ScoringCompressor, StageView
 from vtc.errors import InputError, UnknownName, UnsupportedMethod
+from vtc.eval.progress import SilentProgress
+from vtc.eval.spec import make_spec
+from vtc.eval.store import Store, row_key
+from vtc.eval.sweep import SweepResult, run_sweep
 from vtc.registry import METHODS
 
 WriteTask = Callable[..., Path]

@@ -1,0 +1,40 @@
+"""What a person sees of a sweep without a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+
+from vtc.eval.progress import ConsoleProgress
+
+FAILURE: dict[str, Any] = {"task": "t", "stage": "answer", "error": "OSError", "reason": "[disk] full"}
+
+
+def test_plain_lines_tell_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    clock = iter([100.0, 105.0, 140.0, 141.0])
+    monkeypatch.setattr("vtc.eval.progress.time.monotonic", lambda: next(clock))
+    progress = ConsoleProgress(every_seconds=30)
+    progress.note("loading [model]")
+    with progress:
+        progress.start(100, 20)
+        progress.advance(10)
+        progress.advance(10)
+        progress.fail(FAILURE, 30)
+        progress.advance(10)
+    assert stream.getvalue().splitlines() == [
+        "loading [model]",
+        "40 of 100 answers, 0:02:00 left",
+        "failed: t, answer: OSError: [disk] full",
+    ]
+
+
+def test_redirecting_stderr_does_not_catch_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    progress = ConsoleProgress()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress.note("still here")
+    assert stream.getvalue() == "still here\n"
