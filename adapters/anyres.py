@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+
 from vtc.adapters.compat import media
 from vtc.adapters.llava import LlavaAdapter
-
 from vtc.layout import VisionContext, VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
-
 from vtc.compressor import ModelSpec
 from vtc.errors import UnsupportedCall
 from vtc.layout import Kind, VisionContext, VisualItem

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
-
 from vtc.compressor import ModelSpec
 from vtc.errors import UnsupportedModel
 from vtc.layout import Kind, VisionContext, VisualItem

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from vtc.adapters.llava_next import LlavaNextAdapter
-
 from vtc.compressor import ModelSpec
 from vtc.errors import UnsupportedModel
 from vtc.layout import Kind, VisionContext

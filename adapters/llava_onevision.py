@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vtc.adapters.anyres import AnyResAdapter, Size
 
+from vtc.adapters.anyres import AnyResAdapter, Size
 from vtc.compressor import ModelSpec
 from vtc.layout import Kind, VisionContext
 

@@ -30,6 +30,7 @@ def _build(layers: int) -> nn.Module:
         text_config=Qwen2Config(**text_settings(layers)),
         image_token_id=IMAGE,
         image_seq_length=TILE_TOKENS,
+        tie_word_embeddings=False,
     )
     return InternVLForConditionalGeneration(config)  # type: ignore[no-any-return]
 
