@@ -1,4 +1,4 @@
-"""Ask one question about some images: the smallest complete path from files to text."""
+"""Ask one question about some images and videos: the smallest complete path from files to text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from vtc import adapters
 from vtc.attach import compress
 from vtc.compressor import Compressor
 from vtc.errors import InputError
 from vtc.loading import Loaded
+
+if TYPE_CHECKING:
+    from vtc.eval.media import Video
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,15 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"image {str(path)!r} is too large ({error}); scale it down first") from error
 
 
-def prompt_text(processor: Any, prompt: str, images: int) -> str:
-    """The prompt in the checkpoint's chat template, images first; without a template, placeholders and the prompt."""
+def prompt_text(processor: Any, prompt: str, images: int, videos: int = 0) -> str:
+    """The prompt in the checkpoint's chat template, media first; without a template, placeholders and the prompt."""
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        media = [{"type": "image"}] * images + [{"type": "video"}] * videos
+        content = [*media, {"type": "text", "text": prompt}]
         chat = [{"role": "user", "content": content}]
         text: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return text
-    return f"{processor.image_token}\n" * images + prompt
+    return f"{processor.image_token}\n" * images + (f"{processor.video_token}\n" * videos if videos else "") + prompt
 
 
 @torch.inference_mode()
@@ -61,19 +66,29 @@ def answer(
     images: Sequence[Image.Image],
     prompt: str,
     *,
+    videos: Sequence[Video] = (),
     method: str | Compressor | None = None,
     retention: float | None = None,
     keep: int | None = None,
     max_new_tokens: int = 128,
     **options: Any,
 ) -> Answer:
-    """Answer `prompt` about `images`, greedily; method None runs the untouched model.
+    """Answer `prompt` about `images` and `videos`, greedily; method None runs the untouched model.
 
-    options: further arguments of `vtc.compress`, hyper-parameters included.
+    videos: decoded clips, see `vtc.eval.media.read_video`. options: further arguments of `vtc.compress`, with
+    hyper-parameters.
     """
     model, processor = loaded.model, loaded.processor
-    text = prompt_text(processor, prompt, len(images))
-    inputs = processor(text=[text], images=list(images) or None, return_tensors="pt").to(model.device, model.dtype)
+    adapter = adapters.of(model)
+    if videos and "video" not in adapter.modalities:
+        raise InputError(f"{adapter.family} models take no video; give images, or a model of another family")
+    text = prompt_text(processor, prompt, len(images), len(videos))
+    media: dict[str, Any] = {"images": list(images)} if images else {}
+    if videos:
+        metadata = [video.metadata() for video in videos]
+        media["videos"] = [video.frames for video in videos]
+        media["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
+    inputs = processor(text=[text], **media, return_tensors="pt").to(model.device, model.dtype)
     attached = None
     if method is not None:
         attached = compress(model, method, retention=retention, keep=keep, **options)
@@ -83,7 +98,7 @@ def answer(
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     reply = processor.batch_decode(ids[:, length:], skip_special_tokens=True)[0].strip()
-    placeholders = getattr(processor, "image_token_id", None)
-    before = int((inputs["input_ids"] == placeholders).sum()) if placeholders is not None else 0
+    tokens = torch.tensor(list(adapter.placeholders.values()), device=inputs["input_ids"].device)
+    before = int(torch.isin(inputs["input_ids"], tokens).sum())
     kept = attached.stats.visual_tokens_kept if attached is not None else float(before)
     return Answer(reply, before, kept, length, seconds)

@@ -77,7 +77,10 @@ def models(as_json: JsonOption = False) -> None:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path], typer.Option(help="Image file; repeat the option for several.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; repeat the option for several.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video file; repeat the option for several.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames read of each video, at most.")] = 8,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, instead of even distances.")] = None,
     model: Annotated[str, typer.Option(help="Embedded model, checkpoint folder or hub name.")] = "tiny-llava",
     method: Annotated[str | None, typer.Option(help="Compression method; none leaves the model untouched.")] = None,
     retention: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
@@ -91,7 +94,7 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about images, with or without compression."""
+    """Answer a question about images or videos, with or without compression."""
     from vtc.answer import answer, open_image
     from vtc.budget import Budget
     from vtc.loading import load
@@ -103,11 +106,15 @@ def generate(
     chosen = create(method, **options) if method is not None else None
     if chosen is not None and chosen.needs_budget:
         Budget(retention, keep)
-    images = [open_image(path) for path in image]
+    if not image and not video:
+        raise InputError("no --image and no --video given; compression needs something to look at")
+    images = [open_image(path) for path in image or []]
+    videos = [_read_video(path, frames, fps) for path in video or []]
     loaded = load(model, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
     limits: dict[str, Any] = {"retention": retention, "keep": keep}
     extra: dict[str, Any] = {"positions": positions} if positions is not None else {}
-    result = answer(loaded, images, prompt, method=chosen, max_new_tokens=max_new_tokens, **limits, **extra)
+    extra |= {"videos": videos, "method": chosen, "max_new_tokens": max_new_tokens}
+    result = answer(loaded, images, prompt, **limits, **extra)
     if as_json:
         _print_json({"model": model, "method": method, **limits, **dataclasses.asdict(result)})
         return
@@ -115,6 +122,14 @@ def generate(
     share = result.visual_tokens_kept / result.visual_tokens_in if result.visual_tokens_in else 1.0
     kept = f"{result.visual_tokens_kept:g} of {result.visual_tokens_in} visual tokens ({share:.1%})"
     Console(stderr=True).print(f"{kept}, {result.seconds:.2f} s", highlight=False, style="dim")
+
+
+def _read_video(path: Path, frames: int, fps: float | None) -> Any:
+    from vtc.eval.media import read_video
+
+    if fps is None:
+        return read_video(path, frames=frames)
+    return read_video(path, "fps", frames=frames, fps=fps)
 
 
 def _hyper_parameters(pairs: list[str]) -> dict[str, Any]:
