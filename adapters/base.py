@@ -94,6 +94,11 @@ class Adapter(ABC):
         return False
 
     @property
+    def joined(self) -> frozenset[Kind]:
+        """Modalities whose LLM tokens are made of several patches each, so that no patch can go missing alone."""
+        return frozenset()
+
+    @property
     def deepstack(self) -> bool:
         """True when visual rows are also added inside the LLM's first layers."""
         return False

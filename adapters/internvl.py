@@ -66,6 +66,10 @@ class InternVLAdapter(Adapter):
             llm_layers=config.text_config.num_hidden_layers,
         )
 
+    @property
+    def joined(self) -> frozenset[Kind]:
+        return frozenset(["image"])
+
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         """One item per tile; `regroup` joins them to images."""
         pixels: Tensor = arguments["pixel_values"]

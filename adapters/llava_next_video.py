@@ -40,6 +40,10 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
                 "tokens of a video's frames; published checkpoints use 'average'"
             )
 
+    @property
+    def joined(self) -> frozenset[Kind]:
+        return frozenset(["video"])
+
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         if kind == "image":
             return self.describe_images(arguments)

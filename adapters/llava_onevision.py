@@ -35,6 +35,10 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         ModelSpec("llava-onevision", 26, 25, False, tuple(range(26)), 28),  # LLaVA-OneVision-7B, SigLIP-So400m/14-384
     )
 
+    @property
+    def joined(self) -> frozenset[Kind]:
+        return frozenset(["video"])
+
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         if kind == "image":
             return self.describe_images(arguments)

@@ -16,7 +16,7 @@ from vtc.budget import Budget
 from vtc.compressor import Compressor, EncoderStage, StageView
 from vtc.errors import UnsupportedMethod
 from vtc.items import ItemTable
-from vtc.layout import VisionContext, VisualItem
+from vtc.layout import Kind, VisionContext, VisualItem
 from vtc.ops.select import front_pack, take_rows
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class EncoderStages:
                 "packed sequence and merges groups of neighbouring patches, which stages inside the encoder do not "
                 "support. Choose a method that acts before or inside the LLM"
             )
+        if adapter.joined >= set(adapter.modalities):
+            raise UnsupportedMethod(self._joined(adapter, method, "image"))
         self.adapter, self.method, self.budget = adapter, method, budget
         self.stages = {stage.layer: stage for stage in stages}
         self._handles: list[Any] = []
@@ -61,6 +63,18 @@ class EncoderStages:
             handle.remove()
         self._handles, self._places, self._by_layer, self._last = [], [], [], None
 
+    def begin(self, kind: Kind) -> None:
+        """Open one encoder call; refuses modalities in which removing single patches has no meaning."""
+        if kind in self.adapter.joined:
+            raise UnsupportedMethod(self._joined(self.adapter, self.method, kind))
+
+    @staticmethod
+    def _joined(adapter: Adapter, method: Compressor, kind: Kind) -> str:
+        return (
+            f"{method.name!r} removes patches inside the vision encoder; {adapter.family} makes each {kind} token of "
+            "several patches, so stages inside it are not supported. Choose a method that acts before or inside the LLM"
+        )
+
     def end(self) -> None:
         """Close one encoder call; what `alive` and `expand` need stays until the next one."""
         self._last = (self._places[-1][1], self._patches) if self._places else None
@@ -73,8 +87,12 @@ class EncoderStages:
         places, patches = self._last
         prefix = self.adapter.prefix_tokens(places)
         marks = torch.ones(places.shape[0], prefix + places.shape[1], device=places.device)
-        alive = context.pack(_spread(marks, places, prefix, patches)) > 0
-        return alive, tuple(alive.sum(1).tolist())
+        share = context.pack(_spread(marks, places, prefix, patches))
+        alive = share > 0
+        *counts, mixed = torch.cat([alive.sum(1), (alive & (share < 0.999)).any()[None]]).tolist()
+        if mixed:
+            raise UnsupportedMethod(self._joined(self.adapter, self.method, context.kind))
+        return alive, tuple(counts)
 
     def expand(self, layer: int, values: Tensor) -> Tensor:
         """Rows recorded at `layer`, [crops, prefix + M] -> [crops, prefix + P]; zero where a patch was gone."""

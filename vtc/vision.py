@@ -126,6 +126,8 @@ class VisionRecorder:
     def _encode(self, kind: Kind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._inside, self._rows = True, {}
         try:
+            if self.stages is not None:
+                self.stages.begin(kind)
             output = function(*args, **kwargs)
         finally:
             self._inside = False
