@@ -1,0 +1,179 @@
+"""The way of a real checkpoint: chat template, processor, generate() under compression, saved and loaded again.
+
+Processors are the published classes with their real placeholder layout, set to the tiny models' patch sizes, and a
+tokenizer that knows the family's special tokens and single characters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import vtc
+from vtc import loading
+from vtc.testing import tiny_model
+from vtc.testing.contract import against_oracle, generate
+from vtc.testing.family import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
+from vtc.testing.tiny_qwen import MERGE, PAIR, PATCH
+
+CLASSES = {
+    "qwen2-vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2.5-vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3-vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
+UNKNOWN, BEGIN, END = 4, 116, 117
+SPECIAL = {
+    "<|endoftext|>": PAD,
+    "<|unknown|>": UNKNOWN,
+    "<|im_start|>": BEGIN,
+    "<|im_end|>": END,
+    "<|image_pad|>": IMAGE,
+    "<|video_pad|>": VIDEO,
+    "<|vision_start|>": VISION_START,
+    "<|vision_end|>": VISION_END,
+}
+CHARACTERS = "\n 0123456789.<>?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'video') %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer() -> Any:
+    free = (i for i in range(VOCABULARY) if i not in SPECIAL.values())
+    vocabulary = SPECIAL | {character: next(free) for character in CHARACTERS}
+    vocabulary |= {f"<|reserved_{number}|>": number for number in free}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unknown|>",
+        padding_side="left",
+        additional_special_tokens=[token for token, number in SPECIAL.items() if number >= BEGIN],
+    )
+
+
+def build_processor(name: str) -> Any:
+    whole, video = (getattr(transformers, class_name) for class_name in CLASSES[name])
+    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": PAIR}
+    area = {"shortest_edge": 64, "longest_edge": 56 * 56}
+    images = transformers.Qwen2VLImageProcessor(size=area, **sizes)
+    volume = {"shortest_edge": 64, "longest_edge": (6 if name == "qwen3-vl" else 1) * 32 * 32}
+    videos = video(size=volume, do_sample_frames=False, cap_pixels_per_frame=False, **sizes)
+    return whole(images, build_tokenizer(), videos, chat_template=TEMPLATE)
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    """One user turn; a string is text, a picture an image, a list of pictures a video."""
+    kinds = {str: "text", Image.Image: "image", list: "video"}
+    content = [{"type": kinds[type(part)], kinds[type(part)]: part} for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+FRAMES = [picture(40, 24, 10 + number) for number in range(6)]
+FEW = [picture(24, 32, 20 + number) for number in range(4)]
+CASES: dict[str, list[list[dict[str, Any]]]] = {
+    "one image": [user(picture(40, 24, 0), "What is this?")],
+    "several images": [user(picture(40, 24, 1), "And", picture(24, 56, 2), picture(16, 16, 3), "How many?")],
+    "a video": [user(FRAMES, "What happens?")],
+    "mixed batch": [
+        user(picture(40, 24, 4), "One", picture(48, 48, 5)),
+        user(FEW, "What happens in this one?"),
+        user("No picture at all"),
+        user("Both", FRAMES, picture(32, 16, 6), "Which came first?"),
+    ],
+}
+
+
+def prepare(processor: Any, case: str) -> dict[str, Any]:
+    inputs = processor.apply_chat_template(
+        CASES[case],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+    return dict(inputs)
+
+
+def sizes(inputs: dict[str, Any], kind: str) -> list[int]:
+    """Tokens of each item, by the grids the processor made."""
+    grids = inputs.get(f"{kind}_grid_thw")
+    return [] if grids is None else (grids.prod(-1) // MERGE**2).tolist()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("case", CASES)
+def test_chat_template_to_answer(name: str, case: str, limits: Any) -> None:
+    model, processor = tiny_model(name), build_processor(name)
+    inputs = prepare(processor, case)
+    assert {"input_ids", "attention_mask", "mm_token_type_ids"} <= set(inputs)
+    for kind, token in (("image", IMAGE), ("video", VIDEO)):
+        assert int((inputs["input_ids"] == token).sum()) == sum(sizes(inputs, kind))
+    for method in ("vtc_cls", "random", "pool"):
+        worst = against_oracle(model, inputs, lambda model, m=method: vtc.compress(model, m, retention=0.5), 4)
+        assert worst <= limits.logits
+    handle = vtc.compress(model, "vtc_cls", retention=0.25)
+    ids, _ = generate(model, inputs, handle, 4)
+    found = {
+        kind: [(len(i.positions), len(i.kept[0])) for i in handle.trace[0].items if i.kind == kind]
+        for kind in ("image", "video")
+    }
+    for kind, items in found.items():
+        assert items == [(n, max(1, (n + 2) // 4)) for n in sizes(inputs, kind)]
+    answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert len(answers) == len(CASES[case])
+
+
+def test_frames_of_a_qwen3_video_lie_between_timestamps() -> None:
+    processor = build_processor("qwen3-vl")
+    inputs = prepare(processor, "a video")
+    visual = inputs["input_ids"][0] == VIDEO
+    runs = int((visual[1:] & ~visual[:-1]).sum())
+    assert runs == int(inputs["video_grid_thw"][0, 0]) > 1
+    assert processor.decode(inputs["input_ids"][0]).count("seconds>") == runs
+    model = tiny_model("qwen3-vl")
+    handle = vtc.compress(model, "random", retention=0.5)
+    generate(model, inputs, handle, 1)
+    (item,) = handle.trace[0].items
+    assert torch.equal(item.positions, visual.nonzero().flatten())
+    assert len(item.kept[0]) == (len(item.positions) + 1) // 2
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -> None:
+    model, processor = tiny_model(name), build_processor(name)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = loading.load(str(tmp_path), device="cpu")
+    assert type(loaded.model) is type(model)
+    assert type(loaded.processor) is type(processor)
+    assert loaded.fingerprint()["class"] == type(model).__name__
+    inputs, again = prepare(processor, "mixed batch"), prepare(loaded.processor, "mixed batch")
+    assert inputs.keys() == again.keys()
+    for key in inputs:
+        assert torch.equal(torch.as_tensor(inputs[key]), torch.as_tensor(again[key]))
+    expected, _ = generate(model, inputs, vtc.compress(model, "vtc_cls", retention=0.5), 6)
+    found, _ = generate(loaded.model, again, vtc.compress(loaded.model, "vtc_cls", retention=0.5), 6)
+    assert torch.equal(expected, found)
