@@ -98,8 +98,12 @@ def cell_centres(grid: Grid, output: Grid, device: torch.device | None = None) -
 
 
 def absorbing_cell(grid: Grid, output: Grid, device: torch.device | None = None) -> Tensor:
-    """[t*h*w] number of the pooled cell a token lies in (the first, where adaptive cells overlap)."""
-    steps = [torch.arange(size, device=device) * n // size for size, n in zip(grid, output, strict=True)]
+    """[t*h*w] number of the pooled cell a token lies in; where adaptive cells overlap, the one its middle lies in.
+
+    The token at a cell's centre (`cell_centres`) is always absorbed by that cell.
+    """
+    middles = [2 * torch.arange(size, device=device) + 1 for size in grid]  # in half tokens
+    steps = [middle * n // (2 * size) for middle, size, n in zip(middles, grid, output, strict=True)]
     return _raster_index(steps, output).flatten()
 
 
