@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,10 @@ class Loaded:
     processor: Any
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the numbers this model produces: weights, dtype, attention implementation and class."""
+        """What identifies the numbers this model produces, whatever its folder is called."""
         config = self.model.config
         text = config.get_text_config()
         return {
-            "name": self.name,
             "class": type(self.model).__name__,
             "weights": getattr(config, "_commit_hash", None) or _weights_hash(Path(self.path)),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -64,14 +66,14 @@ def load(
         options: dict[str, Any] = {"dtype": torch_dtype, "revision": revision, "device_map": device_map}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_bars():
             warnings.simplefilter("ignore")  # advice about image-processor back ends
             processor = AutoProcessor.from_pretrained(path, revision=revision)
-        model = AutoModelForImageTextToText.from_pretrained(path, config=config, **options)
+            model = AutoModelForImageTextToText.from_pretrained(path, config=config, **options)
     except VTCError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
             f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(tiny.NAMES)}), a checkpoint "
             "folder or a hub name"
@@ -83,6 +85,21 @@ def load(
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     adapters.of(model)
     return Loaded(name, path, model.eval(), processor)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Progress bars of transformers only where a person watches."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _resolve(name: str) -> str:

@@ -26,7 +26,7 @@ def process_results(doc: Doc, results: Sequence[str]) -> dict[str, dict[str, Any
 
 def mean_score(items: Sequence[Mapping[str, Any]]) -> float:
     """Mean of the scores."""
-    return sum(item["score"] for item in items) / len(items)
+    return float(sum(item["score"] for item in items)) / len(items)
 
 
 def _only(family: str) -> Callable[[Any], Any]:
