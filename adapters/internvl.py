@@ -30,11 +30,12 @@ class InternVLAdapter(Adapter):
     The encoder sees tiles. Which of them are one image only the prompt tells: an image is an unbroken run of
     placeholders, as its processor writes it between <img> and </img>; images whose placeholders touch count as one.
     The last tile of an image of several is the overview; rows and columns of the others are unknown to the model.
-    A video reaches the model as one image per frame, so a budget in tokens is one per frame.
+    A video reaches the model as one image per frame: every frame is an item and gets the budget of one.
     """
 
     family = "internvl"
     model_classes: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration",)
+    modalities: ClassVar[tuple[Kind, ...]] = ("image", "video")
     towers: ClassVar[tuple[str, ...]] = ("InternViT",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec("internvl", 24, 23, True, tuple(range(24)), 28),  # InternVL3-8B-hf, InternViT-300M
@@ -68,7 +69,7 @@ class InternVLAdapter(Adapter):
 
     @property
     def joined(self) -> frozenset[Kind]:
-        return frozenset(["image"])
+        return frozenset(["image", "video"])
 
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         """One item per tile; `regroup` joins them to images."""

@@ -31,8 +31,8 @@ class Piece:
 class TinyModel:
     """A tiny model of one family.
 
-    build: layers -> model. kinds: modalities. piece: (model, kind, generator, item's number in its row, items in the
-    row) -> Piece. collate: (pieces of each row) -> keyword arguments. token_types: pass mm_token_type_ids.
+    build: layers -> model. kinds: modalities. piece: (model, kind, generator, item's number in its row, items of its
+    kind in the row) -> Piece. collate: (pieces of each row) -> keyword arguments. token_types: pass mm_token_type_ids.
     """
 
     family: str

@@ -100,7 +100,6 @@ def _row(
     family: TinyModel, model: Any, parts: Sequence[Part], seed: int
 ) -> tuple[tuple[list[int], list[int]], list[Piece]]:
     generator = torch.Generator().manual_seed(seed)
-    total = sum(not isinstance(part, int) for part in parts)
     ids: list[int] = []
     types: list[int] = []
     pieces: list[Piece] = []
@@ -109,7 +108,7 @@ def _row(
         if isinstance(part, int):
             new = torch.randint(5, 110, (part,), generator=generator).tolist()
         else:
-            pieces.append(family.piece(model, part, generator, len(pieces), total))
+            pieces.append(family.piece(model, part, generator, len(pieces), parts.count(part)))
             new = pieces[-1].ids
         ids += new
         types += [1 if i == placeholders.get("image") else 2 if i == placeholders.get("video") else 0 for i in new]
