@@ -142,12 +142,17 @@ class Call:
         return numbers.expand_as(self.logical).contiguous()
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        """[B, 1] smallest and largest position of the chunk's tokens; all axes of multi-axis positions count."""
+        """[B, 1] positions of each row's first and last token in the chunk, the outermost of multi-axis positions.
+
+        Not the smallest and largest ones: some models place text behind a video in front of the video's last frames.
+        """
         axes = self.logical if self.logical.ndim == 3 else self.logical[None]
         if self.valid is None:
-            return axes.amin((0, 2))[:, None], axes.amax((0, 2))[:, None]
-        first = axes.masked_fill(~self.valid, torch.iinfo(axes.dtype).max).amin((0, 2))
-        return first[:, None], axes.masked_fill(~self.valid, -1).amax((0, 2))[:, None]
+            return axes[..., :1].amin(0), axes[..., -1:].amax(0)
+        slots = torch.arange(self.length, device=self.device)
+        first = torch.where(self.valid, slots, self.length - 1).amin(1, keepdim=True)
+        last = torch.where(self.valid, slots, 0).amax(1, keepdim=True)
+        return take_last(axes, first).amin(0), take_last(axes, last).amax(0)
 
     # --- notes
     def pass_through(self, stages: Sequence[int]) -> None:
