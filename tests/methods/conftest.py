@@ -1,0 +1,145 @@
+"""Views of made-up items of any size, so that a method can be compared with a plain loop without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtc.budget import Budget
+from vtc.compressor import ModelSpec, Selection, StageView
+from vtc.items import build
+from vtc.layout import VisionContext, VisualItem
+
+CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An item: rasters of (frames, rows, columns) one behind the other, after each row of the last a newline if asked.
+
+    The frames of all rasters are its crops.
+    """
+
+    regions: tuple[tuple[int, int, int], ...]
+    newlines: bool = False
+
+    def item(self) -> VisualItem:
+        crop: list[int] = []
+        row: list[float] = []
+        col: list[float] = []
+        newline: list[bool] = []
+        first = 0
+        for frames, rows, columns in self.regions:
+            ends = self.newlines and (frames, rows, columns) == self.regions[-1]
+            for f in range(frames):
+                for r in range(rows):
+                    width = columns + ends
+                    crop += [first + f if c < columns else -1 for c in range(width)]
+                    row += [float(r)] * width
+                    col += [float(c) for c in range(width)]
+                    newline += [c == columns for c in range(width)]
+            first += frames
+        single = len(self.regions) == 1 and not self.newlines
+        return VisualItem(
+            kind="image",
+            n_tokens=len(crop),
+            crop=torch.tensor(crop),
+            row=torch.tensor(row),
+            col=torch.tensor(col),
+            newline=torch.tensor(newline),
+            n_crops=first,
+            crop_grid=self.regions[0][1:],
+            newlines=sum(newline),
+            grid=self.regions[0] if single else None,
+            regions=self.regions,
+        )
+
+
+def raster(height: int, width: int, frames: int = 1) -> Shape:
+    return Shape(((frames, height, width),))
+
+
+@pytest.fixture
+def shape() -> type[Shape]:
+    """The class that describes items of several rasters."""
+    return Shape
+
+
+@pytest.fixture
+def make_view() -> Callable[..., StageView]:
+    """Build the view of a batch that holds items of the given shapes, up to two in a row, text around them.
+
+    shapes: (rows, columns) or Shape. vision: layer -> one [n] tensor per item. budget: retention= or keep=.
+    """
+
+    def make(
+        shapes: Sequence[Any],
+        *,
+        vision: dict[int, Sequence[Tensor]] | None = None,
+        spec: ModelSpec = CLIP_L,
+        seed: int = 0,
+        **budget: Any,
+    ) -> StageView:
+        generator = torch.Generator().manual_seed(seed)
+        items = [(each if isinstance(each, Shape) else raster(*each)).item() for each in shapes]
+        context = VisionContext("image", items, torch.randint(2**62, (len(items),), generator=generator), lambda v: [])
+        rows = [items[first : first + 2] for first in range(0, len(items), 2)]
+        length = max(5 + sum(item.n_tokens + 1 for item in row) for row in rows)
+        visual, valid = torch.zeros(2, len(rows), length, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            place = length - sum(item.n_tokens + 1 for item in row) - 3
+            valid[index, place - 2 :] = True
+            for item in row:
+                visual[index, place : place + item.n_tokens] = True
+                place += item.n_tokens + 1
+        table = build(visual[None], visual.sum(1).tolist(), [context], {"image": 0})
+        pad = torch.nn.utils.rnn.pad_sequence
+        return StageView(
+            stage=0,
+            model=spec,
+            budget=Budget(**budget) if budget else None,
+            items=table,
+            hidden=torch.randn(len(rows), length, 6, generator=generator),
+            visual=visual,
+            valid=valid,
+            fingerprint=context.fingerprint[table.source],
+            vision_rows={layer: pad(list(values), batch_first=True) for layer, values in (vision or {}).items()},
+        )
+
+    return make
+
+
+@pytest.fixture
+def kept() -> Callable[[StageView, Selection], list[list[int]]]:
+    """Token numbers that a selection keeps of every item; checks the counts it gives."""
+
+    def read(view: StageView, selection: Selection) -> list[list[int]]:
+        numbers = [
+            token[keep & mask].tolist()
+            for token, keep, mask in zip(view.items.token, selection.keep, view.items.mask, strict=True)
+        ]
+        assert selection.counts is None or list(selection.counts) == [len(each) for each in numbers]
+        assert all(each == sorted(set(each)) for each in numbers)
+        return numbers
+
+    return read
+
+
+@pytest.fixture
+def shares() -> Callable[[int, Sequence[int]], list[int]]:
+    """Split a count over sizes in proportion, by largest remainder, ties to the first."""
+
+    def split(total: int, sizes: Sequence[int]) -> list[int]:
+        exact = [total * size / sum(sizes) for size in sizes]
+        share = [int(value + 1e-9) for value in exact]
+        order = sorted(range(len(sizes)), key=lambda g: (round(share[g] - exact[g], 9), g))
+        for group in order[: total - sum(share)]:
+            share[group] += 1
+        return share
+
+    return split
