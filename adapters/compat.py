@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -51,6 +52,24 @@ def refuse_wrong_order(context: VisionContext, placeholders: Tensor) -> None:
                 "wrong beams or returned sequences, with or without compression; use transformers 5.20 or later, or "
                 f"one {context.kind} (one tile) per prompt"
             )
+
+
+@cache
+def repeats_hooks() -> bool:
+    """True where gradient checkpointing runs a layer's hooks again in the backward pass; later they stay outside."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # brings in half of transformers
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def check_checkpointing(layer: Any) -> None:
+    """Raise UnsupportedCall where the backward pass would run this layer without what its hook does."""
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and repeats_hooks():
+        raise UnsupportedCall(
+            f"gradient checkpointing of transformers {transformers.__version__} recomputes a layer together with its "
+            "hooks, after the call they belong to has ended; use a later version, a method that acts only before the "
+            "LLM, or no checkpointing"
+        )
 
 
 def _runs(ends: list[int]) -> list[tuple[int, int]]:

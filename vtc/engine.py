@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from vtc.adapters.base import Adapter
+from vtc.adapters.compat import check_checkpointing
 from vtc.budget import Budget
 from vtc.cache import CompressedCache
 from vtc.call import Call
@@ -183,6 +184,7 @@ class Engine:
         call = self._state.call
         if call is None:
             return None
+        check_checkpointing(module)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if call.deepstack is not None:
             hidden = call.deepstack.add(index, hidden, call.valid)

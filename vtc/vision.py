@@ -151,6 +151,7 @@ class VisionRecorder:
         self.contexts.append(context)
         return output
 
+    @torch.no_grad()  # scores, not features: a graph would hold a whole attention matrix per layer
     def _tap(self, layer: int, rows: Rows, call: AttentionCall) -> None:
         if rows is Rows.CLS:
             first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device)
