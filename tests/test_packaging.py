@@ -1,0 +1,199 @@
+"""The three packages are one product: where they come from, what a wheel holds, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vtc
+import vtc.adapters
+import vtc.eval
+import vtc.testing
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"vtc": ROOT / "vtc", "vtc.adapters": ROOT / "adapters", "vtc.eval": ROOT / "eval"}
+HEAVY = {"lmms_eval", "datasets", "decord", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "ray", "open_clip"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def sources(package: str) -> Iterator[tuple[str, Path]]:
+    """(module name, file) of every module of one of the three packages."""
+    for file in sorted(FOLDERS[package].rglob("*.py")):
+        parts = file.relative_to(FOLDERS[package]).with_suffix("").parts
+        yield ".".join([package, *(part for part in parts if part != "__init__")]), file
+
+
+def imports(file: Path, *, everywhere: bool = True) -> set[str]:
+    """Absolute names a module imports; everywhere=False: only those that importing it runs."""
+    tree = ast.parse(file.read_text())
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if not everywhere and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports relatively"
+            found.update({node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def under(names: set[str], *packages: str) -> set[str]:
+    return {name for name in names for package in packages if name == package or name.startswith(f"{package}.")}
+
+
+# --- one place
+def test_the_packages_come_from_one_place() -> None:
+    home = Path(vtc.__file__).parent
+    for package in (vtc.adapters, vtc.eval):
+        assert Path(package.__file__ or "").parent.parent in (home.parent, home)
+    if home.parent == ROOT:
+        assert [Path(m.__file__ or "").parent for m in (vtc, vtc.adapters, vtc.eval)] == list(FOLDERS.values())
+
+
+def test_every_package_is_listed(project: dict[str, Any]) -> None:
+    settings = project["tool"]["setuptools"]
+    found = {
+        ".".join([package, *init.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for init in folder.rglob("__init__.py")
+    }
+    assert sorted(settings["packages"]) == sorted(found)
+    assert {k: ROOT / v for k, v in settings["package-dir"].items()} == FOLDERS
+
+
+def test_every_file_beside_the_code_is_shipped(project: dict[str, Any]) -> None:
+    patterns = project["tool"]["setuptools"]["package-data"]
+    shipped: set[Path] = set()
+    for package, globs in patterns.items():
+        base = next(name for name in sorted(FOLDERS, key=len, reverse=True) if f"{package}.".startswith(f"{name}."))
+        folder = (
+            FOLDERS[base].joinpath(*package.removeprefix(base).strip(".").split("."))
+            if package != base
+            else (FOLDERS[base])
+        )
+        shipped |= {file for pattern in globs for file in folder.glob(pattern) if file.is_file()}
+    present = {
+        file
+        for folder in FOLDERS.values()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".py" and "__pycache__" not in file.parts
+    }
+    assert sorted(present - shipped) == []
+    assert ROOT / "vtc" / "py.typed" in shipped
+
+
+def test_the_version_is_written_once_and_matches(project: dict[str, Any]) -> None:
+    assert vtc.__version__ == project["project"]["version"] == importlib.metadata.version("vtc")
+
+
+def test_entry_points_can_be_loaded(project: dict[str, Any]) -> None:
+    points = importlib.metadata.distribution("vtc").entry_points
+    wanted = {("console_scripts", name, value) for name, value in project["project"]["scripts"].items()}
+    for group, entries in project["project"]["entry-points"].items():
+        wanted |= {(group, name, value) for name, value in entries.items()}
+    assert {(point.group, point.name, point.value) for point in points} == wanted
+    assert all(callable(point.load()) for point in points.select(group="console_scripts"))
+
+
+# --- public names
+@pytest.mark.parametrize("name", ["vtc", "vtc.testing"])
+def test_all_equals_the_public_names(name: str) -> None:
+    module = importlib.import_module(name)
+    public = {
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_") and not isinstance(value, types.ModuleType) and key != "annotations"
+    }
+    assert sorted(module.__all__) == sorted(public)
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_public_names_say_what_they_are() -> None:
+    for name in vtc.__all__:
+        value = getattr(vtc, name)
+        if isinstance(value, type | types.FunctionType | types.MethodType):
+            assert (value.__doc__ or "").strip(), name
+
+
+# --- imports
+def loaded_by(statement: str) -> set[str]:
+    """Modules in memory after a statement in a new interpreter."""
+    code = f"import sys; {statement}; print('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(run.stdout.split())
+
+
+def test_an_import_stays_light() -> None:
+    loaded = loaded_by("import vtc, vtc.adapters; vtc.list_methods()")
+    assert "vtc.methods.vtc_cls" in loaded
+    assert under(loaded, "transformers", *HEAVY) == set()
+
+
+def test_the_engine_loads_no_model_and_no_benchmark() -> None:
+    """transformers itself loads scipy and scikit-learn where they are installed."""
+    loaded = loaded_by("import vtc.testing, vtc.engine")
+    assert "transformers" in loaded
+    assert under(loaded, *(HEAVY - {"scipy", "sklearn"})) == set()
+    assert {name for name in loaded if name.startswith("transformers.models.") and ".modeling_" in name} == set()
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_packages_are_imported_by_their_full_names(package: str) -> None:
+    for name, file in sources(package):
+        assert under(imports(file), "adapters", "eval") == set(), name
+
+
+def test_layers_point_one_way() -> None:
+    """vtc.ops <- vtc.methods <- vtc.adapters <- vtc.eval, and the engine knows no family."""
+    for name, file in sources("vtc"):
+        used = imports(file)
+        if name.startswith("vtc.ops"):
+            assert under(used, "vtc") <= under(used, "vtc.ops"), name
+            assert under(used, "transformers") == set(), name
+        if name.startswith("vtc.methods."):
+            assert under(used, "vtc.adapters", "vtc.eval", "vtc.engine", "vtc.attach", "transformers") == set(), name
+            assert under(imports(file, everywhere=False), *HEAVY) == set(), name
+        if not name.startswith("vtc.testing"):
+            families = {target.split(":")[0] for target in vtc.adapters.FAMILIES.values()}
+            assert under(used, *families) == set(), name
+    for name, file in sources("vtc.adapters"):
+        assert under(imports(file), "vtc.methods", "vtc.eval", "vtc.engine") == set(), name
+
+
+def test_the_evaluation_brings_its_own_weight() -> None:
+    for package in ("vtc", "vtc.adapters"):
+        for name, file in sources(package):
+            assert under(imports(file), "lmms_eval", "datasets", "matplotlib", "pandas") == set(), name
+
+
+def test_nothing_is_asserted_about_callers() -> None:
+    """`assert` vanishes under -O: VTCErrors are raised. What is left narrows types for the checker."""
+    for name, file in [*sources("vtc"), *sources("vtc.adapters")]:
+        if name.startswith("vtc.testing"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Assert):
+                test = ast.unparse(node.test)
+                assert "is not None" in test or test.startswith("isinstance("), f"{name}: assert {test}"
