@@ -104,11 +104,11 @@ class InternVLAdapter(Adapter):
         (context,) = contexts
         refuse_wrong_order(context, placeholders[0])
         rows: list[list[bool]] = placeholders[0].tolist()
-        expand, rest = divmod(sum(map(sum, rows)), max(context.total, 1))
-        if rest or not expand:
+        placed, encoded = sum(map(sum, rows)), context.total
+        if not placed or not encoded or placed % encoded:
             return contexts  # the engine refuses placeholders that do not match what was encoded
         tile = context.items[0]
-        lengths = [length for row in rows[::expand] for length in _runs(row)]
+        lengths = [length for row in rows[:: placed // encoded] for length in _runs(row)]
         if any(length % tile.n_tokens for length in lengths):
             raise UnsupportedCall(
                 f"a run of image placeholders is no multiple of the {tile.n_tokens} tokens of a tile ({lengths}); keep "

@@ -114,8 +114,8 @@ class EncoderStages:
         prefix = self.adapter.prefix_tokens(hidden)
         count = length - prefix
         device = hidden.device
-        if not self._places:
-            self._patches = count
+        if stage.layer == min(self.stages):
+            self._places, self._patches = [], count
         if self.budget is not None and self.budget.tokens(self._patches) >= count:
             return hidden
         places = self._places[-1][1] if self._places else torch.arange(count, device=device).expand(crops, -1)
