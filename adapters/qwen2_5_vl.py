@@ -25,7 +25,8 @@ class Qwen25VLAdapter(QwenVLAdapter):
     )
 
     def full_attention_layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(sorted(self.model.config.vision_config.fullatt_block_indexes))
+        chosen = self.model.config.vision_config.fullatt_block_indexes
+        return tuple(layer for layer in range(depth) if layer in chosen)
 
     def raster_order(self, grids: Tensor) -> Tensor | None:
         from transformers.vision_utils import get_vision_window_index

@@ -17,8 +17,8 @@ class Qwen3VLAdapter(QwenVLAdapter):
     └── language_model .layers[i].self_attn
     lm_head
 
-    Output j of the deepstack mergers is added behind LLM layer j. A video's frames are separated by timestamps in the
-    prompt, they are one item all the same.
+    Output j of the deepstack mergers is added behind LLM layer j; a token that others were merged into gets the rows
+    of its own place. A video's frames are separated by timestamps in the prompt, they are one item all the same.
     """
 
     family = "qwen3-vl"
