@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,21 +36,28 @@ def context_of(output: Any) -> VisionContext | None:
     return getattr(output, MARK, None)
 
 
+class _State(threading.local):
+    """What one thread's encoder calls gathered: descriptions since the last look, rows of the call in progress."""
+
+    def __init__(self) -> None:
+        self.contexts: list[VisionContext] = []
+        self.rows: dict[int, list[Tensor]] = {}
+        self.inside = False
+
+
 class VisionRecorder:
     """Describes every encoder call of one model while installed.
 
     needs: encoder layer -> rows to record. stages: encoder stages to run, None for none. memo: keep outputs by the
-    identity of the pixel tensors, so that later calls on the same tensors encode nothing.
+    identity of the pixel tensors and the other arguments, so that later calls on the same encode nothing.
     """
 
     def __init__(
         self, adapter: Adapter, needs: dict[int, Rows], stages: EncoderStages | None = None, *, memo: bool = False
     ) -> None:
         self.adapter, self.needs, self.stages = adapter, needs, stages
-        self.contexts: list[VisionContext] = []
+        self._state = _State()
         self._memo: dict[Any, tuple[Any, Any]] | None = {} if memo else None
-        self._rows: dict[int, list[Tensor]] = {}
-        self._inside = False
         self._wrapped: list[tuple[str, Any]] = []
         attention = list(adapter.vision_attention)
         for layer, rows in needs.items():
@@ -65,6 +73,15 @@ class VisionRecorder:
         self._taps = TapSet(
             (attention[layer], functools.partial(self._tap, layer, rows)) for layer, rows in needs.items()
         )
+
+    @property
+    def contexts(self) -> list[VisionContext]:
+        """Descriptions of the calling thread's encoder calls."""
+        return self._state.contexts
+
+    @contexts.setter
+    def contexts(self, contexts: list[VisionContext]) -> None:
+        self._state.contexts = contexts
 
     # --- lifecycle
     def install(self) -> None:
@@ -95,8 +112,7 @@ class VisionRecorder:
 
     def clear(self) -> None:
         """Forget contexts and, with memo, the outputs kept so far."""
-        self.contexts = []
-        self._rows = {}
+        self._state = _State()
         if self._memo is not None:
             self._memo = {}
 
@@ -106,12 +122,11 @@ class VisionRecorder:
 
         @functools.wraps(function)
         def features(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # one modality's method may call the other's
+            if self._state.inside:  # one modality's method may call the other's
                 return inner(*args, **kwargs)
             if self._memo is None:
                 return self._encode(kind, inner, args, kwargs)
-            tensors = [v for v in (*args, *(kwargs[k] for k in sorted(kwargs))) if isinstance(v, Tensor)]
-            key = (kind, *((id(t), _version(t), tuple(t.shape)) for t in tensors))
+            key, tensors = _identity(kind, inner, args, kwargs)
             if key not in self._memo:
                 # The tensors are kept beside the output: a freed tensor's id could be given to another one.
                 self._memo[key] = (self._encode(kind, inner, args, kwargs), tensors)
@@ -124,13 +139,13 @@ class VisionRecorder:
         return features
 
     def _encode(self, kind: Kind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._inside, self._rows = True, {}
+        self._state.inside, self._state.rows = True, {}
         try:
             if self.stages is not None:
                 self.stages.begin(kind)
             output = function(*args, **kwargs)
         finally:
-            self._inside = False
+            self._state.inside = False
             if self.stages is not None:
                 self.stages.end()
         if isinstance(output, tuple):
@@ -158,15 +173,30 @@ class VisionRecorder:
             values = attention_rows(call.query, call.key, first, call.scaling, mask=call.mask)[:, 0]
         else:
             values = attention_received(call.query, call.key, call.scaling, mask=call.mask, segments=call.segments)
-        self._rows.setdefault(layer, []).append(values)
+        self._state.rows.setdefault(layer, []).append(values)
 
     def _collect(self, layer: int) -> Tensor:
-        rows = self._rows.get(layer)
+        rows = self._state.rows.get(layer)
         if not rows:
             raise UnsupportedMethod(f"vision layer {layer} did not run; the encoder stops before it")
         # A packed encoder calls attention segment by segment, [1, segment] each; any other crop by crop.
         values = torch.cat(rows, dim=1 if self.adapter.packed else 0)
         return values if self.stages is None else self.stages.expand(layer, values)
+
+
+def _identity(kind: Kind, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """A key of one encoder call, tensors by identity and named arguments by value, and the tensors."""
+    named = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    more = named.pop("kwargs", {})  # options of the forward call around it; only tensors among them concern the encoder
+    key: list[Any] = [kind]
+    tensors: list[Tensor] = []
+    for name, value in sorted({**more, **named}.items()):
+        parts = [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, Tensor)]
+        key += [(name, id(part), _version(part), tuple(part.shape)) for part in parts]
+        tensors += parts
+        if name in named and value is not None and not parts:
+            key.append((name, repr(value)))
+    return tuple(key), tensors
 
 
 def _version(tensor: Tensor) -> int:
