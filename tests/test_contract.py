@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,16 +15,32 @@ from vtc.compressor import CacheStage, Compressor, Selection, StageView
 from vtc.engine import Engine
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k
-from vtc.testing import TINY_MODELS, Deviation, FixedKeep, LastRowTopK, check_adapter, check_method, tiny_inputs
+from vtc.testing import (
+    TINY_MODELS,
+    Deviation,
+    FixedKeep,
+    LastRowTopK,
+    check_adapter,
+    check_method,
+    tiny_inputs,
+    tiny_model,
+)
 from vtc.testing.contract import LIMIT, MODES, no_trace
 
-STEPS = 4  # generated tokens; a wrong mask or position shows at the first or second
+STEPS = 3  # generated tokens: a wrong mask shows at the first, a wrong cache or position at the second
+
+PROBES = {
+    "before and inside the LLM": FixedKeep(at=(0, 1, 3)),
+    "data-dependent counts": FixedKeep(at=(0, 2), static=False),
+    "inside the LLM and after the prefill": FixedKeep(at=(1, CacheStage(2))),
+    "attention of the LLM": LastRowTopK(),
+}
 
 
-def verify(cells: list[Deviation], name: str) -> None:
+def verify(cells: list[Deviation], name: str, policies: Sequence[str] = ("preserve", "compact")) -> None:
     """Every cell passed, and every kind of cell was measured."""
     checks = {cell.check.split(": ")[-1] for cell in cells}
-    for policy in ("preserve", "compact"):
+    for policy in policies:
         assert {f"oracle, {policy}, {mode}" for mode in MODES} <= checks
         assert {f"{what}, {policy}" for what in ("batch = singles", "right = left padding", "two turns")} <= checks
     assert {"text only, bit-identical", "nothing left behind", "bfloat16 runs"} <= checks
@@ -33,13 +50,22 @@ def verify(cells: list[Deviation], name: str) -> None:
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("method", vtc.list_methods())
 def test_every_method_keeps_the_contract_on_every_model(method: str, name: str) -> None:
-    cells = check_method(method, models=[name], steps=STEPS)
-    verify(cells, name)
+    """With the position policy it has there; both policies on every model are the next test's."""
+    policy = vtc.create(method).plan(adapters.of(tiny_model(name)).spec).positions
+    cells = check_method(method, models=[name], steps=STEPS, policies=[policy])
+    verify(cells, name, [policy])
     assert {cell.method for cell in cells} == {method}
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_every_model_serves_every_kind_of_stage(name: str) -> None:
+@pytest.mark.parametrize("probe", PROBES)
+def test_every_model_serves_every_kind_of_stage(probe: str, name: str) -> None:
+    verify(check_method(PROBES[probe], models=[name], steps=STEPS, retention=0.7), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_model_passes_the_whole_check(name: str) -> None:
     cells = check_adapter(name, steps=STEPS)
     verify(cells, name)
     assert {cell.method for cell in cells} == {"fixed_keep", "last_row_top_k"}

@@ -138,25 +138,19 @@ def test_public_names_say_what_they_are() -> None:
 
 
 # --- imports
-def loaded_by(statement: str) -> set[str]:
-    """Modules in memory after a statement in a new interpreter."""
-    code = f"import sys; {statement}; print('\\n'.join(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return set(run.stdout.split())
-
-
 def test_an_import_stays_light() -> None:
-    loaded = loaded_by("import vtc, vtc.adapters; vtc.list_methods()")
+    code = "import sys, vtc, vtc.adapters; vtc.list_methods(); print('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(run.stdout.split())
     assert "vtc.methods.vtc_cls" in loaded
     assert under(loaded, "transformers", *HEAVY) == set()
 
 
-def test_the_engine_loads_no_model_and_no_benchmark() -> None:
-    """transformers itself loads scipy and scikit-learn where they are installed."""
-    loaded = loaded_by("import vtc.testing, vtc.engine")
-    assert "transformers" in loaded
-    assert under(loaded, *(HEAVY - {"scipy", "sklearn"})) == set()
-    assert {name for name in loaded if name.startswith("transformers.models.") and ".modeling_" in name} == set()
+def test_no_module_loads_a_model_class_or_a_benchmark() -> None:
+    for name, file in [*sources("vtc"), *sources("vtc.adapters")]:
+        used = imports(file, everywhere=False)
+        assert under(used, "transformers.models", "transformers.AutoModelForImageTextToText", *HEAVY) == set(), name
+        assert {each for each in used if each.startswith("transformers.") and each[13:].endswith("Generation")} == set()
 
 
 @pytest.mark.parametrize("package", FOLDERS)
