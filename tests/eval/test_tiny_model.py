@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vtc.eval.tiny.checking import accuracy, load_model
 from vtc.eval.tiny.questions import FAMILIES
 
 FOLDER = model_path("tiny-llava")
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tiny_model.md"
 
 
 def test_the_folder_is_small_and_says_how_it_was_made() -> None:
@@ -24,6 +26,15 @@ def test_the_folder_is_small_and_says_how_it_was_made() -> None:
     assert record["held_out"]["accuracy"]["mean"] >= 0.95
     assert min(record["held_out"]["accuracy"].values()) >= 0.90
     assert "/" not in text.replace("training.json", "")
+
+
+def test_the_documentation_quotes_the_recorded_accuracy() -> None:
+    accuracy_of = json.loads((FOLDER / "training.json").read_text())["held_out"]["accuracy"]
+    rows = [line.strip("|").split("|") for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    names = next(row for row in rows if row[0].strip() == "existence" and len(row) == 10)
+    values = rows[rows.index(names) + 2]
+    quoted = {name.strip(): value.strip() for name, value in zip(names, values, strict=True)}
+    assert quoted == {name: f"{100 * value:.1f} %" for name, value in accuracy_of.items()}
 
 
 def test_it_answers_held_out_questions() -> None:
