@@ -313,3 +313,35 @@ def test_unequal_counts_are_refused(clip: Any, named: bool) -> None:
         with torch.no_grad():  # a later call with one crop starts afresh
             clip(**tiny_inputs("llava-clip", [[3, "image", 5]]))
     assert handle.stats.calls[0].visual_tokens_kept == (4.0,)
+
+
+def test_a_budget_of_everything_is_noted(clip: Any) -> None:
+    with vtc.compress(clip, Budgeted(), retention=1.0) as handle, torch.no_grad():
+        clip(**tiny_inputs("llava-clip", LAYOUT))
+    assert handle.stats.retention == 1.0
+    assert [item.kept[0].tolist() for item in handle.trace[0].items] == [list(range(TOKENS))] * 3
+
+
+@dataclass(frozen=True)
+class Declines(Inside):
+    """Has stages everywhere and keeps everything at each."""
+
+    def select(self, view: StageView) -> Selection | None:  # type: ignore[override]
+        return None
+
+
+def test_stages_that_keep_everything_are_noted(clip: Any, limits: Any) -> None:
+    inputs = tiny_inputs("llava-clip", LAYOUT)
+    with torch.no_grad():
+        plain = clip(**inputs, use_cache=True).logits[:, -1]
+        with vtc.compress(clip, Declines((EncoderStage(1), 2, vtc.AFTER_PREFILL))) as handle:
+            logits = clip(**inputs, use_cache=True).logits[:, -1]
+    assert float((logits - plain).abs().max()) <= limits.logits
+    assert list(handle.trace[0].keep) == [0, 2, vtc.AFTER_PREFILL]
+    for item in handle.trace[0].items:
+        assert all(kept.tolist() == list(range(TOKENS)) for kept in item.kept.values())
+
+
+def test_a_second_stage_after_the_prefill_is_refused(clip: Any) -> None:
+    with pytest.raises(UnsupportedMethod, match="names 2 stages after the prefill; name one CacheStage"):
+        vtc.compress(clip, Inside((vtc.AFTER_PREFILL, vtc.CacheStage(2))))

@@ -155,7 +155,7 @@ class Call:
         return take_last(axes, first).amin(0), take_last(axes, last).amax(0)
 
     # --- notes
-    def pass_through(self, stages: Sequence[int]) -> None:
+    def pass_through(self, stages: Sequence[Stage]) -> None:
         """Note that every token passed all `stages`."""
         assert self.items is not None
         self.groups.append((0, self.rows, self.items.row_totals(self.batch)))

@@ -282,7 +282,7 @@ class Engine:
         valid = mask[:, -length:].bool().to(device) if mask is not None else None
         logical = logical_positions(None, batch, length, 0, device, mrope=False)
         call = Call(logical, valid, self.positions, None, items, None, totals, self.tracing)
-        call.pass_through(self.stages.inner)
+        call.pass_through(self.stages.noted)
         self._state.untouched = call
 
     def _note(self, call: Call, cache: Any) -> None:

@@ -23,13 +23,18 @@ class StageRunner:
     """One method's stages on one model.
 
     inner: LLM layers before which it acts, 0 included. starts: first layer of every group of layers that hold the same
-    rows. cache: its stage after the prefill. encoder: its stages inside the vision encoder.
+    rows. cache: its stage after the prefill. encoder: its stages inside the vision encoder. noted: stages under which a
+    trace lists what is left; what the encoder dropped shows at 0.
     """
 
     def __init__(self, adapter: Adapter, method: Compressor, plan: Plan, budget: Budget | None) -> None:
         self.method, self.plan, self.budget, self.spec = method, plan, budget, adapter.spec
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
+        if len(after) > 1:
+            raise UnsupportedMethod(
+                f"{method.name!r} names {len(after)} stages after the prefill; name one CacheStage"
+            )
         self.cache = after[0] if after else None
         bounds = [*self.inner, *(stage.from_layer for stage in after)]
         layers = self.spec.llm_layers
@@ -37,18 +42,21 @@ class StageRunner:
         if beyond:
             raise UnsupportedMethod(
                 f"{method.name!r} acts at or reads LLM layer {beyond[0]}; this {self.spec.family} model has layers 0 "
-                f"to {layers - 1}"
+                f"to {layers - 1}; choose among them"
             )
         self.starts = tuple(sorted({0, *bounds}))
         inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
         self.encoder = EncoderStages(adapter, method, inside, budget) if inside else None
+        self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *after]
 
     def taps(self, adapter: Adapter, current: functools.partial[Call | None]) -> TapSet:
         """Taps for the LLM rows the plan needs; `current` returns the call in progress."""
         attention = adapter.llm_attention
         for rows in self.plan.needs.llm.values():
             if rows is not Rows.LAST:
-                raise UnsupportedMethod(f"LLM layers record {Rows.LAST.value!r} rows, {rows.value!r} was asked for")
+                raise UnsupportedMethod(
+                    f"LLM layers record {Rows.LAST.value!r} rows, {rows.value!r} was asked for; write {Rows.LAST}"
+                )
         return TapSet((attention[k], functools.partial(_record_last, k, current)) for k in self.plan.needs.llm)
 
     def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
@@ -62,6 +70,8 @@ class StageRunner:
         if stage == 0:
             hidden = _drop_encoded(call, hidden, contexts)
         if stage not in self.inner:
+            if stage in self.noted:
+                call.note_stage(stage)
             return hidden
         selection = self.select(stage, call, hidden, contexts)
         if selection is None:
@@ -101,6 +111,7 @@ class StageRunner:
         assert items is not None
         selection = self.select(stage, call, hidden, contexts)
         if selection is None:
+            call.note_stage(stage)
             return
         alive = call.over_input(call.source, items.scatter(selection.keep & items.mask, call.valid_rows()))
         call.note_eviction(stage, alive)
