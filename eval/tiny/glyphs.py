@@ -48,7 +48,7 @@ def _digits() -> tuple[Array, NDArray[np.int64]]:
 
 
 def draw_digit(rng: np.random.Generator, train: bool) -> tuple[Array, int]:
-    """A random handwritten digit: (8, 8) ink in 0..1 and its value, from the training or the held-out writers."""
+    """A random handwritten digit: (8, 8) ink in 0..1 and its value, from the images for training or from the others."""
     images, values = _digits()
     index = int(rng.integers(TRAIN_DIGITS)) if train else int(rng.integers(TRAIN_DIGITS, len(values)))
     return images[index], int(values[index])
