@@ -115,7 +115,10 @@ def compress(
     if isinstance(method, str):
         method = create(method, **hyper_parameters)
     elif not isinstance(method, Compressor):
-        raise VTCError(f"method={method!r} is neither a registered name nor a Compressor object")
+        raise VTCError(
+            f"method={method!r} is neither a registered name nor a Compressor object; write for example 'vtc_cls' or "
+            "vtc.create('vtc_cls')"
+        )
     elif hyper_parameters:
         given = ", ".join(sorted(hyper_parameters))
         raise VTCError(f"{given} given beside a finished {method.name!r} object; set it when building the object")

@@ -190,7 +190,8 @@ def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) 
         group = per_row[first : first + expand]
         if len(set(group)) != 1:
             raise UnsupportedCall(
-                f"rows {first} to {first + expand - 1} share encoded items but hold {group} placeholders"
+                f"rows {first} to {first + expand - 1} share encoded items but hold {group} placeholders; repeat every "
+                "prompt unchanged, or pass the pixels of each row"
             )
         offset = 0
         while offset < group[0]:

@@ -32,9 +32,7 @@ class StageRunner:
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
         if len(after) > 1:
-            raise UnsupportedMethod(
-                f"{method.name!r} names {len(after)} stages after the prefill; name one CacheStage"
-            )
+            raise UnsupportedMethod(f"{method.name!r} names {len(after)} stages after the prefill; name one CacheStage")
         self.cache = after[0] if after else None
         bounds = [*self.inner, *(stage.from_layer for stage in after)]
         layers = self.spec.llm_layers

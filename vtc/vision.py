@@ -63,7 +63,8 @@ class VisionRecorder:
         for layer, rows in needs.items():
             if not 0 <= layer < len(attention):
                 raise UnsupportedMethod(
-                    f"vision layer {layer} was asked for; {adapter.family} has {len(attention)} layers"
+                    f"vision layer {layer} was asked for; the encoder of this {adapter.family} model has layers 0 to "
+                    f"{len(attention) - 1}; choose among them"
                 )
             if rows is Rows.CLS and not adapter.spec.has_cls:
                 raise UnsupportedMethod(
@@ -178,7 +179,10 @@ class VisionRecorder:
     def _collect(self, layer: int) -> Tensor:
         rows = self._state.rows.get(layer)
         if not rows:
-            raise UnsupportedMethod(f"vision layer {layer} did not run; the encoder stops before it")
+            raise UnsupportedMethod(
+                f"vision layer {layer} did not run, the encoder stops before it; ask for layers up to "
+                f"{self.adapter.spec.feature_layer}, whose output is the features"
+            )
         # A packed encoder calls attention segment by segment, [1, segment] each; any other crop by crop.
         values = torch.cat(rows, dim=1 if self.adapter.packed else 0)
         return values if self.stages is None else self.stages.expand(layer, values)

@@ -1,0 +1,507 @@
+"""Every message says what was given, why it is refused and what to write; every `raise` of the core is covered."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import vtc
+import vtc.errors
+from vtc import adapters
+from vtc.budget import Budget
+from vtc.cache import CompressedCache
+from vtc.compressor import (
+    CacheStage,
+    Compressor,
+    EncoderStage,
+    ModelSpec,
+    Needs,
+    Plan,
+    Rows,
+    ScoringCompressor,
+    Selection,
+    Stage,
+    StageView,
+)
+from vtc.errors import (
+    BudgetError,
+    UnknownName,
+    UnsupportedCall,
+    UnsupportedMethod,
+    UnsupportedModel,
+    VTCError,
+    unknown_name,
+)
+from vtc.items import build
+from vtc.layout import VisionContext, VisualItem
+from vtc.registry import MethodRegistry
+from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
+
+CORE = ["attach", "budget", "cache", "compiled", "compressor", "encoder_stage", "engine", "inputs", "items", "outputs"]
+CORE += ["registry", "stages", "taps", "vision"]
+NAME = "llava-clip"
+PAIR = [[3, "image", 5], [2, "image", 9]]
+INNER = FixedKeep(at=(2,))
+
+
+@dataclass(frozen=True)
+class Probe(Compressor):
+    """Acts and reads where it is told, keeps everything."""
+
+    at: tuple[Stage, ...] = (0,)
+    needs: Needs = field(default_factory=Needs)
+
+    name: ClassVar[str] = "probe"
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan(self.at, self.needs, "preserve")
+
+    def select(self, view: StageView) -> Selection | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Ragged(Probe):
+    """Keeps one patch more in every further crop."""
+
+    def select(self, view: StageView) -> Selection | None:
+        return Selection(view.items.token <= torch.arange(len(view.items))[:, None])
+
+
+@dataclass(frozen=True)
+class Half(Probe):
+    """Keeps every other patch."""
+
+    def select(self, view: StageView) -> Selection | None:
+        return Selection(view.items.token % 2 == 0)
+
+
+@dataclass(frozen=True)
+class Chooser(ScoringCompressor):
+    name: ClassVar[str] = "chooser"
+
+    def score(self, view: StageView) -> torch.Tensor:
+        return view.items.token.float()
+
+
+class Undecorated(Compressor):
+    name: ClassVar[str] = "undecorated"
+
+    def select(self, view: StageView) -> Selection | None:
+        return None
+
+
+def model(**options: Any) -> Any:
+    return tiny_model(NAME, **options)
+
+
+def run(method: Any, change: Callable[[Any, dict[str, Any]], Any] | None = None, **options: Any) -> None:
+    """Attach, let `change` alter model or inputs, and call."""
+    subject, inputs = model(), dict(tiny_inputs(NAME, PAIR))
+    with vtc.compress(subject, method, **options), torch.no_grad():
+        manager = change(subject, inputs) if change is not None else None
+        with manager or nullcontext():
+            subject(**inputs)
+
+
+def compressed_cache() -> CompressedCache:
+    subject = model()
+    with vtc.compress(subject, FixedKeep()), torch.no_grad():
+        cache = subject(**tiny_inputs(NAME, PAIR), use_cache=True).past_key_values
+    return cache  # type: ignore[no-any-return]
+
+
+def decode(subject: Any, cache: Any) -> None:
+    subject(input_ids=torch.tensor([[7], [7]]), past_key_values=cache, use_cache=True)
+
+
+def sliding() -> Any:
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = MistralConfig(sliding_window=8, vocab_size=128, num_key_value_heads=2, **size)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**size), text_config=text, image_token_index=120)
+    )
+
+
+def compiled(change: Callable[[Any], Any]) -> Any:
+    subject = model()
+    return change(subject) or subject
+
+
+def table(rows: list[int], tokens: list[int], kinds: Any = None, contexts: bool = True) -> None:
+    """Build the item table of a batch with so many placeholders per row, for items of so many tokens."""
+    item = lambda n: VisualItem(  # noqa: E731
+        "image", n, torch.zeros(n).long(), torch.zeros(n), torch.zeros(n), torch.zeros(n).bool(), 1, (1, n)
+    )
+    marks = torch.arange(max(rows)) < torch.tensor(rows)[:, None]
+    context = VisionContext("image", [item(n) for n in tokens], torch.zeros(len(tokens)).long(), lambda v: [])
+    build(marks[None], rows, [context] if contexts else [], {"image": 0})
+
+
+def outside(subject: Any, inputs: dict[str, Any]) -> None:
+    """Replace the pixels by features that were encoded before."""
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        inputs["mm_encoder_outputs"] = {"image": model().model.get_image_features(pixels, return_dict=True)}
+
+
+def labelled(subject: Any, inputs: dict[str, Any]) -> None:
+    inputs["labels"] = inputs["input_ids"]
+
+
+def four_dimensions(subject: Any, inputs: dict[str, Any]) -> None:
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(2, 1, length, length).tril().bool()
+
+
+def static_cache(subject: Any, inputs: dict[str, Any]) -> None:
+    inputs["past_key_values"] = StaticCache(config=subject.config.get_text_config(), max_cache_len=64)
+
+
+def without_tower() -> None:
+    """An encoder whose layers do not run: its features come from elsewhere."""
+    subject = model()
+    features = [torch.zeros(16, 64)] * 2
+    subject.model.get_image_features = lambda pixel_values, **kwargs: BaseModelOutputWithPooling(pooler_output=features)
+    with vtc.compress(subject, "vtc_cls", retention=0.5):
+        subject(**tiny_inputs(NAME, PAIR))
+
+
+def shared(methods: list[Any], attached: Any) -> None:
+    subject = model()
+    with vtc.share_encoder(subject, methods), vtc.compress(subject, attached, retention=0.5), torch.no_grad():
+        subject(**tiny_inputs(NAME, PAIR))
+
+
+def encode(name: str, kind: Any, seeds: int = 1) -> None:
+    """Drop patches inside the encoder of a family whose packing may join patches."""
+    subject = tiny_model(name)
+    for seed in range(seeds):
+        with vtc.compress(subject, Half((EncoderStage(1),))), torch.no_grad():
+            subject(**tiny_inputs(name, [[3, kind, 4]], seed=seed, model=subject))
+
+
+def second_attach() -> None:
+    subject = model()
+    with vtc.compress(subject, FixedKeep()):
+        vtc.compress(subject, FixedKeep())
+
+
+def other_stages() -> None:
+    with vtc.compress(subject := model(), FixedKeep(at=(0, 2))), torch.no_grad():
+        decode(subject, compressed_cache())
+
+
+def registered_twice() -> None:
+    registry = MethodRegistry()
+    registry.register(Probe)
+    registry.register(dataclass(frozen=True)(type("Other", (Ragged,), {"name": "probe"})))
+
+
+def broken_package() -> None:
+    class Point:
+        value = "package:Method"
+
+        def load(self) -> Any:
+            raise ImportError("no module named package")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vtc.registry.entry_points", lambda group: [Point()])
+        MethodRegistry().names()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mistake, its error, and fragments that say what was given, why it is refused and what to write."""
+
+    trigger: Callable[[], Any]
+    error: type[VTCError]
+    given: str
+    why: str
+    write: str
+
+
+CASES: dict[str, Case] = {
+    # attach
+    "no method": Case(
+        lambda: vtc.compress(model(), 3, keep=4),  # type: ignore[arg-type]
+        VTCError, "method=3", "neither a registered name nor a Compressor", "write for example 'vtc_cls'",
+    ),
+    "parameters beside an object": Case(
+        lambda: vtc.compress(model(), vtc.create("vtc_cls"), keep=4, layers=2),
+        VTCError, "layers given beside a finished 'vtc_cls'", "beside a finished", "set it when building the object",
+    ),
+    "budget for nothing": Case(
+        lambda: vtc.compress(model(), FixedKeep(), retention=0.5),
+        BudgetError, "'fixed_keep'", "takes no retention or keep", "its hyper-parameters decide",
+    ),
+    "positions": Case(
+        lambda: vtc.compress(model(), FixedKeep(), positions="compat"),  # type: ignore[arg-type]
+        UnknownName, "'compat'", "unknown positions value", "did you mean 'compact'",
+    ),
+    # budget
+    "no budget": Case(
+        lambda: vtc.compress(model(), "vtc_cls"),
+        BudgetError, "neither of retention and keep", "pass exactly one", "retention=0.25 or keep=64",
+    ),
+    "retention": Case(
+        lambda: vtc.compress(model(), "vtc_cls", retention=25),
+        BudgetError, "retention=25", "outside (0, 1]", "for example 0.25 (use keep=N",
+    ),
+    "keep": Case(
+        lambda: vtc.compress(model(), "vtc_cls", keep=0.25),  # type: ignore[arg-type]
+        BudgetError, "keep=0.25", "not a positive whole number", "for example keep=64",
+    ),
+    "mean over layers": Case(
+        lambda: run(LastRowTopK(layer=3), retention=0.5),
+        BudgetError, "a mean of 8 of 16", "the layers before it already use more", "ask for at least 13 tokens",
+    ),
+    # cache
+    "other stages": Case(
+        other_stages,
+        UnsupportedCall, "compressed at layers (0,)", "acts at (0, 2)", "continue it with the same method",
+    ),
+    "closed cache": Case(
+        lambda: decode(model(), compressed_cache()),
+        UnsupportedCall, "this KV cache", "filled with compressed visual tokens", "attach the same method again",
+    ),
+    "crop": Case(
+        lambda: compressed_cache().crop(7),
+        UnsupportedCall, "crop(7)", "on a compressed cache", "pass a negative count",
+    ),
+    "static cache": Case(
+        lambda: run(FixedKeep(), static_cache),
+        UnsupportedCall, "got StaticCache", "needs a plain DynamicCache", "drop cache_implementation",
+    ),
+    # compiled
+    "compiled layer": Case(
+        lambda: vtc.compress(compiled(lambda m: m.model.language_model.layers[2].compile(backend="eager")), INNER),
+        UnsupportedModel, "LlamaDecoderLayer", "compiles the hooks", "layer.forward = torch.compile(layer.forward",
+    ),
+    "compiled model": Case(
+        lambda: vtc.compress(torch.compile(model(), backend="eager"), FixedKeep()),
+        UnsupportedModel, "torch.compile(model)", "compiles the hooks", "compile the forward method of every LLM layer",
+    ),
+    # compressor
+    "scope": Case(
+        lambda: Chooser(scope="items"),  # type: ignore[arg-type]
+        VTCError, "'items'", "unknown scope", "did you mean 'item'",
+    ),
+    # encoder stages
+    "packed encoder": Case(
+        lambda: vtc.compress(tiny_model("qwen2-vl"), Probe((EncoderStage(1),))),
+        UnsupportedMethod, "'probe'", "one packed sequence", "Choose a method that acts before or inside the LLM",
+    ),
+    "joined patches": Case(
+        lambda: vtc.compress(tiny_model("internvl"), Probe((EncoderStage(1),))),
+        UnsupportedMethod, "'probe'", "of several patches", "Choose a method that acts before or inside",
+    ),
+    "joined frames": Case(
+        lambda: encode("llava-next-video", "video"),
+        UnsupportedMethod, "each video token", "of several patches", "Choose a method that acts before or inside",
+    ),
+    "image that the packing shrinks": Case(
+        lambda: encode("llava-onevision", "image", seeds=8),
+        UnsupportedMethod, "each image token", "of several patches", "Choose a method that acts before or inside",
+    ),
+    "encoder layer": Case(
+        lambda: vtc.compress(model(), Probe((EncoderStage(3),))),
+        UnsupportedMethod, "before layer 3", "leave layer 2", "only stages 1 to that layer",
+    ),
+    "ragged crops": Case(
+        lambda: run(Ragged((EncoderStage(1),))),
+        UnsupportedMethod, "'probe' keeps [1, 2]", "crops of one encoder call", "must keep the same number",
+    ),
+    # engine
+    "second method": Case(
+        second_attach,
+        VTCError, "this model", "already has a method attached", "detach it first (leave its `with` block)",
+    ),
+    "labels": Case(
+        lambda: run(FixedKeep(), labelled),
+        UnsupportedCall, "labels were given", "would not line up", "attach with pad_output=True",
+    ),
+    # inputs
+    "features from outside": Case(
+        lambda: run(FixedKeep(), outside),
+        UnsupportedCall, "mm_encoder_outputs", "encoded without the attached", "encode them inside the `with` block",
+    ),
+    "mask": Case(
+        lambda: run(FixedKeep(), four_dimensions),
+        UnsupportedCall, "custom 4D masks", "are not supported", "needs a 2D attention mask [batch, length]",
+    ),
+    # items
+    "no pixels": Case(
+        lambda: table([4], [4], contexts=False),
+        UnsupportedCall, "image placeholders", "no image was encoded", "pass its pixels too",
+    ),
+    "counts": Case(
+        lambda: table([6], [4]),
+        UnsupportedCall, "6 image placeholders", "cannot be matched to 4", "the whole prompt with all its pixels",
+    ),
+    "unequal rows": Case(
+        lambda: table([4, 12], [4, 4]),
+        UnsupportedCall, "rows 0 to 1", "share encoded items but hold [4, 12]", "repeat every prompt unchanged",
+    ),
+    "cut item": Case(
+        lambda: table([2, 6], [4, 4]),
+        UnsupportedCall, "row 0 holds 2 image placeholders", "ends inside an item of 4", "in the same order",
+    ),
+    # outputs
+    "label behind a removed token": Case(
+        lambda: run(FixedKeep(), labelled, pad_output=True),
+        UnsupportedCall, "a label follows a removed token", "nothing predicts it", "set labels of padding",
+    ),
+    # registry
+    "name taken": Case(
+        registered_twice,
+        VTCError, "method name 'probe'", "is taken by", "choose another",
+    ),
+    "no dataclass": Case(
+        lambda: MethodRegistry().register(Undecorated),
+        VTCError, "Undecorated", "is no dataclass", "decorate it with @dataclass(frozen=True)",
+    ),
+    "method name": Case(
+        lambda: vtc.create("vtc-cls"),
+        UnknownName, "'vtc-cls'", "unknown method", "did you mean 'vtc_cls'",
+    ),
+    "hyper-parameter": Case(
+        lambda: vtc.create("vtc_cls", layer=3),
+        UnknownName, "'layer'", "unknown hyper-parameter of 'vtc_cls'", "did you mean 'layers'",
+    ),
+    "broken package": Case(
+        broken_package,
+        VTCError, "'package:Method'", "cannot be loaded (no module named package)", "fix or uninstall the package",
+    ),
+    # stages
+    "LLM layer": Case(
+        lambda: vtc.compress(model(), Probe((9,))),
+        UnsupportedMethod, "LLM layer 9", "has layers 0 to 3", "choose among them",
+    ),
+    "LLM rows": Case(
+        lambda: vtc.compress(model(), Probe(needs=Needs(llm={1: Rows.CLS}))),
+        UnsupportedMethod, "'cls' was asked for", "LLM layers record 'last' rows", "write Rows.LAST",
+    ),
+    "two stages after the prefill": Case(
+        lambda: vtc.compress(model(), Probe((vtc.AFTER_PREFILL, CacheStage(2)))),
+        UnsupportedMethod, "'probe' names 2", "stages after the prefill", "name one CacheStage",
+    ),
+    # taps
+    "eager attention": Case(
+        lambda: vtc.compress(model(attn_implementation="eager"), "vtc_cls", keep=4),
+        UnsupportedModel, "CLIPAttention", "runs eager attention", "attn_implementation='sdpa'",
+    ),
+    # vision
+    "vision layer": Case(
+        lambda: vtc.compress(model(), Probe(needs=Needs({4: Rows.CLS}))),
+        UnsupportedMethod, "vision layer 4", "has layers 0 to 3", "choose among them",
+    ),
+    "no class token": Case(
+        lambda: vtc.compress(tiny_model("llava-siglip"), Probe(needs=Needs({1: Rows.CLS}))),
+        UnsupportedMethod, "attention of the class token", "of this llava model has none", "use Rows.RECEIVED",
+    ),
+    "encoder that stops early": Case(
+        without_tower,
+        UnsupportedMethod, "vision layer 0", "did not run, the encoder stops before it", "ask for layers up to 2",
+    ),
+    "unnamed method": Case(
+        lambda: shared([], vtc.create("vtc_cls")),
+        UnsupportedCall, "vision layers [0, 1, 2]", "without the attention of", "name every method that will be used",
+    ),
+    "disagreement": Case(
+        lambda: shared([Probe(needs=Needs({1: Rows.RECEIVED})), vtc.create("vtc_cls")], vtc.create("vtc_cls")),
+        UnsupportedMethod, "'vtc_cls' needs 'cls'", "another method needs 'received'", "share the encoder between",
+    ),
+    # adapters
+    "model class": Case(
+        lambda: vtc.compress(nn.Linear(2, 2), "vtc_cls", keep=4),
+        UnsupportedModel, "Linear is not supported", "supported model classes: ", "'vtc.adapters'",
+    ),
+    "sliding window": Case(
+        lambda: vtc.compress(sliding(), "vtc_cls", keep=4),
+        UnsupportedModel, "sliding_window=8", "would differ from their positions", "Load the checkpoint with",
+    ),
+}  # fmt: skip
+
+
+def caught(case: Case) -> VTCError:
+    with pytest.raises(VTCError) as found:
+        case.trigger()
+    return found.value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_message_helps(name: str) -> None:
+    case = CASES[name]
+    error = caught(case)
+    assert type(error) is case.error
+    message = str(error)
+    for fragment in (case.given, case.why, case.write):
+        assert fragment in message
+    assert "<" not in message.replace("<name>", "")  # no object's address
+    assert "\n" not in message
+    assert not message.endswith((".", " "))
+    assert "  " not in message
+
+
+def raised_at(error: BaseException) -> tuple[str, int]:
+    """File and line of the deepest frame inside the package."""
+    home = Path(vtc.__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == home]
+    return Path(frames[-1].filename).stem, frames[-1].lineno or 0
+
+
+def test_every_raise_of_the_core_has_a_case() -> None:
+    """A new `raise` needs a line in CASES, so that its message is read once more by somebody."""
+    lines = {raised_at(caught(case)) for case in CASES.values()}
+    missing = []
+    for name in CORE:
+        source = (Path(vtc.__file__).parent / f"{name}.py").read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                end = node.end_lineno or node.lineno
+                if not any(file == name and node.lineno <= line <= end for file, line in lines):
+                    missing.append(f"{name}.py:{node.lineno} {ast.unparse(node.exc)[:90]}")
+    assert missing == []
+
+
+# --- the tree
+def test_one_root_for_everything() -> None:
+    classes = [c for c in vars(vtc.errors).values() if inspect.isclass(c) and c.__module__ == "vtc.errors"]
+    assert VTCError in classes
+    assert all(issubclass(c, VTCError) for c in classes)
+    assert issubclass(VTCError, ValueError)
+    tree = vtc.errors.__doc__ or ""
+    for c in classes:
+        assert c.__name__ in tree, "the drawing at the top of errors.py lacks a class"
+        assert (c.__doc__ or "").strip()
+    assert {case.error for case in CASES.values()} >= {BudgetError, UnknownName, UnsupportedCall, UnsupportedMethod}
+
+
+def test_unknown_names_in_any_case() -> None:
+    message = str(unknown_name("model", "LLAVA-clip", ["llava-clip", "Qwen", "LLaVA-Next"]))
+    assert message == (
+        "unknown model 'LLAVA-clip'; did you mean 'llava-clip' or 'LLaVA-Next'? Known models: "
+        "LLaVA-Next, Qwen, llava-clip"
+    )
+    assert str(unknown_name("task", "zzz", [])) == "unknown task 'zzz'; Known tasks: none"
+
+
+def test_budget_errors_come_before_the_model_is_looked_at() -> None:
+    with pytest.raises(BudgetError):
+        vtc.compress(nn.Linear(2, 2), "vtc_cls")
+    assert Budget(keep=3) is not None
+    assert adapters.supported_classes()
