@@ -188,7 +188,8 @@ def test_survivors_are_those_of_a_shorter_tower(name: str, method: Inside, stage
 )
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_stages_combine(name: str, positions: Any, stages: Any, mode: Any, limits: Any) -> None:
-    model, inputs = tiny_model(name), tiny_inputs(name, LAYOUT, extra=1)
+    # Before transformers 5.20 generate() hands several images of one prompt to the wrong beams.
+    model, inputs = tiny_model(name), tiny_inputs(name, LAYOUT if not mode else LAYOUT[1:], extra=1)
     handle = vtc.compress(model, Inside(stages), positions=positions)
     rows, _ = first_rows(model, nullcontext(), inputs)
     record = handle.trace[0]

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import taps
+from vtc.adapters.compat import EXPANDS_IN_ORDER, repeats_hooks
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedCall, UnsupportedModel, VTCError
 from vtc.testing import FixedKeep, LastRowTopK, Oracle, snapshot, tiny_inputs, tiny_model
@@ -25,6 +26,8 @@ NAME = "llava-clip"
 PAIR, LENGTH = [[3, "image", 5], [2, "image", 9]], 27
 EVEN = [[3, "image", 5], [2, "image", 6]]
 INNER = FixedKeep(at=(0, 2))
+
+encodes_first = pytest.mark.skipif(not EXPANDS_IN_ORDER, reason="generate() encodes inside forward before 5.20")
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,14 @@ def test_custom_masks_are_refused(clip: Any) -> None:
         clip(**inputs)
 
 
+@encodes_first  # older versions drop the images of a chunked prompt themselves
 def test_chunked_prefill_is_refused(clip: Any) -> None:
     with vtc.compress(clip, INNER) as handle, pytest.raises(UnsupportedCall, match="chunked prefill"):
         clip.generate(**tiny_inputs(NAME, PAIR), max_new_tokens=2, do_sample=False, prefill_chunk_size=8)
     assert isinstance(handle.errors[-1], UnsupportedCall)
 
 
+@encodes_first
 def test_encoder_outputs_from_outside_are_refused(clip: Any) -> None:
     inputs = tiny_inputs(NAME, PAIR)
     pixels = inputs.pop("pixel_values")
@@ -408,6 +413,10 @@ def test_recomputed_activations_give_the_same_gradients(clip: Any, limits: Any) 
     clip.train()
     stored = gradient()
     getattr(clip, "activation_checkpointing_enable", clip.gradient_checkpointing_enable)()
+    if repeats_hooks():
+        with pytest.raises(UnsupportedCall, match="recomputes a layer together with its hooks"):
+            gradient()
+        return
     assert float((gradient() - stored).abs().max()) <= limits.gradient * float(stored.abs().max())
 
 

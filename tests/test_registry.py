@@ -20,7 +20,7 @@ import vtc.methods
 from vtc.compressor import Compressor, ScoringCompressor, Selection, StageView
 from vtc.errors import UnknownName, VTCError
 from vtc.registry import METHODS, MethodRegistry
-from vtc.testing import check_method, tiny_inputs
+from vtc.testing import tiny_inputs
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -135,7 +135,6 @@ def test_registration_by_hand(clip: Any, fresh_scan: None) -> None:
         clip(**tiny_inputs("llava-clip", [[3, "image", 5]]))
     assert handle.method == Mine(power=1.0)
     assert handle.stats.visual_tokens_kept == 4
-    assert all(cell.passed for cell in check_method("mine", models=["llava-clip"], steps=2))
     METHODS.unregister("mine")
     assert "mine" not in vtc.list_methods()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vtc
+from vtc.adapters.compat import EXPANDS_IN_ORDER
 from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.ops.select import top_k
@@ -66,7 +67,9 @@ def answers(model: Any, inputs: dict[str, Any], mode: dict[str, Any]) -> list[to
 
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_are_the_same_from_one_encoding(clip: Any, mode: str) -> None:
-    batches = [tiny_inputs(NAME, LAYOUT, seed=seed, extra=1) for seed in range(2)]
+    # Before transformers 5.20 generate() hands several images of one prompt to the wrong beams.
+    layout = LAYOUT if mode == "greedy" else [[6, "image", 5], *LAYOUT[1:]]
+    batches = [tiny_inputs(NAME, layout, seed=seed, extra=1) for seed in range(2)]
     apart = [answers(clip, inputs, MODES[mode]) for inputs in batches]
     calls = counting(clip)
     with vtc.share_encoder(clip, METHODS) as shared:
@@ -74,7 +77,8 @@ def test_answers_are_the_same_from_one_encoding(clip: Any, mode: str) -> None:
             together = answers(clip, inputs, MODES[mode])
             assert all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
             shared.clear()
-    assert len(calls) == len(batches)
+    once = mode == "greedy" or EXPANDS_IN_ORDER  # older versions copy the pixels for every beam before they encode
+    assert len(calls) == len(batches) * (1 if once else len(METHODS) + 2)
 
 
 def test_forward_calls_share_too(clip: Any) -> None:

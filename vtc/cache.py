@@ -129,6 +129,9 @@ class CompressedCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything that was seen."""
         super().reset()
+        for layer in self.layers:  # older versions only zero the rows
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.seen = 0
         self.masks = dict.fromkeys(self.starts)
         self.shifts = dict.fromkeys(self.starts)
