@@ -43,7 +43,7 @@ def llava(tower: str = "clip", **settings: Any) -> Any:
     model = LlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():  # large, so that attention has peaks and a wrong token moves the logits
-        if weight.ndim >= 2:
+        if weight.ndim >= 2 and weight.numel():
             weight.data = torch.randn(weight.shape, generator=generator) * (1.6 / weight[0].numel() ** 0.5)
     return model
 
