@@ -96,6 +96,17 @@ def test_a_handle_works_as_a_block_and_by_hand(clip: Any) -> None:
     assert (handle.method, handle.budget, handle.positions, handle.plan.stages) == (INNER, None, "preserve", (0, 2))
 
 
+def test_a_detached_handle_opens_no_block(clip: Any) -> None:
+    """It would measure the untouched model under the method's name."""
+    with vtc.compress(clip, INNER) as handle:
+        pass
+    with pytest.raises(VTCError, match=r"this handle was detached.*call vtc\.compress again"), handle:
+        pass
+    with vtc.compress(clip, INNER) as other, pytest.raises(VTCError, match="this handle was detached"), handle:
+        pass
+    assert other.stats.calls == []
+
+
 def test_nothing_is_left_behind(clip: Any) -> None:
     prefill(clip, nullcontext())
     before, registry = snapshot(clip), dict(ALL_ATTENTION_FUNCTIONS.items())
@@ -428,6 +439,14 @@ def test_a_label_behind_a_removed_token_is_refused(clip: Any) -> None:
     handle = vtc.compress(clip, FixedKeep(rate=0.0), pad_output=True)
     with handle, pytest.raises(UnsupportedCall, match=r"a label follows a removed token.*-100"):
         clip(**inputs)
+
+
+def test_labels_end_with_their_call(clip: Any) -> None:
+    with vtc.compress(clip, INNER, pad_output=True) as handle, torch.no_grad():
+        clip(**labelled(clip))
+        clip.model(**tiny_inputs(NAME, [[3, "image", 9]]))  # the backbone alone, with a prompt of another length
+    assert len(handle.stats.calls) == 2
+    assert handle.errors == []
 
 
 def test_padded_outputs_stand_at_their_input_places(clip: Any, limits: Any) -> None:

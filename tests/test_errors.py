@@ -200,6 +200,13 @@ def second_attach() -> None:
         vtc.compress(subject, FixedKeep())
 
 
+def reopened() -> None:
+    handle = vtc.compress(model(), FixedKeep())
+    handle.detach()
+    with handle:
+        pass
+
+
 def other_stages() -> None:
     with vtc.compress(subject := model(), FixedKeep(at=(0, 2))), torch.no_grad():
         decode(subject, compressed_cache())
@@ -251,6 +258,10 @@ CASES: dict[str, Case] = {
     "positions": Case(
         lambda: vtc.compress(model(), FixedKeep(), positions="compat"),  # type: ignore[arg-type]
         UnknownName, "'compat'", "unknown positions value", "did you mean 'compact'",
+    ),
+    "detached handle": Case(
+        reopened,
+        VTCError, "this handle was detached", "its block would compress nothing", "call vtc.compress again",
     ),
     # budget
     "no budget": Case(

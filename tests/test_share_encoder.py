@@ -136,6 +136,31 @@ def test_nothing_is_left_behind(clip: Any) -> None:
     assert snapshot(clip) == before
 
 
+@pytest.mark.parametrize("first", ["shared", "method"])
+def test_blocks_may_end_in_any_order(clip: Any, first: str) -> None:
+    inputs = tiny_inputs(NAME, LAYOUT)
+    with torch.no_grad():
+        plain = clip(**inputs).logits
+        before = snapshot(clip)
+        shared = vtc.share_encoder(clip, METHODS)
+        shared.__enter__()
+        handle = vtc.compress(clip, "vtc_cls", retention=0.5)
+        pruned = clip(**inputs).logits[:, -1]
+        if first == "shared":
+            shared.__exit__(None, None, None)
+            assert torch.equal(clip(**inputs).logits[:, -1], pruned)
+            handle.detach()
+        else:
+            handle.detach()
+            shared.__exit__(None, None, None)
+        assert snapshot(clip) == before
+        assert torch.equal(clip(**inputs).logits, plain)
+        again = vtc.compress(clip, "vtc_cls", retention=0.5)
+        with again:
+            assert torch.equal(clip(**inputs).logits[:, -1], pruned)
+    assert snapshot(clip) == before
+
+
 def test_every_method_has_to_be_named(clip: Any) -> None:
     inputs = tiny_inputs(NAME, LAYOUT)
     with vtc.share_encoder(clip, [vtc.create("vtc_cls", layers=1)]), torch.no_grad():

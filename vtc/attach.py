@@ -71,6 +71,8 @@ class Handle:
         self._engine.detach()
 
     def __enter__(self) -> Handle:
+        if not self._engine.attached:
+            raise VTCError("this handle was detached, its block would compress nothing; call vtc.compress again")
         return self
 
     def __exit__(

@@ -123,12 +123,17 @@ class Engine:
             hook = functools.partial(self._enter_layer, index)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
+    @property
+    def attached(self) -> bool:
+        """True until `detach`."""
+        return self.adapter.model.__dict__.get(OWNER) is self
+
     def detach(self) -> None:
         """Remove everything; harmless when already detached."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self.adapter.model.__dict__.get(OWNER) is self:
+        if self.attached:
             self.recorder.remove()
             self.taps.remove()
             del self.adapter.model.__dict__[OWNER]
@@ -216,6 +221,7 @@ class Engine:
     @_guarded
     def _leave_llm(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         state = self._state
+        labels, state.labels = state.labels, None
         call, state.call = state.call, None
         noted, state.untouched = call or state.untouched, None
         if call is not None and call.cache is not None:
@@ -231,7 +237,7 @@ class Engine:
         self.stats.seconds += state.seconds
         state.seconds = 0.0
         if call is not None and call.pruned and self.pad_output:
-            check_labels(call, state.labels)
+            check_labels(call, labels)
             output.last_hidden_state = spread(call, output.last_hidden_state)
         return output
 

@@ -58,7 +58,7 @@ class VisionRecorder:
         self.adapter, self.needs, self.stages = adapter, needs, stages
         self._state = _State()
         self._memo: dict[Any, tuple[Any, Any]] | None = {} if memo else None
-        self._wrapped: list[tuple[str, Any]] = []
+        self._wrapped: list[tuple[str, Any, Any]] = []  # name, what lay on the backbone before, our wrapper
         attention = list(adapter.vision_attention)
         for layer, rows in needs.items():
             if not 0 <= layer < len(attention):
@@ -95,16 +95,23 @@ class VisionRecorder:
             name = f"get_{kind}_features"
             function = getattr(backbone, name, None)
             if function is not None:
-                self._wrapped.append((name, backbone.__dict__.get(name)))
-                backbone.__dict__[name] = self._wrap(kind, function)
+                wrapper = self._wrap(kind, function)
+                self._wrapped.append((name, backbone.__dict__.get(name), wrapper))
+                backbone.__dict__[name] = wrapper
 
     def remove(self) -> None:
         """Restore the backbone and forget everything."""
-        for name, before in reversed(self._wrapped):
+        own = self.adapter.backbone.__dict__
+        for name, before, wrapper in reversed(self._wrapped):
+            wrapper._vtc_before = before
+            if own.get(name) is not wrapper:
+                continue  # wrapped over by a recorder still installed: ours passes through and goes with that one
+            while hasattr(before, "_vtc_before"):
+                before = before._vtc_before
             if before is None:
-                del self.adapter.backbone.__dict__[name]
+                del own[name]
             else:
-                self.adapter.backbone.__dict__[name] = before
+                own[name] = before
         self._wrapped = []
         if self.stages is not None:
             self.stages.remove()
@@ -123,6 +130,8 @@ class VisionRecorder:
 
         @functools.wraps(function)
         def features(*args: Any, **kwargs: Any) -> Any:
+            if not self._wrapped:
+                return function(*args, **kwargs)
             if self._state.inside:  # one modality's method may call the other's
                 return inner(*args, **kwargs)
             if self._memo is None:
