@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ from vtc.testing.contract import LIMIT
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
+# The same examples in every run and no time limit per example, since the machine may be busy.
+hypothesis.settings.register_profile("vtc", deadline=None, max_examples=80, derandomize=True, database=None)
+hypothesis.settings.load_profile("vtc")
 
 
 @dataclass(frozen=True)

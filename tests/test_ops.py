@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.grid import absorbing_cell, cell_centres, output_grid, output_raster, pool_grid, split_budget, strided
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
 from vtc.ops.select import apportion, front_pack, left_pack, take_last, take_rows, top_k, top_k_in_groups
-
-settings.register_profile("vtc", deadline=None, max_examples=80, derandomize=True, print_blob=False)
-settings.load_profile("vtc")
 
 SCORES = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 0.5, 1.0, math.inf])  # few values: ties everywhere
 SIDES = st.integers(1, 13)
