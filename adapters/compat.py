@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -35,18 +36,17 @@ def refuse_wrong_order(context: VisionContext, placeholders: Tensor) -> None:
         return
     keys: list[int] = context.fingerprint.tolist()
     ends = list(accumulate(item.n_tokens for item in context.items))
-    rows = list(accumulate(placeholders.sum(1).tolist()))
+    sizes: list[int] = placeholders.sum(1).tolist()
+    rows = list(accumulate(sizes))
     if not ends or ends[-1] != rows[-1]:
         return
     held = [
-        tuple(key for key, end in zip(keys, ends, strict=True) if before < end <= row) for before, row in _runs(rows)
+        tuple(key for key, end in zip(keys, ends, strict=True) if row - size < end <= row)
+        for row, size in zip(rows, sizes, strict=True)
     ]
     for expand in range(2, len(rows) + 1):
-        repeated = len(rows) % expand == len(keys) % expand == 0 and all(
-            keys[i] == keys[i - i % expand] for i in range(len(keys))
-        )
-        beams = [held[row : row + expand] for row in range(0, len(held), expand)]
-        if repeated and any(len(set(group)) > 1 for group in beams):
+        repeated = len(rows) % expand == len(keys) % expand == 0 and _in_groups(keys, expand)
+        if repeated and _in_groups(sizes, expand) and not _in_groups(held, expand):
             raise UnsupportedCall(
                 f"generate() of transformers {transformers.__version__} gives the {context.kind}s of one prompt to the "
                 "wrong beams or returned sequences, with or without compression; use transformers 5.20 or later, or "
@@ -72,5 +72,6 @@ def check_checkpointing(layer: Any) -> None:
         )
 
 
-def _runs(ends: list[int]) -> list[tuple[int, int]]:
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def _in_groups(values: Sequence[Any], size: int) -> bool:
+    """True when every `size` neighbours are equal."""
+    return all(value == values[place - place % size] for place, value in enumerate(values))
