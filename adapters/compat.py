@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from transformers import GenerationMixin
 
 from vtc.errors import UnsupportedCall
 from vtc.layout import Kind, VisionContext
@@ -24,6 +25,12 @@ def media(kind: Kind, arguments: dict[str, Any]) -> Tensor:
     found = [arguments[name] for name in names if name in arguments]
     pixels: Tensor = found[0]
     return pixels
+
+
+def expands_in_order(model: Any) -> bool:
+    """True when beams get a prompt's images in their order; some families always had an expansion of their own."""
+    own = type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation
+    return EXPANDS_IN_ORDER or own
 
 
 def refuse_wrong_order(context: VisionContext, placeholders: Tensor) -> None:

@@ -25,7 +25,7 @@ from vtc.testing import (
     tiny_inputs,
     tiny_model,
 )
-from vtc.testing.contract import LIMIT, MODES, no_trace
+from vtc.testing.contract import LIMIT, modes, no_trace
 
 STEPS = 3  # generated tokens: a wrong mask shows at the first, a wrong cache or position at the second
 
@@ -41,7 +41,7 @@ def verify(cells: list[Deviation], name: str, policies: Sequence[str] = ("preser
     """Every cell passed, and every kind of cell was measured."""
     checks = {cell.check.split(": ")[-1] for cell in cells}
     for policy in policies:
-        assert {f"oracle, {policy}, {mode}" for mode in MODES} <= checks
+        assert {f"oracle, {policy}, {mode}" for mode in modes(tiny_model(name))} <= checks
         assert {f"{what}, {policy}" for what in ("batch = singles", "right = left padding", "two turns")} <= checks
     assert {"text only, bit-identical", "nothing left behind", "bfloat16 runs"} <= checks
     assert all(cell.passed and cell.limit <= LIMIT and cell.model == name for cell in cells)

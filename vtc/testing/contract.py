@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtc import adapters
+from vtc.adapters.compat import expands_in_order
 from vtc.attach import Handle, compress
 from vtc.compressor import CacheStage, Compressor, Positions
 from vtc.layout import Kind
@@ -46,6 +47,12 @@ MODES: dict[str, dict[str, Any]] = {
     "sampling, return 2": {"do_sample": True, "num_return_sequences": 2},
     "no cache": {"do_sample": False, "use_cache": False},
 }
+
+
+def modes(model: Any) -> dict[str, dict[str, Any]]:
+    """The MODES in which this version of transformers gives every sequence the images of its prompt."""
+    expanding = {"num_beams", "num_return_sequences"}
+    return {k: v for k, v in MODES.items() if expands_in_order(model) or not expanding & set(v)}
 
 
 @dataclass(frozen=True)
@@ -258,7 +265,7 @@ def check_method(
                 def attach(model: Any, policy: Positions = policy) -> Handle:
                     return compress(model, resolved, positions=policy, **budget)
 
-                for mode, options in MODES.items():
+                for mode, options in modes(model).items():
                     worst = against_oracle(model, inputs, attach, steps, **options)
                     add(f"{layout_name}: oracle, {policy}, {mode}", worst)
                 add(
