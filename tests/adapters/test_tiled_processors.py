@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import vtc
-from vtc import loading
+from vtc import adapters, loading
 from vtc.testing import tiny_internvl, tiny_llava, tiny_llava_next, tiny_llava_onevision, tiny_model
 from vtc.testing.contract import against_oracle, generate
 from vtc.testing.family import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
@@ -223,3 +223,32 @@ def test_frames_of_an_internvl_video_lie_between_marks() -> None:
     inputs = prepare(processor, "internvl", "a video")
     assert [length for _, _, length in runs(inputs["input_ids"])] == [tiny_internvl.TILE_TOKENS] * 3
     assert processor.decode(inputs["input_ids"][0]).count("Frame") == 3
+
+
+@pytest.mark.parametrize(("name", "side"), [("llava-next", 336), ("llava-onevision", 384)])
+def test_published_sizes_give_the_tokens_that_processors_count(name: str, side: int) -> None:
+    """Any picture on the published tilings: thousands of tokens, odd margins, shrunk maps."""
+    config = tiny_model(name).config
+    config.vision_config.image_size, config.vision_config.patch_size = side, 14
+    processor = build_processor(name)
+    default = type(processor.image_processor)()
+    config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = default.image_grid_pinpoints
+    if name == "llava-next":
+        processor.patch_size, processor.num_additional_image_tokens = 14, 0
+        adapter = adapters.of(transformers.LlavaNextForConditionalGeneration(config))
+    else:
+        processor.num_image_tokens, processor.vision_aspect_ratio = (side // 14) ** 2, "anyres_max_9"
+        config.vision_aspect_ratio = "anyres_max_9"
+        adapter = adapters.of(transformers.LlavaOnevisionForConditionalGeneration(config))
+    draw = np.random.default_rng(0)
+    sizes = [(10, 3000), (3000, 10), (336, 672), (1, 1), (2304, 2304), *draw.integers(20, 2500, (40, 2)).tolist()]
+    pixels = torch.zeros(1, 37, 3, 1, 1)
+    for height, width in sizes:
+        arguments = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+        (item,) = adapter.describe("image", arguments, None).items
+        assert item.n_tokens == processor._get_number_of_features(height, width, side, side)
+        assert item.n_tokens - item.newlines == sum(math.prod(region) for region in item.regions)
+        assert torch.equal(item.crop < 0, item.newline)
+        assert int(item.crop.max()) < item.n_crops
+        for value in (item.row[~item.newline], item.col[~item.newline]):
+            assert -0.5 <= float(value.min()) <= float(value.max()) <= side // 14 - 0.5
