@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 HASH := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 READY := $(VENV)/.ready-$(HASH)
+OLD := .venv-oldest
+OLDEST := 5.17.0
+OLD_READY := $(OLD)/.ready-$(OLDEST)-$(HASH)
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint notebooks results clean
+.PHONY: demo test test-oldest lint notebooks results clean
 
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vtc needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
@@ -17,11 +20,24 @@ $(READY):
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[eval,notebooks,dev]'
 	touch $@
 
+$(OLD_READY):
+	rm -rf $(OLD)
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet uv
+	grep -v -E '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > $(OLD)/constraints.txt
+	$(OLD)/bin/uv pip install --quiet --python $(OLD)/bin/python --constraint $(OLD)/constraints.txt \
+		--editable '.[eval,notebooks,dev]' 'transformers==$(OLDEST)'
+	touch $@
+
 demo: $(READY)
 	$(BIN)/vtc sweep --out results/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The oldest supported transformers: everything but the evaluation package, which needs nothing of its version.
+test-oldest: $(OLD_READY)
+	$(OLD)/bin/python -m pytest --ignore=tests/eval --ignore=tests/test_notebooks.py --ignore=tests/test_cli.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,6 +52,7 @@ results: $(READY)
 	cp results/docs/metrics.csv docs/results/tiny_image.csv
 	cp results/docs/figure.png docs/results/tiny_image.png
 	$(BIN)/python -m vtc.testing > docs/results/contract.md
+	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
 
 clean:
-	rm -rf $(VENV) results build dist *.egg-info
+	rm -rf $(VENV) $(OLD) results build dist *.egg-info

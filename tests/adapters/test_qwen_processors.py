@@ -177,3 +177,21 @@ def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -
     expected, _ = generate(model, inputs, vtc.compress(model, "vtc_cls", retention=0.5), 6)
     found, _ = generate(loaded.model, again, vtc.compress(loaded.model, "vtc_cls", retention=0.5), 6)
     assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_video_file_to_answer(name: str, tmp_path: Path) -> None:
+    from vtc.answer import answer
+    from vtc.eval.media import Video
+
+    model, processor = tiny_model(name), build_processor(name)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = loading.load(str(tmp_path), device="cpu")
+    frames = np.stack([np.asarray(frame) for frame in FRAMES])
+    clip = Video(frames, np.arange(len(frames)) / 2, 2.0, len(frames))
+    images = [picture(40, 24, 0)]
+    whole = answer(loaded, images, "What is this?", videos=[clip], max_new_tokens=2)
+    short = answer(loaded, images, "What is this?", videos=[clip], method="random", retention=0.5, max_new_tokens=2)
+    assert whole.visual_tokens_in == whole.visual_tokens_kept == short.visual_tokens_in > 0
+    assert abs(short.visual_tokens_kept - short.visual_tokens_in / 2) <= 1

@@ -80,3 +80,13 @@ def test_single_families_are_tasks_of_their_own(load: Callable[[str], dict[str, 
         assert len(task.test_docs()) == 80
     counting = load("tiny_image_counting")
     assert _replay(counting, lambda document: "zero")["tiny_image_counting"]["accuracy,none"] == 16 / 80
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"), [("red", 1), ("Red.", 1), ("red red two", 1), ("blue red", 0), ("", 0), ("reddish", 0)]
+)
+def test_the_first_word_counts(load: Callable[[str], dict[str, Any]], reply: str, score: float) -> None:
+    task = load("tiny_image")["tiny_image"]
+    document = {"seed": 5, "family": "colour", "question": "", "answer": "red"}
+    entry = {"score": score, "scene": "5"}
+    assert task.process_results(document, [reply]) == {"accuracy": entry, "colour": entry}
