@@ -348,7 +348,8 @@ def test_generate_encodes_outside_forward(clip: Any, limits: Any, monkeypatch: p
     clip.model.register_forward_pre_hook(look, with_kwargs=True)
     assert worst(clip, attaching(FixedKeep())) <= limits.logits
     assert not any(pixels)
-    monkeypatch.setattr(VisionRecorder, "_wrap", lambda recorder, kind, function: function)
+    plain = lambda recorder, kind, function: functools.wraps(function)(lambda *args, **kw: function(*args, **kw))  # noqa: E731
+    monkeypatch.setattr(VisionRecorder, "_wrap", plain)
     with pytest.raises(UnsupportedCall, match="encoded without the attached method"):
         worst(clip, attaching(FixedKeep()))
 
