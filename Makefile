@@ -33,11 +33,11 @@ demo: $(READY)
 	$(BIN)/vtc sweep --out results/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # The oldest supported transformers: everything but the evaluation package, which needs nothing of its version.
 test-oldest: $(OLD_READY)
-	$(OLD)/bin/python -m pytest --ignore=tests/eval --ignore=tests/test_notebooks.py --ignore=tests/test_cli.py
+	$(OLD)/bin/python -m pytest -n auto --ignore=tests/eval --ignore=tests/test_notebooks.py --ignore=tests/test_cli.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
