@@ -157,7 +157,7 @@ class Engine:
         self.recorder.contexts = []
         given = by_name(module, args, kwargs)
         if carries_media(given):
-            state.contexts = given_contexts(given)
+            state.contexts = given_contexts(given, self.recorder.recall)
             table = self.adapter.model.get_input_embeddings()
             state.placeholders = placeholder_masks(given, self.placeholders.values(), table)
 

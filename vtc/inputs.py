@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicCache
 from vtc.cache import CompressedCache, check_plain
 from vtc.errors import UnsupportedCall
 from vtc.layout import VisionContext
-from vtc.vision import context_of
 
 MEDIA = ("pixel_values", "pixel_values_videos")
 
@@ -34,10 +33,13 @@ def carries_media(given: dict[str, Any]) -> bool:
     return bool(given.get("mm_encoder_outputs")) or any(given.get(name) is not None for name in MEDIA)
 
 
-def given_contexts(given: dict[str, Any]) -> tuple[VisionContext, ...]:
-    """Descriptions of encoder outputs passed along (generate() encodes before forward() since transformers 5.20)."""
+def given_contexts(given: dict[str, Any], recall: Callable[[Any], VisionContext | None]) -> tuple[VisionContext, ...]:
+    """Descriptions of encoder outputs passed along (generate() encodes before forward() since transformers 5.20).
+
+    recall: finds the description of an output.
+    """
     outputs = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
-    contexts = tuple(context for context in map(context_of, outputs) if context is not None)
+    contexts = tuple(context for context in map(recall, outputs) if context is not None)
     if len(contexts) != len(outputs):
         raise UnsupportedCall(
             "mm_encoder_outputs were encoded without the attached method (or cut by chunked prefill); encode them "

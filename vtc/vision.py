@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,20 @@ def context_of(output: Any) -> VisionContext | None:
     return getattr(output, MARK, None)
 
 
+def _features(output: Any) -> Any:
+    """A tensor that tells this output's features from all others."""
+    features = getattr(output, "pooler_output", None)
+    return features if isinstance(features, Tensor) or not features else features[0]
+
+
 class _State(threading.local):
-    """What one thread's encoder calls gathered: descriptions since the last look, rows of the call in progress."""
+    """What one thread's encoder calls gathered: descriptions since the last look, rows of the call in progress.
+
+    last: the latest features of each modality and their description.
+    """
 
     def __init__(self) -> None:
+        self.last: dict[Kind, tuple[weakref.ref[Any], VisionContext]] = {}
         self.contexts: list[VisionContext] = []
         self.rows: dict[int, list[Tensor]] = {}
         self.inside = False
@@ -83,6 +94,15 @@ class VisionRecorder:
     @contexts.setter
     def contexts(self, contexts: list[VisionContext]) -> None:
         self._state.contexts = contexts
+
+    def recall(self, output: Any) -> VisionContext | None:
+        """The description of an encoder output, also where a wrapper rebuilt the object around the same tensors.
+
+        accelerate does so when it moves the arguments of a call between devices.
+        """
+        features = _features(output)
+        known = (context for last, context in self._state.last.values() if last() is features is not None)
+        return context_of(output) or next(known, None)
 
     # --- lifecycle
     def install(self) -> None:
@@ -174,6 +194,8 @@ class VisionRecorder:
                 "will be used when calling share_encoder"
             )
         self.contexts.append(context)
+        if (features := _features(output)) is not None:
+            self._state.last[kind] = (weakref.ref(features), context)
         return output
 
     @torch.no_grad()  # scores, not features: a graph would hold a whole attention matrix per layer
