@@ -83,7 +83,8 @@ def answer(
     if videos and "video" not in adapter.modalities:
         raise InputError(f"{adapter.family} models take no video; give images, or a model of another family")
     text = prompt_text(processor, prompt, len(images), len(videos))
-    media: dict[str, Any] = {"images": list(images)} if images else {}
+    # Nested by prompt: a flat list would count as one image per prompt where tiling depends on that.
+    media: dict[str, Any] = {"images": [list(images)]} if images else {}
     if videos:
         metadata = [video.metadata() for video in videos]
         media["videos"] = [video.frames for video in videos]
