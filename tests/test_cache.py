@@ -70,6 +70,17 @@ def test_the_callers_cache_is_filled(clip: Any) -> None:
     assert [own.get_mask_sizes(1, layer)[0] for layer in range(4)] == [20, 20, 16, 16]
 
 
+def test_without_padding_no_mask_is_kept(clip: Any) -> None:
+    """An explicit mask of ones means no mask, so that attention kernels without one can be used."""
+    with vtc.compress(clip, FixedKeep(at=(0, 2))), torch.no_grad():
+        for layout in ([[3, "image", 5], [2, "image", 6]], [[3, "image", 5]]):
+            cache = clip(**tiny_inputs(NAME, layout), use_cache=True).past_key_values
+            assert cache.masks == {0: None, 2: None}
+    with vtc.compress(clip, FixedKeep(at=(2,))), torch.no_grad():
+        cache = clip(**tiny_inputs(NAME, PAIR, extra=1), use_cache=True).past_key_values
+        assert cache.masks[0].tolist() == [[False] * 4 + [True] * 24, [False] + [True] * 27]
+
+
 def test_text_only_calls_keep_a_plain_cache(clip: Any) -> None:
     with vtc.compress(clip, INNER), torch.no_grad():
         cache = clip(**tiny_inputs(NAME, [[5], [9]]), use_cache=True).past_key_values

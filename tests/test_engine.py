@@ -131,6 +131,14 @@ def test_an_exception_in_the_method_leaves_nothing_behind(clip: Any) -> None:
     assert (taps._taps, taps._users, taps._saved) == ({}, {}, {})
 
 
+def test_a_cache_is_closed_again_after_an_exception(clip: Any) -> None:
+    own = DynamicCache(config=clip.config.get_text_config())
+    with vtc.compress(clip, Fails()), pytest.raises(ZeroDivisionError):
+        prefill(clip, nullcontext(), **tiny_inputs(NAME, PAIR), past_key_values=own)
+    with pytest.raises(UnsupportedCall, match="attach the same method again"):
+        prefill(clip, nullcontext(), input_ids=torch.tensor([[7], [8]]), past_key_values=own)
+
+
 def test_an_attached_method_recovers_from_an_exception(clip: Any) -> None:
     plain = prefill(clip, nullcontext()).logits
     with vtc.compress(clip, Fails(times=1)) as handle:
@@ -349,6 +357,53 @@ def test_inference_mode_and_autocast_leave_the_choice_alone(clip: Any) -> None:
     kept = [record.keep[0] for record in handle.trace]
     assert torch.equal(kept[0], kept[1])
     assert kept[2].sum() == kept[0].sum()
+
+
+# --- what a method sees and says
+@dataclass(frozen=True)
+class Watches(Compressor):
+    """Keeps a ragged share at its first stages and everything at the last, and remembers its views."""
+
+    views: list[StageView] = field(default_factory=list, compare=False)
+
+    name: ClassVar[str] = "watches"
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((0, 2, 3), Needs(), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        self.views.append(view)
+        limit = torch.tensor([[5], [11], [9]]) if view.stage == 0 else torch.tensor([[4], [9], [2]])
+        if view.stage == 3:
+            return Selection(torch.ones_like(view.items.mask))  # also behind the items' ends, which is ignored
+        return Selection(view.items.token < limit, tokens=view.tokens * 2)
+
+
+def test_views_of_every_stage(clip: Any, limits: Any) -> None:
+    inputs = tiny_inputs(NAME, [[4, "image", 3, "image", 5], [2, "image", 12], [9]], extra=1)
+    method = Watches()
+    handle = vtc.compress(clip, method)
+    with handle, torch.no_grad():
+        clip(**inputs)
+    assert [view.stage for view in method.views] == [0, 2, 3]
+    counts = [(16, 16, 16), (5, 11, 9), (4, 9, 2)]
+    for view, count in zip(method.views, counts, strict=True):
+        items = view.items
+        assert items.counts == count
+        assert items.input_counts == (16, 16, 16)
+        assert items.mask.sum(1).tolist() == list(count)
+        assert torch.equal(items.token, torch.where(items.mask, torch.arange(max(count)), 0))
+        assert bool((items.index[~items.mask] == 0).all())
+        marked = torch.zeros_like(view.visual)
+        for row, index, mask in zip(items.row, items.index, items.mask, strict=True):
+            marked[row, index[mask]] = True
+        assert torch.equal(view.visual & view.valid, marked)
+        assert view.valid.sum(1).tolist() == [12 + count[0] + count[1], 14 + count[2], 9]
+        assert view.tokens.shape == (3, max(count), 64)
+        for item in range(3):
+            assert torch.equal(view.tokens[item, 0], view.hidden[items.row[item], items.index[item, 0]])
+    assert [tuple(len(item.kept[3]) for item in handle.trace[0].items)] == counts[2:]
 
 
 # --- attention implementations

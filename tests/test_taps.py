@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import adapters, taps
+from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedModel
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.taps import AttentionCall, TapSet
@@ -117,6 +119,33 @@ def test_the_last_row_inside_the_engine_equals_eager_weights(limits: Any, layout
         model(**inputs)
     for item, order in zip(handle.trace[0].items, kept, strict=True):
         assert torch.equal(item.kept[2], order[:chosen].sort().values)
+
+
+@dataclass(frozen=True)
+class Twice(Compressor):
+    """Reads one layer's attention at two later stages; keeps even tokens at the first."""
+
+    views: list[StageView] = field(default_factory=list, compare=False)
+
+    name: ClassVar[str] = "twice"
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((2, 3), Needs(llm={1: Rows.LAST}), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        self.views.append(view)
+        return Selection(view.items.token % 2 == 0)
+
+
+def test_recorded_rows_follow_the_survivors(clip: Any) -> None:
+    """Attention recorded before a stage is still that of the same tokens behind it."""
+    method = Twice()
+    with vtc.compress(clip, method), torch.no_grad():
+        clip(**tiny_inputs("llava-clip", [[4, "image", 3, "image", 5], [2, "image", 12]]))
+    first, second = (view.llm_attention(1) for view in method.views)
+    assert first.shape == (3, 16)
+    assert torch.equal(second, first[:, ::2])
 
 
 class MaskSpy:

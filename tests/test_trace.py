@@ -117,7 +117,7 @@ class Merges(Compressor):
     """Token 0 absorbs token 1, token 3 stays with a new row, the rest goes; before or inside the LLM."""
 
     at: int = 0
-    named: bool = True
+    named: str = "all"
 
     name: ClassVar[str] = "merges"
     needs_budget: ClassVar[bool] = False
@@ -127,18 +127,19 @@ class Merges(Compressor):
 
     def select(self, view: StageView) -> Selection:
         token = view.items.token
-        into = torch.where(token == 1, 0, torch.where((token == 0) | (token == 3), token, -1))
         keep = (token == 0) | (token == 3)
-        return Selection(keep, tokens=view.tokens / 2, merged_into=into if self.named else None)
+        into = torch.where(token == 1, 0, torch.where(keep, token, -1) if self.named == "all" else -1)
+        return Selection(keep, tokens=view.tokens / 2, merged_into=into if self.named != "none" else None)
 
 
 @pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("named", [True, False])
-def test_merging_before_and_inside_the_llm(clip: Any, at: int, named: bool) -> None:
+@pytest.mark.parametrize("named", ["all", "absorbed", "none"])
+def test_merging_before_and_inside_the_llm(clip: Any, at: int, named: str) -> None:
+    """A kept token is its own whether the method says so or not."""
     (record,) = call(clip, Merges(at, named)).trace
     for item in record.items:
         assert item.kept[at].tolist() == [0, 3]
-        assert item.merged_into[at].tolist() == [0, 0 if named else -1, -1, 3] + [-1] * 12
+        assert item.merged_into[at].tolist() == [0, -1 if named == "none" else 0, -1, 3] + [-1] * 12
 
 
 # --- off
