@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from vtc import adapters
@@ -73,9 +74,21 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Embedded models and supported families: classes, vision towers, modalities."""
+    """Embedded models and supported families: classes, vision towers, modalities, attention rows, default positions.
+
+    vision_attention: the rows methods can read, "cls" where a tower has a class token; positions: of what is removed
+    before the LLM.
+    """
+    by_class = {cls: adapter for adapter in adapters.families().values() for cls in adapter.model_classes}
     embedded = [
-        {"name": name, "kind": "embedded", "classes": _classes(name), "towers": [], "modalities": ["image"]}
+        {
+            "name": name,
+            "kind": "embedded",
+            "classes": _classes(name),
+            "towers": [],
+            "modalities": ["image"],
+            **_reads(by_class[_classes(name)[0]].references[:1]),
+        }
         for name in tiny.NAMES
     ]
     families = [
@@ -85,10 +98,16 @@ def describe_models() -> list[dict[str, Any]]:
             "classes": list(adapter.model_classes),
             "towers": list(adapter.towers),
             "modalities": list(adapter.modalities),
+            **_reads(adapter.references),
         }
         for family, adapter in adapters.families().items()
     ]
     return embedded + families
+
+
+def _reads(references: Sequence[ModelSpec]) -> dict[str, Any]:
+    rows = [row for row, there in (("cls", any(r.has_cls for r in references)), ("received", True)) if there]
+    return {"vision_attention": rows, "positions": "preserve" if any(r.mrope for r in references) else "compact"}
 
 
 def _classes(name: str) -> list[str]:

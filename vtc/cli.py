@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vtc.errors import InputError, VTCError
 
@@ -67,10 +67,12 @@ def models(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(entries)
         return
-    table = Table("name", "kind", "model classes", "vision towers", "modalities")
+    table = Table(Column("name", no_wrap=True), "...ForConditional-\nGeneration", "towers", "modalities", "attention")
     for entry in entries:
-        cells = [", ".join(entry[key]) or "-" for key in ("classes", "towers", "modalities")]
-        table.add_row(entry["name"], entry["kind"], *cells)
+        classes = ", ".join(name.removesuffix("ForConditionalGeneration") for name in entry["classes"])
+        mark = " (embedded)" if entry["kind"] == "embedded" else ""
+        cells = [", ".join(entry[key]) or "-" for key in ("towers", "modalities", "vision_attention")]
+        table.add_row(entry["name"] + mark, classes, *cells)
     Console().print(table)
 
 
