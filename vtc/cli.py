@@ -67,10 +67,12 @@ def models(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(entries)
         return
-    table = Table(Column("name", no_wrap=True), "...ForConditional-\nGeneration", "towers", "modalities", "attention")
+    caption = "* embedded; the classes' names end in ForConditionalGeneration"
+    fixed = (Column("name", no_wrap=True), Column("class", no_wrap=True))
+    table = Table(*fixed, "towers", "modalities", "attention", caption=caption)
     for entry in entries:
         classes = ", ".join(name.removesuffix("ForConditionalGeneration") for name in entry["classes"])
-        mark = " (embedded)" if entry["kind"] == "embedded" else ""
+        mark = "*" if entry["kind"] == "embedded" else ""
         cells = [", ".join(entry[key]) or "-" for key in ("towers", "modalities", "vision_attention")]
         table.add_row(entry["name"] + mark, classes, *cells)
     Console().print(table)
