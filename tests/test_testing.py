@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from contextlib import nullcontext
 from typing import Any
 
@@ -202,3 +204,11 @@ def test_snapshots_see_every_kind_of_residue(clip: Any, kind: str) -> None:
     assert snapshot(clip) != before
     undo()
     assert snapshot(clip) == before
+
+
+# --- the suite
+def test_no_test_reaches_the_network() -> None:
+    with pytest.raises(pytest.fail.Exception, match="network use"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert torch.get_num_threads() == 1
