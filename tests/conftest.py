@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+# One data-set cache per process: two that build the same data set at once can take its files from each other.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vtc-datasets-")
 
 import json
 import socket
