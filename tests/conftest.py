@@ -11,6 +11,8 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vtc-datasets-")
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +176,27 @@ def all_golden_cases() -> list[GoldenCase]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise `golden_case` over the stored cases of the methods that the module's CHECKERS know."""
+    """Parametrise `golden_case` over every stored case."""
     if "golden_case" in metafunc.fixturenames:
-        cases = [case for case in golden_cases() if case.method in metafunc.module.CHECKERS]
-        metafunc.parametrize("golden_case", cases, ids=lambda case: f"{case.method}-{case.name}")
+        metafunc.parametrize("golden_case", golden_cases(), ids=lambda case: f"{case.method}-{case.name}")
+
+
+# --- memory
+@pytest.fixture
+def peak_memory() -> Callable[[str, str], int]:
+    """Bytes by which the peak memory of a fresh process grows while it runs `code` after `setup`."""
+
+    def measure(setup: str, code: str) -> int:
+        lines = [
+            "import resource, torch",
+            "torch.set_num_threads(1)",
+            setup,
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
+            code,
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)",
+        ]
+        run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return 1024 * int(run.stdout.split()[-1])  # Linux counts in KiB
+
+    return measure

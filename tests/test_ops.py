@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -22,6 +23,7 @@ from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.grid import absorbing_cell, cell_centres, output_grid, output_raster, pool_grid, split_budget, strided
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
 from vtc.ops.select import apportion, front_pack, left_pack, take_last, take_rows, top_k, top_k_in_groups
+from vtc.testing.plain import op_cases
 
 SCORES = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 0.5, 1.0, math.inf])  # few values: ties everywhere
 SIDES = st.integers(1, 13)
@@ -477,12 +479,37 @@ def public_functions() -> dict[str, Any]:
         for name, function in inspect.getmembers(module, inspect.isfunction):
             own = function.__module__ == module.__name__ and not name.startswith("_")
             if own and "Tensor" in str(get_type_hints(function).get("return")):
-                found[name] = function
+                found[f"{info.name}.{name}"] = function
     return found
 
 
+def flat(value: Any) -> list[Any]:
+    """The tensors and numbers in a result, in order."""
+    if dataclasses.is_dataclass(value):
+        return [leaf for f in dataclasses.fields(value) for leaf in flat(getattr(value, f.name))]
+    if isinstance(value, tuple | list):
+        return [leaf for part in value for leaf in flat(part)]
+    return [value]
+
+
+def same(found: Any, expected: Any, tolerance: float) -> bool:
+    pairs = list(zip(flat(found), flat(expected), strict=True))
+    for ours, theirs in pairs:
+        if not isinstance(ours, Tensor):
+            assert ours == theirs
+        elif ours.shape != theirs.shape:
+            return False
+        elif tolerance == 0.0 or not ours.is_floating_point():
+            if not torch.equal(ours, theirs.to(ours.dtype)):
+                return False
+        elif float((ours.double() - theirs.double()).abs().max()) > tolerance * float(theirs.abs().max()):
+            return False
+    return bool(pairs)
+
+
 def test_every_function_has_an_example() -> None:
-    assert sorted(EXAMPLES) == sorted(public_functions())
+    known = {name.split(".")[1] for name in op_cases()} | set(EXAMPLES)
+    assert known >= {name.split(".")[1] for name in public_functions()}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -491,3 +518,20 @@ def test_no_function_asks_the_host_or_breaks_the_graph(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(EXAMPLES[name], fullgraph=True, backend="eager")()
     assert torch.equal(compiled, EXAMPLES[name]())
+
+
+@pytest.mark.parametrize("name", op_cases())
+def test_no_case_asks_the_host_or_breaks_the_graph(name: str) -> None:
+    case = op_cases()[name]
+    given = case.make("small")
+    torch._dynamo.reset()
+    compiled = torch.compile(case.op, fullgraph=True, backend="eager")
+    assert same(compiled(**given), case.op(**given), 0.0)
+
+
+@pytest.mark.parametrize("name", [name for name, case in op_cases().items() if case.plain])
+def test_cases_equal_their_plain_reference(name: str) -> None:
+    case = op_cases()[name]
+    assert case.plain is not None
+    given = case.make("small")
+    assert same(case.op(**given), case.plain(**given), case.tolerance)
