@@ -76,7 +76,7 @@ def build(config: dict[str, Any], weights: dict[str, Tensor], *, image: int, **v
     settings = dict(config) | {"vocab_size": VOCABULARY, "pad_token_id": None}
     theta = settings.pop("rope_theta")
     text = (Qwen2Config if qwen else LlamaConfig)(**settings, rope_theta=theta)
-    side, tiles = tile(image)
+    side, _ = tile(image)
     tower: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 16,
