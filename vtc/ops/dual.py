@@ -1,0 +1,128 @@
+"""The dual-attention filter: what the text as a whole and its single tokens look at, and the key set that stays.
+
+Letters: I items, N tokens, B rows of a batch, K keys, R query rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtc.ops.attention import CHUNK, attention_rows
+
+
+def attention_sum_and_max(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    real: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Sum and maximum, over the chosen query rows, of the head-mean softmax attention to each key; [2, B, K] float32.
+
+    rows: [B, R] query indices, real: [B, R] bool, which of them count (none: zeros). Other arguments as in
+    `attention_rows`. Streams over the rows: memory is [B, H, chunk, K].
+    """
+    total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
+    peak = total
+    for some, count in zip(rows.split(chunk, dim=1), real.split(chunk, dim=1), strict=True):
+        part = attention_rows(query, key, some, scaling, mask=mask, causal=causal) * count[..., None]
+        total, peak = total + part.sum(1), torch.maximum(peak, part.amax(1))
+    return torch.stack([total, peak])
+
+
+def key_tokens(score: Tensor, group: Tensor, groups: int, rate: float, mask: Tensor) -> Tensor:
+    """Mark ceil(rate * size) entries of every group, the highest scores; equal scores go to the lower index.
+
+    score, group (numbers below `groups`), mask: [I, N]. Returns bool [I, N].
+
+    >>> score = torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.5]])
+    >>> key_tokens(score, torch.tensor([[0, 0, 0, 1, 1]]), 2, 0.4, torch.ones(1, 5, dtype=torch.bool)).int().tolist()
+    [[0, 1, 1, 0, 1]]
+    """
+    group = torch.where(mask, group, groups)
+    sizes = group.new_zeros(len(group), groups + 1).scatter_add(1, group, torch.ones_like(group))
+    limit = (sizes.double() * rate).ceil().long()
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # groups side by side, best first
+    ordered = group.gather(1, order)
+    first = sizes.cumsum(1) - sizes
+    rank = torch.arange(group.shape[1], device=group.device) - first.gather(1, ordered)
+    chosen = rank < limit.gather(1, ordered)
+    return torch.zeros_like(mask).scatter(1, order, chosen) & mask
+
+
+def dual_filter(total: Tensor, peak: Tensor, gamma: float, alpha: float, mask: Tensor) -> Tensor:
+    """Mark the tokens that the text looks at: bool [I, N].
+
+    total: [I, N] attention summed over the text rows, peak: its maximum over them. A token falls only if it draws less
+    than the share `gamma` of what all tokens of its item draw, and no text token pays it `alpha` or more.
+    """
+    total = total.float().masked_fill(~mask, 0.0)
+    return mask & ((total >= gamma * total.sum(1, keepdim=True)) | (peak.float() >= alpha))
+
+
+def utilities(total: Tensor, peak: Tensor, gamma: float, alpha: float, mask: Tensor) -> Tensor:
+    """The factor by which both thresholds of `dual_filter` could grow before a token falls: [I, N] float32.
+
+    ``u_j = max(g_j / (gamma * sum g), m_j / alpha)``; the filter keeps exactly u_j >= 1. Zero where nothing was paid.
+    """
+    total = total.float().masked_fill(~mask, 0.0)
+    whole = total.sum(1, keepdim=True)
+    share = torch.where(whole > 0, total / (gamma * whole), 0.0)
+    return torch.maximum(share, peak.float() / alpha).masked_fill(~mask, 0.0)
+
+
+def keep_with_keys(utility: Tensor, key: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
+    """Mark `keep` [I] entries of each row: the key set first, then the largest utilities; bool [I, N].
+
+    utility: [I, N]; ties go to the lower index. key, mask: [I, N] bool. A key set larger than `keep` is ranked by
+    utility itself.
+
+    >>> keep_with_keys(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[False, False, True]]), torch.tensor([2]),
+    ...                torch.ones(1, 3, dtype=torch.bool)).tolist()
+    [[True, False, True]]
+    """
+    order = utility.argsort(dim=1, descending=True, stable=True)
+    tier = torch.where(mask, torch.where(key, 0, 1), 2)
+    order = order.gather(1, tier.gather(1, order).argsort(dim=1, stable=True))
+    rank = torch.arange(mask.shape[1], device=mask.device).expand_as(order)
+    return torch.zeros_like(mask).scatter(1, order, rank < keep[:, None]) & mask
+
+
+def geometric_schedule(tokens: int, keys: int, total: float, spans: Sequence[int]) -> list[int]:
+    """Tokens left behind each stage, shrinking by a common factor, so that the layers see `total` of them together.
+
+    tokens: before the first stage. keys: the least that any stage leaves. spans: layers in front of the first stage,
+    between the stages and behind the last one. The result is ``max(keys, round(tokens * x ** s))`` for s = 1, 2, ...
+    with the x in [0, 1] that comes closest. Where even x = 0 exceeds the total, fewer than `keys` are left, down to
+    one; an empty list says that not even that is enough.
+
+    >>> geometric_schedule(576, 47, 32 * 192, (3, 4, 4, 4, 17))
+    [361, 226, 141, 88]
+    """
+    stages = range(1, len(spans))
+    later = sum(spans[1:])
+    room = (total - spans[0] * tokens) / later if later else 0.0
+    if room < 0.5:
+        return []
+    least = min(tokens, max(1, min(keys, math.floor(room + 0.5))))
+
+    def left(x: float) -> list[int]:
+        return [max(least, math.floor(tokens * x**stage + 0.5)) for stage in stages]
+
+    def excess(counts: list[int]) -> float:
+        return spans[0] * tokens + sum(n * count for n, count in zip(spans[1:], counts, strict=True)) - total
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(left(middle)) <= 0 else (low, middle)
+    return min(left(low), left(high), key=lambda counts: abs(excess(counts)))
