@@ -1,0 +1,150 @@
+"""Neighbours on rasters of tiles, and choosing tokens by two scores and by who stands next to whom.
+
+Tokens carry the tile they belong to (`group` [I, N], numbers below G; tile, frame or crop) and their row and column
+inside it. Items and tiles of every size are handled side by side, without loops over any of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Border = Literal["clamp", "drop"]
+STRIDE = 2**40
+"""More than the places of any tile."""
+
+
+def tile_places(group: Tensor, row: Tensor, col: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Raster number of every token inside its tile, columns of the tile, and places of the tile.
+
+    group: [I, N]. row, col: [I, N] coordinates inside the tile in any unit of at least one per step (a merged or
+    shrunk token may lie between two patches); they are numbered from the tile's first row and column, without gaps.
+    mask: [I, N] bool. Returns three [I, N] int64 tensors; a place is ``row number * columns + column number``, and a
+    tile has rows * columns of them. Entries outside the mask are zero.
+
+    >>> row, col = torch.tensor([[0.5, 0.5, 2.5, 2.5]]), torch.tensor([[4.5, 6.5, 4.5, 6.5]])
+    >>> [each.tolist() for each in tile_places(torch.zeros(1, 4).long(), row, col, torch.ones(1, 4).bool())]
+    [[[0, 1, 2, 3]], [[2, 2, 2, 2]], [[4, 4, 4, 4]]]
+    """
+    group = torch.where(mask, group, -1)
+    row, col = _number(row, group), _number(col, group)
+    height, width = _most(row, group) + 1, _most(col, group) + 1
+    place, width, size = (torch.where(mask, each, 0) for each in (row * width + col, width, height * width))
+    return place, width, size
+
+
+def _number(values: Tensor, group: Tensor) -> Tensor:
+    """[I, N] number of each entry's value among the different values of its group; below half a unit is equal."""
+    order = values.argsort(dim=1, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+    ordered, member = values.gather(1, order), group.gather(1, order)
+    first = torch.ones_like(member, dtype=torch.bool)
+    first[:, 1:] = member[:, 1:] != member[:, :-1]
+    step = first.clone()
+    step[:, 1:] |= ordered[:, 1:] - ordered[:, :-1] > 0.5
+    count = step.long().cumsum(1)
+    base = torch.where(first, count, 0).cummax(1).values
+    return torch.empty_like(count).scatter_(1, order, count - base)
+
+
+def _most(numbers: Tensor, group: Tensor) -> Tensor:
+    """[I, N] largest number in each entry's group; groups are numbers from -1 to N - 1, or fewer than N of any size."""
+    order = group.argsort(dim=1, stable=True)
+    member = group.gather(1, order)
+    start = torch.ones_like(member, dtype=torch.bool)
+    start[:, 1:] = member[:, 1:] != member[:, :-1]
+    run = start.long().cumsum(1) - 1  # the groups that are there, numbered without gaps
+    most = torch.zeros_like(numbers).scatter_reduce_(1, run, numbers.gather(1, order), "amax")
+    return torch.empty_like(numbers).scatter_(1, order, most.gather(1, run))
+
+
+def neighbours(
+    group: Tensor, place: Tensor, width: Tensor, size: Tensor, mask: Tensor, border: Border = "clamp"
+) -> Tensor:
+    """Positions of the tokens at the left, at the right, above and below: [I, N, 4].
+
+    group, mask: [I, N]; place, width, size: [I, N] as from `tile_places`; tokens of a tile may be missing. border:
+    "clamp" takes the places p - 1, p + 1, p - width, p + width limited to 0 .. size - 1, so that the ends of a row
+    touch the rows above and below and what would lie outside the tile is its first or last token; "drop" knows only
+    neighbours that lie inside the tile and, for left and right, in the same row. A token without a neighbour on one
+    side names itself there.
+
+    >>> place, every = torch.arange(6)[None], torch.ones(1, 6).bool()
+    >>> near = neighbours(torch.zeros(1, 6).long(), place, torch.full((1, 6), 3), torch.full((1, 6), 6), every)
+    >>> near[0, 2].tolist(), near[0, 4].tolist()
+    ([1, 3, 0, 5], [3, 5, 1, 5])
+    """
+    steps = torch.stack([-torch.ones_like(width), torch.ones_like(width), -width, width], dim=-1)
+    target = place[..., None] + steps
+    inside = (target >= 0) & (target < size[..., None])
+    if border == "drop":
+        same_row = target // width[..., None] == (place // width)[..., None]
+        inside &= torch.cat([same_row[..., :2], torch.ones_like(same_row[..., 2:])], dim=-1)
+        target = torch.where(inside, target, place[..., None])
+    else:
+        target = target.clamp(min=0).minimum(size[..., None] - 1)
+    # One number per place of an item: its tile, then its place. What is masked out gets a number behind them all.
+    ordered, order = torch.where(mask, group * STRIDE + place, 2**62).sort(dim=1, stable=True)
+    wanted = (group * STRIDE)[..., None] + target
+    slot = torch.searchsorted(ordered, wanted.flatten(1)).clamp(max=group.shape[1] - 1)
+    found = (ordered.gather(1, slot) == wanted.flatten(1)).view_as(wanted) & mask[..., None]
+    itself = torch.arange(group.shape[1], device=group.device)[:, None]
+    return torch.where(found, order.gather(1, slot).view_as(wanted), itself)
+
+
+def hierarchical(
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    near: Tensor,
+    group: Tensor,
+    share: Tensor,
+    anchors: Tensor,
+    mask: Tensor,
+    penalty: Tensor | None = None,
+) -> Tensor:
+    """Keep of every tile its anchors, the anchors' neighbours, and the best of the rest by another score.
+
+    object_scores, deep_scores: [I, N], higher is kept, ties go to the lower index. near: [I, N, 4] from `neighbours`.
+    group: [I, N] numbers below G. share: [I, G] tokens to keep of each tile. anchors: [I, G] how many of them are the
+    tile's best by `object_scores`. mask: [I, N] bool. Where anchors and neighbours exceed the share, the anchors stay
+    and the neighbours with the best object scores. Returns bool [I, N].
+
+    penalty: [I, 1] makes the exclusion inexact: instead of leaving anchors and neighbours out, their deep scores are
+    lowered by so much and share minus their number chosen from all tokens, so that some may be chosen twice and fewer
+    than `share` stay.
+    """
+    share, anchors = (torch.cat([each, each.new_zeros(len(each), 1)], dim=1) for each in (share, anchors))
+    group = torch.where(mask, group, share.shape[1] - 1)
+    limit = share.gather(1, group)
+    chosen = (_rank(group, object_scores) < anchors.gather(1, group)) & mask
+    touched = torch.zeros_like(near[..., 0]).scatter_add(1, near.flatten(1), _repeated(chosen, near))
+    union = (chosen | (touched > 0)) & mask
+    tier = torch.where(chosen, 0, torch.where(union, 1, 2))
+    if penalty is None:
+        scores = torch.where(union, object_scores, deep_scores)
+        return (_rank(group, scores, tier) < limit) & mask
+    union &= _rank(group, object_scores, tier) < limit
+    taken = torch.zeros_like(share).scatter_add(1, group, union.long())
+    more = _rank(group, torch.where(union, deep_scores - penalty, deep_scores)) < (share - taken).gather(1, group)
+    return (union | more) & mask
+
+
+def _repeated(marks: Tensor, near: Tensor) -> Tensor:
+    """[I, N] -> [I, N * 4] int64"""
+    return marks.long()[..., None].expand_as(near).flatten(1)
+
+
+def _rank(group: Tensor, scores: Tensor, tier: Tensor | None = None) -> Tensor:
+    """[I, N] place of every entry in its group: lower tiers first, then higher scores, then lower indices."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    for key in (tier, group):
+        if key is not None:
+            order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    ordered = group.gather(1, order)
+    slots = torch.arange(group.shape[1], device=group.device).expand_as(ordered)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    begin = torch.where(first, slots, 0).cummax(1).values
+    return torch.empty_like(order).scatter_(1, order, slots - begin)
