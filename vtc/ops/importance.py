@@ -1,0 +1,83 @@
+"""PageRank on the attention of one layer: how much mass reaches a token when every token passes its own on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**25
+"""Numbers of an attention block held at once (128 MiB in float32)."""
+STORE = 2**26
+"""Numbers of an attention matrix that is kept between the iterations instead of being computed again (256 MiB)."""
+
+
+def pagerank(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    *,
+    tau: float = 0.1,
+    iterations: int = 5,
+    damping: float = 0.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    voters: Tensor | None = None,
+    block: int = BLOCK,
+    store: int = STORE,
+) -> Tensor:
+    """Root mean square over heads of p after `iterations` of ``p <- (1 - damping) p softmax(S / tau) + damping p0``.
+
+    query: [B, Hq, Q, D], key: [B, Hk, K, D], both after rotary embedding; Hq is a multiple of Hk (grouped queries).
+    Queries are the last Q of the K keys; mass that reaches the keys before them is lost. mask: [B, 1|Hq, Q, K] bool or
+    additive, or [B, K] bool (False receives nothing). causal: query i sees keys up to i + K - Q. voters: [B, Q] bool,
+    the rows that start with an equal share (p0), all of them by default; rows that see no key pass nothing on.
+    Returns [B, Q], float32. Streams over the queries, never [Q, K] at once unless Hq * Q * K is below `store`.
+    """
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    before = keys - length
+    queries = query.view(batch, groups, heads // groups, length, width)
+    seen = key.float().transpose(-1, -2).unsqueeze(2)  # shared by the neighbouring query heads of a group
+    voting = torch.ones(batch, length, device=query.device) if voters is None else voters.float()
+    begin = (voting / voting.sum(1, keepdim=True).clamp(min=1))[:, None].expand(-1, heads, -1)
+    rows = max(1, min(length, block // max(1, batch * heads * keys)))
+    keep = batch * heads * length * keys <= store
+    stored: list[Tensor] = []
+    norms: list[Tensor] = []
+    mass = begin
+    for step in range(iterations):
+        arrived = torch.zeros_like(begin)
+        for number, first in enumerate(range(0, length, rows)):
+            last = min(first + rows, length)
+            end = last + before if causal else keys
+            if step == 0 or not keep:
+                logits = torch.matmul(queries[:, :, :, first:last].float() * (scaling / tau), seen[..., :end])
+                logits = _masked(logits.flatten(1, 2), mask, tau, causal, first, before, keys)
+                if step == 0:
+                    norms.append(logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min))
+                weights = (logits - norms[number]).exp_()
+                if keep:
+                    stored.append(weights)
+            else:
+                weights = stored[number]
+            passed = torch.matmul(mass[:, :, None, first:last], weights)[:, :, 0, before:]
+            arrived[..., : passed.shape[-1]] += passed
+        mass = (1 - damping) * arrived + damping * begin
+    return mass.square().mean(1).sqrt()
+
+
+def _masked(
+    logits: Tensor, mask: Tensor | None, tau: float, causal: bool, first: int, before: int, keys: int
+) -> Tensor:
+    """Sharpened logits [B, H, rows, end] of the queries from `first` on, -inf where a key is not seen."""
+    rows, end = logits.shape[-2:]
+    if mask is not None and mask.ndim == 4:
+        part = mask[:, :, first : first + rows, :end]
+        logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part.float() / tau
+    elif mask is not None:
+        logits = logits.masked_fill(~mask.bool()[:, None, None, -keys:][..., :end], -torch.inf)
+    if causal:
+        places = torch.arange(end, device=logits.device)
+        own = torch.arange(first, first + rows, device=logits.device)[:, None] + before
+        logits = logits.masked_fill(places > own, -torch.inf)
+    return logits

@@ -1,0 +1,202 @@
+"""Bipartite token merging: every other token proposes its most similar partner among the rest, the best pairs merge.
+
+Groups (images, crops, frames) of different size lie side by side and each merges as many tokens as it has to. What a
+merge decides is one integer per token, the row it ends in, and one weight; `merge_rows` applies the decision to
+features, keys or anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Order = Literal["similarity", "index"]
+BLOCK = 2**25
+"""Numbers of a similarity block or of a channel slice held at once (128 MiB in float32)."""
+
+
+class Merge(NamedTuple):
+    """The outcome of merging G groups of up to t tokens to up to K rows.
+
+    target: [G, t] row each token ends in; K behind a group's end. weight: [G, t] share of the token in that row, the
+    shares of a row sum to one. anchor: [G, K] token that a row stands for (an unmerged token is its own, merged tokens
+    follow the last target); 0 behind a group's end. size: [G, K] summed sizes. counts: rows per group.
+    """
+
+    target: Tensor
+    weight: Tensor
+    anchor: Tensor
+    size: Tensor
+    counts: tuple[int, ...]
+
+
+def merge_plan(count: int, keep: int) -> list[int]:
+    """Tokens to merge away at each step so that `keep` of `count` are left: half of them while that is too few.
+
+    >>> merge_plan(196, 49), merge_plan(576, 252), merge_plan(576, 72), merge_plan(9, 9)
+    ([98, 49], [288, 36], [288, 144, 72], [])
+    """
+    steps: list[int] = []
+    while count > max(keep, 1):
+        steps.append(min(count // 2, count - keep))
+        count -= steps[-1]
+    return steps
+
+
+def best_match(metric: Tensor, counts: Tensor, *, protected: int = 0) -> tuple[Tensor, Tensor]:
+    """For every even token the odd token of its group with the highest cosine similarity.
+
+    metric: [G, t, C]; counts: [G] tokens of each group. protected: tokens at the front that propose nobody. Returns
+    (partner, similarity), both [G, ceil(t / 2)]: entry i belongs to token 2 * i and names token 2 * partner + 1; the
+    similarity is -inf where there is no such pair. Ties go to the lower partner. Streams over the even tokens.
+    """
+    groups, length, _ = metric.shape
+    sources, targets = metric[:, ::2], metric[:, 1::2]
+    places = torch.arange(sources.shape[1], device=metric.device)
+    if length < 2:
+        return places.expand(groups, -1), metric.new_full((groups, len(places)), -torch.inf, dtype=torch.float32)
+    directions = _unit(targets).transpose(1, 2)
+    present = 2 * places[: targets.shape[1]] + 1 < counts[:, None]
+    partner, similarity = [], []
+    for part in torch.split(sources, max(1, BLOCK // max(1, groups * targets.shape[1])), dim=1):
+        cosine = torch.matmul(_unit(part), directions).masked_fill(~present[:, None], -torch.inf)
+        value, index = cosine.max(-1)
+        partner.append(index)
+        similarity.append(value)
+    proposes = (2 * places < counts[:, None]) & (2 * places >= protected)
+    return torch.cat(partner, 1), torch.cat(similarity, 1).masked_fill(~proposes, -torch.inf)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+def merge_step(
+    metric: Tensor, counts: Sequence[int], merged: Sequence[int], *, order: Order = "similarity", protected: int = 0
+) -> tuple[Tensor, Tensor]:
+    """One step: the `merged` most similar pairs of each group become one row each.
+
+    metric: [G, t, C]; counts, merged: tokens of each group and how many disappear, at most half of them. order:
+    unmerged even tokens come first, the most similar first or by index, then all odd tokens; groups that merge nothing
+    stay as they are. Returns target [G, t] and anchor [G, K] as in `Merge`.
+    """
+    groups, length, _ = metric.shape
+    device = metric.device
+    width = max((n - r for n, r in zip(counts, merged, strict=True)), default=0)
+    count, gone = torch.tensor(counts, device=device), torch.tensor(merged, device=device)[:, None]
+    partner, similarity = best_match(metric, count, protected=protected)
+    ranked = similarity.argsort(dim=1, descending=True, stable=True)
+    slots = torch.arange(ranked.shape[1], device=device).expand(groups, -1)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, slots)
+    unmerged = rank >= gone
+    real = 2 * slots < count[:, None]
+    row = rank - gone if order == "similarity" else (unmerged & real).long().cumsum(1) - 1
+    heads = (count[:, None] + 1) // 2 - gone  # unmerged even tokens of each group
+    token = torch.arange(length, device=device).expand(groups, -1)
+    target = torch.empty_like(token)
+    target[:, ::2] = torch.where(unmerged, row, heads + partner)
+    target[:, 1::2] = heads + slots[:, : length // 2]
+    target = torch.where(gone > 0, target, token)
+    target = torch.where(token < count[:, None], target, width)
+    stands = token.new_ones(groups, length, dtype=torch.bool)
+    stands[:, ::2] = unmerged
+    place = torch.where(stands, target, width)
+    anchor = token.new_zeros(groups, width + 1).scatter(1, place, token)[:, :width]
+    rows = torch.arange(width, device=device)
+    return target, torch.where(rows < count[:, None] - gone, anchor, 0)
+
+
+def bipartite_merge(
+    metric: Tensor,
+    counts: Sequence[int],
+    plans: Sequence[Sequence[int]],
+    *,
+    size: Tensor | None = None,
+    order: Order = "similarity",
+    protected: int = 0,
+) -> Merge:
+    """Merge each group step by step; later steps compare the means of what earlier ones merged.
+
+    metric: [G, t, C]. counts: tokens of each group. plans: per group the tokens to merge away at every step; a step
+    takes at most half of the tokens that can merge. size: [G, t] what the tokens stand for: means are weighted by it
+    and sizes add up; without it every step averages plainly, so that a merged token counts once (sizes then count
+    input tokens). order, protected: as in `merge_step`; protected tokens need the order "index" to stay in front.
+    """
+    groups, length, _ = metric.shape
+    device, now = metric.device, list(counts)
+    target = torch.arange(length, device=device).expand(groups, -1)
+    anchor, weighted = target, size is not None
+    present = target < torch.tensor(now, device=device)[:, None]
+    mass = present.float() if size is None else torch.where(present, size.float(), 0.0)
+    weight = present.float()
+    steps = max(map(len, plans), default=0)
+    for step in range(steps):
+        wanted = [plan[step] if step < len(plan) else 0 for plan in plans]
+        gone = [max(0, min(r, (n - protected) // 2)) for n, r in zip(now, wanted, strict=True)]
+        into, stands = merge_step(metric, now, gone, order=order, protected=protected)
+        now = [n - r for n, r in zip(now, gone, strict=True)]
+        width = stands.shape[1]
+        part = mass if weighted else (mass > 0).float()
+        total = _sums(part, into, width + 1)
+        share = part / total.gather(1, into).clamp(min=torch.finfo(torch.float32).tiny)
+        if step + 1 < steps:
+            metric = merge_rows(metric.float(), into, share, width)
+        # A token behind its group's end stays behind it: the spare row of the last step has no weight in this one.
+        inside = target.clamp(max=into.shape[1] - 1)
+        weight = weight * share.gather(1, inside)
+        target = torch.where(present, into.gather(1, inside), width)
+        anchor = anchor.gather(1, stands)
+        mass = _sums(mass, into, width + 1)[:, :width]
+    width = anchor.shape[1]
+    left = torch.arange(width, device=device) < torch.tensor(now, device=device)[:, None]
+    return Merge(torch.where(present, target, width), weight, torch.where(left, anchor, 0), mass, tuple(now))
+
+
+def merge_rows(x: Tensor, target: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Weighted sums of the rows that merge: x [G, t, D] -> [G, rows, D] in x's type, summed in float32.
+
+    target: [G, t], tokens with target `rows` go nowhere. weight: [G, t]. Streams over the channels.
+    """
+    groups, length, width = x.shape
+    place = (target + (rows + 1) * torch.arange(groups, device=x.device)[:, None]).flatten()
+    parts = []
+    for part in torch.split(x, max(1, BLOCK // max(1, groups * length)), dim=2):
+        scaled = (part.float() * weight[..., None]).flatten(0, 1)
+        sums = scaled.new_zeros(groups * (rows + 1), part.shape[2]).index_add(0, place, scaled)
+        parts.append(sums.view(groups, rows + 1, -1)[:, :rows].to(x.dtype))
+    return torch.cat(parts, dim=2) if parts else x.new_zeros(groups, rows, width)
+
+
+def unmerge(x: Tensor, target: Tensor) -> Tensor:
+    """Give every token the row it ended in: x [G, K, D], target [G, t] -> [G, t, D]; zeros where target is K."""
+    spare = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    return spare.gather(1, target[..., None].expand(-1, -1, x.shape[2]))
+
+
+def group_places(group: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+    """Where the tokens of every group lie, so that groups of all items can be handled side by side.
+
+    group: [I, N] numbers of each item's groups, 0 and up. mask: [I, N] bool, False belongs to no group. sizes: tokens
+    of each group of each item; empty groups are left out. Returns [G, t] places in the flattened [I * N], in token
+    order; 0 behind a group's end.
+
+    >>> group_places(torch.tensor([[0, 1, 0, 1, 1]]), torch.ones(1, 5, dtype=torch.bool), [[2, 3]]).tolist()
+    [[0, 2, 0], [1, 3, 4]]
+    """
+    width, device = group.shape[1], group.device
+    last = max(map(len, sizes), default=0)
+    order = torch.where(mask, group, last).argsort(dim=1, stable=True)
+    order = (order + width * torch.arange(len(sizes), device=device)[:, None]).flatten()
+    starts = [i * width + sum(row[:g]) for i, row in enumerate(sizes) for g in range(len(row)) if row[g]]
+    counts = [count for row in sizes for count in row if count]
+    first, count = torch.tensor(starts, device=device)[:, None], torch.tensor(counts, device=device)[:, None]
+    steps = torch.arange(max(counts, default=0), device=device)
+    inside = steps < count
+    return torch.where(inside, order[torch.where(inside, first + steps, 0)], 0)
+
+
+def _sums(values: Tensor, place: Tensor, width: int) -> Tensor:
+    return values.new_zeros(values.shape[0], width).scatter_add(1, place, values)
