@@ -2,7 +2,8 @@
 
 A case lies in a folder named after its method: caseN.json says where it comes from and what its tensors mean,
 caseN.safetensors holds them. The module golden_checks/<folder>.py recomputes the outputs: ``check(case, tensors)``
-returns name -> (tensor, rtol, atol), 0 and 0 asking for equality; INPUTS names what is given (names or prefixes).
+returns name -> (tensor, rtol, atol), 0 and 0 asking for equality; INPUTS names what is given (names or prefixes, or
+case -> those where one name is given in one case and asked for in another).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def checker(folder: str) -> Any:
     return module
 
 
-def given(module: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def given(module: Any, case: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs among a case's tensors."""
-    names = (*GIVEN, *getattr(module, "INPUTS", ()))
+    inputs = getattr(module, "INPUTS", ())
+    names = (*GIVEN, *(inputs[case] if isinstance(inputs, dict) else inputs))
     return {k: v for k, v in tensors.items() if any(k == name or k.startswith(name) for name in names)}
 
 
@@ -48,7 +50,7 @@ def differs(found: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
 
 def test_every_output_is_met(golden_case: Any) -> None:
     module, tensors = checker(golden_case.method), golden_case.tensors()
-    inputs = given(module, tensors)
+    inputs = given(module, golden_case.name, tensors)
     expected = {name: tensor for name, tensor in tensors.items() if name not in inputs}
     assert inputs
     assert expected
@@ -90,7 +92,7 @@ def test_a_checker_notices_a_fault(golden_case: Any) -> None:
         k: torch.randn(v.shape, generator=generator).to(v.dtype) * v.float().std(unbiased=False).to(v.dtype)
         if v.is_floating_point()
         else v
-        for k, v in given(module, tensors).items()
+        for k, v in given(module, golden_case.name, tensors).items()
     }
     found = module.check(golden_case.description(), wrong)
     assert any(differs(tensor, tensors[name], *limits) for name, (tensor, *limits) in found.items())
