@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class AnyResAdapter(LlavaAdapter):
     then the tiles stitched to one map of patches, without the margins that padded the picture to its tiling, every
     row of the map followed by a newline. An image of one crop is its patches and one newline.
     """
+
+    single_crop: ClassVar[bool] = False
 
     @property
     def side(self) -> int:

@@ -65,6 +65,7 @@ class InternVLAdapter(Adapter):
             has_cls=True,
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
+            width=config.text_config.hidden_size,
         )
 
     @property
@@ -130,8 +131,8 @@ def _join(context: VisionContext, counts: Sequence[int]) -> VisionContext:
     images = {count: _image(count, place, tile.crop_grid, tile.grid[1:]) for count in set(counts)}
 
     def join(values: Tensor) -> Tensor:
-        """[tiles, N] -> [I, Nmax]"""
-        return pad_sequence([part.flatten() for part in torch.split(values, list(counts))], batch_first=True)
+        """[tiles, N, ...] -> [I, Nmax, ...]"""
+        return pad_sequence([part.flatten(0, 1) for part in torch.split(values, list(counts))], batch_first=True)
 
     alive = context.alive
     if alive is not None:
@@ -145,7 +146,7 @@ def _join(context: VisionContext, counts: Sequence[int]) -> VisionContext:
         to_tokens=lambda values: [
             part.flatten(0, 1) for part in torch.split(torch.stack(context.to_tokens(values)), list(counts))
         ],
-        attention={layer: join(values) for layer, values in context.attention.items()},
+        attention={pair: join(values) for pair, values in context.attention.items()},
         alive=alive,
     )
 

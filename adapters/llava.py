@@ -32,9 +32,14 @@ class LlavaAdapter(Adapter):
     family = "llava"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
     towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP")
+    single_crop: ClassVar[bool] = True
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("llava", 24, 22, True, tuple(range(24)), 32),  # LLaVA-1.5-7B, CLIP-L/14-336
-        ModelSpec("llava", 27, 26, False, tuple(range(27)), 32),  # a SigLIP-So400m tower
+        ModelSpec(
+            "llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True
+        ),  # LLaVA-1.5-7B, CLIP-L/14-336
+        ModelSpec(
+            "llava", 27, 26, False, tuple(range(27)), 32, encoder_stages=True, single_crop=True
+        ),  # a SigLIP-So400m tower
     )
 
     def check(self) -> None:
@@ -72,6 +77,9 @@ class LlavaAdapter(Adapter):
             has_cls=TOWERS[config.vision_config.model_type],
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
+            encoder_stages=not self.joined and isinstance(index, int),
+            single_crop=self.single_crop,
+            width=config.text_config.hidden_size,
         )
 
     def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:

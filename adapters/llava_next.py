@@ -28,8 +28,10 @@ class LlavaNextAdapter(AnyResAdapter):
     family = "llava-next"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("llava-next", 24, 22, True, tuple(range(24)), 32),  # LLaVA-NeXT-7B, CLIP-L/14-336
-        ModelSpec("llava-next", 27, 26, False, tuple(range(27)), 32),  # a SigLIP-So400m tower
+        ModelSpec(
+            "llava-next", 24, 22, True, tuple(range(24)), 32, encoder_stages=True
+        ),  # LLaVA-NeXT-7B, CLIP-L/14-336
+        ModelSpec("llava-next", 27, 26, False, tuple(range(27)), 32, encoder_stages=True),  # a SigLIP-So400m tower
     )
 
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:

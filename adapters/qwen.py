@@ -58,6 +58,7 @@ class QwenVLAdapter(Adapter):
             full_attention_layers=self.full_attention_layers(depth),
             llm_layers=self.model.config.text_config.num_hidden_layers,
             mrope=True,
+            width=self.model.config.text_config.hidden_size,
         )
 
     def full_attention_layers(self, depth: int) -> tuple[int, ...]:

@@ -34,7 +34,10 @@ class Inside(Compressor):
     views: list[StageView] = field(default_factory=list, compare=False)
 
     name: ClassVar[str] = "inside"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan(self.at, self.needs, "compact")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -38,7 +39,10 @@ class Fails(Compressor):
     seen: list[int] = field(default_factory=list, compare=False)
 
     name: ClassVar[str] = "fails"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan((0, 2), Needs({1: Rows.CLS}, {1: Rows.LAST}), "preserve")
@@ -131,12 +135,21 @@ def test_an_exception_in_the_method_leaves_nothing_behind(clip: Any) -> None:
     assert (taps._taps, taps._users, taps._saved) == ({}, {}, {})
 
 
-def test_a_cache_is_closed_again_after_an_exception(clip: Any) -> None:
-    own = DynamicCache(config=clip.config.get_text_config())
-    with vtc.compress(clip, Fails()), pytest.raises(ZeroDivisionError):
-        prefill(clip, nullcontext(), **tiny_inputs(NAME, PAIR), past_key_values=own)
-    with pytest.raises(UnsupportedCall, match="attach the same method again"):
-        prefill(clip, nullcontext(), input_ids=torch.tensor([[7], [8]]), past_key_values=own)
+@pytest.mark.parametrize("turn", [0, 5])
+def test_the_callers_cache_is_plain_again_after_an_exception(clip: Any, turn: int) -> None:
+    """What a text turn left in it stays, what the failed prefill wrote goes, and the untouched model goes on with it."""
+    own, inputs = DynamicCache(config=clip.config.get_text_config()), tiny_inputs(NAME, PAIR)
+    with torch.no_grad():
+        if turn:
+            clip(input_ids=torch.full((2, turn), 9), past_key_values=own)
+        mask = torch.cat([torch.ones(2, turn, dtype=torch.long), inputs["attention_mask"]], dim=1)
+        inputs["attention_mask"] = mask
+        expected = clip(**inputs, past_key_values=copy.deepcopy(own)).logits
+        with vtc.compress(clip, Fails()), pytest.raises(ZeroDivisionError):
+            clip(**inputs, past_key_values=own)
+        assert type(own) is DynamicCache
+        assert own.get_seq_length() == turn
+        assert torch.equal(clip(**inputs, past_key_values=own).logits, expected)
 
 
 def test_an_attached_method_recovers_from_an_exception(clip: Any) -> None:
@@ -367,7 +380,10 @@ class Watches(Compressor):
     views: list[StageView] = field(default_factory=list, compare=False)
 
     name: ClassVar[str] = "watches"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan((0, 2, 3), Needs(), "preserve")

@@ -64,7 +64,10 @@ class Probe(Compressor):
     needs: Needs = field(default_factory=Needs)
 
     name: ClassVar[str] = "probe"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan(self.at, self.needs, "preserve")

@@ -372,8 +372,8 @@ def test_beams_share_one_encoding_in_order(clip: Any, monkeypatch: pytest.Monkey
     build = vtc.engine.build
 
     def in_turns(*args: Any, **kwargs: Any) -> Any:
-        table = build(*args, **kwargs)
-        return dataclasses.replace(table, source=torch.arange(len(table)) % 3)
+        table, separators = build(*args, **kwargs)
+        return dataclasses.replace(table, source=torch.arange(len(table)) % 3), separators
 
     monkeypatch.setattr(vtc.engine, "build", in_turns)
     assert not torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))

@@ -128,7 +128,10 @@ class Twice(Compressor):
     views: list[StageView] = field(default_factory=list, compare=False)
 
     name: ClassVar[str] = "twice"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan((2, 3), Needs(llm={1: Rows.LAST}), "preserve")

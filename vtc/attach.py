@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtc.budget import Budget
 from vtc.compressor import Compressor, Plan, Positions
@@ -60,6 +60,16 @@ class Handle:
     def trace(self) -> list[CallRecord]:
         """Kept and merged tokens of every call so far."""
         return self._engine.trace
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The method's learned parts, None for training-free methods."""
+        return self._engine.module
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the method added to the loss in the last forward pass; None where it adds nothing."""
+        return self._engine.auxiliary_loss
 
     @property
     def errors(self) -> list[Exception]:

@@ -51,6 +51,18 @@ class CompressedCache(DynamicCache):
         cache.shifts = {start: None for start in starts}
         return cache  # type: ignore[no-any-return]
 
+    def release(self, rows: int) -> None:
+        """Back to a plain cache with the first `rows` rows, for a caller whose forward pass raised."""
+        for layer in self.layers:
+            if rows and layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :rows], layer.values[:, :, :rows]
+            elif layer.is_initialized:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        for name in ("seen", "starts", "open", "masks", "shifts"):
+            delattr(self, name)
+        self.__class__ = DynamicCache
+
     def physical_length(self, layer_idx: int = 0) -> int:
         """Rows that layer `layer_idx` holds, padding included."""
         return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0

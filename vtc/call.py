@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +12,27 @@ from torch import Tensor
 from vtc.cache import CompressedCache
 from vtc.compressor import Positions, Selection, Stage
 from vtc.deepstack import Deepstack
+from vtc.errors import UnsupportedCall
 from vtc.items import ItemTable
 from vtc.ops.select import left_pack, take_last, take_rows
+from vtc.readings import LLMReading
 from vtc.trace import CallRecord, CallStats, ItemRecord, StageStats
+
+
+@dataclass(frozen=True, eq=False)
+class Visuals:
+    """What a chunk with visual tokens brings: items and their separators, [B, L] bool marks, host counts.
+
+    visual: tokens and separators. text: the question behind a row's first visual token, of at most `text_count`
+    tokens. row_counts: valid tokens of each row.
+    """
+
+    items: ItemTable
+    separators: ItemTable
+    visual: Tensor
+    text: Tensor
+    text_count: int
+    row_counts: Sequence[int]
 
 
 class Call:
@@ -21,6 +40,9 @@ class Call:
 
     source: [B, L] input position of each current row. valid: [B, L] bool or None when every row holds a token.
     logical: [..., B, L] the position ids the untouched model would use. row_counts: tokens per batch row, on the host.
+    seen: [B, L] bool, rows that later layers may attend to, None for all of them; weights: [B, L] how much their keys
+    count, None for one. memory: what the method carries from stage to stage.
+    adopted: rows that the cache held as a plain one before this call made it compressed, None if it was so already.
     """
 
     def __init__(
@@ -29,26 +51,34 @@ class Call:
         valid: Tensor | None,
         positions: Positions,
         cache: CompressedCache | None,
-        items: ItemTable | None = None,
-        visual: Tensor | None = None,
-        row_counts: list[int] | None = None,
+        visuals: Visuals | None = None,
         trace: bool = False,
+        adopted: int | None = None,
     ) -> None:
         self.batch, self.length = logical.shape[-2:]
         self.device = logical.device
         self.logical, self.valid, self.policy, self.cache = logical, valid, positions, cache
-        self.items, self.row_counts = items, list(row_counts or [])
-        self.visual = visual
+        self.adopted = adopted
+        self.items = visuals.items if visuals else None
+        self.separators = visuals.separators if visuals else None
+        self.row_counts = list(visuals.row_counts) if visuals else []
+        self.visual: Tensor | None = visuals.visual if visuals else None
+        self.text: Tensor | None = visuals.text if visuals else None
+        self.text_count = visuals.text_count if visuals else 0
+        self.seen: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.losses: list[Tensor] = []
+        self.memory: dict[Any, Any] = {}
         self.source = torch.arange(self.length, device=self.device).expand(self.batch, -1)
         self.sources: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self.llm_rows: dict[int, Tensor] = {}
+        self.llm_rows: dict[tuple[int, LLMReading], Tensor] = {}
         self.deepstack: Deepstack | None = None
         self.pruned = False
         self.group = 0
         self.group_inputs: tuple[Any, Any] = (None, None)  # attention mask and rotary phases of the current group
         self.groups: list[tuple[int, int, list[int]]] = []  # first layer, rows, visual tokens per batch row
         self.stages: list[StageStats] = []
-        self.record = self._new_record() if trace and items is not None else None
+        self.record = self._new_record() if trace and visuals else None
         self.first, self.last = self._ends()
 
     @property
@@ -66,38 +96,77 @@ class Call:
         """Follow the hidden states of a split model to the next device."""
         if self.source.device == device:
             return
-        for name in ("logical", "valid", "visual", "source", "first", "last"):
+        for name in ("logical", "valid", "visual", "text", "source", "first", "last", "seen", "weights"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
         self.llm_rows = {layer: rows.to(device) for layer, rows in self.llm_rows.items()}
-        if self.items is not None:
-            self.items = self.items.to(device)
+        if self.items is not None and self.separators is not None:
+            self.items, self.separators = self.items.to(device), self.separators.to(device)
         if self.deepstack is not None:
             self.deepstack = self.deepstack.to(device)
 
     # --- pruning
     def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:
         """Carry out a selection: replace rows, drop the others, pack what is left to the right. Returns [B, L', D]."""
-        items = self.items
-        assert items is not None and self.visual is not None
+        items, separators = self.items, self.separators
+        assert items is not None and separators is not None and self.visual is not None and self.text is not None
         keep = selection.keep & items.mask
-        counts = list(selection.counts) if selection.counts is not None else keep.sum(1).tolist()
+        counts, fixed, stay = self._counts(selection, keep)
         before, rows_before = sum(items.row_totals(self.batch)), self.rows
         if selection.tokens is not None:
             hidden = items.scatter(selection.tokens, hidden, where=keep)
         self._note_merge(stage, selection, keep)
-        dropped = [now - left for now, left in zip(items.counts, counts, strict=True)]
-        index, moved = self._pack(items.scatter(keep, self.valid_rows()), items.rows, dropped)
-        self.items = items.kept(keep, counts, moved)
-        self.source, self.logical = take_last(self.source, index), take_last(self.logical, index)
-        self.visual = take_last(self.visual, index)
-        self.llm_rows = {layer: take_last(rows, index) for layer, rows in self.llm_rows.items()}
-        if self.deepstack is not None:
-            self.deepstack = self.deepstack.take(index)
-        self.pruned = True
+        self._soften(stage, selection)
+        self.losses += [] if selection.loss is None else [selection.loss]
+        dropped = [a + b - c - d for a, b, c, d in zip(items.counts, items.fixed, counts, fixed, strict=True)]
+        if any(dropped) or (selection.hide is None and selection.weights is None):
+            rows = separators.scatter(stay, items.scatter(keep, self.valid_rows()))
+            index, moved = self._pack(rows, items.rows, dropped)
+            self.items = replace(items.kept(keep, counts, moved), fixed=fixed)
+            self.separators = replace(separators.kept(stay, fixed, moved), fixed=fixed)
+            self.source, self.logical = take_last(self.source, index), take_last(self.logical, index)
+            self.visual, self.text = take_last(self.visual, index), take_last(self.text, index)
+            self.seen = None if self.seen is None else take_last(self.seen, index)
+            self.weights = None if self.weights is None else take_last(self.weights, index)
+            self.llm_rows = {key: take_last(rows, index) for key, rows in self.llm_rows.items()}
+            if self.deepstack is not None:
+                self.deepstack = self.deepstack.take(index)
+            hidden = take_rows(hidden, index)
+            self.pruned = True
         self.stages.append(StageStats(stage, rows_before, self.rows, before, before - sum(dropped)))
         self.note_stage(stage)
-        return take_rows(hidden, index)
+        return hidden
+
+    def _counts(self, selection: Selection, keep: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+        """Tokens and separators left of each item on the host, and [I, M] which separators stay."""
+        assert self.items is not None and self.separators is not None
+        mask = self.separators.mask
+        if selection.separators is None:
+            stay, fixed = mask, self.items.fixed
+        elif selection.separators is False:
+            stay, fixed = torch.zeros_like(mask), (0,) * len(self.items)
+        else:
+            stay, fixed = selection.separators & mask, None
+        if selection.counts is not None and fixed is not None:
+            return tuple(selection.counts), fixed, stay
+        counted, left = torch.stack([keep.sum(1), stay.sum(1)]).tolist()
+        return tuple(counted if selection.counts is None else selection.counts), tuple(left), stay
+
+    def _soften(self, stage: Stage, selection: Selection) -> None:
+        """Note hidden tokens and soft masks for the layers to come."""
+        assert self.items is not None
+        if selection.hide is not None:
+            before = self.valid_rows() if self.seen is None else self.seen
+            self.seen = before & ~self.items.scatter(selection.hide, torch.zeros_like(before))
+        if selection.weights is None:
+            return
+        if stage == 0 or self.cache is not None:
+            raise UnsupportedCall(
+                f"soft masks at stage {stage} of a call {'without' if self.cache is None else 'with'} a cache; they "
+                "are for training, inside the LLM and with use_cache=False"
+            )
+        rows = self.items.scatter(selection.weights, torch.ones_like(self.source, dtype=torch.float32))
+        self.weights = rows if self.weights is None else self.weights * rows
 
     def _pack(self, keep: Tensor, rows: Sequence[int], dropped: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Where every new row comes from, and where every old one went; drops each item's `dropped` tokens."""
@@ -121,9 +190,10 @@ class Call:
         self.groups.append((group, self.rows, totals))
         self.sources[group] = (self.source, self.valid)
         positions = self._positions(group)
+        mask = self.valid if self.seen is None else self.seen & self.valid_rows()
         if self.cache is None:
-            return positions, self.valid
-        return positions, self.cache.extend(group, self.valid, self.batch, self.rows, device)
+            return positions, mask
+        return positions, self.cache.extend(group, mask, self.batch, self.rows, device)
 
     def _positions(self, group: int) -> Tensor:
         if self.policy == "preserve":

@@ -11,6 +11,7 @@ from vtc import adapters
 from vtc.compressor import CacheStage, Compressor, EncoderStage, ModelSpec, Stage
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.eval import tiny
+from vtc.readings import Reading
 from vtc.registry import METHODS, list_methods
 
 
@@ -41,15 +42,15 @@ def _method(cls: type[Compressor]) -> dict[str, Any]:
     for family, adapter in adapters.families().items():
         for reference in adapter.references:
             try:
-                plans[(family, reference.has_cls)] = (method.plan(reference), reference)
+                plans[family, reference.has_cls] = method.plan(reference)
             except UnsupportedMethod:
                 continue
     stages: dict[str, None] = {}
     needs: dict[str, None] = {}
-    for plan, reference in plans.values():
+    for plan in plans.values():
         stages |= dict.fromkeys(map(stage_name, plan.stages))
-        needs |= dict.fromkeys(_needs(plan.needs.vision, "vision", reference))
-        needs |= dict.fromkeys(_needs(plan.needs.llm, "llm", reference))
+        needs |= dict.fromkeys(_needs(plan.needs.vision_pairs, "vision"))
+        needs |= dict.fromkeys(_needs(plan.needs.llm_pairs, "llm"))
     text = inspect.cleandoc(cls.__doc__ or "")
     return {
         "name": cls.name,
@@ -58,15 +59,15 @@ def _method(cls: type[Compressor]) -> dict[str, Any]:
         "needs": list(needs),
         "trained": cls.trained,
         "families": sorted({family for family, _ in plans}),
-        "positions": sorted({plan.positions for plan, _ in plans.values()}),
+        "positions": sorted({plan.positions for plan in plans.values()}),
         "version": cls.version,
         "hyper_parameters": {f.name: _default(f) for f in dataclasses.fields(cls)},
         "description": text,
     }
 
 
-def _needs(rows: dict[int, Any], where: str, reference: ModelSpec) -> list[str]:
-    return [f"{where} attention ({kind})" for kind in sorted({row.value for row in rows.values()})]
+def _needs(pairs: Sequence[tuple[int, Reading]], where: str) -> list[str]:
+    return [f"{where} attention ({name})" for name in sorted({reading.name for _, reading in pairs})]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -7,18 +7,19 @@ supported model and hands over a `StageView` in which all items of the batch lie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.budget import Budget
 from vtc.errors import VTCError, unknown_name
 from vtc.ops.select import top_k, top_k_in_groups
+from vtc.readings import LLMReading, VisionReading
+from vtc.readings import Rows as Rows
 
 if TYPE_CHECKING:
     from vtc.items import ItemTable
@@ -28,7 +29,10 @@ Positions = Literal["preserve", "compact"]
 
 @dataclass(frozen=True)
 class EncoderStage:
-    """Before vision-encoder layer `layer` (0-based, at least 1): the later encoder layers run on fewer tokens."""
+    """Before vision-encoder layer `layer` (0-based, at least 1): the later encoder layers run on fewer tokens.
+
+    The layer behind the feature layer means before the projector.
+    """
 
     layer: int
 
@@ -47,20 +51,40 @@ PRE_LLM = 0
 AFTER_PREFILL = CacheStage()
 
 
-class Rows(Enum):
-    """Which attention rows of a layer a method reads; always softmax in float32 and the mean over heads."""
-
-    CLS = "cls"  # vision: what the class token pays to each patch
-    RECEIVED = "received"  # vision: what each patch receives, mean over all queries
-    LAST = "last"  # LLM: what the last prompt token pays to each token
-
-
 @dataclass(frozen=True)
 class Needs:
-    """Attention rows to record, by 0-based layer of the vision encoder and of the LLM."""
+    """What to record: 0-based layer of the vision encoder or of the LLM -> a reading or several."""
 
-    vision: dict[int, Rows] = field(default_factory=dict)
-    llm: dict[int, Rows] = field(default_factory=dict)
+    vision: Mapping[int, VisionReading | tuple[VisionReading, ...]] = field(default_factory=dict)
+    llm: Mapping[int, LLMReading | tuple[LLMReading, ...]] = field(default_factory=dict)
+
+    @property
+    def vision_pairs(self) -> tuple[tuple[int, VisionReading], ...]:
+        """(layer, reading) of everything recorded in the vision encoder."""
+        return tuple((layer, one) for layer, some in self.vision.items() for one in _each(some))
+
+    @property
+    def llm_pairs(self) -> tuple[tuple[int, LLMReading], ...]:
+        """(layer, reading) of everything recorded in the LLM."""
+        return tuple((layer, one) for layer, some in self.llm.items() for one in _each(some))
+
+    def __or__(self, other: Needs) -> Needs:
+        """Both together."""
+        return Needs(_grouped([*self.vision_pairs, *other.vision_pairs]), _grouped([*self.llm_pairs, *other.llm_pairs]))
+
+
+R = TypeVar("R")
+
+
+def _each(some: R | tuple[R, ...]) -> tuple[R, ...]:
+    return some if isinstance(some, tuple) else (some,)
+
+
+def _grouped(pairs: Sequence[tuple[int, R]]) -> dict[int, R | tuple[R, ...]]:
+    layers: dict[int, dict[R, None]] = {}
+    for layer, reading in pairs:
+        layers.setdefault(layer, {})[reading] = None
+    return {layer: tuple(readings) for layer, readings in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,8 @@ class ModelSpec:
 
     feature_layer: the encoder layer whose output is projected for the LLM. full_attention_layers: encoder layers in
     which a patch sees its whole image (all of them unless the encoder uses windows). mrope: multi-axis positions.
+    encoder_stages: methods may act inside the encoder, whatever the modality. single_crop: an image is one crop.
+    width: hidden size of the LLM, 0 where no model is loaded.
     """
 
     family: str
@@ -78,6 +104,9 @@ class ModelSpec:
     full_attention_layers: tuple[int, ...]
     llm_layers: int
     mrope: bool = False
+    encoder_stages: bool = False
+    single_crop: bool = False
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,12 +126,21 @@ class Selection:
     when they are known on the host; leave it out for data-dependent counts, at the price of one synchronisation.
     tokens: [I, N, D] replacement rows, read where `keep` is set (merging and pooling put the new token on an anchor).
     merged_into: [I, N] for every token the view position of the anchor that absorbed it, -1 where none did.
+    separators: [I, M] bool over `view.separators`, which of them stay (one synchronisation); False drops all of them,
+    None keeps them.
+    hide: [I, N] bool, tokens that stay in the sequence while no row of a later layer attends to them (a reference mode;
+    it saves nothing). weights: [I, N] in (0, 1], soft masks for training: the token's key counts so much in every
+    later layer, except for the token itself; multiplied over the stages. loss: added to `Handle.auxiliary_loss`.
     """
 
     keep: Tensor
     counts: Sequence[int] | None = None
     tokens: Tensor | None = None
     merged_into: Tensor | None = None
+    separators: Tensor | Literal[False] | None = None
+    hide: Tensor | None = None
+    weights: Tensor | None = None
+    loss: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,20 +148,27 @@ class StageView:
     """What a method sees at one stage. I items, N their largest token count, B batch rows of length L.
 
     stage: the stage reached. model: facts about the model. budget: None for methods without one. items: the table of
-    items and where their tokens lie. hidden: [B, L, D] rows entering the stage. visual, valid: [B, L] bool.
-    fingerprint: [I] int64 pixel keys.
+    items and where their tokens lie; separators: the same for their separators. hidden: [B, L, D] rows entering the
+    stage. visual, valid: [B, L] bool; text: [B, L] bool, the question behind the first visual token, without the
+    answer in training. fingerprint: [I] int64 pixel keys. memory: what the method left there at earlier stages of the
+    same call. module: its learned parts.
     """
 
     stage: Stage
     model: ModelSpec
     budget: Budget | None
     items: ItemTable
+    separators: ItemTable
     hidden: Tensor
     visual: Tensor
     valid: Tensor
+    text: Tensor
     fingerprint: Tensor
-    vision_rows: dict[int, Tensor] = field(default_factory=dict)
-    llm_rows: dict[int, Tensor] = field(default_factory=dict)
+    vision_rows: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
+    llm_rows: dict[tuple[int, LLMReading], Tensor] = field(default_factory=dict)
+    needs: Needs = field(default_factory=Needs)
+    memory: dict[Any, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -152,32 +197,63 @@ class StageView:
         layers = self.model.llm_layers
         return self._grant([self.budget.tokens_from_layer(n, layer, layers) for n in self.items.input_counts])
 
+    @property
+    def granted(self) -> tuple[int, ...]:
+        """Tokens of each item, separators included, that may enter an LLM layer in the mean over all layers."""
+        assert self.budget is not None, "this method was planned without a budget"
+        return tuple(self.budget.tokens(count) for count in self.items.input_counts)
+
     def _grant(self, granted: list[int]) -> tuple[int, ...]:
         columns = zip(granted, self.items.counts, self.items.fixed, strict=True)
         return tuple(min(now, max(1, total - fixed)) for total, now, fixed in columns)
 
-    def vision_attention(self, layer: int) -> Tensor:
-        """[I, N] attention of encoder layer `layer`, as the plan's Needs asked for it, packed to the LLM's tokens."""
-        return self.vision_rows[layer][self.items.source].gather(1, self.items.token)
+    def vision_attention(self, layer: int, reading: VisionReading | None = None) -> Tensor:
+        """[I, N] or [I, N, C] what the plan's Needs recorded of encoder layer `layer`, packed to the LLM's tokens.
 
-    def llm_attention(self, layer: int) -> Tensor:
-        """[I, N] attention that the needed row of LLM layer `layer` pays to the items' tokens."""
-        return self.llm_rows[layer][self.items.row[:, None], self.items.index]
+        reading: which of several.
+        """
+        rows = self.vision_rows[layer, reading or _only(self.needs.vision[layer])][self.items.source]
+        index = self.items.token
+        if rows.ndim == 2:
+            return rows.gather(1, index)
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+    def llm_attention(self, layer: int, reading: LLMReading | None = None) -> Tensor:
+        """[..., I, N] what was recorded of LLM layer `layer`, at the items' tokens. reading: which of several."""
+        rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
+        return rows[..., self.items.row[:, None], self.items.index]
+
+
+def _only(some: R | tuple[R, ...]) -> R:
+    (one,) = _each(some)
+    return one
 
 
 @dataclass(frozen=True)
 class Compressor(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the method's hyper-parameters.
 
-    name: registered name. version: raised whenever results change. trained: needs learned weights. needs_budget:
-    takes retention or keep. stages: where it acts on every model; override `plan` where that depends on the model.
+    name: registered name. version: raised whenever results change. trained: needs learned weights. stages: where it
+    acts on every model; override `plan` where that depends on the model.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     trained: ClassVar[bool] = False
-    needs_budget: ClassVar[bool] = True
     stages: ClassVar[tuple[Stage, ...]] = (PRE_LLM,)
+
+    @property
+    def needs_budget(self) -> bool:
+        """True when it takes retention or keep; override it where hyper-parameters can decide instead."""
+        return True
+
+    def keeps_all(self, budget: Budget | None, tokens: int) -> bool:
+        """True when an item of so many tokens passes whole; where all do, the model runs untouched, bit for bit."""
+        return budget is not None and budget.tokens(tokens) >= tokens
+
+    def module(self, model: ModelSpec) -> nn.Module | None:
+        """The learned parts with their weights; None for training-free methods."""
+        return None
 
     def plan(self, model: ModelSpec) -> Plan:
         """Stages, needs and position policy on this model; raises UnsupportedMethod where it cannot run.

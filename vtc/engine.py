@@ -21,7 +21,7 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
 from vtc.budget import Budget
 from vtc.cache import CompressedCache
-from vtc.call import Call
+from vtc.call import Call, Visuals
 from vtc.compiled import check_compiled
 from vtc.compressor import Compressor, Plan, Positions
 from vtc.deepstack import Deepstack
@@ -35,9 +35,11 @@ from vtc.inputs import (
     mask_2d,
     open_cache,
     placeholder_masks,
+    question_rows,
 )
-from vtc.items import ItemTable, build
+from vtc.items import build
 from vtc.layout import VisionContext
+from vtc.ops.attention import soft_mask
 from vtc.outputs import check_labels, spread
 from vtc.stages import StageRunner
 from vtc.trace import CallRecord, Stats
@@ -92,8 +94,12 @@ class Engine:
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
         self.spec = adapter.spec
         self.stats, self.trace, self.errors = Stats(), list[CallRecord](), list[Exception]()
-        self.stages = StageRunner(adapter, method, plan, budget)
-        self.recorder = VisionRecorder(adapter, plan.needs.vision, self.stages.encoder)
+        self.auxiliary_loss: Tensor | None = None
+        self.module = method.module(self.spec)
+        if self.module is not None:
+            self.module.to(adapter.model.device)
+        self.stages = StageRunner(adapter, method, plan, budget, self.module)
+        self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder)
         self.taps = self.stages.taps(adapter, functools.partial(lambda: self._state.call))
         self.placeholders = adapter.placeholders
         self._state = _State()
@@ -163,17 +169,17 @@ class Engine:
 
     @_guarded
     def _enter_llm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        items, totals = self._items(kwargs)
+        visuals = self._visuals(kwargs)
         if not isinstance(kwargs.get("past_key_values"), CompressedCache):
-            if items is None:
+            if visuals is None:
                 return None
-            if self.stages.keeps_all(items, self._state.contexts):
-                self._pass(kwargs, items, totals)
+            if self.stages.keeps_all(visuals.items, self._state.contexts):
+                self._pass(kwargs, visuals)
                 return None
         hidden: Tensor = kwargs["inputs_embeds"]
-        call = self._state.call = self._begin(kwargs, items, totals)
+        call = self._state.call = self._begin(kwargs, visuals)
         call.deepstack = Deepstack.pop(kwargs)
-        if items is not None:
+        if visuals is not None:
             hidden = self.stages.run(0, call, hidden, self._state.contexts)
         positions, mask = call.enter(0, hidden.device)
         if mask is None and call.cache is None:
@@ -200,13 +206,17 @@ class Engine:
             positions, mask = call.enter(index, hidden.device)
             config = self.adapter.language_model.config
             call.group_inputs = (
-                create_causal_mask(
-                    config=config,
-                    inputs_embeds=hidden,
-                    attention_mask=self._mask(mask, hidden),
-                    past_key_values=call.cache,
-                    position_ids=None,
-                    layer_idx=index,
+                self._soft(
+                    call,
+                    create_causal_mask(
+                        config=config,
+                        inputs_embeds=hidden,
+                        attention_mask=self._mask(mask, hidden),
+                        past_key_values=call.cache,
+                        position_ids=None,
+                        layer_idx=index,
+                    ),
+                    hidden,
                 ),
                 self.adapter.language_model.rotary_emb(hidden, positions),
             )
@@ -227,7 +237,11 @@ class Engine:
         if call is not None and call.cache is not None:
             call.cache.open = False
         if output is None:  # the forward pass raised
+            if call is not None and call.cache is not None and call.adopted is not None:
+                call.cache.release(call.adopted)
             return None
+        if call is not None and call.losses:
+            self.auxiliary_loss = torch.stack(call.losses).sum()
         if call is not None and call.items is not None:
             self.stages.evict(call, output.last_hidden_state, state.contexts)
         if noted is not None and noted.items is not None:
@@ -242,35 +256,35 @@ class Engine:
         return output
 
     # --- one call
-    def _items(self, kwargs: dict[str, Any]) -> tuple[ItemTable | None, list[int]]:
-        """The items of this call and the valid tokens of each row; one host synchronisation where media are carried."""
+    def _visuals(self, kwargs: dict[str, Any]) -> Visuals | None:
+        """What this call brings to look at; one host synchronisation where media are carried."""
         state = self._state
         state.contexts = state.contexts or tuple(self.recorder.contexts)
         self.recorder.contexts = []
         if state.placeholders is None:
-            return None, []
-        visual, totals = host_counts(state.placeholders, mask_2d(kwargs))
-        if not any(visual):
-            return None, totals
+            return None
+        valid, text = question_rows(state.placeholders, mask_2d(kwargs), state.labels)
+        counts, totals, longest = host_counts(state.placeholders, valid, text)
+        if not any(counts):
+            return None
         state.contexts = self.adapter.regroup(state.contexts, state.placeholders)
         kinds = {kind: place for place, kind in enumerate(self.placeholders)}
-        return build(state.placeholders, visual, state.contexts, kinds), totals
+        items, separators = build(state.placeholders, counts, state.contexts, kinds)
+        return Visuals(items, separators, state.placeholders.any(0), text, longest, totals)
 
-    def _begin(self, kwargs: dict[str, Any], items: ItemTable | None, totals: list[int]) -> Call:
+    def _begin(self, kwargs: dict[str, Any], visuals: Visuals | None) -> Call:
         hidden = kwargs["inputs_embeds"]
         batch, length = hidden.shape[:2]
-        mask = mask_2d(kwargs)
+        mask, before = mask_2d(kwargs), kwargs.get("past_key_values")
+        adopted = None if isinstance(before, CompressedCache) else 0 if before is None else before.get_seq_length()
         cache = open_cache(kwargs, self.adapter.language_model.config, self.stages.starts)
         kwargs["past_key_values"] = cache
         valid = mask[:, -length:].bool() if mask is not None and length > 1 else None
-        visual = None
-        if items is not None:
-            assert self._state.placeholders is not None
-            visual = self._state.placeholders.any(0)
-            valid = None if all(total == length for total in totals) else valid
+        if visuals is not None:
+            valid = None if all(total == length for total in visuals.row_counts) else valid
         seen, ids = cache.seen if cache is not None else 0, kwargs.get("position_ids")
         logical = logical_positions(ids, batch, length, seen, hidden.device, mrope=self.spec.mrope)
-        return Call(logical, valid, self.positions, cache, items, visual, totals, self.tracing)
+        return Call(logical, valid, self.positions, cache, visuals, self.tracing, adopted)
 
     def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         """A 2D mask as the model takes it; for one new token under SDPA the finished 4D mask, which saves a sync."""
@@ -278,16 +292,27 @@ class Engine:
             return mask
         return mask[:, None, None, :]
 
+    def _soft(self, call: Call, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """The mask with the soft masks of the call, if it has any, as an additive [B, 1, L, L]."""
+        if call.weights is None:
+            return mask
+        if self._attention() not in ("sdpa", "eager"):
+            raise UnsupportedCall(
+                f"soft masks need attention that takes an additive mask, not {self._attention()!r}; load the model "
+                "with attn_implementation='sdpa'"
+            )
+        return soft_mask(call.weights, mask, hidden.dtype)
+
     def _attention(self) -> str:
         return self.adapter.language_model.config._attn_implementation or ""
 
-    def _pass(self, kwargs: dict[str, Any], items: ItemTable, totals: list[int]) -> None:
+    def _pass(self, kwargs: dict[str, Any], visuals: Visuals) -> None:
         """Note a call whose budget keeps everything; the model runs it untouched."""
         mask, (batch, length) = mask_2d(kwargs), kwargs["inputs_embeds"].shape[:2]
-        device = items.row.device
+        device = visuals.visual.device
         valid = mask[:, -length:].bool().to(device) if mask is not None else None
         logical = logical_positions(None, batch, length, 0, device, mrope=False)
-        call = Call(logical, valid, self.positions, None, items, None, totals, self.tracing)
+        call = Call(logical, valid, self.positions, None, visuals, self.tracing)
         call.pass_through(self.stages.noted)
         self._state.untouched = call
 

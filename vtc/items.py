@@ -23,8 +23,9 @@ class ItemTable:
     as encoded. mask: [I, N] False behind an item's end (index and token hold harmless values there).
     source: [I] entry of the encoder's output (several rows share one under beams). positions: [I, Nin] input
     position of all its tokens, separators included. rows, sources: row and source on the
-    host. counts: selectable tokens now, fixed: separators that always stay, input_counts: tokens at input, all kinds;
-    on the host. layouts: geometry of each item.
+    host. counts: selectable tokens now, fixed: separators still there, input_counts: tokens at input, all kinds,
+    entered: selectable tokens that entered the LLM's first layer (before it: those of now); on the host. layouts:
+    geometry of each item.
     """
 
     row: Tensor
@@ -38,6 +39,7 @@ class ItemTable:
     counts: tuple[int, ...]
     fixed: tuple[int, ...]
     input_counts: tuple[int, ...]
+    entered: tuple[int, ...]
     layouts: tuple[VisualItem, ...]
 
     def __len__(self) -> int:
@@ -69,21 +71,16 @@ class ItemTable:
         values = pad_sequence([getattr(item, name) for item in self.layouts], batch_first=True)
         return torch.where(self.mask, values.to(self.token.device).gather(1, self.token), -1)
 
-    def selectable(self) -> ItemTable:
-        """The table without separator tokens."""
+    def split(self) -> tuple[ItemTable, ItemTable]:
+        """The tables of the tokens alone and of the separators alone."""
         if not any(self.fixed):
-            return self
+            return self, self._only(torch.zeros_like(self.mask), self.fixed)
         width = self.mask.shape[1]
         pad = torch.nn.functional.pad
         newline = torch.stack(
             [pad(item.newline.to(self.mask.device), (0, width - item.n_tokens)) for item in self.layouts]
         )
-        keep = self.mask & ~newline
-        length = max(self.counts)
-        order = front_pack(keep, length)
-        mask = torch.arange(length, device=keep.device) < torch.tensor(self.counts, device=keep.device)[:, None]
-        index, token = self.index.gather(1, order), self.token.gather(1, order)
-        return replace(self, index=torch.where(mask, index, 0), token=torch.where(mask, token, 0), mask=mask)
+        return self._only(self.mask & ~newline, self.counts), self._only(self.mask & newline, self.fixed)
 
     def scatter(self, values: Tensor, background: Tensor, where: Tensor | None = None) -> Tensor:
         """Write per-token `values` [I, N, ...] over `background` [B, L, ...] at the tokens' places.
@@ -100,12 +97,14 @@ class ItemTable:
 
     def kept(self, keep: Tensor, counts: Sequence[int], moved: Tensor) -> ItemTable:
         """The table after a stage: `keep` [I, N], its host counts, `moved` [B, L] new place of every old row."""
+        return self._only(keep & self.mask, counts, moved)
+
+    def _only(self, keep: Tensor, counts: Sequence[int], moved: Tensor | None = None) -> ItemTable:
         width = max(counts, default=0)
-        order = front_pack(keep & self.mask, width)
-        limit = torch.tensor(counts, device=keep.device)
-        mask = torch.arange(width, device=keep.device) < limit[:, None]
-        index = moved[self.row[:, None], self.index.gather(1, order)]
-        token = self.token.gather(1, order)
+        order = front_pack(keep, width)
+        mask = torch.arange(width, device=keep.device) < torch.tensor(counts, device=keep.device)[:, None]
+        index, token = self.index.gather(1, order), self.token.gather(1, order)
+        index = index if moved is None else moved[self.row[:, None], index]
         return replace(
             self,
             index=torch.where(mask, index, 0),
@@ -128,8 +127,8 @@ class _Entry:
 
 def build(
     placeholders: Tensor, counts: Sequence[int], contexts: Sequence[VisionContext], kinds: dict[Kind, int]
-) -> ItemTable:
-    """Assign the encoded items of all `contexts` to the placeholders of a batch.
+) -> tuple[ItemTable, ItemTable]:
+    """Assign the encoded items of all `contexts` to the placeholders of a batch: their tokens, and their separators.
 
     placeholders: [K, B, S] bool, one mask per kind in the order of `kinds`. counts: their [K * B] sums on the host.
     Items fill the rows in order; under beams or num_return_sequences each item serves several neighbouring rows.
@@ -168,12 +167,13 @@ def build(
         positions=torch.where(mask, index, 0),
         rows=tuple(entry.row for entry in entries),
         sources=tuple(entry.source for entry in entries),
-        counts=tuple(size - newlines for size, newlines in zip(sizes, fixed, strict=True)),
+        counts=(real := tuple(size - newlines for size, newlines in zip(sizes, fixed, strict=True))),
         fixed=fixed,
         input_counts=sizes,
+        entered=real,
         layouts=tuple(entry.layout for entry in entries),
     )
-    return table.selectable()
+    return table.split()
 
 
 def _assign(context: VisionContext, kind: int, per_row: list[int], source: int) -> list[_Entry]:

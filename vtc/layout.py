@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtc.readings import VisionReading
+
 Kind = Literal["image", "video"]
 Grid = tuple[int, int, int]
 """(frames or tiles, rows, columns) of a raster."""
@@ -58,7 +60,7 @@ class VisionContext:
     fingerprint: [I] int64, a key of each item's pixels (the same image gives the same key in any batch).
     to_tokens: pushes a per-patch quantity [crops, T, C] (T as the encoder emits it, class token included) through the
     model's own packing, one [n_i, C] tensor per item, NaN on newline tokens.
-    attention: encoder layer -> [I, Nmax] attention per token, as the method's Needs asked for it.
+    attention: (encoder layer, reading) -> [I, Nmax] or [I, Nmax, C] per token, as the method's Needs asked for it.
     alive: [I, Nmax] bool where an encoder stage removed tokens, with the surviving counts; None where none did.
     """
 
@@ -66,7 +68,7 @@ class VisionContext:
     items: list[VisualItem]
     fingerprint: Tensor
     to_tokens: Callable[[Tensor], list[Tensor]]
-    attention: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
     alive: tuple[Tensor, tuple[int, ...]] | None = None
 
     @property
@@ -75,7 +77,11 @@ class VisionContext:
         return sum(item.n_tokens for item in self.items)
 
     def pack(self, values: Tensor) -> Tensor:
-        """[crops, T] per-patch scalars -> [I, Nmax] per-token values, zero on newlines and behind an item's end."""
-        tokens = [item[:, 0] for item in self.to_tokens(values[..., None])]
+        """[crops, T] or [crops, T, C] per-patch values -> [I, Nmax] or [I, Nmax, C] per token.
+
+        Zero on newlines and behind an item's end.
+        """
+        tokens = self.to_tokens(values if values.ndim == 3 else values[..., None])
         packed = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        return packed.masked_fill(packed.isnan(), 0)
+        packed = packed.masked_fill(packed.isnan(), 0)
+        return packed if values.ndim == 3 else packed[..., 0]

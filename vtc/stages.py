@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.budget import Budget
 from vtc.call import Call
-from vtc.compressor import CacheStage, Compressor, EncoderStage, Plan, Rows, Selection, Stage, StageView
+from vtc.compressor import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.encoder_stage import EncoderStages
 from vtc.errors import UnsupportedMethod
 from vtc.items import ItemTable
 from vtc.layout import VisionContext
-from vtc.ops.attention import attention_rows
-from vtc.taps import AttentionCall, TapSet
+from vtc.readings import AttentionCall, LLMReading, QueryRows
+from vtc.taps import TapSet
 
 
 class StageRunner:
@@ -27,8 +28,11 @@ class StageRunner:
     trace lists what is left; what the encoder dropped shows at 0.
     """
 
-    def __init__(self, adapter: Adapter, method: Compressor, plan: Plan, budget: Budget | None) -> None:
+    def __init__(
+        self, adapter: Adapter, method: Compressor, plan: Plan, budget: Budget | None, module: nn.Module | None = None
+    ) -> None:
         self.method, self.plan, self.budget, self.spec = method, plan, budget, adapter.spec
+        self.module = module
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
         if len(after) > 1:
@@ -44,60 +48,67 @@ class StageRunner:
             )
         self.starts = tuple(sorted({0, *bounds}))
         inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
-        self.encoder = EncoderStages(adapter, method, inside, budget) if inside else None
+        self.encoder = EncoderStages(adapter, method, inside, budget, plan.needs, module) if inside else None
         self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *after]
 
     def taps(self, adapter: Adapter, current: functools.partial[Call | None]) -> TapSet:
         """Taps for the LLM rows the plan needs; `current` returns the call in progress."""
         attention = adapter.llm_attention
-        for rows in self.plan.needs.llm.values():
-            if rows is not Rows.LAST:
+        pairs = self.plan.needs.llm_pairs
+        for _, reading in pairs:
+            if not isinstance(reading, LLMReading):
                 raise UnsupportedMethod(
-                    f"LLM layers record {Rows.LAST.value!r} rows, {rows.value!r} was asked for; write {Rows.LAST}"
+                    f"{reading.name!r} was asked for of an LLM layer, but is a reading of the vision encoder; write "
+                    "Rows.LAST, for example"
                 )
-        return TapSet((attention[k], functools.partial(_record_last, k, current)) for k in self.plan.needs.llm)
+        return TapSet((attention[layer], functools.partial(_record, layer, one, current)) for layer, one in pairs)
 
     def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
         """True when the budget keeps every token of every item: then the model must stay untouched, bit for bit."""
-        if self.budget is None or any(context.alive is not None for context in contexts):
+        if any(context.alive is not None for context in contexts):
             return False
-        return all(self.budget.tokens(count) >= count for count in items.input_counts)
+        return all(self.method.keeps_all(self.budget, count) for count in items.input_counts)
 
     def run(self, stage: int, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:
         """Pass `stage`: [B, L, D] rows in, [B, L', D] rows out."""
         if stage == 0:
             hidden = _drop_encoded(call, hidden, contexts)
-        if stage not in self.inner:
-            if stage in self.noted:
-                call.note_stage(stage)
-            return hidden
-        selection = self.select(stage, call, hidden, contexts)
-        if selection is None:
+        selection = self.select(stage, call, hidden, contexts) if stage in self.inner else None
+        if selection is not None:
+            hidden = call.apply(stage, selection, hidden)
+        elif stage in self.noted:
             call.note_stage(stage)
-            return hidden
-        return call.apply(stage, selection, hidden)
+        if stage == 0 and call.items is not None:
+            call.items = dataclasses.replace(call.items, entered=call.items.counts)
+        return hidden
 
     def select(self, stage: Stage, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Selection | None:
         """Ask the method what to keep."""
-        items = call.items
-        assert items is not None and call.visual is not None
+        items, separators = call.items, call.separators
+        assert items is not None and separators is not None and call.visual is not None and call.text is not None
         device = hidden.device
         keys = torch.cat([context.fingerprint.to(device) for context in contexts])
-        vision = {
-            layer: _stack([context.attention[layer].to(device) for context in contexts])
-            for layer in self.plan.needs.vision
-        }
+        if stage == 0:
+            items = dataclasses.replace(items, entered=items.counts)
         view = StageView(
             stage=stage,
             model=self.spec,
             budget=self.budget,
             items=items,
+            separators=separators,
             hidden=hidden,
             visual=call.visual,
             valid=call.valid_rows(),
+            text=call.text,
             fingerprint=keys[items.source],
-            vision_rows=vision,
+            vision_rows={
+                pair: _stack([context.attention[pair].to(device) for context in contexts])
+                for pair in self.plan.needs.vision_pairs
+            },
             llm_rows=call.llm_rows,
+            needs=self.plan.needs,
+            memory=call.memory,
+            module=self.module,
         )
         return self.method.select(view)
 
@@ -123,18 +134,21 @@ class StageRunner:
             cache.evict(group, torch.cat([chunk.new_ones(call.batch, old), chunk], dim=1))
 
 
-def _record_last(layer: int, current: functools.partial[Call | None], attention: AttentionCall) -> None:
-    """Keep what the last token of each row pays to the rows of the current chunk."""
+def _record(layer: int, reading: LLMReading, current: functools.partial[Call | None], attention: AttentionCall) -> None:
+    """Read an attention call, keep what concerns the rows of the current chunk."""
     call = current()
     if call is None or call.items is None:
         return
+    assert call.visual is not None and call.text is not None
     valid = call.valid_rows()
     last = (torch.arange(call.rows, device=valid.device) * valid).amax(1, keepdim=True)
     mask = attention.mask
     if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say the same
         mask = call.valid if call.cache is None else call.cache.masks[call.group]
-    rows = attention_rows(attention.query, attention.key, last, attention.scaling, mask=mask, causal=True)
-    call.llm_rows[layer] = rows[:, 0, -call.rows :]
+    rows = QueryRows(valid, call.visual & valid, call.text & valid, call.text_count, last, mask)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and reading.differentiable):
+        values = reading.read(attention, rows)
+    call.llm_rows[layer, reading] = values[..., -call.rows :]
 
 
 def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:
@@ -155,6 +169,7 @@ def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
-    """[I_c, N_c] tables of several contexts as one [I, N], zero-padded."""
+    """[I_c, N_c, ...] tables of several contexts as one [I, N, ...], zero-padded."""
     width = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    flat = (0, 0) * (parts[0].ndim - 2)
+    return torch.cat([torch.nn.functional.pad(part, (*flat, 0, width - part.shape[1])) for part in parts])

@@ -10,31 +10,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.errors import UnsupportedModel
+from vtc.readings import AttentionCall
 
-Tap = Callable[["AttentionCall"], None]
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """Arguments of one attention call: query [B, Hq, Q, D], key [B, Hk, K, D] after rotary embedding, and its mask.
-
-    segments: [S + 1] ends of the sequences packed along Q, starting with 0, where one call serves several of them.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Any
-    scaling: float
-    causal: bool
-    segments: Tensor | None = None
-
+Tap = Callable[[AttentionCall], None]
 
 _lock = threading.Lock()
 _taps: dict[int, list[Tap]] = {}

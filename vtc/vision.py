@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtc.compressor import Compressor, Rows
+from vtc.compressor import Compressor, Needs
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.layout import Kind, VisionContext
-from vtc.ops.attention import attention_received, attention_rows
-from vtc.taps import AttentionCall, TapSet
+from vtc.readings import AttentionCall, LayerOutput, VisionReading
+from vtc.taps import TapSet
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
@@ -52,39 +53,42 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.last: dict[Kind, tuple[weakref.ref[Any], VisionContext]] = {}
         self.contexts: list[VisionContext] = []
-        self.rows: dict[int, list[Tensor]] = {}
+        self.rows: dict[tuple[int, VisionReading], list[Tensor]] = {}
         self.inside = False
 
 
 class VisionRecorder:
     """Describes every encoder call of one model while installed.
 
-    needs: encoder layer -> rows to record. stages: encoder stages to run, None for none. memo: keep outputs by the
+    needs: what to record. stages: encoder stages to run, None for none. memo: keep outputs by the
     identity of the pixel tensors and the other arguments, so that later calls on the same encode nothing.
     """
 
     def __init__(
-        self, adapter: Adapter, needs: dict[int, Rows], stages: EncoderStages | None = None, *, memo: bool = False
+        self, adapter: Adapter, needs: Needs, stages: EncoderStages | None = None, *, memo: bool = False
     ) -> None:
-        self.adapter, self.needs, self.stages = adapter, needs, stages
+        self.adapter, self.pairs, self.stages = adapter, needs.vision_pairs, stages
         self._state = _State()
         self._memo: dict[Any, tuple[Any, Any]] | None = {} if memo else None
         self._wrapped: list[tuple[str, Any, Any]] = []  # name, what lay on the backbone before, our wrapper
-        attention = list(adapter.vision_attention)
-        for layer, rows in needs.items():
+        self._hooks: list[Any] = []
+        attention, taps = list(adapter.vision_attention), list[tuple[Any, Any]]()
+        for layer, reading in self.pairs:
             if not 0 <= layer < len(attention):
                 raise UnsupportedMethod(
                     f"vision layer {layer} was asked for; the encoder of this {adapter.family} model has layers 0 to "
                     f"{len(attention) - 1}; choose among them"
                 )
-            if rows is Rows.CLS and not adapter.spec.has_cls:
+            if reading.needs_cls and not adapter.spec.has_cls:
                 raise UnsupportedMethod(
                     f"attention of the class token was asked for, but the encoder of this {adapter.family} model has "
                     "none; use Rows.RECEIVED"
                 )
-        self._taps = TapSet(
-            (attention[layer], functools.partial(self._tap, layer, rows)) for layer, rows in needs.items()
-        )
+            if not isinstance(reading, LayerOutput):
+                taps.append((attention[layer], functools.partial(self._tap, layer, reading)))
+        self._taps = TapSet(taps)
+        if stages is not None:
+            stages.recorded = lambda: {pair: self._joined(rows) for pair, rows in self._state.rows.items()}
 
     @property
     def contexts(self) -> list[VisionContext]:
@@ -108,6 +112,11 @@ class VisionRecorder:
     def install(self) -> None:
         """Wrap the feature methods and place the taps."""
         self._taps.install()
+        layers = list(self.adapter.vision_layers)
+        for layer, reading in self.pairs:
+            if isinstance(reading, LayerOutput):
+                hook = functools.partial(self._keep_output, layer, reading)
+                self._hooks.append(layers[layer].register_forward_hook(hook))
         if self.stages is not None:
             self.stages.install()
         backbone = self.adapter.backbone
@@ -133,6 +142,9 @@ class VisionRecorder:
             else:
                 own[name] = before
         self._wrapped = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if self.stages is not None:
             self.stages.remove()
         self._taps.remove()
@@ -183,11 +195,11 @@ class VisionRecorder:
         context = context_of(output)
         if context is None:
             context = self.adapter.describe(kind, _bound(function, args, kwargs), output)
-            context.attention = {layer: context.pack(self._collect(layer)) for layer in self.needs}
+            context.attention = {pair: context.pack(self._collect(*pair)) for pair in self.pairs}
             if self.stages is not None:
                 context.alive = self.stages.alive(context)
             setattr(output, MARK, context)
-        missing = sorted(set(self.needs) - set(context.attention))
+        missing = sorted({layer for layer, _ in set(self.pairs) - set(context.attention)})
         if missing:
             raise UnsupportedCall(
                 f"these features were encoded without the attention of vision layers {missing}; name every method that "
@@ -199,23 +211,26 @@ class VisionRecorder:
         return output
 
     @torch.no_grad()  # scores, not features: a graph would hold a whole attention matrix per layer
-    def _tap(self, layer: int, rows: Rows, call: AttentionCall) -> None:
-        if rows is Rows.CLS:
-            first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device)
-            values = attention_rows(call.query, call.key, first, call.scaling, mask=call.mask)[:, 0]
-        else:
-            values = attention_received(call.query, call.key, call.scaling, mask=call.mask, segments=call.segments)
-        self._state.rows.setdefault(layer, []).append(values)
+    def _tap(self, layer: int, reading: VisionReading, call: AttentionCall) -> None:
+        self._state.rows.setdefault((layer, reading), []).append(reading.read(call))
 
-    def _collect(self, layer: int) -> Tensor:
-        rows = self._state.rows.get(layer)
+    def _keep_output(self, layer: int, reading: VisionReading, module: Any, args: Any, output: Any) -> None:
+        hidden: Tensor = (output[0] if isinstance(output, tuple) else output).detach()
+        hidden = hidden[None] if self.adapter.packed else hidden
+        self._state.rows.setdefault((layer, reading), []).append(hidden)
+
+    def _joined(self, rows: list[Tensor]) -> Tensor:
+        # A packed encoder calls attention segment by segment, [1, segment] each; any other crop by crop.
+        return torch.cat(rows, dim=1 if self.adapter.packed else 0)
+
+    def _collect(self, layer: int, reading: VisionReading) -> Tensor:
+        rows = self._state.rows.get((layer, reading))
         if not rows:
             raise UnsupportedMethod(
                 f"vision layer {layer} did not run, the encoder stops before it; ask for layers up to "
                 f"{self.adapter.spec.feature_layer}, whose output is the features"
             )
-        # A packed encoder calls attention segment by segment, [1, segment] each; any other crop by crop.
-        values = torch.cat(rows, dim=1 if self.adapter.packed else 0)
+        values = self._joined(rows)
         return values if self.stages is None else self.stages.expand(layer, values)
 
 
@@ -250,14 +265,7 @@ class SharedEncoder:
     """Encode once, compress many times: see `vtc.share_encoder`. methods: all that will be attached meanwhile."""
 
     def __init__(self, adapter: Adapter, methods: Iterable[Compressor]) -> None:
-        needs: dict[int, Rows] = {}
-        for method in methods:
-            for layer, rows in method.plan(adapter.spec).needs.vision.items():
-                if needs.setdefault(layer, rows) is not rows:
-                    raise UnsupportedMethod(
-                        f"{method.name!r} needs {rows.value!r} attention of vision layer {layer}, another method needs "
-                        f"{needs[layer].value!r}; share the encoder between methods that agree"
-                    )
+        needs = functools.reduce(operator.or_, (method.plan(adapter.spec).needs for method in methods), Needs())
         self._recorder = VisionRecorder(adapter, needs, memo=True)
 
     def clear(self) -> None:

@@ -45,7 +45,10 @@ class Looking(Compressor):
     views: list[StageView] = field(default_factory=list, compare=False)
 
     name: ClassVar[str] = "looking"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan((0,), self.needs, "preserve")

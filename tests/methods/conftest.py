@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.budget import Budget
-from vtc.compressor import ModelSpec, Selection, StageView
+from vtc.compressor import ModelSpec, Needs, Rows, Selection, StageView, _grouped
 from vtc.items import build
 from vtc.layout import VisionContext, VisualItem
 
@@ -74,13 +74,16 @@ def shape() -> type[Shape]:
 def make_view() -> Callable[..., StageView]:
     """Build the view of a batch that holds items of the given shapes, up to two in a row, text around them.
 
-    shapes: (rows, columns) or Shape. vision: layer -> one [n] tensor per item. budget: retention= or keep=.
+    shapes: (rows, columns) or Shape. vision: layer, or (layer, reading) -> one [n] or [n, C] tensor
+    per item. llm: (layer, reading) -> [..., B, L]. budget: retention= or keep=.
     """
 
     def make(
         shapes: Sequence[Any],
         *,
-        vision: dict[int, Sequence[Tensor]] | None = None,
+        vision: dict[Any, Sequence[Tensor]] | None = None,
+        llm: dict[Any, Tensor] | None = None,
+        stage: Any = 0,
         spec: ModelSpec = CLIP_L,
         seed: int = 0,
         **budget: Any,
@@ -97,18 +100,24 @@ def make_view() -> Callable[..., StageView]:
             for item in row:
                 visual[index, place : place + item.n_tokens] = True
                 place += item.n_tokens + 1
-        table = build(visual[None], visual.sum(1).tolist(), [context], {"image": 0})
+        table, separators = build(visual[None], visual.sum(1).tolist(), [context], {"image": 0})
+        default = Rows.CLS if spec.has_cls else Rows.RECEIVED
+        recorded = {key if isinstance(key, tuple) else (key, default): v for key, v in (vision or {}).items()}
         pad = torch.nn.utils.rnn.pad_sequence
         return StageView(
-            stage=0,
+            stage=stage,
             model=spec,
             budget=Budget(**budget) if budget else None,
             items=table,
+            separators=separators,
             hidden=torch.randn(len(rows), length, 6, generator=generator),
             visual=visual,
             valid=valid,
+            text=valid & ~visual & (visual.cumsum(1) > 0),
             fingerprint=context.fingerprint[table.source],
-            vision_rows={layer: pad(list(values), batch_first=True) for layer, values in (vision or {}).items()},
+            vision_rows={key: pad(list(values), batch_first=True) for key, values in recorded.items()},
+            llm_rows=llm or {},
+            needs=Needs(_grouped(list(recorded)), _grouped(list(llm or {}))),
         )
 
     return make

@@ -70,13 +70,44 @@ def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: 
     return total
 
 
-def _rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Tensor:
+def attention_sums(
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Weighted sums of attention rows: softmax attention, mean over heads, times weights, summed over the queries.
+
+    weights: [G, B, Q], one weight per query and sum. Other shapes as in `attention_rows`; returns [G, B, K] float32.
+    Streams over the queries: memory is [B, H, chunk, K].
+    """
+    batch, length = query.shape[0], query.shape[2]
+    total = query.new_zeros(weights.shape[0], batch, key.shape[2], dtype=torch.float32)
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        rows = torch.arange(start, end, device=query.device).expand(batch, -1)
+        part = _rows(query, key, rows, scaling, mask, causal)
+        total = total + torch.einsum("gbq,bqk->gbk", weights[..., start:end].float(), part)
+    return total
+
+
+def attention_logits(
+    query: Tensor, key: Tensor, rows: Tensor, scaling: float, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Scaled products of the chosen query rows with all keys, per head, in float32: [B, Hq, R, K].
+
+    Arguments as in `attention_rows`; what the mask or causality hides is the lowest float.
+    """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     index = rows[:, None, :, None]
     q = query.gather(2, index.expand(batch, heads, -1, width)).view(batch, groups, heads // groups, -1, width)
     logits = torch.matmul(q, key.unsqueeze(2).transpose(-1, -2)).float() * scaling
-    logits = logits.flatten(1, 2)  # [B, Hq, R, K]
+    logits = logits.flatten(1, 2)
     lowest = torch.finfo(torch.float32).min
     if mask is not None and mask.ndim == 4:
         picked = mask.expand(batch, mask.shape[1], length, -1)[..., :keys]
@@ -87,4 +118,24 @@ def _rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor
     if causal:
         visible = torch.arange(keys, device=query.device) <= index + (keys - length)
         logits = logits.masked_fill(~visible, lowest)
-    return logits.softmax(-1).mean(1)
+    return logits
+
+
+def soft_mask(weights: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask [B, 1, L, L] in which key j counts weights[j] times, and fully for its own query.
+
+    weights: [B, L] in (0, 1], at least 1e-6 is used. mask: [B, 1, L, L] bool or additive, None for plain causality.
+    ``P_ij = exp(l_ij) G_ij / sum_k exp(l_ik) G_ik`` with ``G_ij = weights[j]`` for i != j and ``G_ii = 1``.
+    """
+    length = weights.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=weights.device)
+    bias = weights.float().clamp(min=1e-6).log()[:, None, None, :].masked_fill(own, 0)
+    if mask is None:
+        mask = torch.ones_like(own).tril()[None, None]
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(dtype).min).to(dtype)
+    return (bias + mask.float()).clamp(min=torch.finfo(dtype).min).to(dtype)
+
+
+def _rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Tensor:
+    return attention_logits(query, key, rows, scaling, mask=mask, causal=causal).softmax(-1).mean(1)

@@ -36,7 +36,11 @@ class FixedKeep(Compressor):
     static: bool = True
 
     name: ClassVar[str] = "fixed_keep"
-    needs_budget: ClassVar[bool] = False
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
+
     default_positions: ClassVar[Positions] = "preserve"
 
     def plan(self, model: ModelSpec) -> Plan:

@@ -1,0 +1,194 @@
+"""What a method may record of an attention layer: rows of its attention matrix, its keys, or its output.
+
+A reading is a small frozen dataclass that turns the queries and keys of one attention call into the few numbers a
+method needs, so that no layer ever returns its attention matrix. The ready ones are in `Rows`; a method with needs of
+its own subclasses `VisionReading` or `LLMReading` in its own file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.ops.attention import attention_logits, attention_received, attention_rows, attention_sums
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Arguments of one attention call: query [B, Hq, Q, D], key [B, Hk, K, D] after rotary embedding, and its mask.
+
+    segments: [S + 1] ends of the sequences packed along Q, starting with 0, where one call serves several of them.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Any
+    scaling: float
+    causal: bool
+    segments: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QueryRows:
+    """The rows of the current chunk that an LLM reading may ask about.
+
+    valid, visual, text: [B, L] bool; padding is not valid, separators count as visual, text is the question: what
+    follows a row's first visual token and is neither visual nor, in training, part of the answer. text_count: no row
+    has more text than this (known on the host). last: [B, 1] place of the last valid row. mask: as `attention_rows`
+    takes it.
+    """
+
+    valid: Tensor
+    visual: Tensor
+    text: Tensor
+    text_count: int
+    last: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reading(ABC):
+    """What to record of a layer. name: for tables and messages. differentiable: recorded with its autograd graph."""
+
+    name: ClassVar[str]
+    differentiable: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class VisionReading(Reading):
+    """Something recorded of a vision encoder's attention. needs_cls: only encoders with a class token have it."""
+
+    needs_cls: ClassVar[bool] = False
+
+    @abstractmethod
+    def read(self, attention: AttentionCall) -> Tensor:
+        """[crops, T] or [crops, T, C] for the T rows of the encoder, the class token included."""
+
+
+@dataclass(frozen=True)
+class LLMReading(Reading):
+    """Something recorded of an LLM layer's attention while the prompt passes through it."""
+
+    @abstractmethod
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        """[..., B, K] over the keys; the engine cuts out those of the current chunk."""
+
+
+def _class_rows(attention: AttentionCall) -> Tensor:
+    """[crops, 1] places of the class token."""
+    return torch.zeros(attention.query.shape[0], 1, dtype=torch.long, device=attention.query.device)
+
+
+@dataclass(frozen=True)
+class ClassRow(VisionReading):
+    """Softmax attention of the class token to every key, mean over heads; the row sums to one."""
+
+    name: ClassVar[str] = "cls"
+    needs_cls: ClassVar[bool] = True
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        rows = _class_rows(attention)
+        return attention_rows(attention.query, attention.key, rows, attention.scaling, mask=attention.mask)[:, 0]
+
+
+@dataclass(frozen=True)
+class ClassToPatches(VisionReading):
+    """As `ClassRow` with the softmax over the patches alone, without the class token's own key (which reads 0)."""
+
+    name: ClassVar[str] = "cls to patches"
+    needs_cls: ClassVar[bool] = True
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        logits = attention_logits(
+            attention.query, attention.key, _class_rows(attention), attention.scaling, mask=attention.mask
+        )
+        weights = logits[:, :, 0, 1:].softmax(-1).mean(1)
+        return torch.nn.functional.pad(weights, (1, 0))
+
+
+@dataclass(frozen=True)
+class ClassLogits(VisionReading):
+    """Scaled products of the class token's query with every key before the softmax, mean over heads."""
+
+    name: ClassVar[str] = "cls logits"
+    needs_cls: ClassVar[bool] = True
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        rows = _class_rows(attention)
+        return attention_logits(attention.query, attention.key, rows, attention.scaling).mean(1)[:, 0]
+
+
+@dataclass(frozen=True)
+class Received(VisionReading):
+    """Softmax attention every key receives, mean over heads and over all queries, the class token's included."""
+
+    name: ClassVar[str] = "received"
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        query, key, scaling, mask = attention.query, attention.key, attention.scaling, attention.mask
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:  # some rows are padding
+            real = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+            share = real / real.sum(1, keepdim=True)
+            return attention_sums(query, key, share[None], scaling, mask=real)[0]
+        return attention_received(query, key, scaling, mask=mask, segments=attention.segments)
+
+
+@dataclass(frozen=True)
+class Keys(VisionReading):
+    """The key vectors, heads concatenated (after rotary embedding where the encoder has one)."""
+
+    name: ClassVar[str] = "keys"
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        return attention.key.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class LayerOutput(VisionReading):
+    """The hidden states that leave the encoder layer."""
+
+    name: ClassVar[str] = "hidden states"
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        raise NotImplementedError("recorded from the layer's output, not from its attention")
+
+
+@dataclass(frozen=True)
+class LastRow(LLMReading):
+    """Softmax attention of each row's last valid token, mean over heads: [B, K]."""
+
+    name: ClassVar[str] = "last"
+
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        query, key = attention.query, attention.key
+        return attention_rows(query, key, rows.last, attention.scaling, mask=rows.mask, causal=True)[:, 0]
+
+
+@dataclass(frozen=True)
+class GroupSums(LLMReading):
+    """Softmax attention, mean over heads, summed over the text rows and over the visual rows: [2, B, K]."""
+
+    name: ClassVar[str] = "text and visual rows"
+    differentiable: ClassVar[bool] = True
+
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        groups = torch.stack([rows.text, rows.visual])
+        query, key = attention.query, attention.key
+        return attention_sums(query, key, groups.float(), attention.scaling, mask=rows.mask, causal=True)
+
+
+class Rows:
+    """The ready readings."""
+
+    CLS = ClassRow()
+    CLS_PATCHES = ClassToPatches()
+    CLS_LOGITS = ClassLogits()
+    RECEIVED = Received()
+    KEYS = Keys()
+    HIDDEN = LayerOutput()
+    LAST = LastRow()
+    GROUP_SUMS = GroupSums()
