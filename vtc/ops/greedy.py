@@ -1,0 +1,159 @@
+"""Greedy choice of diverse tokens: one token per step, the choice for fewer tokens is the beginning of that for more.
+
+All items walk together; an item that is to keep fewer tokens than its neighbours ignores the end of its order. A step
+costs one product of the tokens with a vector, [N, D] x [D]; the N x N similarities never exist. Similarity is the
+cosine, in float32; features of half precision and a copy with unit length are all that is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096
+PAIRS = 2**24
+RANK = 1e-5
+
+
+def best(scores: Tensor, mask: Tensor) -> Tensor:
+    """[I] place of the highest score among the unmasked of each row, the lower one of equals; [I, N] -> [I].
+
+    >>> best(torch.tensor([[1.0, 3.0, 3.0, 9.0]]), torch.tensor([[True, True, True, False]])).tolist()
+    [1]
+    """
+    return scores.masked_fill(~mask, -torch.inf).argmax(1)
+
+
+def chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
+    """Mark the first `keep` [I] tokens of an order [I, K]; mask: [I, N], False is never kept. Returns bool [I, N].
+
+    >>> chosen(torch.tensor([[2, 0, 1]]), torch.tensor([2]), torch.ones(1, 4, dtype=torch.bool)).int().tolist()
+    [[1, 0, 1, 0]]
+    """
+    taken = torch.arange(order.shape[1], device=order.device) < keep[:, None]
+    # Orders repeat a place once an item has run out of tokens, so the marks are counted, not written.
+    return mask & (torch.zeros_like(mask, dtype=torch.long).scatter_add(1, order, taken.long()) > 0)
+
+
+def cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:
+    """Cosine between each token and the mean of its item's tokens (not of unit length); [I, N, D] -> float32 [I, N]."""
+    parts = list(zip(torch.split(features, CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True))
+    total = sum((x.float() * real[..., None]).sum(1) for x, real in parts)
+    mean = torch.nn.functional.normalize(torch.as_tensor(total), dim=1)[..., None]
+    cosines = [(x.float() @ mean)[..., 0] / x.float().norm(dim=2).clamp(min=1e-12) for x, _ in parts]
+    return torch.cat(cosines, dim=1)
+
+
+def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:
+    """Greedy max-sum diversification: always the token whose cosines to all chosen ones have the lowest sum.
+
+    features: [I, N, D]. start: [I] first token. mask: [I, N] bool, False is never chosen. Ties go to the lower index.
+    Returns [I, steps] token places in the order of choice; behind the number of an item's tokens they mean nothing.
+
+    >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [-1.0, 0.0]]])
+    >>> max_sum(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
+    [[0, 3, 2]]
+    """
+    return _walk(_unit(features), start, steps, mask, farthest=False)
+
+
+def k_center(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:
+    """Greedy k-center: always the token that is farthest from its nearest chosen one; arguments as in `max_sum`.
+
+    >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [-1.0, 0.0]]])
+    >>> k_center(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
+    [[0, 3, 1]]
+    """
+    return _walk(_unit(features), start, steps, mask, farthest=True)
+
+
+def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
+    """[I] the token of each item whose nearest other token is farthest away, by cosine; the lower one of equals.
+
+    Arguments as in `max_sum`. Streams over the tokens, N^2 D operations in all.
+    """
+    unit = _unit(features)
+    items, length = mask.shape
+    steps = torch.arange(length, device=mask.device)
+    nearest = []
+    for some in torch.split(steps, max(1, PAIRS // (items * length))):
+        cosine = unit[:, some] @ unit.transpose(1, 2)
+        other = mask[:, None, :] & (steps != some[:, None])
+        nearest.append(cosine.masked_fill(~other, -torch.inf).amax(2))
+    rated = torch.where(mask, torch.cat(nearest, dim=1), torch.inf)
+    # Two that are each other's nearest are equals, whichever of them the rounding of their product favours.
+    return (rated <= rated.amin(1, keepdim=True) + 1e-6).to(torch.uint8).argmax(1)
+
+
+def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> Tensor:
+    """Greedy mode of a determinantal point process: always the token that raises det(L of the chosen) most.
+
+    L_ij = q_i cos(x_i, x_j) q_j for features [I, N, D] and quality q [I, N]. L has rank D at most: tokens that the
+    chosen ones span (less than RANK of their squared length is left) come last, the highest quality first. The chosen
+    directions are kept as an orthonormal basis, [D, D] at most, instead of the Cholesky rows [steps, N]. Returns the
+    order as `max_sum` does.
+    """
+    unit, quality = _unit(features), quality.detach().float().nan_to_num()
+    item = torch.arange(len(unit), device=unit.device)
+    left, residual = mask, unit.norm(dim=2).square()
+    basis = unit.new_zeros(len(unit), min(steps, unit.shape[2]), unit.shape[2])
+    order = item.new_zeros(len(unit), steps)
+    for step in range(steps):
+        new = left & (residual > RANK)
+        some = new.any(1, keepdim=True) & (step < basis.shape[1])
+        gain = torch.where(some, quality.square() * residual, quality)
+        token = gain.masked_fill(~torch.where(some, new, left), -torch.inf).argmax(1)
+        order[:, step] = token
+        left = left.scatter(1, token[:, None], False)
+        if step < basis.shape[1]:
+            known, direction = basis[:, :step], unit[item, token, :, None]
+            for _ in range(2):  # once more for what rounding left of the known directions
+                direction = direction - known.transpose(1, 2) @ (known @ direction)
+            direction = torch.nn.functional.normalize(direction, dim=1) * some[..., None]
+            basis[:, step] = direction[..., 0]
+            residual = residual - _products(unit, basis[:, step]).square()
+    return order
+
+
+def in_groups(group: Tensor, groups: int, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay the tokens of each group side by side: places [I, groups, width] in the item, and which of them are real.
+
+    group: [I, N] numbers below `groups`, read where mask [I, N] is set. width: no group has more tokens than this.
+    """
+    group = torch.where(mask, group, groups)
+    sizes = torch.zeros_like(group[:, :1]).expand(-1, groups + 1).scatter_add(1, group, torch.ones_like(group))
+    order = group.argsort(dim=1, stable=True)
+    ordered = group.gather(1, order)
+    rank = torch.arange(group.shape[1], device=group.device) - (sizes.cumsum(1) - sizes).gather(1, ordered)
+    slot = torch.where(ordered < groups, ordered * width + rank, groups * width)
+    place = order.new_zeros(len(order), groups * width + 1).scatter(1, slot, order)[:, :-1]
+    real = torch.arange(width, device=group.device) < sizes[:, :groups, None]
+    return place.view(-1, groups, width), real
+
+
+def _walk(unit: Tensor, start: Tensor, steps: int, mask: Tensor, *, farthest: bool) -> Tensor:
+    """Both rules: the next token has the lowest sum (or the lowest maximum) of cosines to those before it."""
+    item = torch.arange(len(unit), device=unit.device)
+    rated = torch.where(mask, -torch.inf if farthest else 0.0, torch.inf)
+    order = start.new_zeros(len(unit), steps)
+    token = start
+    for step in range(steps):
+        if step:
+            token = rated.argmin(1)
+        order[:, step] = token
+        cosine = _products(unit, unit[item, token])
+        rated = torch.maximum(rated, cosine) if farthest else rated + cosine
+        rated = rated.scatter(1, token[:, None], torch.inf)
+    return order
+
+
+def _products(unit: Tensor, direction: Tensor) -> Tensor:
+    """[I, N, D], [I, D] -> [I, N]. A row times a matrix: on CPUs eight times as fast as the matrix times a column."""
+    return torch.bmm(direction[:, None, :], unit.transpose(1, 2))[:, 0]
+
+
+def _unit(features: Tensor) -> Tensor:
+    """A float32 copy scaled to unit length; zero vectors stay zero. Scaled in place, so that there is one copy only."""
+    unit = features.detach().to(torch.float32, copy=True)
+    # A NaN would win every comparison, be chosen again and again, and leave an item short of tokens.
+    return unit.div_(unit.norm(dim=2, keepdim=True).clamp(min=1e-12)).nan_to_num_(0.0)
