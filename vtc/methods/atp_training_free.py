@@ -1,0 +1,161 @@
+"""ATP scores without training: exact counts per sample, or constant thresholds from a calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+
+from vtc import weights as store
+from vtc.compressor import ModelSpec, Selection, StageView
+from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.learned import check_settings, load_tensors
+from vtc.methods.atp import ATPScores, ThresholdModules
+from vtc.ops import thresholds
+from vtc.registry import register
+
+Mode = Literal["budget", "calibrated"]
+
+
+class Constants(nn.Module):
+    """Thresholds of one module that are the same for every sample."""
+
+    def __init__(self, theta_r: float = 0.0, theta_s: float = 1.0) -> None:
+        super().__init__()
+        self.theta_r = nn.Parameter(torch.tensor([theta_r]), requires_grad=False)
+        self.theta_s = nn.Parameter(torch.tensor([theta_s]), requires_grad=False)
+
+
+@register
+@dataclass(frozen=True)
+class ATPTrainingFree(ATPScores):
+    """ATP scores, training-free: the scores of `atp` with exact counts or calibrated constants; not ATP-LLaVA itself.
+
+    Acts before the LLM layer that follows each of `layers`; text-aware. Scores as in `atp`. With mode="budget" every
+    item keeps ``k_m = max(1, floor(N0 * alpha^m))`` tokens behind module m, alpha in [0, 1] such that the mean over the
+    LLM's layers meets the retention. Of the k_m, at most a share `spatial_share` are the tokens of the densest sampling
+    grid that fits, the rest have the largest S_red; ties go to the lower index. A mean below what the layers up to the
+    first module use cannot be met and is refused. With mode="calibrated" tokens stay if ``S_red > theta_r or
+    S_spatial > theta_s``, both constants from `vtc.calibration`: counts follow the sample and no retention can be given.
+
+    layers, score_norm, strides, lambda_sample, causal_correction: as in `atp`. spatial_share: of the kept tokens, at
+    most this part comes from the grid. weights: the calibration's safetensors file or embedded name.
+
+    Departures from the paper and its code: the paper has no form without training; reported under its own name.
+    Separators stay and count against the budget.
+    """
+
+    mode: Mode = "budget"
+    spatial_share: float = 0.25
+    weights: str | None = None
+
+    name: ClassVar[str] = "atp_training_free"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in get_args(Mode):
+            raise unknown_name("mode", self.mode, get_args(Mode))
+        if not 0 <= self.spatial_share <= 1:
+            raise VTCError(f"spatial_share={self.spatial_share} is outside [0, 1]; the default is 0.25")
+        if self.mode == "calibrated" and self.weights is None:
+            raise VTCError(
+                "mode='calibrated' needs constants and none were given; pass weights=<a safetensors file> as "
+                "`vtc calibrate` writes it, or choose mode='budget'"
+            )
+        if self.mode == "budget" and self.weights is not None:
+            raise VTCError(f"weights={self.weights!r} have no use with mode='budget'; write mode='calibrated'")
+
+    @property
+    def needs_budget(self) -> bool:
+        """True with mode="budget"."""
+        return self.mode == "budget"
+
+    def build(self, model: ModelSpec) -> ThresholdModules:
+        """Constants that keep every token."""
+        return ThresholdModules({at: Constants(theta_r=-1.0) for at in self.module_layers(model)})
+
+    def settings(self, model: ModelSpec) -> dict[str, str]:
+        """What a calibration depends on."""
+        return {
+            "method": self.name,
+            "num_layers": str(model.llm_layers),
+            "layers": ",".join(map(str, self.module_layers(model))),
+            "score_norm": self.score_norm,
+            "strides": ",".join(map(str, self.strides)),
+            "lambda_sample": str(float(self.lambda_sample)),
+            "causal_correction": str(self.causal_correction).lower(),
+        }
+
+    def module(self, model: ModelSpec) -> nn.Module | None:
+        if self.weights is None:
+            return None
+        module = self.build(model)
+        tensors, metadata = store.read(self.weights)
+        check_settings(self.weights, metadata, self.settings(model))
+        load_tensors(self.weights, module, tensors)
+        return module
+
+    def select(self, view: StageView) -> Selection | None:
+        assert isinstance(view.stage, int)
+        mask = view.items.mask
+        if mask.shape[1] == 0:
+            return None
+        if self.mode == "calibrated":
+            return self._calibrated(view, view.stage - 1)
+        granted = self._schedule(view)[self.module_layers(view.model).index(view.stage - 1)]
+        counts = [min(k, now) for k, now in zip(granted, view.items.counts, strict=True)]
+        keep = torch.tensor(counts, device=mask.device)
+        scores = self.scores(view, mask)
+        row, col = self.places(view)
+        grid = thresholds.sampling_grid(row, col, self.strides, self.spatial_share, keep, mask)
+        return Selection(thresholds.budget_keep(scores.redundancy, grid, keep, mask), counts=counts)
+
+    def _calibrated(self, view: StageView, layer: int) -> Selection:
+        assert isinstance(view.module, ThresholdModules)
+        part = view.module.part(layer)
+        assert isinstance(part, Constants)
+        scores = self.scores(view, view.items.mask)
+        theta_r, theta_s = (
+            theta.to(view.hidden.device).expand(len(view.items)) for theta in (part.theta_r, part.theta_s)
+        )
+        kept = thresholds.hard_keep(scores.redundancy, scores.spatial, theta_r, theta_s, view.items.mask)
+        return Selection(kept)
+
+    def _schedule(self, view: StageView) -> list[list[int]]:
+        """[M][I] tokens behind every module, computed on the host once per call."""
+        if (self.name, "schedule") not in view.memory:
+            items, model, budget = view.items, view.model, view.budget
+            assert budget is not None
+            targets = [granted - fixed for granted, fixed in zip(view.granted, items.fixed, strict=True)]
+            counts = schedule(items.entered, targets, self.module_layers(model), model.llm_layers)
+            view.memory[self.name, "schedule"] = counts
+        found: list[list[int]] = view.memory[self.name, "schedule"]
+        return found
+
+
+def schedule(tokens: Sequence[int], targets: Sequence[float], layers: Sequence[int], depth: int) -> list[list[int]]:
+    """[M][I] tokens kept behind each module so that the mean over the layers of each item meets its target.
+
+    Raises BudgetError where the layers up to the first module alone use more.
+
+    >>> schedule([576], [144], (4, 14, 24), 32)
+    [[135], [31], [7]]
+    """
+    count, target = torch.tensor(tokens), torch.tensor(targets, dtype=torch.float64)
+    alpha = thresholds.decay_rate(count, torch.minimum(target, count.double()), layers, depth)
+    for number, goal, rate in zip(tokens, targets, alpha.tolist(), strict=True):
+        if math.isnan(rate):
+            used = number * (layers[0] + 1) / depth
+            earlier = [at for at in range(layers[0]) if goal >= number * (at + 1) / depth]
+            way = f"layers=({earlier[-1]}, ...)" if earlier else "a method that acts before the LLM"
+            raise BudgetError(
+                f"a mean of {goal:g} of {number} visual tokens per layer cannot be met by pruning behind layer "
+                f"{layers[0]} of {depth}: the layers up to it already use {used:.1f}; ask for at least "
+                f"{math.ceil(used)} tokens, or prune earlier with {way}"
+            )
+    kept: list[list[int]] = thresholds.decay_counts(count, alpha, len(layers)).tolist()
+    return kept
