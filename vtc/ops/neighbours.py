@@ -76,6 +76,7 @@ def neighbours(
     >>> near[0, 2].tolist(), near[0, 4].tolist()
     ([1, 3, 0, 5], [3, 5, 1, 5])
     """
+    width = width.clamp(min=1)  # zero outside the mask
     steps = torch.stack([-torch.ones_like(width), torch.ones_like(width), -width, width], dim=-1)
     target = place[..., None] + steps
     inside = (target >= 0) & (target < size[..., None])
