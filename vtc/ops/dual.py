@@ -5,9 +5,6 @@ Letters: I items, N tokens, B rows of a batch, K keys, R query rows.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -32,8 +29,9 @@ def attention_sum_and_max(
     """
     total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
     peak = total
-    for some, count in zip(rows.split(chunk, dim=1), real.split(chunk, dim=1), strict=True):
-        part = attention_rows(query, key, some, scaling, mask=mask, causal=causal) * count[..., None]
+    for start in range(0, rows.shape[1], chunk):
+        part = attention_rows(query, key, rows[:, start : start + chunk], scaling, mask=mask, causal=causal)
+        part = part * real[:, start : start + chunk, None]
         total, peak = total + part.sum(1), torch.maximum(peak, part.amax(1))
     return torch.stack([total, peak])
 
@@ -95,34 +93,3 @@ def keep_with_keys(utility: Tensor, key: Tensor, keep: Tensor, mask: Tensor) -> 
     order = order.gather(1, tier.gather(1, order).argsort(dim=1, stable=True))
     rank = torch.arange(mask.shape[1], device=mask.device).expand_as(order)
     return torch.zeros_like(mask).scatter(1, order, rank < keep[:, None]) & mask
-
-
-def geometric_schedule(tokens: int, keys: int, total: float, spans: Sequence[int]) -> list[int]:
-    """Tokens left behind each stage, shrinking by a common factor, so that the layers see `total` of them together.
-
-    tokens: before the first stage. keys: the least that any stage leaves. spans: layers in front of the first stage,
-    between the stages and behind the last one. The result is ``max(keys, round(tokens * x ** s))`` for s = 1, 2, ...
-    with the x in [0, 1] that comes closest. Where even x = 0 exceeds the total, fewer than `keys` are left, down to
-    one; an empty list says that not even that is enough.
-
-    >>> geometric_schedule(576, 47, 32 * 192, (3, 4, 4, 4, 17))
-    [361, 226, 141, 88]
-    """
-    stages = range(1, len(spans))
-    later = sum(spans[1:])
-    room = (total - spans[0] * tokens) / later if later else 0.0
-    if room < 0.5:
-        return []
-    least = min(tokens, max(1, min(keys, math.floor(room + 0.5))))
-
-    def left(x: float) -> list[int]:
-        return [max(least, math.floor(tokens * x**stage + 0.5)) for stage in stages]
-
-    def excess(counts: list[int]) -> float:
-        return spans[0] * tokens + sum(n * count for n, count in zip(spans[1:], counts, strict=True)) - total
-
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(left(middle)) <= 0 else (low, middle)
-    return min(left(low), left(high), key=lambda counts: abs(excess(counts)))
