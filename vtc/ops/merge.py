@@ -198,5 +198,30 @@ def group_places(group: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) ->
     return torch.where(inside, order[torch.where(inside, first + steps, 0)], 0)
 
 
+def lay_out(
+    merge: Merge, rows: Tensor, places: Tensor, shape: tuple[int, int], *, raster: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put merged rows on tokens of their items, which then stand for what was merged into them.
+
+    rows: [G, K, D] as `merge_rows` gives them, places: [G, t] as `group_places` does, shape: (I, N). The tokens that
+    stay are the anchors of each group. Row after row takes the next one, so that the rows keep the order of the
+    algorithm; raster: every row takes its own. Returns keep [I, N], tokens [I, N, D] (zeros elsewhere) and merged_into
+    [I, N], the token of the same item that absorbed each one, -1 outside all groups.
+    """
+    items, width = shape
+    slots, device = items * width, rows.device
+    count = torch.tensor(merge.counts, device=device)[:, None]
+    left = torch.arange(merge.anchor.shape[1], device=device) < count
+    last = merge.target.shape[1]
+    seat = merge.anchor if raster else torch.where(left, merge.anchor, last).sort(dim=1).values.clamp(max=last - 1)
+    seat = torch.where(left, places.gather(1, seat), slots)  # everything else goes to a spare slot that is cut off
+    keep = torch.zeros(slots + 1, dtype=torch.bool, device=device).index_put((seat,), left)
+    tokens = rows.new_zeros(slots + 1, rows.shape[2]).index_put((seat,), rows)
+    present = merge.target < left.shape[1]
+    into = torch.nn.functional.pad(seat, (0, 1), value=slots).gather(1, merge.target) % width
+    absorbed = torch.full((slots + 1,), -1, device=device).index_put((torch.where(present, places, slots),), into)
+    return keep[:-1].view(shape), tokens[:-1].view(items, width, -1), absorbed[:-1].view(shape)
+
+
 def _sums(values: Tensor, place: Tensor, width: int) -> Tensor:
     return values.new_zeros(values.shape[0], width).scatter_add(1, place, values)

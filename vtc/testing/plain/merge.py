@@ -146,6 +146,23 @@ def group_places(group: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) ->
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
+def lay_out(
+    merge: Merge, rows: Tensor, places: Tensor, shape: tuple[int, int], *, raster: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    keep = torch.zeros(shape, dtype=torch.bool)
+    tokens = torch.zeros(*shape, rows.shape[2], dtype=rows.dtype)
+    into = torch.full(shape, -1)
+    for g, count in enumerate(merge.counts):
+        anchors = merge.anchor[g, :count].tolist()
+        seats = [divmod(int(places[g, each]), shape[1]) for each in (anchors if raster else sorted(anchors))]
+        for row, (item, token) in enumerate(seats):
+            keep[item, token], tokens[item, token] = True, rows[g, row]
+        for place, target in zip(places[g].tolist(), merge.target[g].tolist(), strict=True):
+            if target < merge.anchor.shape[1]:
+                into[divmod(place, shape[1])] = seats[target][1]
+    return keep, tokens, into
+
+
 # --- cases: frames or crops of one size and of different sizes
 def _groups(size: Size, width: int = 24) -> tuple[Tensor, list[int]]:
     counts = [7, 4, 1, 2, 9] if size == "small" else [196] * 4
@@ -188,6 +205,16 @@ def _places(size: Size) -> dict[str, Any]:
     return {"group": group, "mask": mask, "sizes": sizes}
 
 
+def _seats(size: Size) -> dict[str, Any]:
+    given = _places(size)
+    places = ops.group_places(**given)
+    x = torch.randn(given["group"].numel(), 8, generator=torch.Generator().manual_seed(0))[places]
+    counts = [count for row in given["sizes"] for count in row]
+    merge = ops.bipartite_merge(x, counts, [ops.merge_plan(n, -(-n // 3)) for n in counts])
+    rows = ops.merge_rows(x, merge.target, merge.weight, merge.anchor.shape[1])
+    return {"merge": merge, "rows": rows, "places": places, "shape": tuple(given["group"].shape)}
+
+
 CASES = (
     OpCase(ops.best_match, best_match, _match, 1e-5),
     OpCase(ops.merge_step, merge_step, _step),
@@ -195,4 +222,5 @@ CASES = (
     OpCase(ops.merge_rows, merge_rows, _rows, 1e-5),
     OpCase(ops.unmerge, unmerge, _back),
     OpCase(ops.group_places, group_places, _places),
+    OpCase(ops.lay_out, lay_out, _seats),
 )

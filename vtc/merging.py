@@ -1,0 +1,91 @@
+"""Merging the tokens of a view: which tokens form a group, how many each group keeps, and where the means go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Scope, Selection, StageView
+from vtc.ops.merge import bipartite_merge, group_places, lay_out, merge_plan, merge_rows
+from vtc.ops.select import apportion
+
+Sizes = list[list[int]]
+"""Tokens of every group of every item, on the host."""
+
+
+def merge_items(
+    view: StageView,
+    keep: Sequence[int],
+    metric: Tensor,
+    *,
+    scope: Scope = "crop",
+    plan: Callable[[int, int], Sequence[int]] = merge_plan,
+    weighted: bool = False,
+    raster: bool = False,
+) -> Selection:
+    """Merge the tokens of each item down to `keep`, inside crops, tiles or frames or over the whole item.
+
+    metric: [I, N, C] what similarity is measured on. plan: (tokens of a group, its share of `keep`) -> tokens to merge
+    away at each step. weighted: means count what a token already stands for. raster: means stay where their anchor is;
+    otherwise they follow one another in the order of the algorithm. Items with fewer tokens to keep than groups are
+    merged over all of them.
+    """
+    items = view.items
+    crop, sizes = groups(view, scope)
+    joined = [len(row) > 1 and count < sum(map(bool, row)) for row, count in zip(sizes, keep, strict=True)]
+    if any(joined):
+        crop = torch.where(torch.tensor(joined, device=crop.device)[:, None], 0, crop)
+        sizes = [[sum(row)] if one else row for row, one in zip(sizes, joined, strict=True)]
+    shares = [share(count, row) for row, count in zip(sizes, keep, strict=True)]
+    counts = [count for row in sizes for count in row if count]
+    left = [each for part in shares for each in part if each]
+    places = group_places(crop, items.mask, sizes)
+    merge = bipartite_merge(
+        metric.flatten(0, 1)[places],
+        counts,
+        [plan(count, each) for count, each in zip(counts, left, strict=True)],
+        size=torch.ones_like(places, dtype=torch.float32) if weighted else None,
+    )
+    rows = merge_rows(view.tokens.flatten(0, 1)[places], merge.target, merge.weight, merge.anchor.shape[1])
+    kept, tokens, into = lay_out(merge, rows, places, (items.mask.shape[0], items.mask.shape[1]), raster=raster)
+    number = iter(merge.counts)
+    totals = [sum(next(number) for count in row if count) for row in sizes]
+    return Selection(kept, counts=totals, tokens=tokens, merged_into=into)
+
+
+def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:
+    """[I, N] group of every token, and the groups' sizes: crops, tiles or frames, or one group per item.
+
+    Synchronises once where crops are of a size that only the device knows (unpadded tiles, tokens dropped before).
+    """
+    items = view.items
+    several = [layout.n_crops > 1 for layout in items.layouts]
+    if scope == "item" or not any(several):
+        return torch.zeros_like(items.token), [[count] for count in items.counts]
+    sizes: Sizes = []
+    for layout, count in zip(items.layouts, items.counts, strict=True):
+        areas = [height * width for frames, height, width in layout.regions for _ in range(frames)]
+        if layout.n_crops == 1:
+            sizes.append([count])
+        elif len(areas) == layout.n_crops and sum(areas) == count:
+            sizes.append(areas)
+    if len(sizes) == len(items):
+        return view.crop, sizes
+    crop = torch.where(items.mask, view.crop, -1)
+    width = max(layout.n_crops for layout in items.layouts)
+    counted = items.token.new_zeros(len(items), width + 1).scatter_add(1, crop + 1, torch.ones_like(crop))
+    return crop, counted[:, 1:].tolist()
+
+
+def share(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Split `keep` tokens over groups in proportion to their sizes, at least one for every group that has any.
+
+    >>> share(10, [4, 30, 0, 6]), share(98, [196, 196])
+    ([2, 6, 0, 2], [49, 49])
+    """
+    filled = [min(1, size) for size in sizes]
+    more = [size - one for size, one in zip(sizes, filled, strict=True)]
+    rest = apportion(torch.tensor([max(0, keep - sum(filled))]), torch.tensor([more]))[0].tolist()
+    return [one + extra for one, extra in zip(filled, rest, strict=True)]
