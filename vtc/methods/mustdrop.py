@@ -253,7 +253,7 @@ class MustDrop(Compressor):
     # --- step 2
     def _filter(self, view: StageView, layer: int) -> Selection:
         items = view.items
-        total, peak = view.llm_attention(layer, TEXT)
+        total, peak = self.attention(view, layer)
         if (self, "progress") not in view.memory:
             view.memory[self, "progress"] = self._begin(view)
         progress: Progress = view.memory[self, "progress"]
@@ -273,6 +273,10 @@ class MustDrop(Compressor):
         if self.filter == "threshold":
             return Progress(table, ())
         return Progress(table, left_by_stages(view, key.sum(1).tolist(), self.spans(view.model)))
+
+    def attention(self, view: StageView, layer: int) -> Tensor:
+        """[2, I, N] sum and maximum over the text of what it pays to each token in LLM layer `layer`."""
+        return view.llm_attention(layer, TEXT)
 
     def keys(self, view: StageView) -> Tensor:
         """[I, N] bool, the tokens that no stage drops."""
