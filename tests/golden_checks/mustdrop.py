@@ -1,4 +1,4 @@
-"""MustDrop: window merging and key set, the dual-attention filter, its chain over four layers with the cache, a whole LLM.
+"""MustDrop: window merging and key set, the dual-attention filter, its chain over four layers and cache, a whole LLM.
 
 Cases 3 and 4 run through `vtc.compress` on the 32-layer LLM of `_llm.py`; a subclass puts in what a case stores of the
 steps before (key set, attention). Positions are those that the LLM's rotary embedding is asked for.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtc.compressor import CacheStage, StageView
+from vtc.compressor import CacheStage, ModelSpec, StageView
 from vtc.methods.mustdrop import MustDrop
 from vtc.ops.dual import dual_filter, key_tokens
 from vtc.ops.select import take_rows
@@ -175,7 +175,8 @@ def chain(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     assert [len(each) for each in cached] == run.lengths
     assert all(torch.equal(final, each) for each in rows[given.layers[-1] + 1 :])
     keys = [at[torch.isin(row, some)] for at, row, some in zip(positions[0], rows, cached, strict=True)]
-    spans = MustDrop(average="official").spans(_spec(layers))
+    llama = ModelSpec("llava", 24, 22, True, tuple(range(24)), layers)
+    spans = MustDrop(average="official").spans(llama)
     counts = [visual, *(len(run.kept[layer + 1]) for layer in given.layers)]
     per_layer = [count for count, span in zip(counts, spans, strict=True) for _ in range(span)]
     return {
@@ -188,12 +189,6 @@ def chain(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
         "output.visual_count_per_layer": (torch.tensor(per_layer), 0, 0),
         "output.average_tokens": (torch.tensor([sum(per_layer) / layers], dtype=torch.float64), 1e-6, 0),
     }
-
-
-def _spec(layers: int) -> Any:
-    from vtc.compressor import ModelSpec
-
-    return ModelSpec("llava", 24, 22, True, tuple(range(24)), layers)
 
 
 # --- a whole LLM
