@@ -68,16 +68,18 @@ class LlavaAdapter(Adapter):
     def spec(self) -> ModelSpec:
         config = self.model.config
         layers = config.vision_config.num_hidden_layers
-        index = config.vision_feature_layer
+        index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        has_cls = TOWERS[config.vision_config.model_type]
         deepest = max(i if i >= 0 else layers + 1 + i for i in ([index] if isinstance(index, int) else index))
         return ModelSpec(
             family=self.family,
             vision_layers=layers,
             feature_layer=deepest - 1,  # hidden_states[0] is the embedding output
-            has_cls=TOWERS[config.vision_config.model_type],
+            has_cls=has_cls,
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
-            encoder_stages=not self.joined and isinstance(index, int),
+            # Without a class token "default" cuts the first patch, which may be gone then.
+            encoder_stages=not self.joined and isinstance(index, int) and (has_cls or strategy == "full"),
             single_crop=self.single_crop,
             width=config.text_config.hidden_size,
         )

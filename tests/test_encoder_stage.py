@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from vtc import adapters
 from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
 from vtc.errors import UnsupportedMethod
 from vtc.ops.select import top_k
+from vtc.readings import VisionReading
 from vtc.testing import Oracle, tiny_inputs, tiny_model
 from vtc.testing.contract import generate, identical
 
@@ -82,6 +84,9 @@ def by_hand(name: str, pixels: Tensor, stages: dict[int, Callable[[Tensor], tupl
         output = layer(hidden, attention_mask=None)
         hidden = output[0] if isinstance(output, tuple) else output
         hook.remove()
+    if last + 1 in stages:
+        places, rows = stages[last + 1](hidden[:, prefix:])
+        hidden = torch.cat([hidden[:, :prefix], rows], dim=1)
     return ByHand(places, model.model.multi_modal_projector(hidden[:, prefix:]), [w.mean(1) for w in weights])
 
 
@@ -282,7 +287,7 @@ def test_the_budget_counts_llm_tokens(clip: Any) -> None:
     assert handle.trace[0].items[0].kept[0].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("name", "layers"), [("llava-clip", (0, 3, 9, -1)), ("llava-siglip", (0, 4))])
+@pytest.mark.parametrize(("name", "layers"), [("llava-clip", (0, 4, 9, -1)), ("llava-siglip", (0, 5))])
 def test_layers_without_an_effect_are_refused(name: str, layers: tuple[int, ...]) -> None:
     last = TOWERS[name][1]
     model = tiny_model(name)
@@ -296,27 +301,73 @@ def test_layers_without_an_effect_are_refused(name: str, layers: tuple[int, ...]
 
 @dataclass(frozen=True)
 class Unequal(Inside):
-    """Keeps one patch more in every further crop."""
+    """Keeps the patches of more than the crop's mean norm, and records what later layers attend to."""
 
-    named: bool = True
+    rows: VisionReading = Rows.RECEIVED
 
-    def select(self, view: StageView) -> Selection:
-        counts = [4 + crop for crop in range(len(view.items))]
-        keep = top_k(view.tokens.norm(dim=-1), torch.tensor(counts), view.items.mask)
-        return Selection(keep, counts=counts if self.named else None)
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((*self.at, 2), Needs(vision={2: self.rows}), "compact")
+
+    def select(self, view: StageView) -> Selection | None:
+        if view.stage == 2:
+            view.memory["rows"] = view.vision_attention(2)
+            seen.append(view)
+            return None
+        norms = view.tokens.norm(dim=-1).masked_fill(~view.items.mask, 0)
+        mean = norms.sum(1, keepdim=True) / view.items.mask.sum(1, keepdim=True)
+        return Selection(norms > mean)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_unequal_counts_are_refused(clip: Any, named: bool) -> None:
-    inputs = tiny_inputs("llava-clip", LAYOUT)
-    with vtc.compress(clip, Unequal(named=named)) as handle, torch.no_grad():
-        with pytest.raises(
-            UnsupportedMethod, match=r"keeps \[4, 5, 6\] patches in crops of one encoder call.*the same"
-        ):
-            clip(**inputs)
-        with torch.no_grad():  # a later call with one crop starts afresh
-            clip(**tiny_inputs("llava-clip", [[3, "image", 5]]))
-    assert handle.stats.calls[0].visual_tokens_kept == (4.0,)
+seen: list[StageView] = []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("name", "rows", "stages"),
+    [
+        ("llava-clip", Rows.CLS, (1,)),
+        ("llava-clip", Rows.RECEIVED, (1, 2)),
+        ("llava-clip", Rows.RECEIVED, (1, 3)),
+        ("llava-siglip", Rows.RECEIVED, (2,)),
+    ],
+)
+def test_crops_may_keep_different_numbers(name: str, rows: Any, stages: Any, attention: str, limits: Any) -> None:
+    """Each crop comes out as it does alone: padding is masked inside the encoder."""
+    method = Unequal(tuple(EncoderStage(layer) for layer in stages), rows)
+    if attention == "eager":
+        method = dataclasses.replace(method, rows=Rows.HIDDEN)  # attention cannot be read beside eager attention
+    layout: list[list[Any]] = [[3, "image", 5], [2, "image", 9], [4, "image", 4]]
+    model = tiny_model(name, attn_implementation=attention)
+    seen.clear()
+    together, logits = first_rows(model, vtc.compress(model, method), tiny_inputs(name, layout, seed=3))
+    view = seen.pop()
+    counts = view.items.counts
+    assert len(set(counts)) > 1
+    for index in range(3):
+        alone, single = first_rows(model, vtc.compress(model, method), tiny_inputs(name, layout, seed=3, only=index))
+        assert float((together[index, -alone.shape[1] :] - alone[0]).abs().max()) <= limits.hidden
+        assert float((logits[index] - single[0]).abs().max()) <= limits.logits
+        own = seen.pop()
+        assert own.items.counts == (counts[index],)
+        assert torch.equal(own.items.token[0], view.items.token[index, : counts[index]])
+        difference = own.memory["rows"][0] - view.memory["rows"][index, : counts[index]]
+        assert float(difference.abs().max()) <= (limits.hidden if attention == "eager" else limits.attention)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("merge", [False, True])
+def test_before_the_projector(name: str, merge: bool, limits: Any) -> None:
+    """The stage behind the feature layer changes what the projector reads, no encoder layer."""
+    behind = TOWERS[name][1] + 1
+    inputs, model = tiny_inputs(name, LAYOUT, seed=1), tiny_model(name)
+    hand = by_hand(name, inputs["pixel_values"], {behind: neighbours if merge else largest_half})
+    method = Inside((EncoderStage(behind),), merge, Needs(vision={behind - 1: Rows.HIDDEN}))
+    found, _ = first_rows(model, vtc.compress(model, method), inputs)
+    for row, prompt in zip(found, shortened(model, inputs, hand.rows), strict=True):
+        assert float((row[len(row) - len(prompt) :] - prompt).abs().max()) <= limits.hidden
+    (view,) = method.views
+    assert view.items.counts == (TOKENS,) * 3
+    assert torch.equal(view.vision_attention(behind - 1), view.tokens)
 
 
 def test_a_budget_of_everything_is_noted(clip: Any) -> None:

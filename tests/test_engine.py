@@ -137,7 +137,7 @@ def test_an_exception_in_the_method_leaves_nothing_behind(clip: Any) -> None:
 
 @pytest.mark.parametrize("turn", [0, 5])
 def test_the_callers_cache_is_plain_again_after_an_exception(clip: Any, turn: int) -> None:
-    """What a text turn left in it stays, what the failed prefill wrote goes, and the untouched model goes on with it."""
+    """What a text turn left in it stays, what the failed prefill wrote goes; the untouched model goes on with it."""
     own, inputs = DynamicCache(config=clip.config.get_text_config()), tiny_inputs(NAME, PAIR)
     with torch.no_grad():
         if turn:

@@ -11,8 +11,9 @@ import torch
 import vtc
 from vtc.adapters.compat import EXPANDS_IN_ORDER
 from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import UnsupportedCall, UnsupportedMethod
+from vtc.errors import UnsupportedCall
 from vtc.ops.select import top_k
+from vtc.readings import VisionReading
 from vtc.testing import FixedKeep, snapshot, tiny_inputs
 from vtc.testing.contract import generate
 
@@ -29,13 +30,16 @@ class ByClass(Compressor):
     name = "by_class"
     needs_budget = False
 
-    def __init__(self, rows: Rows, layer: int = 1) -> None:
+    def __init__(self, rows: VisionReading, layer: int = 1) -> None:
         object.__setattr__(self, "needs", Needs({layer: rows}))
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "read", [])
 
     def plan(self, model: ModelSpec) -> Plan:
         return Plan((0,), self.needs, "preserve")  # type: ignore[attr-defined]
 
     def select(self, view: StageView) -> Selection | None:
+        self.read.append(view.vision_attention(self.layer))  # type: ignore[attr-defined]
         return None
 
 
@@ -173,13 +177,23 @@ def test_every_method_has_to_be_named(clip: Any) -> None:
             clip(**inputs)
 
 
-def test_methods_have_to_agree_on_the_rows_of_a_layer(clip: Any) -> None:
-    agreed = [ByClass(Rows.CLS, 1), ByClass(Rows.RECEIVED, 2), vtc.create("random")]
-    with vtc.share_encoder(clip, agreed):
-        pass
-    match = r"'by_class' needs 'received' attention of vision layer 1, another method needs 'cls'"
-    with pytest.raises(UnsupportedMethod, match=match):
-        vtc.share_encoder(clip, [ByClass(Rows.CLS), ByClass(Rows.RECEIVED)])
+def test_methods_may_read_one_layer_in_different_ways(clip: Any) -> None:
+    """Every reading is recorded; each method gets its own."""
+    inputs = tiny_inputs(NAME, LAYOUT)
+    methods = [ByClass(Rows.CLS, 1), ByClass(Rows.RECEIVED, 1), ByClass(Rows.RECEIVED, 2)]
+
+    def read() -> list[torch.Tensor]:
+        for method in methods:
+            generate(clip, inputs, vtc.compress(clip, method), 1)
+        return [method.read.pop() for method in methods]  # type: ignore[attr-defined]
+
+    alone = read()
+    calls = counting(clip)
+    with vtc.share_encoder(clip, methods):
+        together = read()
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not torch.equal(together[0], together[1])
 
 
 def test_methods_inside_the_encoder_encode_for_themselves(clip: Any) -> None:

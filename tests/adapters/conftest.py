@@ -12,7 +12,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, StageView
+from vtc.compressor import Compressor, ModelSpec, Needs, Plan, StageView
+from vtc.readings import VisionReading
 from vtc.testing import tiny_model
 from vtc.vision import VisionRecorder, context_of
 
@@ -26,7 +27,7 @@ def encode() -> Encode:
 
     @torch.no_grad()
     def run(model: Any, kind: str, pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
-        recorder = VisionRecorder(adapters.of(model), {})
+        recorder = VisionRecorder(adapters.of(model), Needs())
         recorder.install()
         try:
             output = getattr(model.model, f"get_{kind}_features")(pixels, *args, return_dict=True, **kwargs)
@@ -61,7 +62,7 @@ class Looking(Compressor):
 def look() -> Look:
     """What a method sees before the LLM: (model, inputs, encoder layer -> rows to record)."""
 
-    def run(model: Any, inputs: dict[str, Tensor], vision: dict[int, Rows] | None = None) -> StageView:
+    def run(model: Any, inputs: dict[str, Tensor], vision: dict[int, VisionReading] | None = None) -> StageView:
         method = Looking(Needs(vision=vision or {}))
         with vtc.compress(model, method), torch.no_grad():
             model(**inputs)

@@ -127,12 +127,12 @@ def test_what_belongs_to_tiles_is_joined(encode: Any) -> None:
     for index, (count, tokens) in enumerate(zip(counts, joined.to_tokens(values), strict=True)):
         mine, width = slice(first, first + count), count * TILE_TOKENS
         assert torch.equal(tokens, torch.cat(parts[mine]))
-        assert torch.equal(joined.attention[2][index, :width], context.attention[2][mine].flatten())
+        assert torch.equal(joined.attention[2, Rows.CLS][index, :width], context.attention[2, Rows.CLS][mine].flatten())
         assert torch.equal(joined.alive[0][index, :width], context.alive[0][mine].flatten())
         assert not joined.alive[0][index, width:].any()
         assert joined.alive[1][index] == int(joined.alive[0][index].sum())
         first += count
-    assert joined.attention[2].shape == (len(counts), 5 * TILE_TOKENS)
+    assert joined.attention[2, Rows.CLS].shape == (len(counts), 5 * TILE_TOKENS)
 
 
 def test_fingerprints_do_not_depend_on_the_batch(encode: Any) -> None:

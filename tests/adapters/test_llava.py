@@ -76,6 +76,9 @@ def test_facts_about_the_model(tower: str, settings: Any, feature_layer: int) ->
         "full_attention_layers": (0, 1, 2, 3),
         "llm_layers": 4,
         "mrope": False,
+        "encoder_stages": isinstance(settings.get("vision_feature_layer", -2), int),
+        "single_crop": True,
+        "width": 64,
     }
     assert len(adapter.vision_layers) == len(adapter.vision_attention) == len(adapter.layers) == 4
     assert adapter.placeholders == {"image": 120}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vtc
 from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.compressor import Compressor, Rows
+from vtc.compressor import Compressor, Needs, Rows
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, generate, identical
 from vtc.testing.tiny_llava import SIDE
@@ -252,7 +252,7 @@ def test_separators_count_against_the_budget_and_stay(name: str, method: str) ->
 def _contexts(model: Any, inputs: dict[str, Tensor]) -> list[Any]:
     from vtc.vision import VisionRecorder
 
-    recorder = VisionRecorder(adapters.of(model), {})
+    recorder = VisionRecorder(adapters.of(model), Needs())
     recorder.install()
     try:
         with torch.no_grad():

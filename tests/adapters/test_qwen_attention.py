@@ -16,7 +16,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Rows
+from vtc.compressor import Needs, Rows
 from vtc.methods.vtc_cls import VTCCLS
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.select import top_k
@@ -79,11 +79,11 @@ def every_row(call: AttentionCall) -> Tensor:
 def recorded(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[int, Tensor]]:
     """kind -> encoder layer -> [I, Nmax] attention per token, as methods get it."""
     adapter = adapters.of(model)
-    recorder = VisionRecorder(adapter, dict.fromkeys(range(len(adapter.vision_layers)), Rows.RECEIVED))
+    recorder = VisionRecorder(adapter, Needs(dict.fromkeys(range(len(adapter.vision_layers)), Rows.RECEIVED)))
     recorder.install()
     try:
         model(**inputs)
-        return {context.kind: context.attention for context in recorder.contexts}
+        return {context.kind: {k: v for (k, _), v in context.attention.items()} for context in recorder.contexts}
     finally:
         recorder.remove()
 

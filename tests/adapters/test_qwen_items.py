@@ -41,7 +41,7 @@ def pixels(grids: list[tuple[int, int, int]], seed: int = 0) -> list[Tensor]:
 @torch.no_grad()
 def encode(model: Any, kind: str, grids: list[tuple[int, int, int]], parts: list[Tensor] | None = None) -> Any:
     """Output of the model's own feature method, with the description attached."""
-    recorder = VisionRecorder(adapters.of(model), {})
+    recorder = VisionRecorder(adapters.of(model), Needs())
     recorder.install()
     try:
         function = getattr(model.model, f"get_{kind}_features")
@@ -150,7 +150,7 @@ def test_stages_inside_the_encoder_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_class_token_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedMethod, match=r"none; use Rows\.RECEIVED"):
-        VisionRecorder(adapters.of(tiny_model(name)), {1: Rows.CLS})
+        VisionRecorder(adapters.of(tiny_model(name)), Needs({1: Rows.CLS}))
 
 
 @pytest.mark.parametrize("name", NAMES)
