@@ -93,8 +93,8 @@ class ToDRE(Compressor):
         layers = {min(int(each * model.llm_layers), last) if _is_fraction(each) else each for each in self.check_layers}
         if not all(0 <= layer <= last for layer in layers):
             raise UnsupportedMethod(
-                f"check_layers={self.check_layers!r} saves nothing on {model.llm_layers} LLM layers, tokens leave behind "
-                f"the layer checked; choose among 0 to {last}"
+                f"check_layers={self.check_layers!r} saves nothing on {model.llm_layers} LLM layers: tokens leave "
+                f"behind the layer checked; choose among 0 to {last}"
             )
         return tuple(sorted(int(layer) for layer in layers))
 
@@ -146,7 +146,7 @@ class ToDRE(Compressor):
         """[I] place of the pivot in each item."""
         mask, start = view.items.mask, self.start(view.model)
         if start == "cls":
-            return best(view.vision_attention(self.attended(view.model)), _overview(view))
+            return best(view.vision_attention(self.attended(view.model), Rows.CLS_PATCHES), _overview(view))
         if start == "random":
             return best(uniform(view.fingerprint, view.items.token, self.seed), mask)
         cosine = cosine_to_mean(view.tokens, mask)
