@@ -171,9 +171,7 @@ class VQTokenCodebook(Clustering):
             codes = torch.nn.functional.normalize(codes, dim=-1) if normalized else codes
         placed = Members(members.sizes, anchor)
         order = cluster.ordering(placed, "first") if self.order == "place" else cluster.ordering(members, self.order)
-        spare = torch.where(anchor < 0, labels.shape[1], anchor)
-        keep = torch.zeros(len(labels), labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
-        keep = keep.scatter(1, spare, True)[:, :-1]
+        keep = cluster.marked(anchor, labels.shape[1])
         exact = self.clusters == "budget" and self.empty == "split"
         return lay(view, keep, take_rows(codes, order), cluster.relabel(labels, order), view.keep if exact else None)
 
@@ -297,9 +295,7 @@ class VQToken(Clustering, LearnedCompressor):
         lines = torch.tensor(rows, device=device)
         mixed: Tensor = view.module["vq_attn"](numbers, codes, lines, counts, residual=self.residual)
         first = cluster.describe(labels, most, mask).first
-        anchors = torch.zeros(len(labels), labels.shape[1] + 1, device=device)
-        anchors = anchors.scatter(1, torch.where(first < 0, labels.shape[1], first), 1.0)[:, :-1]
-        keep = top_k(anchors, torch.maximum(lines, counts), mask)
+        keep = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
         return lay(view, keep, mixed, labels, view.keep if self.clusters == "budget" else None)
 
     def _map(self, view: StageView) -> tuple[Tensor, tuple[int, ...]]:

@@ -149,7 +149,7 @@ def split_empty(tokens: Tensor, labels: Tensor, counts: Tensor, width: int, mask
     means, _ = codebook(tokens, labels, width, mask, normalized=True)
     members = describe(labels, width, mask)
     likeness = _likeness(tokens, labels, means, mask)
-    best = torch.zeros_like(mask).scatter(1, _medoids(likeness, labels, members, mask).clamp(min=0), True)
+    best = marked(_medoids(likeness, labels, members, mask), mask.shape[1])
     steps = torch.arange(width, device=labels.device)
     empty = (members.sizes == 0) & (steps < counts[:, None])
     vacant = (~empty).to(torch.uint8).argsort(dim=1, stable=True)  # [I, K] empty clusters first, ascending
@@ -211,6 +211,12 @@ def relabel(labels: Tensor, order: Tensor) -> Tensor:
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
     return rank.gather(1, labels)
+
+
+def marked(places: Tensor, length: int) -> Tensor:
+    """[I, length] bool, True at `places` [I, K]; negative ones mark nothing."""
+    found = torch.zeros(len(places), length + 1, dtype=torch.bool, device=places.device)
+    return found.scatter(1, torch.where(places < 0, length, places), True)[:, :-1]
 
 
 # --- streamed passes

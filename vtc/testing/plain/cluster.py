@@ -183,6 +183,10 @@ def relabel(labels: Tensor, order: Tensor) -> Tensor:
     return torch.tensor([[ranks.index(label) for label in row] for row, ranks in pairs])
 
 
+def marked(places: Tensor, length: int) -> Tensor:
+    return torch.tensor([[place in row for place in range(length)] for row in places.tolist()])
+
+
 def _given(size: Size) -> dict[str, Any]:
     """Noisy groups, so that clusters exist; items of different length."""
     items, places, width, groups = (3, 63, 5, 6) if size == "small" else (2, 1152, 32, 24)
@@ -263,6 +267,11 @@ def _ranks(size: Size) -> dict[str, Any]:
     return {"labels": given["labels"], "order": cluster.ordering(cluster.describe(**given))}
 
 
+def _places(size: Size) -> dict[str, Any]:
+    given = _members(size)
+    return {"places": cluster.describe(**given).first, "length": given["mask"].shape[1]}
+
+
 def _distortions(size: Size) -> dict[str, Any]:
     rows = 5 if size == "small" else 2000
     noise = torch.rand(rows, 21, generator=torch.Generator().manual_seed(2))
@@ -281,4 +290,5 @@ CASES = (
     OpCase(cluster.medoids, medoids, _labelled),
     OpCase(cluster.ordering, ordering, lambda size: {"members": cluster.describe(**_members(size)), "order": "size"}),
     OpCase(cluster.relabel, relabel, _ranks),
+    OpCase(cluster.marked, marked, _places),
 )
