@@ -17,7 +17,7 @@ from torch import Tensor
 from vtc import adapters
 from vtc.adapters.compat import expands_in_order
 from vtc.attach import Handle, compress
-from vtc.compressor import CacheStage, Compressor, Positions
+from vtc.compressor import CacheStage, Compressor, EncoderStage, Positions
 from vtc.layout import Kind
 from vtc.registry import create
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
@@ -97,11 +97,12 @@ def generate(
 
 
 def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
-    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of the first layer, for merging."""
+    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of layer 0, for changed features."""
     tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
     cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
     embeddings = None
-    if rows is not None and any(0 in item.merged_into for item in handle.trace[0].items):
+    changed = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
+    if rows is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
         keep = handle.trace[0].keep[0]
         embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
         for row in range(keep.shape[0]):
