@@ -112,7 +112,7 @@ class HiPrune(Compressor):
 
     def select(self, view: StageView) -> Selection:
         items = view.items
-        middle, deep = (view.vision_attention(layer) for layer in self.layers(view.model))
+        middle, deep = (view.vision_attention(layer, Rows.RECEIVED) for layer in self.layers(view.model))
         near = neighbours(view.crop, *_places(view), items.mask, self.border)
         budget = view.keep
         if self.newlines == "drop":

@@ -1,0 +1,88 @@
+"""FastV: after the first layers of the LLM, the tokens that the last prompt token attends to (arXiv:2403.06764)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.errors import VTCError, unknown_name
+from vtc.ops.select import top_k
+from vtc.registry import register
+
+Scope = Literal["item", "row"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FastV(Compressor):
+    """Let the first K layers of the LLM see every visual token, the others those with the most attention.
+
+    Acts inside the LLM; training-free, follows the question. Before layer K a token's score is what the last prompt
+    token pays to it in layer K - 1, mean over heads (section 4.1); the best stay, in their order and at their
+    positions, and the KV cache of layers from K on holds only them.
+
+    layer: K, 2 as in the paper. ratio: R, the fraction that is removed; then no retention or keep is given and
+    round(N * (1 - R)) of N tokens stay (half rounds to even, at least one), as published (R = 0.5). By default the
+    budget is the mean over all layers, as for every method here: retention 1/3 of 576 tokens leaves 166 of them from
+    layer 2 of 32 on. scope: "item" ranks every image or video by itself, "row" all of a prompt together, as released;
+    an image may then lose all its tokens to another.
+
+    Departures from the paper and its code: images of a prompt keep their own share by default; newline tokens stay (the
+    release ranks the span of an image with its newlines); prompts are pruned once, at the prefill, as in the released
+    variant with a KV cache, and not again at every step; each row of a batch is read at its own last token.
+    """
+
+    layer: int = 2
+    ratio: float | None = None
+    scope: Scope = "item"
+
+    name = "fastv"
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise VTCError(
+                f"layer={self.layer!r} leaves no layer in front to rank by; pass at least 1, the paper uses 2 and 3"
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise VTCError(f"ratio={self.ratio!r} is no fraction to remove; pass a number between 0 and 1, as 0.5")
+        if self.scope not in get_args(Scope):
+            raise unknown_name("scope", str(self.scope), get_args(Scope))
+
+    @property
+    def needs_budget(self) -> bool:
+        return self.ratio is None
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((self.layer,), Needs(llm={self.layer - 1: Rows.LAST}), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        items, device = view.items, view.hidden.device
+        counts = view.keep_from_layer(self.layer) if self.ratio is None else self._left(items.counts)
+        if self.scope == "item":
+            keep = torch.tensor(counts, device=device)
+            return Selection(top_k(view.llm_attention(self.layer - 1, Rows.LAST), keep, items.mask), counts=counts)
+        rows = view.hidden.shape[0]
+        totals = _by_row(items.rows, counts, rows)
+        if self.ratio is not None:
+            totals = self._left(_by_row(items.rows, items.counts, rows))
+        ranked = items.scatter(items.mask, torch.zeros_like(view.visual))
+        scores: Tensor = view.llm_rows[self.layer - 1, Rows.LAST]
+        chosen = top_k(scores, torch.tensor(totals, device=device), ranked)
+        return Selection(chosen[items.row[:, None], items.index])
+
+    def _left(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """What `ratio` leaves of so many tokens."""
+        assert self.ratio is not None
+        return tuple(min(count, max(1, round(count * (1 - self.ratio)))) for count in tokens)
+
+
+def _by_row(rows: tuple[int, ...], counts: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """Counts of a batch's rows from those of its items."""
+    totals = [0] * batch
+    for row, count in zip(rows, counts, strict=True):
+        totals[row] += count
+    return tuple(totals)

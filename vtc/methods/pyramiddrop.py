@@ -1,0 +1,150 @@
+"""PyramidDrop: fewer and fewer visual tokens from stage to stage of the LLM (arXiv:2410.17247)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.ops.select import top_k
+from vtc.registry import register
+from vtc.schedule import geometric_schedule
+
+LATE, EARLY = (8, 16, 24), (2, 10, 18)
+"""Layers before which tokens are dropped, of 32: as published, and for budgets that those cannot meet."""
+DEPTH = 32
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Compressor):
+    """Drop visual tokens before several layers of the LLM, keeping those the last prompt token attends to.
+
+    Acts inside the LLM; training-free, follows the question. Before every layer of the list (section 3.2) tokens are
+    ranked by what the last prompt token pays to them, mean over heads, and lambda, lambda^2, lambda^3, ... of the
+    tokens the LLM was given stay, in their order. The whole prompt is then numbered anew without gaps, except under
+    multi-axis positions, and the KV cache of every layer holds what the layer saw.
+
+    layers: the list; by default a quarter, half and three quarters of the depth (8, 16, 24 of 32), and for items whose
+    budget these cannot meet (below about a quarter) 2, 10, 18 of 32, scaled to the depth. ratios: what each stage
+    leaves; then no retention or keep is given and int(N * ratio) of N tokens stay, at least one. Published: 0.5, 0.25,
+    0.125, which is a mean of 46.9 %. By default lambda is solved for by bisection, so that the mean over all layers
+    meets the budget.
+
+    Departures from the paper and its code: a stage before layer l ranks by the attention of layer l - 1, which has been
+    computed, where the release applies the projections of layer l to its input a second time (ranked by layer l and
+    dropped behind it: write the layers one higher); every image has its own share, where the release knows one image a
+    prompt; newline tokens stay; the layers for small budgets are ours.
+    """
+
+    layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+
+    name = "pyramiddrop"
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "ratios"):  # lists, as configuration files have them
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.layers is not None and (not self.layers or self.layers[0] < 1 or not _rising(self.layers)):
+            raise VTCError(
+                f"layers={self.layers!r} must rise and begin at 1 or later, since a stage ranks by the layer in front "
+                "of it; the paper uses (8, 16, 24) of 32"
+            )
+        if self.ratios is not None:
+            falling = all(first >= second for first, second in pairwise(self.ratios))
+            if not self.ratios or not falling or not 0 < self.ratios[-1] <= self.ratios[0] < 1:
+                raise VTCError(
+                    f"ratios={self.ratios!r} must fall and lie between 0 and 1: each is a share of the tokens before "
+                    "the first stage; the paper uses (0.5, 0.25, 0.125)"
+                )
+            stages = len(self.layers or LATE)
+            if stages != len(self.ratios):
+                raise VTCError(f"{len(self.ratios)} ratios for {stages} layers; give one for each")
+
+    @property
+    def needs_budget(self) -> bool:
+        return self.ratios is None
+
+    def lists(self, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+        """Lists of layers for this model; an item takes the first that can meet its budget."""
+        if self.layers is not None:
+            return (self.layers,)
+        if model.llm_layers < 2:
+            raise UnsupportedMethod(
+                f"the LLM of this {model.family} model has one layer; nothing can be dropped inside"
+            )
+        lists = tuple(_scaled(each, model.llm_layers) for each in (LATE, EARLY))
+        if self.ratios is None:
+            return lists
+        if len(lists[0]) != len(self.ratios):
+            raise UnsupportedMethod(
+                f"{len(self.ratios)} ratios for an LLM of {model.llm_layers} layers, which by default has "
+                f"{len(lists[0])} stages; pass as many layers"
+            )
+        return lists[:1]
+
+    def plan(self, model: ModelSpec) -> Plan:
+        stages = tuple(sorted({layer for each in self.lists(model) for layer in each}))
+        needs = Needs(llm={layer - 1: Rows.LAST for layer in stages})
+        return Plan(stages, needs, "preserve" if model.mrope else "compact")
+
+    def select(self, view: StageView) -> Selection | None:
+        assert isinstance(view.stage, int)
+        counts = self.left(view, view.stage)
+        if counts == view.items.counts:
+            return None
+        keep = torch.tensor(counts, device=view.hidden.device)
+        return Selection(top_k(self.score(view, view.stage), keep, view.items.mask), counts=counts)
+
+    def score(self, view: StageView, layer: int) -> Tensor:
+        """[I, N] what decides before `layer`; higher is kept."""
+        return view.llm_attention(layer - 1, Rows.LAST)
+
+    def left(self, view: StageView, layer: int) -> tuple[int, ...]:
+        """Tokens that each item has behind the stage before `layer`."""
+        items = view.items
+        if self.ratios is not None:
+            share = dict(zip(self.lists(view.model)[0], self.ratios, strict=True))[layer]
+            wanted = [max(1, int(entered * share)) for entered in items.entered]
+        else:
+            columns = zip(items.entered, items.fixed, items.input_counts, view.granted, items.counts, strict=True)
+            wanted = [self._scheduled(view.model, *item).get(layer, item[-1]) for item in columns]
+        return tuple(min(now, count) for now, count in zip(items.counts, wanted, strict=True))
+
+    def _scheduled(
+        self, model: ModelSpec, entered: int, fixed: int, given: int, granted: int, now: int
+    ) -> dict[int, int]:
+        """Layer -> tokens left behind the stage before it, for an item of which `entered` tokens came to the LLM."""
+        if not entered or granted >= entered + fixed:
+            return {}
+        depth = model.llm_layers
+        lists = self.lists(model)
+        for layers in lists:
+            spans = [after - before for before, after in zip((0, *layers), (*layers, depth), strict=True)]
+            counts = geometric_schedule(entered, 1, depth * (granted - fixed), spans)
+            if counts:
+                return dict(zip(layers, counts, strict=True))
+        first = min(layers[0] for layers in lists)
+        least = math.ceil(fixed + (first * entered + depth - first) / depth)
+        share = math.ceil(1000 * least / given) / 1000
+        raise BudgetError(
+            f"a mean of {granted} of {given} visual tokens per layer cannot be met: {first} of {depth} layers see "
+            f"{entered} tokens and {fixed} separators before any is dropped; ask for at least {least} tokens "
+            f"(retention {share:.3f}) or drop earlier, for example layers=(1, ...)"
+        )
+
+
+def _rising(layers: Sequence[int]) -> bool:
+    return all(first < second for first, second in pairwise(layers))
+
+
+def _scaled(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layers of 32 as those of an LLM of `depth` layers, each at least one layer behind the one before."""
+    return tuple(sorted({min(depth - 1, max(1, round(layer * depth / DEPTH))) for layer in layers}))
