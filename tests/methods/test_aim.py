@@ -1,0 +1,382 @@
+"""AIM against its equations: merging group by group, counts layer by layer, ranking token by token; then on models."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+import vtc
+from vtc.compressor import PRE_LLM, EncoderStage, ModelSpec, Rows
+from vtc.errors import BudgetError, VTCError
+from vtc.merging import share
+from vtc.methods.aim import AIM, Importance
+from vtc.ops.merge import merge_plan
+from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
+from vtc.testing.plain import merge as plain
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "aim"
+VICUNA = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True)
+ONEVISION = ModelSpec("llava-onevision", 27, 26, False, tuple(range(27)), 28)
+QWEN = ModelSpec("qwen2_vl", 32, 31, False, tuple(range(32)), 28, mrope=True)
+NEXT = dataclasses.replace(VICUNA, family="llava-next", single_crop=False)
+
+
+# --- how much
+def test_defaults_and_refusals() -> None:
+    assert dataclasses.asdict(vtc.create("aim")) == {
+        "merge": True, "prune": True, "schedule": None, "merge_ratio": None, "steps": None, "metric": "auto",
+        "scope": "crop", "order": "official", "tau": 0.1, "iterations": 5, "damping": 0.0, "votes": "alive",
+    }  # fmt: skip
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"merge": False, "prune": False}, "leave nothing to do"),
+        ({"schedule": (22, 14)}, r"schedule=\(22, 14\) is no pair of layers l1 < l2"),
+        ({"schedule": (14,)}, "is no pair of layers"),
+        ({"merge_ratio": 0.0}, r"merge_ratio=0.0 is outside \(0, 1\]; the paper uses 0.25"),
+        ({"merge_ratio": 0.25, "steps": (98, 49)}, "pass one of them"),
+        ({"steps": (98, -1)}, "holds negative counts"),
+        ({"metric": "values"}, "unknown metric 'values'"),
+        ({"order": "rastr"}, "unknown order 'rastr'; did you mean 'raster'"),
+        ({"votes": "all"}, "unknown votes 'all'"),
+        ({"scope": "frame"}, "unknown scope 'frame'"),
+        ({"tau": 0.0}, "rank nothing; use a positive tau"),
+        ({"iterations": 0}, "rank nothing"),
+        ({"damping": 1.0}, "rank nothing"),
+    ]
+    for options, message in refused:
+        with pytest.raises(VTCError, match=message):
+            vtc.create("aim", **options)
+
+
+def test_when_a_budget_is_needed() -> None:
+    assert AIM().needs_budget
+    assert AIM(prune=False).needs_budget
+    assert AIM(merge=False).needs_budget
+    assert AIM(schedule=(14, 22)).needs_budget
+    assert not AIM(merge_ratio=0.25).needs_budget
+    assert not AIM(steps=(98, 49)).needs_budget
+    assert not AIM(merge=False, schedule=(14, 22)).needs_budget
+
+
+@pytest.mark.parametrize(
+    ("layers", "bounds", "total"),
+    [(28, (14, 22), 18.5), (32, (13, 21), 17.5), (36, (18, 28), 23.5), (24, (12, 19), 16), (4, (2, 3), 3)],
+)
+def test_the_default_schedule(layers: int, bounds: tuple[int, int], total: float) -> None:
+    model = dataclasses.replace(ONEVISION, llm_layers=layers)
+    assert AIM().bounds(model) == bounds
+    l1, l2 = bounds
+    shares = AIM().shares(model)
+    assert shares == pytest.approx([min(1, max(0, 1 - (layer - l1) / (l2 - l1))) for layer in range(layers)])
+    assert sum(shares) == pytest.approx(total)
+
+
+def test_published_counts() -> None:
+    """32 frames of LLaVA-OneVision at 25 %: 1568 tokens and the newline; the counts of the stored tiny LLM."""
+    assert AIM().layer_counts(ONEVISION, 1569, None) == [1569] * 15 + [1372, 1176, 980, 784, 588, 392, 196] + [0] * 6
+    assert AIM().layer_counts(ONEVISION, 150, None)[14:23] == [150, 131, 112, 93, 75, 56, 37, 18, 0]
+    assert AIM(schedule=(21, 22)).layer_counts(ONEVISION, 10, None) == [10] * 22 + [0] * 6
+    assert AIM(schedule=(28, 29)).layer_counts(ONEVISION, 10, None) == [10] * 28
+
+
+SPECS = st.sampled_from(
+    [VICUNA, ONEVISION, dataclasses.replace(QWEN, llm_layers=36), dataclasses.replace(QWEN, llm_layers=5)]
+)
+
+
+@given(SPECS, st.integers(1, 6000), st.integers(0, 40), st.floats(0.01, 0.999))
+def test_merging_and_pruning_meet_the_budget(model: ModelSpec, count: int, fixed: int, retention: float) -> None:
+    granted = vtc.tokens_to_keep(count + fixed, retention)
+    method = AIM()
+    keep = method.merged_count(model, count, fixed, granted)
+    counts = method.layer_counts(model, keep + fixed, granted)
+    first = method.bounds(model)[0]
+    assert 1 <= keep <= count
+    assert counts == sorted(counts, reverse=True)
+    assert set(counts[: first + 1]) == {keep + fixed}  # stages begin behind l1
+    mean = sum(counts) / model.llm_layers
+    least = sum(math.floor((1 + fixed) * r + 1e-9) for r in method.shares(model)) / model.llm_layers
+    assert abs(mean - granted) <= max(1, 0.01 * granted) or (keep == 1 and mean == pytest.approx(least))
+    if mean > granted and keep < count and keep > 1:
+        assert method.layer_counts(model, keep + fixed, granted) == method.layer_counts(model, keep + fixed, None)
+
+
+@given(SPECS, st.integers(1, 6000), st.floats(0.05, 0.999))
+def test_pruning_alone_meets_the_budget(model: ModelSpec, count: int, retention: float) -> None:
+    granted = vtc.tokens_to_keep(count, retention)
+    try:
+        counts = AIM(merge=False).layer_counts(model, count, granted)
+    except BudgetError:
+        assert granted + 1 < count / model.llm_layers
+        return
+    assert counts[0] == count
+    assert counts == sorted(counts, reverse=True)
+    assert abs(sum(counts) / model.llm_layers - granted) <= 1
+
+
+def test_budgets_that_cannot_be_met() -> None:
+    with pytest.raises(BudgetError, match=r"cannot be met by pruning alone.* ask for at least 22, or merge as well"):
+        AIM(merge=False).layer_counts(ONEVISION, 600, 6)
+    with pytest.raises(BudgetError, match=r"schedule=\(7, 8\) leaves 171.4 of 600 without any merging"):
+        AIM(schedule=(7, 8)).merged_count(ONEVISION, 600, 0, 300)
+
+
+# --- where
+def test_plans() -> None:
+    plan = AIM().plan(VICUNA)  # CLIP: before the projector, on the keys of the last layer
+    assert plan.stages == (EncoderStage(23), PRE_LLM, *range(14, 32))
+    assert plan.needs.vision == {23: Rows.KEYS}
+    assert plan.needs.llm == dict.fromkeys(range(13, 31), Importance())
+    assert plan.positions == "preserve"
+    for model in (ONEVISION, QWEN, NEXT):
+        plan = AIM(merge_ratio=0.25).plan(model)
+        l1, l2 = AIM().bounds(model)
+        assert plan.stages == (PRE_LLM, *range(l1 + 1, l2 + 1))
+        assert plan.needs == vtc.Needs(llm=dict.fromkeys(range(l1, l2 - 1), Importance()))  # the layers that rank
+    plan = AIM(merge=False).plan(ONEVISION)
+    assert plan.stages == tuple(range(28))
+    assert AIM(schedule=(21, 29)).plan(ONEVISION).stages == (PRE_LLM, *range(22, 28))
+    assert AIM(schedule=(28, 29)).plan(ONEVISION).stages == (PRE_LLM,)
+    assert AIM(prune=False).plan(ONEVISION).positions == "compact"
+    assert AIM(prune=False).plan(QWEN).positions == "preserve"
+    assert AIM(prune=False, metric="keys").plan(QWEN) == vtc.Plan((PRE_LLM,), vtc.Needs({31: Rows.KEYS}), "preserve")
+    assert AIM(prune=False, metric="features").plan(VICUNA) == vtc.Plan((PRE_LLM,), vtc.Needs(), "compact")
+
+
+# --- merging
+def plain_merge(x: Tensor, metric: Tensor, sizes: list[int], keep: int) -> list[tuple[Tensor, list[int]]]:
+    """Rows [k, D] and the token each row stands for, of every group of one item, whose tokens lie side by side."""
+    done, first = [], 0
+    for size, count in zip(sizes, share(keep, sizes), strict=True):
+        rows, values = x[first : first + size].double(), metric[first : first + size].double()
+        anchors = list(range(first, first + size))
+        while len(rows) > count:
+            targets, stands = plain.decide(values, min(len(rows) // 2, len(rows) - count), "similarity", 0)
+            pick = [[old for old, row in enumerate(targets) if row == new] for new in range(len(stands))]
+            rows, values = (torch.stack([each[old].mean(0) for old in pick]) for each in (rows, values))
+            anchors = [anchors[old] for old in stands]
+        done.append((rows.float(), anchors))
+        first += size
+    return done
+
+
+@pytest.mark.parametrize("order", ["official", "raster"])
+@pytest.mark.parametrize(
+    "budget", [{"retention": 0.25}, {"retention": 0.7}, {"keep": 5}, {"keep": 2}, {"keep": 1}], ids=str
+)
+def test_the_plain_merge(make_view: Any, kept: Any, shape: Any, order: Any, budget: Any) -> None:
+    shapes = [(7, 9), shape(((3, 4, 5),)), (1, 1), shape(((1, 3, 3), (1, 4, 5)))]
+    sizes = [[63], [20] * 3, [1], [9, 20]]
+    view = make_view(shapes, spec=ONEVISION, **budget)
+    selection = AIM(prune=False, order=order).select(view)
+    assert selection is not None
+    numbers = kept(view, selection)
+    for item, groups in enumerate(sizes):
+        total = sum(groups)
+        keep = view.budget.tokens(total)
+        groups = groups if keep >= len(groups) else [total]  # across frames where there are too few
+        expected = plain_merge(view.tokens[item, :total], view.tokens[item, :total], groups, keep)
+        assert len(numbers[item]) == keep
+        for rows, anchors in expected:
+            seats = anchors if order == "raster" else sorted(anchors)
+            assert set(seats) <= set(numbers[item])
+            assert torch.allclose(selection.tokens[item, seats], rows, atol=1e-5)
+        into = selection.merged_into[item, :total]
+        assert sorted(set(into.tolist())) == numbers[item]
+        if order == "raster":
+            assert into[numbers[item]].tolist() == numbers[item]
+
+
+def test_literal_steps_and_ratio(make_view: Any, kept: Any, shape: Any) -> None:
+    view = make_view([shape(((4, 14, 14),)), (14, 14)], spec=ONEVISION)
+    by_steps, by_ratio = AIM(steps=(98, 49)).select(view), AIM(merge_ratio=0.25).select(view)
+    assert by_steps is not None
+    assert by_ratio is not None
+    assert [len(each) for each in kept(view, by_steps)] == [196, 49]
+    assert torch.equal(by_steps.tokens, by_ratio.tokens)
+    odd = AIM(steps=(98, 24)).select(view)
+    assert odd is not None
+    assert odd.counts == [4 * 74, 74]
+    assert AIM(merge_ratio=1.0).select(view) is None
+
+
+def test_keys_decide_and_features_are_averaged(make_view: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn(144, 8, generator=generator)
+    view = make_view([(12, 12)], spec=VICUNA, vision={(23, Rows.KEYS): [keys]}, stage=EncoderStage(23), keep=36)
+    selection = AIM(prune=False).select(view)
+    assert selection is not None
+    ((rows, anchors),) = plain_merge(view.tokens[0], keys, [144], 36)
+    assert torch.allclose(selection.tokens[0, sorted(anchors)], rows, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keep", "sizes"), [(10, [5, 5, 7]), (3, [100, 1, 1]), (5, [0, 9, 1]), (4, [4])])
+def test_every_group_keeps_something(keep: int, sizes: list[int]) -> None:
+    found = share(keep, sizes)
+    assert sum(found) == keep
+    assert all((count > 0) == (size > 0) and count <= size for count, size in zip(found, sizes, strict=True))
+
+
+# --- pruning
+@pytest.mark.parametrize("newlines", [False, True])
+def test_the_plain_ranking(make_view: Any, shape: Any, newlines: bool) -> None:
+    """At every stage the floor of the share, by score, the earlier place first; separators are ranked alike."""
+    method = AIM(merge=False, schedule=(1, 5))
+    layers, shapes = 6, [shape(((1, 4, 5),), newlines=newlines), (3, 3)]
+    model = dataclasses.replace(ONEVISION, llm_layers=layers)
+    first = make_view(shapes, spec=model)
+    assert method.select(first) is None
+    for layer in range(2, 5):
+        scores = torch.rand(first.valid.shape).mul(4).round()  # ties everywhere
+        view = make_view(shapes, spec=model, stage=layer, llm={(layer - 1, method.reading): scores})
+        view.memory.update(first.memory)
+        selection = method.select(view)
+        assert selection is not None
+        for item in range(2):
+            places = view.items.index[item][view.items.mask[item]].tolist()
+            places += view.separators.index[item][view.separators.mask[item]].tolist()
+            row = int(view.items.row[item])
+            count = math.floor(len(places) * (1 - (layer - 1) / 4))
+            expected = sorted(sorted(places, key=lambda p: (-scores[row, p].item(), p))[:count])
+            found = view.items.index[item][selection.keep[item] & view.items.mask[item]].tolist()
+            if newlines:
+                found += view.separators.index[item][selection.separators[item] & view.separators.mask[item]].tolist()
+            assert sorted(found) == expected
+    last = make_view(shapes, spec=model, stage=5)
+    last.memory.update(first.memory)
+    selection = method.select(last)
+    assert selection is not None
+    assert (selection.counts, selection.separators) == ([0, 0], False)
+
+
+# --- on models
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    """The stored tiny 28-layer Qwen2, and what the released code kept after each layer."""
+    spec = importlib.util.spec_from_file_location("golden_llm", GOLDEN.parents[1] / "golden_checks" / "_llm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    llm = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(llm)
+    tensors = load_file(GOLDEN / "case4.safetensors")
+    config = json.loads((GOLDEN / "case4.json").read_text())["hyperparameters"]["config"]
+    model = llm.build(config, llm.weights(tensors, "param."), image=150)
+    return {"llm": llm, "tensors": tensors, "model": model}
+
+
+def run(stored: dict[str, Any], method: Any, **options: Any) -> Any:
+    tensors = stored["tensors"]
+    embeds, decode = tensors["input.inputs_embeds"], tensors["input.decode_embeds"]
+    return stored["llm"].run(stored["model"], embeds, decode, start=14, image=150, method=method, **options)
+
+
+def test_removed_tokens_do_not_vote(stored: dict[str, Any]) -> None:
+    """The overlaps with the released code's choices are those measured with another implementation of the rule."""
+    found = run(stored, AIM(merge=False, schedule=(14, 22)))
+    expected = stored["tensors"]["output.valid_after_layer"][:, 14:164]
+    assert [len(found.kept[layer + 1]) for layer in range(14, 22)] == [131, 112, 93, 75, 56, 37, 18, 0]
+    overlap = [int(expected[layer][found.kept[layer + 1]].sum()) for layer in range(14, 21)]
+    assert overlap == [131, 112, 92, 73, 51, 29, 15]
+    assert found.lengths == [184] * 15 + [165, 146, 127, 109, 90, 71, 52] + [34] * 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Prescribed(AIM):
+    """Removes what the released code hid."""
+
+    def _prune(self, view: Any, layer: int) -> Any:
+        alive = VALID[layer - 1, 14:164][view.items.token[0]][None]
+        return vtc.Selection(alive & view.items.mask)
+
+
+VALID = load_file(GOLDEN / "case4.safetensors")["output.valid_after_layer"]
+
+
+def test_removing_equals_hiding(stored: dict[str, Any]) -> None:
+    """Given the same choices, removal gives the released code's hidden states and its decoding without the fault."""
+    found = run(stored, Prescribed(merge=False, schedule=(14, 22)))
+    tensors = stored["tensors"]
+    text = torch.tensor([*range(14), *range(164, 184)])
+    assert torch.allclose(found.states[0], tensors["output.last_hidden_state"][text], atol=2e-4)
+    assert torch.allclose(torch.cat(found.states[1:]), tensors["output.decode_corrected"], atol=2e-4)
+    hidden = run(stored, AIM(merge=False, schedule=(14, 22), votes="masked"))
+    assert torch.allclose(torch.cat(hidden.states[1:]), torch.cat(found.states[1:]), atol=2e-5)
+    assert hidden.lengths == [184] * 28
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("options", [{}, {"merge": False}, {"prune": False}], ids=str)
+@pytest.mark.parametrize("retention", [0.3, 0.5, 0.85])
+def test_the_mean_over_the_layers_meets_the_request(name: str, options: Any, retention: float) -> None:
+    model = tiny_model(name, layers=8)
+    for kind in TINY_MODELS[name].kinds:
+        inputs = tiny_inputs(name, [[4, kind, 3], [2, kind, 12]], seed=3, model=model)
+        with torch.no_grad(), vtc.compress(model, "aim", retention=retention, **options) as handle:
+            model(**inputs)
+        call = handle.stats.calls[0]
+        for before, mean in zip(call.visual_tokens_in, call.visual_tokens_kept, strict=True):
+            assert abs(mean - vtc.tokens_to_keep(before, retention)) <= 1
+
+
+def test_no_visual_token_is_left_behind_the_schedule() -> None:
+    """Separators go too: the layers from l2 on see the text alone."""
+    model = tiny_model("llava-next", layers=8)
+    inputs = tiny_inputs("llava-next", [[4, "image", 3], [2, "image", 12]], seed=3, model=model)
+    with torch.no_grad(), vtc.compress(model, AIM(merge_ratio=0.5, schedule=(2, 5))) as handle:
+        model(**inputs)
+    rows = handle.stats.calls[0].layer_rows
+    assert rows[0] == rows[2] > rows[3] > rows[4] > rows[5]
+    assert set(rows[5:]) == {14}
+    assert all(len(item.kept[5]) == 0 for item in handle.trace[0].items)
+
+
+def test_merging_before_the_projector(clip: Any, limits: Any) -> None:
+    """The LLM gets the projected means of what the encoder's last layer calls alike."""
+    inputs = tiny_inputs("llava-clip", [[3, "image", 5]])
+    tower = clip.model.vision_tower
+    seen: dict[str, Tensor] = {}
+    attention = vtc.adapters.of(clip).vision_attention[3]
+    hook = attention.k_proj.register_forward_hook(lambda module, args, out: seen.__setitem__("keys", out))
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    hook.remove()
+    rows: list[Tensor] = []
+    first = clip.model.language_model.layers[0]
+    hook = first.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad(), vtc.compress(clip, AIM(prune=False), keep=5) as handle:
+        clip(**inputs)
+    hook.remove()
+    count = hidden.shape[1] - 1
+    assert merge_plan(count, 5) == [8, 3]
+    ((merged, _),) = plain_merge(hidden[0, 1:], seen["keys"][0, 1:], [count], 5)
+    with torch.no_grad():
+        expected = clip.model.multi_modal_projector(merged[None])[0]
+    assert float((rows[0][0, 3:8] - expected).abs().max()) <= limits.hidden
+    assert handle.stats.calls[0].visual_tokens_kept == (5.0,)
+
+
+def test_importance_is_read_only_where_it_ranks(monkeypatch: Any) -> None:
+    seen: list[int] = []
+    original = Importance.read
+
+    def read(self: Importance, attention: Any, rows: Any) -> Tensor:
+        seen.append(attention.query.shape[2])
+        return original(self, attention, rows)
+
+    monkeypatch.setattr(Importance, "read", read)
+    model = tiny_model("internvl", layers=8)
+    with torch.no_grad(), vtc.compress(model, AIM(merge_ratio=0.5, schedule=(2, 5))) as handle:
+        model(**tiny_inputs("internvl", [[4, "image", 3]], model=model))
+    assert tuple(seen) == handle.stats.calls[0].layer_rows[2:4]  # l1 <= l < l2 - 1
