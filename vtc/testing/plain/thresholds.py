@@ -190,7 +190,7 @@ def budget_keep(redundancy: Tensor, grid: Tensor, keep: Tensor, mask: Tensor) ->
 # --- calls
 def _table(size: Size, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Scores with ties and a mask; the last of the small items is empty."""
-    items, tokens = (4, 37) if size == "small" else (16, 2880)
+    items, tokens = (4, 37) if size == "small" else (64, 2880)
     generator = torch.Generator().manual_seed(seed)
     scores = (torch.rand(items, tokens, generator=generator) * 20).round() / 20
     lengths = torch.tensor([tokens, tokens - 6, 1, 0] * (items // 4))
@@ -285,7 +285,7 @@ def _counts(size: Size) -> dict[str, Any]:
 
 def _sampling(size: Size) -> dict[str, Any]:
     row, col = _places(size)
-    keep = torch.tensor([20, 9, 1, 3] if size == "small" else [700, 96, 4, 0] * 4)
+    keep = torch.tensor([20, 9, 1, 3] if size == "small" else [700, 96, 4, 0] * 16)
     return {
         **{"row": row, "col": col, "strides": (2, 4, 8), "spatial_share": 0.5},
         **{"keep": keep, "mask": _table(size)[1]},
