@@ -246,6 +246,8 @@ class VQToken(Clustering, LearnedCompressor):
 
     def build(self, model: ModelSpec) -> nn.Module:
         block = VQAttention(self.places, model.width, heads=self.heads, inner=self.inner, dropout=self.dropout)
+        if self.residual:
+            nn.init.zeros_(block.transformer_decoder.layers[0].norm3.weight)  # it begins as the codebook alone
         return nn.ModuleDict({"vq_attn": block})
 
     def settings(self, model: ModelSpec) -> dict[str, str]:

@@ -17,6 +17,7 @@ from vtc.ops.select import take_rows
 
 _LIMIT = 2**24  # numbers in one block of a streamed pass
 _EPSILON = 1e-12
+_TIE = 1e-6  # cosines closer than this count as equal
 Order = Literal["first", "cluster_id", "size"]
 
 
@@ -153,7 +154,7 @@ def split_empty(tokens: Tensor, labels: Tensor, counts: Tensor, width: int, mask
     steps = torch.arange(width, device=labels.device)
     empty = (members.sizes == 0) & (steps < counts[:, None])
     vacant = (~empty).to(torch.uint8).argsort(dim=1, stable=True)  # [I, K] empty clusters first, ascending
-    free = likeness.masked_fill(best | ~mask, torch.inf)
+    free = (likeness / _TIE).round().masked_fill(best | ~mask, torch.inf)
     order = free.argsort(dim=1, stable=True)[:, : min(width, labels.shape[1])]
     steps = steps[: order.shape[1]]
     moves = (steps < empty.sum(1, keepdim=True)) & free.gather(1, order).isfinite()
@@ -282,6 +283,7 @@ def _medoids(likeness: Tensor, labels: Tensor, members: Members, mask: Tensor) -
     lowest = torch.full((len(labels), width + 1), -torch.inf, device=labels.device)
     best = lowest.scatter_reduce(1, where, likeness, "amax")
     place = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    place = torch.where(likeness == best.gather(1, where), place, labels.shape[1])
+    # The two members of a pair are equally close to their mean; rounding must not choose between them.
+    place = torch.where(likeness > best.gather(1, where) - _TIE, place, labels.shape[1])
     first = torch.full_like(lowest, labels.shape[1], dtype=torch.long).scatter_reduce(1, where, place, "amin")
     return torch.where(members.sizes > 0, first[:, :width], -1)

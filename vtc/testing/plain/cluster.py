@@ -148,7 +148,9 @@ def medoids(tokens: Tensor, labels: Tensor, width: int, mask: Tensor) -> Tensor:
         label = labels[i, :n].tolist()
         cosine = likeness(tokens[i], label)
         for k in set(label):
-            found[i, k] = max((p for p in range(n) if label[p] == k), key=lambda p: (round(cosine[p], 6), -p))
+            own = [p for p in range(n) if label[p] == k]
+            best = max(cosine[p] for p in own)
+            found[i, k] = next(p for p in own if cosine[p] > best - 1e-6)
     return found
 
 
