@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.ops.select import top_k
 
-CHUNK = 4096
+CHUNK = 1024
 
 
 def cell_sums(overview: Tensor, tiling: tuple[int, int]) -> Tensor:
@@ -156,14 +156,14 @@ def unlike_mean(features: Tensor, group: Tensor, groups: int, mask: Tensor, chun
     index = torch.where(mask, group, groups)
     means = features.new_zeros(len(features), groups + 1, features.shape[2], dtype=torch.float64)
     for x, of in zip(torch.split(features, chunk, 1), torch.split(index, chunk, 1), strict=True):
-        means = means.scatter_add(1, of[..., None].expand_as(x), x.double())  # the direction of the sum is the mean's
+        means.scatter_add_(1, of[..., None].expand_as(x), x.double())  # the direction of the sum is the mean's
     means = torch.nn.functional.normalize(means, dim=2).float()
     batch = torch.arange(len(features), device=features.device)[:, None]
-    cosines = [
-        (torch.nn.functional.normalize(x.float(), dim=2) * means[batch, of]).sum(2)
-        for x, of in zip(torch.split(features, chunk, 1), torch.split(index, chunk, 1), strict=True)
-    ]
-    return torch.where(mask, -torch.cat(cosines, dim=1), 0.0)
+    # Filled in place: small results kept between the large blocks of a chunk would split the heap.
+    cosine = torch.empty(index.shape, dtype=torch.float32, device=features.device)
+    for part, x, of in zip(*(torch.split(each, chunk, 1) for each in (cosine, features, index)), strict=True):
+        part.copy_((torch.nn.functional.normalize(x.float(), dim=2) * means[batch, of]).sum(2))
+    return torch.where(mask, -cosine, 0.0)
 
 
 def group_sums(values: Tensor, group: Tensor, groups: int, mask: Tensor) -> Tensor:
