@@ -49,8 +49,8 @@ from vtc.layout import VisionContext, VisualItem
 from vtc.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 
-CORE = ["attach", "budget", "cache", "compiled", "compressor", "encoder_stage", "engine", "inputs", "items", "outputs"]
-CORE += ["registry", "stages", "taps", "vision"]
+CORE = ["attach", "budget", "cache", "call", "compiled", "composite", "compressor", "encoder_stage", "engine", "inputs"]
+CORE += ["items", "outputs", "registry", "stages", "taps", "vision"]
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
 INNER = FixedKeep(at=(2,))
@@ -82,6 +82,14 @@ class Ragged(Probe):
 
     def select(self, view: StageView) -> Selection | None:
         return Selection(view.items.token <= torch.arange(len(view.items))[:, None])
+
+
+@dataclass(frozen=True)
+class Soft(Probe):
+    """Keeps everything, half as visible."""
+
+    def select(self, view: StageView) -> Selection | None:
+        return Selection(view.items.mask, view.items.counts, weights=torch.full(view.items.mask.shape, 0.5))
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,18 @@ def encode(name: str, kind: Any, seeds: int = 1) -> None:
     for seed in range(seeds):
         with vtc.compress(subject, Half((EncoderStage(1),))), torch.no_grad():
             subject(**tiny_inputs(name, [[3, kind, 4]], seed=seed, model=subject))
+
+
+def flex_tower(subject: Any, inputs: dict[str, Any]) -> None:
+    subject.model.vision_tower.config._attn_implementation = "flex_attention"
+
+
+def flex_llm(subject: Any, inputs: dict[str, Any]) -> None:
+    def switch(module: Any, args: Any, kwargs: Any) -> None:
+        subject.model.language_model.config._attn_implementation = "flex_attention"
+
+    inputs["use_cache"] = False
+    subject.model.language_model.layers[1].register_forward_pre_hook(switch, with_kwargs=True)
 
 
 def second_attach() -> None:
@@ -332,12 +352,12 @@ CASES: dict[str, Case] = {
         UnsupportedMethod, "each image token", "of several patches", "Choose a method that acts before or inside",
     ),
     "encoder layer": Case(
-        lambda: vtc.compress(model(), Probe((EncoderStage(3),))),
-        UnsupportedMethod, "before layer 3", "leave layer 2", "only stages 1 to that layer",
+        lambda: vtc.compress(model(), Probe((EncoderStage(4),))),
+        UnsupportedMethod, "before layer 4", "leave layer 2", "only stages 1 to that layer",
     ),
     "ragged crops": Case(
-        lambda: run(Ragged((EncoderStage(1),))),
-        UnsupportedMethod, "'probe' keeps [1, 2]", "crops of one encoder call", "must keep the same number",
+        lambda: run(Ragged((EncoderStage(1),)), flex_tower),
+        UnsupportedMethod, "'flex_attention'", "needs a padding mask inside the encoder", "attn_implementation='sdpa'",
     ),
     # engine
     "second method": Case(
@@ -407,7 +427,7 @@ CASES: dict[str, Case] = {
     ),
     "LLM rows": Case(
         lambda: vtc.compress(model(), Probe(needs=Needs(llm={1: Rows.CLS}))),
-        UnsupportedMethod, "'cls' was asked for", "LLM layers record 'last' rows", "write Rows.LAST",
+        UnsupportedMethod, "'cls' was asked for", "is a reading of the vision encoder", "write Rows.LAST",
     ),
     "two stages after the prefill": Case(
         lambda: vtc.compress(model(), Probe((vtc.AFTER_PREFILL, CacheStage(2)))),
@@ -435,9 +455,43 @@ CASES: dict[str, Case] = {
         lambda: shared([], vtc.create("vtc_cls")),
         UnsupportedCall, "vision layers [0, 1, 2]", "without the attention of", "name every method that will be used",
     ),
-    "disagreement": Case(
-        lambda: shared([Probe(needs=Needs({1: Rows.RECEIVED})), vtc.create("vtc_cls")], vtc.create("vtc_cls")),
-        UnsupportedMethod, "'vtc_cls' needs 'cls'", "another method needs 'received'", "share the encoder between",
+    "LLM reading of the encoder": Case(
+        lambda: vtc.compress(model(), Probe(needs=Needs({1: Rows.LAST}))),  # type: ignore[dict-item]
+        UnsupportedMethod, "'last' was asked for", "is a reading of the LLM", "write Rows.RECEIVED",
+    ),
+    # several methods
+    "one stage for two": Case(
+        lambda: vtc.compress(model(), ["vtc_cls", "random"], retention=[0.5, 0.5]),
+        UnsupportedMethod, "'vtc_cls' and 'random'", "both act at 0", "switch that stage of one of them off",
+    ),
+    "two budgets inside the LLM": Case(
+        lambda: vtc.compress(model(), [LastRowTopK(layer=1), LastRowTopK(layer=2)], retention=[0.5, 0.9]),
+        UnsupportedMethod, "'last_row_top_k' and 'last_row_top_k'", "a mean over all layers", "to one of them",
+    ),
+    "one budget for two": Case(
+        lambda: vtc.compress(model(), ["vtc_cls", LastRowTopK()], retention=0.5),
+        BudgetError, "one retention given for 2 methods", "(vtc_cls, last_row_top_k)", "one entry per method",
+    ),
+    "too many budgets": Case(
+        lambda: vtc.compress(model(), ["vtc_cls", INNER], keep=[3, None, 4]),
+        BudgetError, "keep has 3 entries", "for 2 methods", "write one per method",
+    ),
+    "budget for a part without": Case(
+        lambda: vtc.compress(model(), ["vtc_cls", INNER], retention=[0.5, 0.5]),
+        BudgetError, "'fixed_keep'", "takes no retention or keep", "write None in its place",
+    ),
+    "no methods": Case(
+        lambda: vtc.compress(model(), ["vtc_cls", 3], retention=0.5),  # type: ignore[list-item]
+        VTCError, "method=['vtc_cls', 3]", "is no list of methods", "write for example [vtc.create('hiprune'",
+    ),
+    # soft masks
+    "soft masks with a cache": Case(
+        lambda: run(Soft((2,))),
+        UnsupportedCall, "at stage 2 of a call with a cache", "are for training", "use_cache=False",
+    ),
+    "soft masks elsewhere": Case(
+        lambda: run(Soft((2,)), flex_llm),
+        UnsupportedCall, "not 'flex_attention'", "attention that takes an additive mask", "attn_implementation='sdpa'",
     ),
     # adapters
     "model class": Case(

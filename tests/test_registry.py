@@ -71,14 +71,15 @@ class Mine(ScoringCompressor):
 
 
 # --- lookup
-def test_every_module_of_the_package_registers_one_method() -> None:
+def test_every_module_of_the_package_registers_a_method() -> None:
+    """One method, one file; a learned method's training-free form lies beside it under its own name."""
     modules = [module.name for module in pkgutil.iter_modules(vtc.methods.__path__)]
     assert vtc.list_methods() == sorted(vtc.list_methods())
     own = [name for name in vtc.list_methods() if METHODS.get(name).__module__.startswith("vtc.methods.")]
-    assert sorted(own) == sorted(modules)
+    assert {METHODS.get(name).__module__.removeprefix("vtc.methods.") for name in own} == set(modules)
     assert {"vtc_cls", "random", "stride", "pool"} <= set(own)
     for name in own:
-        assert METHODS.get(name).__module__ == f"vtc.methods.{name}"
+        assert name.startswith(METHODS.get(name).__module__.removeprefix("vtc.methods."))
 
 
 @pytest.mark.parametrize("name", vtc.list_methods())

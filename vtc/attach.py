@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from vtc.budget import Budget
+from vtc.composite import Composite, combine
 from vtc.compressor import Compressor, Plan, Positions
 from vtc.errors import BudgetError, VTCError, unknown_name
 from vtc.registry import create
@@ -43,8 +44,9 @@ class Handle:
 
     @property
     def budget(self) -> Budget | None:
-        """The budget asked for."""
-        return self._engine.budget
+        """The budget asked for; of several methods the product of their retentions (None where counts are mixed in)."""
+        method = self._engine.method
+        return method.combined if isinstance(method, Composite) else self._engine.budget
 
     @property
     def positions(self) -> Positions:
@@ -96,10 +98,10 @@ class Handle:
 
 def compress(
     model: nn.Module,
-    method: str | Compressor,
+    method: str | Compressor | Sequence[str | Compressor],
     *,
-    retention: float | None = None,
-    keep: int | None = None,
+    retention: float | Sequence[float | None] | None = None,
+    keep: int | Sequence[int | None] | None = None,
     positions: Positions | None = None,
     pad_output: bool = False,
     trace: bool = True,
@@ -107,7 +109,9 @@ def compress(
 ) -> Handle:
     """Attach a compression method to an unmodified Hugging Face model.
 
-    method: a registered name with its `hyper_parameters`, or a Compressor. retention: fraction of each item's visual
+    method: a registered name with its `hyper_parameters`, a Compressor, or a list of those that act at different
+    stages, each with its entry in the lists `retention` and `keep`: the first to act gets a share of the input's
+    tokens, a later one a share of those that reach it. retention: fraction of each item's visual
     tokens that reaches the LLM, mean over the layers for methods that prune inside it; keep: the same as a count per
     item. positions: "preserve" keeps the original position ids of kept tokens, "compact" renumbers them without gaps;
     the method's default follows its paper. pad_output: put the outputs back at their input positions, which training
@@ -124,19 +128,17 @@ def compress(
     from vtc import adapters
     from vtc.engine import Engine  # brings in transformers, which `import vtc` does not need
 
-    if isinstance(method, str):
-        method = create(method, **hyper_parameters)
-    elif not isinstance(method, Compressor):
-        raise VTCError(
-            f"method={method!r} is neither a registered name nor a Compressor object; write for example 'vtc_cls' or "
-            "vtc.create('vtc_cls')"
-        )
-    elif hyper_parameters:
-        given = ", ".join(sorted(hyper_parameters))
-        raise VTCError(f"{given} given beside a finished {method.name!r} object; set it when building the object")
-    budget = Budget(retention, keep) if method.needs_budget or retention is not None or keep is not None else None
-    if not method.needs_budget and budget is not None:
-        raise BudgetError(f"{method.name!r} takes no retention or keep; its hyper-parameters decide how much it keeps")
+    if isinstance(method, list | tuple):
+        parts = [create(part) if isinstance(part, str) else part for part in method]
+        if hyper_parameters or not parts or not all(isinstance(part, Compressor) for part in parts):
+            raise VTCError(
+                f"method={method!r} with hyper-parameters {sorted(hyper_parameters)} is no list of methods; write for "
+                "example [vtc.create('hiprune', alpha=0.2), vtc.create('aim', merge=False)]"
+            )
+        method, budget = combine(parts, retention, keep), None
+    else:
+        method = _single(method, hyper_parameters)
+        budget = _budget(method, retention, keep)
     if positions not in (None, "preserve", "compact"):
         raise unknown_name("positions value", str(positions), ["preserve", "compact"])
     adapter = adapters.of(model)
@@ -150,6 +152,26 @@ def compress(
         engine.detach()
         raise
     return Handle(engine)
+
+
+def _single(method: Any, hyper_parameters: dict[str, Any]) -> Compressor:
+    if isinstance(method, str):
+        return create(method, **hyper_parameters)
+    if not isinstance(method, Compressor):
+        raise VTCError(
+            f"method={method!r} is neither a registered name nor a Compressor object; write for example 'vtc_cls' or "
+            "vtc.create('vtc_cls')"
+        )
+    if hyper_parameters:
+        given = ", ".join(sorted(hyper_parameters))
+        raise VTCError(f"{given} given beside a finished {method.name!r} object; set it when building the object")
+    return method
+
+
+def _budget(method: Compressor, retention: Any, keep: Any) -> Budget | None:
+    if not method.needs_budget and (retention is not None or keep is not None):
+        raise BudgetError(f"{method.name!r} takes no retention or keep; its hyper-parameters decide how much it keeps")
+    return Budget(retention, keep) if method.needs_budget else None
 
 
 def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> SharedEncoder:

@@ -175,8 +175,8 @@ class EncoderStages:
         return (self._select(self.stages[self._behind], args[0], prefix), *args[1:])
 
     def _select(self, stage: EncoderStage, hidden: Tensor, prefix: int) -> Tensor:
-        if not self._left:
-            self._patches = hidden.shape[1] - prefix
+        if stage.layer == min(self.stages):
+            self._left, self._patches = [], hidden.shape[1] - prefix
         if self.method.keeps_all(self.budget, self._patches):
             return hidden
         view = self._view(stage, hidden, prefix)

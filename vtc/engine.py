@@ -204,20 +204,8 @@ class Engine:
             if call.items is not None:
                 hidden = self.stages.run(index, call, hidden, self._state.contexts)
             positions, mask = call.enter(index, hidden.device)
-            config = self.adapter.language_model.config
             call.group_inputs = (
-                self._soft(
-                    call,
-                    create_causal_mask(
-                        config=config,
-                        inputs_embeds=hidden,
-                        attention_mask=self._mask(mask, hidden),
-                        past_key_values=call.cache,
-                        position_ids=None,
-                        layer_idx=index,
-                    ),
-                    hidden,
-                ),
+                self._causal_mask(call, index, mask, hidden),
                 self.adapter.language_model.rotary_emb(hidden, positions),
             )
         kwargs["position_ids"] = None  # rotary phases come from position_embeddings; ids only feed packing detection
@@ -292,16 +280,22 @@ class Engine:
             return mask
         return mask[:, None, None, :]
 
-    def _soft(self, call: Call, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-        """The mask with the soft masks of the call, if it has any, as an additive [B, 1, L, L]."""
-        if call.weights is None:
-            return mask
-        if self._attention() not in ("sdpa", "eager"):
+    def _causal_mask(self, call: Call, index: int, mask: Tensor | None, hidden: Tensor) -> Any:
+        """What the layers from `index` on take as attention mask; additive [B, 1, L, L] under soft masks."""
+        if call.weights is not None and self._attention() not in ("sdpa", "eager"):
             raise UnsupportedCall(
                 f"soft masks need attention that takes an additive mask, not {self._attention()!r}; load the model "
                 "with attn_implementation='sdpa'"
             )
-        return soft_mask(call.weights, mask, hidden.dtype)
+        causal = create_causal_mask(
+            config=self.adapter.language_model.config,
+            inputs_embeds=hidden,
+            attention_mask=self._mask(mask, hidden),
+            past_key_values=call.cache,
+            position_ids=None,
+            layer_idx=index,
+        )
+        return causal if call.weights is None else soft_mask(call.weights, causal, hidden.dtype)
 
     def _attention(self) -> str:
         return self.adapter.language_model.config._attn_implementation or ""

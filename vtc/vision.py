@@ -79,6 +79,11 @@ class VisionRecorder:
                     f"vision layer {layer} was asked for; the encoder of this {adapter.family} model has layers 0 to "
                     f"{len(attention) - 1}; choose among them"
                 )
+            if not isinstance(reading, VisionReading):
+                raise UnsupportedMethod(
+                    f"{reading.name!r} was asked for of a vision layer, but is a reading of the LLM; write "
+                    "Rows.RECEIVED, for example"
+                )
             if reading.needs_cls and not adapter.spec.has_cls:
                 raise UnsupportedMethod(
                     f"attention of the class token was asked for, but the encoder of this {adapter.family} model has "
