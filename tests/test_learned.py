@@ -14,7 +14,8 @@ from torch import nn
 from vtc import weights
 from vtc.compressor import ModelSpec, Selection, StageView
 from vtc.errors import InputError, UnknownName, VTCError
-from vtc.learned import LearnedCompressor
+from vtc.learned import LearnedCompressor, load
+from vtc.registry import METHODS, register
 
 SPEC = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 
@@ -25,6 +26,7 @@ class Learned(LearnedCompressor):
 
     width: int = 3
     depth: str = "deep"
+    sides: tuple[int, ...] = ()
 
     name: ClassVar[str] = "test_learned"
 
@@ -46,13 +48,30 @@ def stored(tmp_path: Path) -> Path:
 
 def test_a_module_comes_back_as_it_was(stored: Path) -> None:
     tensors, metadata = weights.read(stored)
-    assert metadata == {"method": "test_learned", "layers": "32", "depth": "deep", "steps": "7"}
+    assert metadata == {
+        **{"method": "test_learned", "layers": "32", "depth": "deep"},
+        **{"compressor": "test_learned", "hyper_parameters": '{"width": 3, "depth": "deep", "sides": []}'},
+        **{"width": "3", "sides": "[]", "steps": "7"},
+    }
     module = Learned(weights=str(stored)).module(SPEC)
     assert not module.training and not any(p.requires_grad for p in module.parameters())
     assert all(torch.equal(p, tensors[name]) for name, p in module.state_dict().items())
     again = Learned(weights=str(stored), training=True).module(SPEC)
     assert again.training and all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
     assert torch.equal(again.weight, tensors["weight"])  # type: ignore[arg-type]
+
+
+def test_weights_name_their_method(tmp_path: Path) -> None:
+    register(Learned)
+    try:
+        method = Learned(width=5, sides=(2, 3), training=True)
+        path = str(method.save(tmp_path / "a.safetensors", method.module(SPEC), SPEC))
+        assert load(path) == Learned(width=5, sides=(2, 3), weights=path)
+    finally:
+        METHODS.unregister("test_learned")
+    weights.save(path, {"a": torch.ones(1)}, {"method": "other"})
+    with pytest.raises(VTCError, match="do not say which method they belong to; name it"):
+        load(path)
 
 
 def test_stored_half_precision_is_computed_in_float32(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,11 +60,37 @@ class LearnedCompressor(Compressor):
     def save(
         self, path: str | Path, module: nn.Module, model: ModelSpec, extra: Mapping[str, str] | None = None
     ) -> Path:
-        """Write the module's parameters with the settings; `extra` adds notes that loading does not compare."""
-        return store.save(path, module.state_dict(), {**(extra or {}), **self._described(model)})
+        """Write the module's parameters with the settings; loading does not compare `notes` and hyper-parameters."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("weights", "training")]
+        chosen = {name: getattr(self, name) for name in names}
+        about = {name: value if isinstance(value, str) else json.dumps(value) for name, value in chosen.items()}
+        about |= {"compressor": self.name, "hyper_parameters": json.dumps(chosen)}
+        return store.save(path, module.state_dict(), {**about, **(notes or {}), **self._described(model)})
 
     def _described(self, model: ModelSpec) -> dict[str, str]:
         return {"method": self.name, **self.settings(model)}
+
+
+def load(weights: str) -> LearnedCompressor:
+    """The method that the file or the embedded `weights` belong to, with the hyper-parameters they were trained with.
+
+    Example::
+
+        with vtc.compress(model, vtc.learned.load("atp-tiny-llava")) as handle:
+            model.generate(**inputs)
+    """
+    from vtc.registry import create
+
+    _, metadata = store.read(weights)
+    if not {"compressor", "hyper_parameters"} <= metadata.keys():
+        raise VTCError(
+            f"the weights {weights!r} do not say which method they belong to; name it: create(<method>, weights=...)"
+        )
+    options = json.loads(metadata["hyper_parameters"])
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    method = create(metadata["compressor"], **options, weights=weights)
+    assert isinstance(method, LearnedCompressor)
+    return method
 
 
 def check_settings(source: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
