@@ -58,7 +58,7 @@ class LearnedCompressor(Compressor):
         return module.train(self.training).requires_grad_(self.training)
 
     def save(
-        self, path: str | Path, module: nn.Module, model: ModelSpec, extra: Mapping[str, str] | None = None
+        self, path: str | Path, module: nn.Module, model: ModelSpec, notes: Mapping[str, str] | None = None
     ) -> Path:
         """Write the module's parameters with the settings; loading does not compare `notes` and hyper-parameters."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("weights", "training")]
