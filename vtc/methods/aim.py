@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -14,6 +12,7 @@ from torch import Tensor
 from vtc.budget import tokens_to_keep
 from vtc.compressor import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, Stage, StageView
 from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.merging import groups, merge_items
 from vtc.ops.importance import pagerank
 from vtc.ops.merge import merge_plan
@@ -180,58 +179,39 @@ class AIM(Compressor):
         return Plan(tuple(stages), Needs(vision, llm), "preserve" if self.prune or model.mrope else "compact")
 
     # --- how much
-    def shares(self, model: ModelSpec, shift: float = 0.0) -> list[float]:
-        """Share of the entered tokens that each LLM layer sees; shift: layers by which the schedule starts later.
-
-        A schedule moved to before the first layer falls from there at once and steeper.
-        """
-        first, end = self.bounds(model)
-        start = max(first + shift, 0.0)
-        fall = max(end + shift - start, 1e-6)
-        return [min(1.0, max(0.0, 1 - (layer - start) / fall)) for layer in range(model.llm_layers)]
+    def shares(self, model: ModelSpec) -> list[float]:
+        """Share of the entered tokens that each LLM layer sees."""
+        return falling_shares(model.llm_layers, *self.bounds(model))
 
     def layer_counts(self, model: ModelSpec, entered: int, granted: int | None) -> list[int]:
         """Tokens of an item that each LLM layer sees; granted: the mean it may have, None for the schedule as it is."""
-        counts = _floors(entered, self.shares(model))
+        counts = layer_tokens(entered, self.shares(model))
         if granted is None or not self.moves(True):
             return counts
         total = granted * model.llm_layers
         if self.merge and sum(counts) >= total - model.llm_layers / 2:
             return counts
-        # Mean shares rise with the shift, so the best one is found by halving.
-        low, high = -float(self.bounds(model)[1]), float(model.llm_layers)
-        for _ in range(50):
-            middle = (low + high) / 2
-            fits = sum(_floors(entered, self.shares(model, middle))) <= total
-            low, high = (middle, high) if fits else (low, middle)
-        options = [_floors(entered, self.shares(model, shift)) for shift in (low, high)]
-        best = min(options, key=lambda option: abs(sum(option) - total))
-        if sum(best) - total > model.llm_layers:
+        counts = moved_tokens(entered, total, model.llm_layers, *self.bounds(model))
+        if sum(counts) - total > model.llm_layers:
             raise BudgetError(
                 f"a mean of {granted} visual tokens per layer cannot be met by pruning alone, since layer 0 sees all "
                 f"{entered} of them; ask for at least {-(-entered // model.llm_layers)}, or merge as well (merge=True)"
             )
-        return best
+        return counts
 
     def merged_count(self, model: ModelSpec, count: int, fixed: int, granted: int) -> int:
         """Tokens to which merging brings an item of `count` tokens and `fixed` separators, granted a mean."""
         if not self.prune:
             return max(1, min(count, granted - fixed))
-        shares, total = self.shares(model), granted * model.llm_layers
-
-        def seen(keep: int) -> int:
-            return sum(_floors(keep + fixed, shares))
-
-        above = bisect_left(range(1, count + 1), total, key=seen) + 1
-        if above > count:
-            if self.schedule is not None and total - seen(count) > model.llm_layers:
-                raise BudgetError(
-                    f"a mean of {granted} visual tokens per layer cannot be met: schedule={self.schedule} leaves "
-                    f"{seen(count) / model.llm_layers:.1f} of {count + fixed} without any merging; ask for less, leave "
-                    "the schedule open or prune later"
-                )
-            return count
-        return min((keep for keep in (above - 1, above) if keep), key=lambda keep: abs(seen(keep) - total))
+        total, shares = granted * model.llm_layers, self.shares(model)
+        most = sum(layer_tokens(count + fixed, shares))
+        if self.schedule is not None and total - most > model.llm_layers:
+            raise BudgetError(
+                f"a mean of {granted} visual tokens per layer cannot be met: schedule={self.schedule} leaves "
+                f"{most / model.llm_layers:.1f} of {count + fixed} without any merging; ask for less, leave the "
+                "schedule open or prune later"
+            )
+        return entering_tokens(count, fixed, total, shares)
 
     # --- selecting
     def select(self, view: StageView) -> Selection | None:
@@ -304,10 +284,6 @@ class AIM(Compressor):
         stay = top_k(scores, left, seen)
         view.memory[self, "seen"] = stay
         return Selection(items.mask, counts=items.counts, hide=seen & ~stay)
-
-
-def _floors(count: int, shares: list[float]) -> list[int]:
-    return [math.floor(count * share + 1e-9) for share in shares]
 
 
 def _after(count: int, steps: tuple[int, ...]) -> int:
