@@ -35,13 +35,24 @@ def chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
     return mask & (torch.zeros_like(mask, dtype=torch.long).scatter_add(1, order, taken.long()) > 0)
 
 
+def total(features: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the unmasked tokens: [I, N, D], [I, N] -> float32 [I, D]. Streams over the tokens."""
+    parts = zip(torch.split(features, CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True)
+    return torch.stack([(x.detach().float() * real[..., None]).sum(1) for x, real in parts]).sum(0)
+
+
+def alignment(features: Tensor, direction: Tensor) -> Tensor:
+    """Product of each token, scaled to unit length, with its item's direction [I, D]; float32 [I, N].
+
+    The cosine where the direction has unit length; the mean of several cosines where it is the mean of several units.
+    """
+    parts = [x.detach().float() for x in torch.split(features, CHUNK, 1)]
+    return torch.cat([(x @ direction[..., None])[..., 0] / x.norm(dim=2).clamp(min=1e-12) for x in parts], dim=1)
+
+
 def cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:
     """Cosine between each token and the mean of its item's tokens (not of unit length); [I, N, D] -> float32 [I, N]."""
-    parts = list(zip(torch.split(features, CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True))
-    total = sum((x.float() * real[..., None]).sum(1) for x, real in parts)
-    mean = torch.nn.functional.normalize(torch.as_tensor(total), dim=1)[..., None]
-    cosines = [(x.float() @ mean)[..., 0] / x.float().norm(dim=2).clamp(min=1e-12) for x, _ in parts]
-    return torch.cat(cosines, dim=1)
+    return alignment(features, torch.nn.functional.normalize(total(features, mask), dim=1))
 
 
 def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:

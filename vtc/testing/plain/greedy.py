@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.greedy import best, chosen, cosine_to_mean, greedy_map, in_groups, k_center, max_sum, most_isolated
+from vtc.ops.greedy import (
+    alignment,
+    best,
+    chosen,
+    cosine_to_mean,
+    greedy_map,
+    in_groups,
+    k_center,
+    max_sum,
+    most_isolated,
+    total,
+)
 from vtc.testing.plain import OpCase, Size
 
 
@@ -34,6 +45,20 @@ def plain_chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
         for place in order[item, :count].tolist():
             kept[item, place] = bool(mask[item, place])
     return kept
+
+
+def plain_total(features: Tensor, mask: Tensor) -> Tensor:
+    """Token by token."""
+    return torch.stack([sum(features[i, p].double() for p in members(mask, i)) for i in range(len(mask))])  # type: ignore[misc]
+
+
+def plain_alignment(features: Tensor, direction: Tensor) -> Tensor:
+    """<x / |x|, d>, token by token."""
+    rows = [
+        [float((x.double() / x.double().norm()) @ d.double()) for x in item]
+        for item, d in zip(features, direction, strict=True)
+    ]
+    return torch.tensor(rows)
 
 
 def plain_cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:
@@ -134,6 +159,11 @@ def make_tokens(size: Size) -> dict[str, Any]:
     return scene(3, 37, 9) if size == "small" else scene(4, 576, 1024)
 
 
+def make_alignment(size: Size) -> dict[str, Any]:
+    features = make_tokens(size)["features"]
+    return {"features": features, "direction": features[:, 1] / 2}
+
+
 def make_walk(size: Size) -> dict[str, Any]:
     given = make_tokens(size)
     steps = 11 if size == "small" else 96
@@ -156,6 +186,8 @@ def make_groups(size: Size) -> dict[str, Any]:
 CASES = (
     OpCase(best, plain_best, make_scores),
     OpCase(chosen, plain_chosen, make_chosen),
+    OpCase(total, plain_total, make_tokens, tolerance=1e-6),
+    OpCase(alignment, plain_alignment, make_alignment, tolerance=1e-6),
     OpCase(cosine_to_mean, plain_cosine_to_mean, make_tokens, tolerance=1e-6),
     OpCase(max_sum, plain_max_sum, make_walk),
     OpCase(k_center, plain_k_center, make_walk),

@@ -1,0 +1,84 @@
+"""CDPruner: diverse tokens that have to do with the question, by a determinantal point process (arXiv:2506.10967)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Compressor, Scope, Selection, StageView
+from vtc.errors import VTCError, unknown_name
+from vtc.groups import Groups
+from vtc.ops.greedy import alignment, greedy_map, total
+from vtc.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class CDPruner(Compressor):
+    """Keep the tokens that span the largest volume, each counted by its relevance to the question.
+
+    Acts before the LLM, reads the question; training-free. Relevance ``r_j = -mean_m cos(e_j, t_m)`` of token j to the
+    texts t_m is scaled to ``q_j = (r_j - min r + 1e-6) / (max r - min r)`` over the item. Of the kernel ``L_ij = q_i
+    cos(v_i, v_j) q_j`` of the projected tokens v, the greedy mode is kept: the token that raises the determinant of L
+    over the chosen ones most, one at a time. Ties go to the lower index, kept tokens stay in raster order.
+
+    inverse: the minus sign above, as in the released code; False prefers tokens that resemble the question. theta:
+    None, or the weight of relevance against diversity in [0, 1), ``q <- exp(theta q / (2 - 2 theta))``.
+    scope: "crop" chooses in every crop or frame the same share of its tokens, "item" among all tokens together.
+
+    Departures from the paper and its code: ADAPTED RELEVANCE. The code compares CLIP's own projections of patches with
+    CLIP's text encoder, which is no part of a multimodal LLM. Here e_j = v_j, and t is the mean of the LLM's embeddings
+    of the question (what follows a row's first visual token); say so with every result. Without a question all
+    tokens are equally relevant. Relevance is scaled over each item instead of over all crops of a call, so that a batch
+    equals its rows. Beyond the rank of L (the width of the tokens), where the code divides by zero, the most relevant
+    of the remaining tokens fill the budget. AnyRes images keep their resolution and their newline tokens, which are no
+    candidates; crops get the same share of their tokens, not the same count; multi-axis rotary models keep original
+    positions.
+    """
+
+    inverse: bool = True
+    theta: float | None = None
+    scope: Scope = field(default="crop", kw_only=True)
+
+    name: ClassVar[str] = "cdpruner"
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise VTCError(str(unknown_name("scope", self.scope, get_args(Scope))))
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise VTCError(
+                f"theta={self.theta!r} is outside [0, 1); write for example 0.5 for equal weights, or None for "
+                "relevance as it is"
+            )
+
+    def select(self, view: StageView) -> Selection:
+        groups = Groups.of(view, self.scope)
+        quality = groups.take(self.quality(view))
+        order = greedy_map(groups.take(view.tokens), quality, groups.steps, groups.mask)
+        return Selection(groups.chosen(order), counts=view.keep)
+
+    def quality(self, view: StageView) -> Tensor:
+        """[I, N] how much each token counts."""
+        question = total(view.hidden, view.text)  # has the direction of the mean
+        return relevance(
+            view.tokens, question[view.items.row, None], view.items.mask, inverse=self.inverse, theta=self.theta
+        )
+
+
+def relevance(
+    tokens: Tensor, texts: Tensor, mask: Tensor, *, inverse: bool = True, theta: float | None = None
+) -> Tensor:
+    """[I, N] how much tokens [I, N, D] have to do with texts [I, M, D], above 0 and up to about 1; float32.
+
+    Minus the mean cosine to the texts (plus it unless `inverse`), scaled to the range over the unmasked. Constant
+    values become 1. theta: as in `CDPruner`.
+    """
+    towards = torch.nn.functional.normalize(texts.detach().float(), dim=2).mean(1)
+    like = alignment(tokens, -towards if inverse else towards)
+    lowest = like.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    span = like.masked_fill(~mask, -torch.inf).amax(1, keepdim=True) - lowest
+    quality = torch.where(span > 0, (like - lowest + 1e-6) / span, 1.0)
+    return quality if theta is None else (theta / (2 * (1 - theta)) * quality).exp()
