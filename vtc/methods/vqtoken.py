@@ -1,8 +1,7 @@
-"""VQToken: an image or video as a few cluster means, plus positions that a small attention block reads (2503.16980)."""
+"""VQToken: a video as a few cluster means, and an attention block that reads where they lie (arXiv:2503.16980)."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,165 +14,30 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc import weights as store
-from vtc.compressor import Compressor, ModelSpec, Plan, Selection, StageView
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
+from vtc.compressor import ModelSpec, Plan, Selection, StageView
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.learned import LearnedCompressor, load_tensors
+from vtc.methods.vqtoken_codebook import Clustering, Space, lay
 from vtc.ops import cluster
-from vtc.ops.cluster import Members
 from vtc.ops.grid import Grid, cell_centres
-from vtc.ops.hashing import fingerprint, uniform
-from vtc.ops.select import front_pack, take_rows, top_k
+from vtc.ops.hashing import uniform
+from vtc.ops.select import top_k
 from vtc.ops.vq_attention import VQAttention
 from vtc.registry import register
 
 OFFICIAL_PREFIX = "model.cross_attention."
-Space = Literal["raw", "normalized"]
 
 
-@dataclass(frozen=True)
-class Clustering(Compressor):
-    """What both forms share: all tokens of an item, frames and tiles together, fall into K clusters.
+def occupancy(numbers: Tensor, frames: Tensor, width: int) -> Tensor:
+    """[I, width, P] share of an item's frames in which each cluster holds each of the P cells.
 
-    clusters: "budget" makes K what retention or keep grants the item; "elbow" chooses K per item among k_min to k_max
-    and takes no budget. elbow_rule: "official" gives 12 to 22 at the published bounds, "corrected" the K at the kink.
-    iterations: at most so many k-means steps, None: 50 with a given K, 100 with the elbow. tolerance: a move of all
-    centres together below it ends them. empty: a cluster that ends without members takes the token that fits its own
-    cluster worst ("split", so that there are exactly K) or is left out ("drop"). seed: of the k-means++ draws, which
-    depend on it and on the item's pixels alone.
+    numbers: [I, F, P] cluster of every cell. frames: [I] frames of each item, at most F.
     """
-
-    clusters: Literal["budget", "elbow"] = "budget"
-    k_min: int = 12
-    k_max: int = 32
-    elbow_rule: Literal["official", "corrected"] = "official"
-    iterations: int | None = None
-    tolerance: float = 1e-4
-    empty: Literal["split", "drop"] = "split"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, known in self._choices().items():
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
-        if self.k_min < 1 or self.k_max < self.k_min + 2:
-            raise VTCError(
-                f"k_min={self.k_min}, k_max={self.k_max} leave no kink to find; the elbow needs at least three numbers "
-                "of clusters from 1 up, the paper uses 12 to 32"
-            )
-        if self.iterations is not None and self.iterations < 1:
-            raise VTCError(f"iterations={self.iterations} assigns no token; pass at least 1, the paper uses 50")
-
-    def _choices(self) -> dict[str, Sequence[str]]:
-        return {
-            "clusters": ("budget", "elbow"),
-            "elbow_rule": ("official", "corrected"),
-            "empty": ("split", "drop"),
-        }
-
-    @property
-    def needs_budget(self) -> bool:
-        return self.clusters == "budget"
-
-    def plan(self, model: ModelSpec) -> Plan:
-        return dataclasses.replace(super().plan(model), positions="compact")
-
-    @torch.no_grad()
-    def assign(self, view: StageView) -> tuple[Tensor, Tensor, int]:
-        """Cluster number of every token [I, N], clusters of every item [I], and the most there can be."""
-        tokens, items = view.tokens, view.items
-        if self.clusters == "budget":
-            counts, most = torch.tensor(view.keep, device=tokens.device), max(view.keep)
-        else:
-            counts, most = self._elbow(view)
-        steps = self.iterations or (50 if self.clusters == "budget" else 100)
-        labels = self._runs(view, counts[:, None], most, view.fingerprint, steps).labels[:, 0]
-        if self.empty == "split":
-            labels = cluster.split_empty(tokens, labels, counts, most, items.mask)
-        return labels, counts, most
-
-    def _runs(self, view: StageView, counts: Tensor, most: int, key: Tensor, steps: int) -> cluster.Clusters:
-        tokens, mask = view.tokens, view.items.mask
-        start = cluster.seed_centres(tokens, counts, most, key, view.items.token, mask, seed=self.seed)
-        return cluster.kmeans(tokens, start, counts, mask, iterations=steps, tolerance=self.tolerance)
-
-    def _elbow(self, view: StageView) -> tuple[Tensor, int]:
-        """Clusters of every item and the most the rule can give; an item never gets more than its tokens."""
-        device, candidates = view.hidden.device, self.k_max - self.k_min + 1
-        held = torch.tensor(view.items.counts, device=device)
-        counts = torch.minimum(torch.arange(self.k_min, self.k_max + 1, device=device), held[:, None])
-        key = fingerprint(torch.stack([view.fingerprint, torch.ones_like(view.fingerprint)], 1))  # not the last run's
-        runs = self._runs(view, counts, self.k_max, key, self.iterations or 100)
-        kink = cluster.elbow(cluster.distortion(view.tokens, runs, view.items.mask), self.k_min, rule=self.elbow_rule)
-        most = max(self.k_min, candidates + 1) if self.elbow_rule == "official" else self.k_max - 1
-        return torch.minimum(kink, held), min(most, max(view.items.counts))
-
-
-def lay(view: StageView, keep: Tensor, rows: Tensor, owner: Tensor, counts: Sequence[int] | None) -> Selection:
-    """Put `rows` [I, K, D] in their order on the anchors `keep` [I, N]; owner: [I, N] row that each token went into."""
-    slots = front_pack(keep, min(rows.shape[1], keep.shape[1]))
-    item = torch.arange(len(keep), device=keep.device)[:, None]
-    base = torch.zeros_like(view.tokens)
-    tokens = base.index_put((item, slots), rows[:, : slots.shape[1]].to(base.dtype))
-    return Selection(keep, counts, tokens=tokens, merged_into=slots.gather(1, owner.clamp(max=slots.shape[1] - 1)))
-
-
-@register
-@dataclass(frozen=True)
-class VQTokenCodebook(Clustering):
-    """VQToken (codebook only, training-free): cluster all tokens of an item and send the K cluster means to the LLM.
-
-    Acts before the LLM, needs no attention and no weights, sees no text. Cosine k-means over the projected tokens with
-    k-means++ seeding; the mean of each cluster replaces its tokens (arXiv:2503.16980, without the trained block that
-    restores positions: the paper itself loses much this way, 35.2 against 57.5 on NExT-QA). Results carry the name
-    `vqtoken_codebook` and must not be reported as VQToken.
-
-    clusters, k_min, k_max, elbow_rule, iterations, tolerance, empty, seed: how tokens are clustered; "budget" (default)
-    makes the number of clusters what retention or keep grants, "elbow" chooses it per item between k_min and k_max by
-    the released rule ("official") or its intent ("corrected"). codebook_space: means of the tokens ("raw", as the
-    LLM knows them) or of the tokens scaled to length one ("normalized", as the released code). representative: the
-    mean, or the medoid, the real token closest in cosine to the normalized mean. order: rows by first member
-    ("first"), as numbered by k-means ("cluster_id", the released order), larger clusters first ("size"), or by the
-    place of the anchor, which is the first member or the medoid ("place").
-
-    Departures from the paper and its code: raw means by default; images are clustered as videos of one frame; several
-    crops or tiles of an image share one codebook; draws depend on pixels and seed, not on a global generator; clusters
-    that end empty are filled, so that the budget is exact; under multi-axis rotary positions rows get consecutive
-    positions, or keep those of their medoids with representative="medoid", order="place".
-    """
-
-    codebook_space: Space = "raw"
-    representative: Literal["mean", "medoid"] = "mean"
-    order: Literal["first", "cluster_id", "size", "place"] = "first"
-
-    name: ClassVar[str] = "vqtoken_codebook"
-
-    def _choices(self) -> dict[str, Sequence[str]]:
-        return super()._choices() | {
-            "codebook_space": get_args(Space),
-            "representative": ("mean", "medoid"),
-            "order": ("first", "cluster_id", "size", "place"),
-        }
-
-    def plan(self, model: ModelSpec) -> Plan:
-        placed = model.mrope and (self.representative, self.order) == ("medoid", "place")
-        return dataclasses.replace(super().plan(model), positions="preserve" if placed else "compact")
-
-    def select(self, view: StageView) -> Selection:
-        labels, _, most = self.assign(view)
-        tokens, mask = view.tokens, view.items.mask
-        normalized = self.codebook_space == "normalized"
-        codes, _ = cluster.codebook(tokens, labels, most, mask, normalized=normalized)
-        members = cluster.describe(labels, most, mask)
-        anchor = members.first
-        if self.representative == "medoid":
-            anchor = cluster.medoids(tokens, labels, most, mask)
-            codes = take_rows(tokens, anchor.clamp(min=0)).float()
-            codes = torch.nn.functional.normalize(codes, dim=-1) if normalized else codes
-        placed = Members(members.sizes, anchor)
-        order = cluster.ordering(placed, "first") if self.order == "place" else cluster.ordering(members, self.order)
-        keep = cluster.marked(anchor, labels.shape[1])
-        exact = self.clusters == "budget" and self.empty == "split"
-        return lay(view, keep, take_rows(codes, order), cluster.relabel(labels, order), view.keep if exact else None)
+    items, most, cells = numbers.shape
+    weight = ((torch.arange(most, device=frames.device) < frames[:, None]) / frames[:, None])[..., None]
+    place = numbers * cells + torch.arange(cells, device=numbers.device)
+    found = torch.zeros(items, width * cells, device=numbers.device)
+    return found.scatter_add(1, place.flatten(1), weight.expand_as(place).flatten(1)).view(items, width, cells)
 
 
 @register
@@ -189,20 +53,23 @@ class VQToken(Clustering, LearnedCompressor):
 
     weights: a file or embedded name, see `vtc train --method vqtoken`; files of the authors are understood. clusters,
     k_min, k_max, elbow_rule, iterations, tolerance, empty, seed: as in `vqtoken_codebook`. codebook_space: means of
-    tokens scaled to length one ("normalized", as released) or of raw tokens. queries: what one row of the map is, a
-    whole frame ("frame", as published: an image then has one query and all its output rows are equal) or one line of
-    a frame ("line"). grid: rows and columns of a frame the block was made for. resample: take other rasters to that
-    grid by nearest neighbour; refused otherwise. heads, inner, dropout: of the decoder layer. residual: add code j to
-    query j and to output row j, so that the block only has to learn the difference. canonical_ids: number clusters by
-    first appearance. ablation: Gaussian noise for the map ("random_map") or the codes ("random_codebook").
+    tokens scaled to length one ("normalized", as released) or of raw tokens. queries: what one row of the map is:
+    "frame", a whole frame (as published; an image then has one query and all its output rows are equal), "line", a line
+    of a frame, or "cluster", where a cluster lies: its share of every cell over the frames instead of numbers, so that
+    there are K distinct queries, query j belongs to code j, and no budget is too small. grid: rows and columns of a
+    frame the block was made for. resample: take other rasters to that grid by nearest neighbour; refused otherwise.
+    heads, inner, dropout: of the decoder layer. residual: add code j to query j and to output row j, so that the block
+    only has to learn the difference. canonical_ids: number clusters by first appearance. ablation: Gaussian noise for
+    the map ("random_map") or the codes ("random_codebook").
 
     Departures from the paper and its code: LayerNorm gains of a fresh block start at 1, not near 0; the block computes
-    in float32; images work (see queries), every raster of a tiled image counts as a frame; draws depend on pixels and
-    seed; clusters that end empty are filled; the number of clusters follows the budget by default, not the elbow.
+    in float32; images work (see queries; "line", "cluster" and residual are ours), every raster of a tiled image counts
+    as a frame; draws depend on pixels and seed; clusters that end empty are filled; the number of clusters follows the
+    budget by default, not the elbow.
     """
 
     codebook_space: Space = "normalized"
-    queries: Literal["frame", "line"] = "frame"
+    queries: Literal["frame", "line", "cluster"] = "frame"
     grid: tuple[int, int] = (27, 27)
     resample: bool = False
     heads: int = 8
@@ -217,7 +84,7 @@ class VQToken(Clustering, LearnedCompressor):
     def _choices(self) -> dict[str, Sequence[str]]:
         return super()._choices() | {
             "codebook_space": get_args(Space),
-            "queries": ("frame", "line"),
+            "queries": ("frame", "line", "cluster"),
             "ablation": ("none", "random_map", "random_codebook"),
         }
 
@@ -282,19 +149,21 @@ class VQToken(Clustering, LearnedCompressor):
     def select(self, view: StageView) -> Selection:
         assert isinstance(view.module, nn.ModuleDict)
         places, rows = self._map(view)
-        if self.clusters == "budget":
+        if self.clusters == "budget" and self.queries != "cluster":
             self._check(view, rows)
         labels, counts, most = self.assign(view)
         mask, device = view.items.mask, view.hidden.device
         if self.canonical_ids:
             labels = cluster.relabel(labels, cluster.ordering(cluster.describe(labels, most, mask)))
         codes, _ = cluster.codebook(view.tokens, labels, most, mask, normalized=self.codebook_space == "normalized")
+        lines = torch.tensor(rows, device=device)
         numbers = labels.gather(1, places.flatten(1)).view_as(places).float()
+        if self.queries == "cluster":
+            numbers, lines = occupancy(numbers.long(), lines, most), counts
         if self.ablation == "random_map":
             numbers = self._noise(view, numbers)
         elif self.ablation == "random_codebook":
             codes = self._noise(view, codes)
-        lines = torch.tensor(rows, device=device)
         mixed: Tensor = view.module["vq_attn"](numbers, codes, lines, counts, residual=self.residual)
         first = cluster.describe(labels, most, mask).first
         keep = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
