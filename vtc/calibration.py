@@ -29,7 +29,7 @@ from vtc.ops import thresholds
 
 @dataclass
 class _Pool:
-    """What a module saw: S_red, row and column of every alive token, [n] each; items, and the tokens they began with."""
+    """What a module saw: S_red, row, column of every alive token, [n] each; items, and the tokens they began with."""
 
     redundancy: list[Tensor] = field(default_factory=list)
     row: list[Tensor] = field(default_factory=list)
