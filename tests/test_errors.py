@@ -206,7 +206,11 @@ def encode(name: str, kind: Any, seeds: int = 1) -> None:
 
 
 def flex_tower(subject: Any, inputs: dict[str, Any]) -> None:
-    subject.model.vision_tower.config._attn_implementation = "flex_attention"
+    def switch(module: Any, args: Any, kwargs: Any) -> None:
+        subject.model.vision_tower.config._attn_implementation = "flex_attention"
+
+    layer = adapters.of(subject).vision_layers[1]
+    layer.register_forward_pre_hook(switch, with_kwargs=True, prepend=True)
 
 
 def flex_llm(subject: Any, inputs: dict[str, Any]) -> None:
@@ -214,7 +218,8 @@ def flex_llm(subject: Any, inputs: dict[str, Any]) -> None:
         subject.model.language_model.config._attn_implementation = "flex_attention"
 
     inputs["use_cache"] = False
-    subject.model.language_model.layers[1].register_forward_pre_hook(switch, with_kwargs=True)
+    layer = adapters.of(subject).layers[2]
+    layer.register_forward_pre_hook(switch, with_kwargs=True, prepend=True)
 
 
 def second_attach() -> None:
