@@ -1,0 +1,178 @@
+"""Training of learned compressors: resumable to the bit, checked settings, and a file that can be used at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import vtc
+from vtc import weights
+from vtc.errors import BudgetError, InputError, VTCError
+from vtc.eval.cli import app
+from vtc.eval.tiny.scenes import make_scene
+from vtc.eval.tiny.vocabulary import END, IMAGE, PAD, TOKEN
+from vtc.eval.training.measure import measure
+from vtc.eval.training.prompts import collate, draw
+from vtc.eval.training.settings import TrainingSettings
+from vtc.eval.training.trainer import train
+from vtc.learned import load
+
+PARAMETERS = {"layers": (0, 2), "bins": 4, "hidden": 4, "target_tokens": 40.0, "temperature": 50.0}
+SETTINGS = TrainingSettings("atp", PARAMETERS, steps=4, batch_size=2, scenes=6, rate=0.1, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rendered once for all runs."""
+    from vtc.eval.tiny.cache import render_scenes
+
+    folder = tmp_path_factory.mktemp("rendered") / "scenes"
+    render_scenes(folder, "train", SETTINGS.scenes, 0)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, scenes: Path) -> Iterator[Path]:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scenes").symlink_to(scenes)
+    yield tmp_path / "run"
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def run(out: Path, settings: TrainingSettings = SETTINGS, stop: int = 0, **options: Any) -> list[int]:
+    steps: list[int] = []
+
+    def note(step: int) -> None:
+        steps.append(step)
+        if step == stop:
+            raise Killed
+
+    quick = {"device": "cpu", "save_every": 2, "check_every": 0, "per_family": 0}
+    train(out, settings, on_step=note, **quick | options)
+    return steps
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return weights.read(out / "weights.safetensors")[0]
+
+
+def test_resumed_equals_uninterrupted(place: Path, tmp_path: Path, scenes: Path) -> None:
+    with pytest.raises(Killed):
+        run(place, stop=3)
+    assert run(place) == [3, 4]  # the checkpoint of step 2
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "scenes").symlink_to(scenes)
+    assert run(tmp_path / "whole", check_every=3, per_family=1) == [1, 2, 3, 4]  # checks change nothing
+    first, second = tensors(place), tensors(tmp_path / "whole")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [3, 4]
+    assert {"existence", "mean", "retention", "spread"} <= log[-1]["measured"].keys()
+    assert {"answer", "method"} == log[-1]["losses"].keys()
+    assert run(place) == []
+    other = TrainingSettings("atp", PARAMETERS, steps=5, batch_size=2, scenes=6)
+    with pytest.raises(InputError, match="steps"):
+        run(place, other)
+
+
+def test_the_result_learned_something_and_can_be_used(place: Path) -> None:
+    run(place, per_family=1)
+    torch.manual_seed(SETTINGS.seed)
+    spec = vtc.ModelSpec("llava", 5, 3, True, (0, 1, 2, 3), 6)
+    fresh = SETTINGS.compressor().module(spec).state_dict()
+    learned, about = weights.read(place / "weights.safetensors")
+    assert fresh.keys() == learned.keys()
+    assert all(not torch.equal(fresh[name], learned[name]) for name in fresh if "head_r" in name)
+    assert {"base_model", "steps", "seed", "data", "training", "seconds", "held_out"} <= about.keys()
+    assert (about["base_model"], about["steps"], about["seed"]) == ("tiny-llava", "4", "0")
+    assert json.loads(about["held_out"]).keys() >= {"mean", "retention"}
+    method = load(str(place / "weights.safetensors"))
+    assert method == vtc.create("atp", **PARAMETERS, weights=str(place / "weights.safetensors"))
+    result = measure("tiny-llava", method, None, 1)
+    assert len(result.layers) == 6 and result.layers[0] == 144
+    assert result.retention == pytest.approx(sum(result.layers) / 6 / 144)
+
+
+def test_a_trained_llm_is_saved_too(place: Path) -> None:
+    settings = TrainingSettings("atp", PARAMETERS, steps=1, batch_size=2, scenes=6, llm_rate=1e-3, warmup=1)
+    run(place, settings, per_family=1)
+    from safetensors.torch import load_file
+
+    from vtc.eval.tiny import model_path
+
+    before = load_file(model_path("tiny-llava") / "model.safetensors")
+    after = load_file(place / "model" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("vision_tower" in name or "projector" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"rate": 0.0}, "rate must be above 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"batch_size": 9, "scenes": 8}, "a batch of 9 scenes needs"),
+        ({"retention": 0.5}, "'atp' takes no retention"),
+        ({"method": "vtc_cls"}, "'vtc_cls' has nothing to learn"),
+        ({"method": "apt"}, "did you mean 'atp'"),
+        ({"parameters": {"layer": 3}}, "did you mean 'layers'"),
+    ],
+)
+def test_impossible_settings_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(VTCError, match=message):
+        TrainingSettings(**{"method": "atp", **given})
+
+
+def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown device 'toaster'"):
+        train(tmp_path, SETTINGS, device="toaster")
+
+
+def test_labels_cover_the_answer_and_the_end() -> None:
+    import random
+
+    questions = [draw(make_scene(seed, "train").items, random.Random(seed)) for seed in range(5)]
+    batch = collate(questions)
+    answered = batch["labels"] != -100
+    assert answered.sum(1).tolist() == [2] * 5
+    assert torch.equal(batch["labels"][answered], batch["input_ids"][answered])
+    assert (batch["input_ids"][:, -1] == TOKEN[END]).all()
+    assert ((batch["input_ids"] == TOKEN[IMAGE]).sum(1) == 144).all()
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == TOKEN[PAD])
+    asked = collate(questions, answers=False)
+    assert torch.equal(asked["input_ids"], batch["input_ids"][:, :-2]) and "labels" not in asked
+
+
+def test_the_commands(place: Path) -> None:
+    options = [f"--set={name}={value}" for name, value in PARAMETERS.items()]
+    sizes = ["--steps=4", "--batch-size=2", "--scenes=6", "--rate=0.1", "--warmup=1", "--check-every=0"]
+    arguments = ["train", "--method=atp", f"--out={place}", *options, *sizes, "--per-family=0", "--device=cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip().endswith("weights.safetensors")
+    again = tensors(place)
+    run(place)
+    assert all(torch.equal(value, again[name]) for name, value in tensors(place).items())
+
+
+def test_a_calibration_from_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    options = ["--set=layers=(0, 2)", "--prompts=6", "--device=cpu"]
+    result = CliRunner().invoke(app, ["calibrate", f"--out={file}", "--retention=0.4", *options])
+    assert result.exit_code == 0, result.output
+    method = vtc.create("atp_training_free", layers=(0, 2), mode="calibrated", weights=str(file))
+    assert 0.2 < measure("tiny-llava", method, None, 1).retention < 0.6
+    result = CliRunner().invoke(app, ["calibrate", f"--out={file}", "--retention=0.1", *options])
+    assert isinstance(result.exception, BudgetError)
