@@ -1,0 +1,168 @@
+"""VisionZip: dominant tokens by attention, contextual tokens that collect the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.layout import VisualItem
+from vtc.ops.contextual import add_mean, crop_places, dominant_and_targets, nearest_target
+from vtc.ops.select import apportion, take_rows
+from vtc.readings import AttentionCall, VisionReading
+from vtc.registry import register
+
+Place = Literal["llm", "projector"]
+Order = Literal["raster", "official"]
+
+
+@dataclass(frozen=True)
+class MeanKeys(VisionReading):
+    """The key vectors, mean over heads."""
+
+    name: ClassVar[str] = "mean keys"
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        return attention.key.mean(1)
+
+
+MEAN_KEYS = MeanKeys()
+
+
+@register
+@dataclass(frozen=True)
+class VisionZip(Compressor):
+    """Keep the patches the class token looks at, and merge all others into a few evenly spaced contextual tokens.
+
+    Training-free, text-agnostic (arXiv:2412.04467). Of k tokens, D = round(k * share) are dominant: those with the
+    highest ``sum_h A_p[h, CLS, j]``, p being the encoder layer whose output is projected (the last but one of CLIP).
+    Of the R others, in raster order, C = k - D are targets: numbers 0, step, 2 step, ... with step = max(1, R // C).
+    Every other token goes to the target with the highest cosine of ``m_j = mean_h K_p[h, j]``, and the contextual
+    token is ``x_target + mean(x assigned)``, a sum of two terms. Tiles and frames are treated one by one and share k
+    in proportion to their sizes. Ties go to the lower index.
+
+    share: part of the tokens that is dominant; the paper's budgets have 54 of 64. before: "llm" acts on projected
+    features; "projector" on the encoder's, as the released code does, on models with one crop per image whose encoder
+    may lose patches. layout: "raster" leaves a contextual token at its target's place; "official" puts contextual
+    tokens behind the dominant ones, a thumbnail and the other tiles each as one block, and drops all newlines, which
+    gives their share of the budget to patches (on multi-axis positions the order in the prompt decides).
+
+    Departures from the paper and its code: features behind the projector unless before="projector"; the class token
+    itself does not reach the LLM, D patches do; exact k; encoders without a class token rank by the attention a patch
+    receives, mean over heads and queries, in the last layer up to p that sees the whole image; where encoders rotate
+    keys, rotated ones are compared; tiled images are unpadded, and ranked after that, also under layout="official".
+    """
+
+    share: float = 54 / 64
+    before: Place = "llm"
+    layout: Order = "raster"
+
+    name: ClassVar[str] = "visionzip"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise VTCError(f"share={self.share} is outside (0, 1]; it is the dominant part, the paper's is 54/64")
+        for field, value, known in (("before", self.before, get_args(Place)), ("layout", self.layout, get_args(Order))):
+            if value not in known:
+                raise VTCError(str(unknown_name(field, value, known)))
+
+    @staticmethod
+    def layer(model: ModelSpec) -> int:
+        """p, the encoder layer that is read."""
+        return max(layer for layer in model.full_attention_layers if layer <= model.feature_layer)
+
+    def plan(self, model: ModelSpec) -> Plan:
+        plan = super().plan(model)
+        if self.before == "projector":
+            if not (model.encoder_stages and model.single_crop):
+                raise UnsupportedMethod(
+                    f"before='projector' merges patches of the encoder, which this {model.family} model does not allow "
+                    "(its images are several crops, or its tokens several patches); use before='llm'"
+                )
+            plan = dataclasses.replace(plan, stages=(EncoderStage(model.feature_layer + 1),))
+        attention = Rows.CLS if model.has_cls else Rows.RECEIVED
+        return dataclasses.replace(plan, needs=Needs(vision={self.layer(model): (attention, MEAN_KEYS)}))
+
+    def select(self, view: StageView) -> Selection:
+        items, layer = view.items, self.layer(view.model)
+        official = self.layout == "official"
+        keep = view.keep
+        if official:
+            keep = tuple(max(1, min(n, now)) for n, now in zip(view.granted, items.counts, strict=True))
+        score = view.vision_attention(layer, Rows.CLS if view.model.has_cls else Rows.RECEIVED)
+        metric = view.vision_attention(layer, MEAN_KEYS)
+        best, target = torch.zeros_like(items.mask), torch.zeros_like(items.mask)
+        into = torch.full_like(items.token, -1)
+        shapes = [(layout.n_crops, longest(layout)) for layout in items.layouts]
+        for shape in dict.fromkeys(shapes):
+            same = [item for item, other in enumerate(shapes) if other == shape]
+            rows = torch.tensor(same, device=score.device)
+            found = self._crops(
+                score[rows], metric[rows], view.crop[rows], items.mask[rows], shape, [keep[item] for item in same]
+            )
+            best[rows], target[rows], into[rows] = found
+        tokens = add_mean(view.tokens, into, target)
+        kept = best | target
+        into = torch.where(best, torch.arange(into.shape[1], device=into.device), into)
+        if not official:
+            return Selection(kept, counts=keep, tokens=tokens, merged_into=into)
+        order = torch.where(kept, self._block(view, target), 8).argsort(dim=1, stable=True)  # block by block
+        anchors = torch.where(kept, 0, 1).argsort(dim=1, stable=True)
+        moved = torch.empty_like(order).scatter_(1, order, anchors)
+        rows = anchors[..., None].expand_as(tokens)
+        return Selection(
+            kept,
+            counts=keep,
+            tokens=torch.empty_like(tokens).scatter(1, rows, take_rows(tokens, order)),
+            merged_into=torch.where(into >= 0, moved.gather(1, into.clamp(min=0)), -1),
+            separators=False,
+        )
+
+    @staticmethod
+    def _block(view: StageView, target: Tensor) -> Tensor:
+        """[I, N] the released order: a thumbnail's block where the model puts it, contextual tokens behind dominant."""
+        layouts = view.items.layouts
+        thumbnail = [-1 if layout.thumbnail is None else layout.thumbnail for layout in layouts]
+        crop, where = torch.tensor([thumbnail, [4 * (t > 0) for t in thumbnail]], device=target.device)[..., None]
+        return torch.where(view.crop == crop, where, 2) + target.long()
+
+    def _crops(
+        self, score: Tensor, metric: Tensor, crop: Tensor, mask: Tensor, shape: tuple[int, int], keep: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Dominant tokens, targets, and where every other token goes, for items of one shape; all [R, N]."""
+        place, there = crop_places(crop, *shape, mask)
+        wanted = torch.tensor(keep, device=score.device)
+        count = apportion(wanted, there.sum(2)).flatten()
+        dominant = (count * self.share + 0.5).floor().long().minimum(count)
+        flat = place.flatten(1)
+        crops = len(count), -1
+        scores = score.gather(1, flat).view(crops)
+        best, target = dominant_and_targets(scores, dominant, count - dominant, there.view(crops))
+        most = min(shape[1], math.ceil((1 - self.share) * min(max(keep), shape[1]) + 0.5))
+        keys = take_rows(metric, flat).view(*crops, metric.shape[2])
+        into = nearest_target(keys, target, there.view(crops) & ~best, most)
+        goes = torch.where(into >= 0, place.view(crops).gather(1, into.clamp(min=0)), -1)
+        spare = torch.where(there.flatten(1), flat, score.shape[1])
+
+        def back(values: Tensor, empty: int) -> Tensor:
+            """Per-crop values at the tokens' places; what lies in no crop is `empty`."""
+            full = values.new_full((len(score), score.shape[1] + 1), empty)
+            return full.scatter(1, spare, values.view(len(score), -1))[:, :-1]
+
+        return back(best, 0), back(target, 0), back(goes, -1)
+
+
+def longest(layout: VisualItem) -> int:
+    """No crop of the layout has more tokens than this."""
+    if len(layout.regions) == 1 and layout.regions[0][0] == layout.n_crops:
+        return math.prod(layout.regions[0][1:])
+    if len(layout.regions) == 2 and layout.tiling is not None:
+        return math.prod(layout.regions[0])  # tiles are as large as the thumbnail and may be cut
+    return layout.n_tokens - layout.newlines

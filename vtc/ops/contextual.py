@@ -1,0 +1,98 @@
+"""VisionZip's two kinds of tokens: the ones attention picks, and evenly spaced ones that collect all others.
+
+Works on crops side by side, [G, S] with S the longest of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtc.ops.select import front_pack, take_rows, top_k
+
+BLOCK = 1 << 24
+"""Similarities held at a time."""
+CHANNELS = 256
+"""Channels summed at a time."""
+
+
+def crop_places(group: Tensor, groups: int, longest: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of every crop in order: places [I, groups, longest] and whether there is one.
+
+    group: [I, N] crop of each token, ignored where `mask` is False; no crop has more than `longest` tokens.
+
+    >>> crop_places(torch.tensor([[0, 1, 0]]), 2, 2, torch.ones(1, 3, dtype=torch.bool))[0].tolist()
+    [[[0, 2], [1, 0]]]
+    """
+    group = torch.where(mask, group, groups)
+    order = torch.nn.functional.pad(group.argsort(dim=1, stable=True), (0, longest))
+    sizes = torch.zeros(len(group), groups + 1, dtype=torch.long, device=group.device)
+    sizes = sizes.scatter_add(1, group, torch.ones_like(group))
+    steps = torch.arange(longest, device=group.device)
+    there = steps < sizes[:, :groups, None]
+    place = (sizes.cumsum(1) - sizes)[:, :groups, None] + steps
+    return torch.where(there, take_rows(order, place.flatten(1)).view_as(place), 0), there
+
+
+def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mark the `dominant` highest scores of every crop, and `contextual` targets evenly spaced among the others.
+
+    score, mask: [G, S]. dominant, contextual: [G] counts, together at most the crop's tokens. The R tokens that are not
+    dominant are numbered in order; targets have the numbers 0, step, 2 step, ... with step = max(1, R // contextual).
+    Ties go to the lower index. Returns two disjoint [G, S] bool.
+
+    >>> dominant, target = dominant_and_targets(torch.arange(7.0)[None], torch.tensor([2]), torch.tensor([2]),
+    ...                                         torch.ones(1, 7, dtype=torch.bool))
+    >>> dominant.int().tolist(), target.int().tolist()
+    ([[0, 0, 0, 0, 0, 1, 1]], [[1, 0, 1, 0, 0, 0, 0]])
+    """
+    best = top_k(score, dominant, mask)
+    left = mask & ~best
+    step = (left.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
+    number = left.cumsum(1) - 1
+    return best, left & (number % step == 0) & (number // step < contextual[:, None])
+
+
+def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = BLOCK) -> Tensor:
+    """For every token that is left the target of its crop with the highest cosine similarity; targets name themselves.
+
+    metric: [G, S, C]. target, left: [G, S] bool, at most `most` targets in a crop, all among those left. Equal
+    similarities go to the lower target. Returns [G, S] places, -1 where nothing is left or the crop has no target.
+    Streams over the tokens: `block` similarities are held at a time.
+    """
+    crops, length, _ = metric.shape
+    if most == 0:
+        return torch.full(target.shape, -1, dtype=torch.long, device=metric.device)
+    place = front_pack(target, most)
+    there = torch.arange(place.shape[1], device=place.device) < target.sum(1, keepdim=True)
+    unit = torch.nn.functional.normalize(take_rows(metric, place).float(), dim=2).transpose(1, 2)
+    steps = torch.arange(place.shape[1], device=place.device)
+    chunk = max(1, block // (crops * place.shape[1]))
+    into = torch.empty_like(target, dtype=torch.long)
+    for part, rows in zip(torch.split(into, chunk, 1), torch.split(metric, chunk, 1), strict=True):
+        cosine = torch.nn.functional.normalize(rows.float(), dim=2) @ unit
+        cosine = torch.where(there[:, None], cosine, -torch.inf)
+        highest = cosine == cosine.amax(2, keepdim=True)
+        nearest = torch.where(highest, steps, place.shape[1]).amin(2).clamp(max=place.shape[1] - 1)
+        part.copy_(place.gather(1, nearest))
+    into = torch.where(target, torch.arange(length, device=into.device), into)
+    return torch.where(left & target.any(1, keepdim=True), into, -1)
+
+
+def add_mean(tokens: Tensor, into: Tensor, target: Tensor, channels: int = CHANNELS) -> Tensor:
+    """Every target plus the mean of the tokens that go into it: x + mean, a sum; [I, N, D], float32 inside.
+
+    into: [I, N] places as from `nearest_target`; target: [I, N] bool. A target that nothing goes into stays as it is,
+    and so does every other token. Streams over the channels.
+    """
+    items, length, _ = tokens.shape
+    given = (into >= 0) & ~target
+    row = torch.where(given, into, length)[..., None]
+    count = torch.zeros(items, length + 1, 1, device=tokens.device).scatter_add(1, row, given[..., None].float())
+    result = tokens.clone()
+    for old, new in zip(torch.split(tokens, channels, 2), torch.split(result, channels, 2), strict=True):
+        total = torch.zeros(items, length + 1, old.shape[2], device=tokens.device)
+        total = total.scatter_add(1, row.expand(-1, -1, old.shape[2]), old.float())
+        merged = old.float() + (total / count.clamp(min=1))[:, :length]
+        new.copy_(torch.where(target[..., None], merged.to(old.dtype), old))
+    return result

@@ -1,0 +1,124 @@
+"""VisionZip's tokens, one crop and one token at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.ops.contextual import add_mean, crop_places, dominant_and_targets, nearest_target
+from vtc.testing.plain import OpCase, Size
+
+
+def plain_crop_places(group: Tensor, groups: int, longest: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Collect the tokens of every crop."""
+    place = torch.zeros(len(group), groups, longest, dtype=torch.long)
+    there = torch.zeros(place.shape, dtype=torch.bool)
+    for item, (numbers, real) in enumerate(zip(group.tolist(), mask.tolist(), strict=True)):
+        found: list[list[int]] = [[] for _ in range(groups)]
+        for j, number in enumerate(numbers):
+            if real[j]:
+                found[number].append(j)
+        for crop, members in enumerate(found):
+            place[item, crop, : len(members)] = torch.tensor(members, dtype=torch.long)
+            there[item, crop, : len(members)] = True
+    return place, there
+
+
+def plain_dominant_and_targets(
+    score: Tensor, dominant: Tensor, contextual: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sort by falling score; then walk through the rest with the step."""
+    best, target = torch.zeros_like(mask), torch.zeros_like(mask)
+    for crop in range(len(score)):
+        row = score[crop].tolist()
+        real = [j for j, there in enumerate(mask[crop].tolist()) if there]
+        first = sorted(real, key=lambda j: (-row[j], j))[: int(dominant[crop])]
+        rest = [j for j in real if j not in set(first)]
+        count = int(contextual[crop])
+        step = max(1, len(rest) // max(1, count))
+        best[crop, first] = True
+        target[crop, rest[::step][:count]] = True
+    return best, target
+
+
+def plain_nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = 0) -> Tensor:
+    """Compare every token with every target of its crop."""
+    into = torch.full(target.shape, -1, dtype=torch.long)
+    for crop in range(len(metric)):
+        unit = metric[crop].float() / metric[crop].float().norm(dim=1, keepdim=True).clamp(min=1e-12)
+        targets = [j for j, there in enumerate(target[crop].tolist()) if there]
+        for j in (j for j, there in enumerate(left[crop].tolist()) if there and targets):
+            cosine = (unit[targets] @ unit[j]).tolist()
+            into[crop, j] = j if j in targets else targets[max(range(len(targets)), key=lambda t: (cosine[t], -t))]
+    return into
+
+
+def plain_add_mean(tokens: Tensor, into: Tensor, target: Tensor, channels: int = 0) -> Tensor:
+    """x_t + mean of the assigned."""
+    found = tokens.clone()
+    for crop in range(len(tokens)):
+        goes = into[crop].tolist()
+        marks = target[crop].tolist()
+        members: dict[int, list[int]] = {}
+        for j, t in enumerate(goes):
+            if t >= 0 and not marks[j]:
+                members.setdefault(t, []).append(j)
+        for t, given in members.items():
+            mean = sum(tokens[crop, j].double() for j in given) / len(given)
+            found[crop, t] = (tokens[crop, t].double() + mean).to(tokens.dtype)
+    return found
+
+
+# --- arguments
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def place_arguments(size: Size) -> dict[str, Any]:
+    items, length, groups = (3, 17, 4) if size == "small" else (96, 2880, 5)
+    group = torch.arange(length).expand(items, -1) * 7 % groups
+    mask = torch.arange(length) < torch.tensor([length - 2 * i for i in range(items)])[:, None]
+    longest = -(-length // groups)
+    return {"group": torch.where(mask, group, -1), "groups": groups, "longest": longest, "mask": mask}
+
+
+def choice_arguments(size: Size) -> dict[str, Any]:
+    """Scores with ties, crops of several lengths, from no token kept to all."""
+    crops, length = (7, 13) if size == "small" else (200, 576)
+    score = (random(crops, length) * 3).round()
+    mask = torch.arange(length) < torch.tensor([length - i % 4 for i in range(crops)])[:, None]
+    keep = torch.linspace(0, 1, crops) * mask.sum(1)
+    dominant = (keep * 0.8).long()
+    return {"score": score, "dominant": dominant, "contextual": keep.long() - dominant, "mask": mask}
+
+
+def target_arguments(size: Size) -> dict[str, Any]:
+    given = choice_arguments(size)
+    given = {name: value[: 7 if size == "small" else 64] for name, value in given.items()}
+    best, target = dominant_and_targets(**given)
+    most = int(target.sum(1).max())
+    metric = random(*target.shape, 5 if size == "small" else 64)
+    return {"metric": metric, "target": target, "left": given["mask"] & ~best, "most": most} | (
+        {"block": 7 * most * 3} if size == "small" else {}
+    )
+
+
+def sum_arguments(size: Size) -> dict[str, Any]:
+    given = target_arguments(size)
+    tokens = random(*given["metric"].shape, seed=1)
+    return {
+        "tokens": tokens,
+        "into": nearest_target(**given),
+        "target": given["target"],
+        "channels": 2 if size == "small" else 256,
+    }
+
+
+CASES = (
+    OpCase(crop_places, plain_crop_places, place_arguments),
+    OpCase(dominant_and_targets, plain_dominant_and_targets, choice_arguments),
+    OpCase(nearest_target, plain_nearest_target, target_arguments),
+    OpCase(add_mean, plain_add_mean, sum_arguments, 1e-6),
+)
