@@ -18,8 +18,8 @@ from vtc.registry import METHODS, list_methods
 def stage_name(stage: Stage) -> str:
     """A stage in words.
 
-    >>> stage_name(0), stage_name(2), stage_name(CacheStage())
-    ('pre-llm', 'llm layer 2', 'after prefill')
+    >>> stage_name(0), stage_name(2), stage_name(CacheStage()), stage_name(EncoderStage(1))
+    ('pre-llm', 'llm layer 2', 'after prefill', 'encoder layer 1')
     """
     if isinstance(stage, EncoderStage):
         return f"encoder layer {stage.layer}"
@@ -28,46 +28,64 @@ def stage_name(stage: Stage) -> str:
     return "pre-llm" if stage == 0 else f"llm layer {stage}"
 
 
+def stage_kind(stage: Stage) -> str:
+    """Where a stage lies, without its number.
+
+    >>> stage_kind(0), stage_kind(2), stage_kind(CacheStage(1)), stage_kind(EncoderStage(1))
+    ('pre-llm', 'llm', 'after prefill', 'encoder')
+    """
+    if isinstance(stage, EncoderStage):
+        return "encoder"
+    if isinstance(stage, CacheStage):
+        return "after prefill"
+    return "pre-llm" if stage == 0 else "llm"
+
+
+KINDS = ("encoder", "pre-llm", "llm", "after prefill")
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """One entry per registered method: name, summary, stages, needs, trained, families, positions, hyper-parameters.
 
-    Stages, needs and positions are those on a family's reference checkpoint; `families` lists where the method runs.
+    stages: where it acts on some family, as kinds; plans: the stages and needs on each family's reference checkpoints;
+    families: where it runs at all.
     """
     return [_method(METHODS.get(name)) for name in list_methods()]
 
 
 def _method(cls: type[Compressor]) -> dict[str, Any]:
     method = cls()
-    plans = {}
+    plans: list[dict[str, Any]] = []
+    kinds: set[str] = set()
     for family, adapter in adapters.families().items():
         for reference in adapter.references:
             try:
-                plans[family, reference.has_cls] = method.plan(reference)
+                plan = method.plan(reference)
             except UnsupportedMethod:
                 continue
-    stages: dict[str, None] = {}
-    needs: dict[str, None] = {}
-    for plan in plans.values():
-        stages |= dict.fromkeys(map(stage_name, plan.stages))
-        needs |= dict.fromkeys(_needs(plan.needs.vision_pairs, "vision"))
-        needs |= dict.fromkeys(_needs(plan.needs.llm_pairs, "llm"))
+            kinds |= {stage_kind(stage) for stage in plan.stages}
+            needs = _needs(plan.needs.vision_pairs, "vision") + _needs(plan.needs.llm_pairs, "llm")
+            stages = [stage_name(stage) for stage in plan.stages]
+            plans.append({"family": family, "stages": stages, "needs": needs, "positions": plan.positions})
     text = inspect.cleandoc(cls.__doc__ or "")
     return {
         "name": cls.name,
         "summary": " ".join(text.split("\n\n")[0].split()),
-        "stages": list(stages),
-        "needs": list(needs),
+        "stages": [kind for kind in KINDS if kind in kinds],
+        "needs": list(dict.fromkeys(need for plan in plans for need in plan["needs"])),
         "trained": cls.trained,
-        "families": sorted({family for family, _ in plans}),
-        "positions": sorted({plan.positions for plan in plans.values()}),
+        "needs_budget": method.needs_budget,
+        "families": sorted({plan["family"] for plan in plans}),
+        "positions": sorted({plan["positions"] for plan in plans}),
         "version": cls.version,
         "hyper_parameters": {f.name: _default(f) for f in dataclasses.fields(cls)},
+        "plans": plans,
         "description": text,
     }
 
 
 def _needs(pairs: Sequence[tuple[int, Reading]], where: str) -> list[str]:
-    return [f"{where} attention ({name})" for name in sorted({reading.name for _, reading in pairs})]
+    return [f"{where}: {name}" for name in dict.fromkeys(reading.name for _, reading in pairs)]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -36,13 +36,19 @@ def _print_json(data: Any) -> None:
 def methods(
     as_json: JsonOption = False,
     long: Annotated[bool, typer.Option("--long", help="Print each method's whole description.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the descriptions as one document.")] = False,
 ) -> None:
     """List compression methods: where they act, what they need, on which families they run."""
+    from vtc import adapters
     from vtc.catalogue import describe_methods
+    from vtc.method_pages import method_pages
 
     entries = describe_methods()
     if as_json:
         _print_json(entries)
+        return
+    if markdown:
+        sys.stdout.write(method_pages(entries))
         return
     console = Console()
     if long:
@@ -50,11 +56,14 @@ def methods(
             console.print(f"[bold]{entry['name']}[/bold] (version {entry['version']})")
             console.print(f"{entry['description']}\n", markup=False, highlight=False)
         return
-    table = Table("method", "stages", "needs", "trained", "families", "what it does")
+    families = len(adapters.families())
+    table = Table(Column("method", no_wrap=True), "acts", "reads", "families", "what it does")
     for entry in entries:
-        cells = [", ".join(entry[key]) or "-" for key in ("stages", "needs", "families")]
-        trained = "yes" if entry["trained"] else "no"
-        table.add_row(entry["name"], cells[0], cells[1], trained, cells[2], entry["summary"])
+        cells = [", ".join(entry[key]) or "-" for key in ("stages", "needs")]
+        where = "all" if len(entry["families"]) == families else ", ".join(entry["families"])
+        name = entry["name"] + ("*" if entry["trained"] else "")
+        table.add_row(name, *cells, where, entry["summary"])
+    table.caption = "* runs on learned weights"
     console.print(table)
 
 
