@@ -61,9 +61,9 @@ def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor
     features: [I, N, D]. start: [I] first token. mask: [I, N] bool, False is never chosen. Ties go to the lower index.
     Returns [I, steps] token places in the order of choice; behind the number of an item's tokens they mean nothing.
 
-    >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [-1.0, 0.0]]])
+    >>> x = torch.tensor([[[1.0, 0.0], [-1.7, 1.0], [0.0, 2.0], [3.0, 0.3]]])
     >>> max_sum(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
-    [[0, 3, 2]]
+    [[0, 1, 3]]
     """
     return _walk(_unit(features), start, steps, mask, farthest=False)
 
@@ -71,9 +71,9 @@ def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor
 def k_center(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:
     """Greedy k-center: always the token that is farthest from its nearest chosen one; arguments as in `max_sum`.
 
-    >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [-1.0, 0.0]]])
+    >>> x = torch.tensor([[[1.0, 0.0], [-1.7, 1.0], [0.0, 2.0], [3.0, 0.3]]])
     >>> k_center(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
-    [[0, 3, 1]]
+    [[0, 1, 2]]
     """
     return _walk(_unit(features), start, steps, mask, farthest=True)
 
