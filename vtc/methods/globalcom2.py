@@ -204,7 +204,7 @@ def _guidance(view: StageView, z: Tensor, groups: int) -> tuple[Tensor, Tensor, 
             height, width = known.grid
             picture = whole[:, known.first : known.first + height * width].view(-1, height, width)
             sums[rows[:, None], others] = crops.cell_sums(picture, layout.tiling)
-            seen = crops.stretch(picture, known.size).flatten(1)[:, known.place]
+            seen = crops.stretch(picture, known.size).flatten(1)[:, known.place.to(z.device)]
         else:
             picture = whole[:, : layout.n_tokens - layout.newlines].reshape(len(rows), layout.n_crops, -1)
             sums[rows] = crops.group_sums(z[rows], view.crop[rows], groups, mask)
