@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vtc.budget import Budget
-from vtc.compressor import ModelSpec, Needs, Rows, Selection, StageView, _grouped
+from vtc.compressor import ModelSpec, Needs, Rows, Selection, StageView
 from vtc.items import build
 from vtc.layout import VisionContext, VisualItem
+from vtc.plan import grouped
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 
@@ -117,7 +118,7 @@ def make_view() -> Callable[..., StageView]:
             fingerprint=context.fingerprint[table.source],
             vision_rows={key: pad(list(values), batch_first=True) for key, values in recorded.items()},
             llm_rows=llm or {},
-            needs=Needs(_grouped(list(recorded)), _grouped(list(llm or {}))),
+            needs=Needs(grouped(list(recorded)), grouped(list(llm or {}))),
         )
 
     return make

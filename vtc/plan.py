@@ -1,0 +1,104 @@
+"""Where a method acts and what it needs there: stages, readings by layer, the facts about a model it may depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from vtc.readings import LLMReading, VisionReading
+
+Positions = Literal["preserve", "compact"]
+
+
+@dataclass(frozen=True)
+class EncoderStage:
+    """Before vision-encoder layer `layer` (0-based, at least 1): the later encoder layers run on fewer tokens.
+
+    The layer behind the feature layer means before the projector.
+    """
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class CacheStage:
+    """After the prefill: rows of dropped tokens leave the KV cache of the layers from `from_layer` on."""
+
+    from_layer: int = 0
+
+
+Stage = int | EncoderStage | CacheStage
+"""An int k is "before LLM layer k"; 0, before the LLM, is also called PRE_LLM."""
+
+PRE_LLM = 0
+AFTER_PREFILL = CacheStage()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What to record: 0-based layer of the vision encoder or of the LLM -> a reading or several."""
+
+    vision: Mapping[int, VisionReading | tuple[VisionReading, ...]] = field(default_factory=dict)
+    llm: Mapping[int, LLMReading | tuple[LLMReading, ...]] = field(default_factory=dict)
+
+    @property
+    def vision_pairs(self) -> tuple[tuple[int, VisionReading], ...]:
+        """(layer, reading) of everything recorded in the vision encoder."""
+        return tuple((layer, one) for layer, some in self.vision.items() for one in each(some))
+
+    @property
+    def llm_pairs(self) -> tuple[tuple[int, LLMReading], ...]:
+        """(layer, reading) of everything recorded in the LLM."""
+        return tuple((layer, one) for layer, some in self.llm.items() for one in each(some))
+
+    def __or__(self, other: Needs) -> Needs:
+        """Both together."""
+        return Needs(grouped([*self.vision_pairs, *other.vision_pairs]), grouped([*self.llm_pairs, *other.llm_pairs]))
+
+
+R = TypeVar("R")
+
+
+def each(some: R | tuple[R, ...]) -> tuple[R, ...]:
+    """One or several as a tuple."""
+    return some if isinstance(some, tuple) else (some,)
+
+
+def grouped(pairs: Sequence[tuple[int, R]]) -> dict[int, R | tuple[R, ...]]:
+    """Pairs of layer and reading as a mapping, nothing twice."""
+    layers: dict[int, dict[R, None]] = {}
+    for layer, reading in pairs:
+        layers.setdefault(layer, {})[reading] = None
+    return {layer: tuple(readings) for layer, readings in layers.items()}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The facts about a model that a method may depend on; layers are 0-based.
+
+    feature_layer: the encoder layer whose output is projected for the LLM. full_attention_layers: encoder layers in
+    which a patch sees its whole image (all of them unless the encoder uses windows). mrope: multi-axis positions.
+    encoder_stages: methods may act inside the encoder, whatever the modality. single_crop: an image is one crop.
+    width: hidden size of the LLM, 0 where no model is loaded.
+    """
+
+    family: str
+    vision_layers: int
+    feature_layer: int
+    has_cls: bool
+    full_attention_layers: tuple[int, ...]
+    llm_layers: int
+    mrope: bool = False
+    encoder_stages: bool = False
+    single_crop: bool = False
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a method acts on a given model, what it needs there, and its default position policy."""
+
+    stages: tuple[Stage, ...]
+    needs: Needs
+    positions: Positions

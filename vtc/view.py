@@ -1,0 +1,128 @@
+"""What the engine shows a method at a stage, and what the method answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from vtc.budget import Budget
+from vtc.plan import ModelSpec, Needs, R, Stage, each
+from vtc.readings import LLMReading, VisionReading
+
+if TYPE_CHECKING:
+    from vtc.items import ItemTable
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of one stage.
+
+    keep: [I, N] bool over the view's items (entries behind an item's end are ignored). counts: kept tokens per item
+    when they are known on the host; leave it out for data-dependent counts, at the price of one synchronisation.
+    tokens: [I, N, D] replacement rows, read where `keep` is set (merging and pooling put the new token on an anchor).
+    merged_into: [I, N] for every token the view position of the anchor that absorbed it, -1 where none did.
+    separators: [I, M] bool over `view.separators`, which of them stay (one synchronisation); False drops all of them,
+    None keeps them.
+    hide: [I, N] bool, tokens that stay in the sequence while no row of a later layer attends to them (a reference mode;
+    it saves nothing). weights: [I, N] in (0, 1], soft masks for training: the token's key counts so much in every
+    later layer, except for the token itself; multiplied over the stages. loss: added to `Handle.auxiliary_loss`.
+    """
+
+    keep: Tensor
+    counts: Sequence[int] | None = None
+    tokens: Tensor | None = None
+    merged_into: Tensor | None = None
+    separators: Tensor | Literal[False] | None = None
+    hide: Tensor | None = None
+    weights: Tensor | None = None
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StageView:
+    """What a method sees at one stage. I items, N their largest token count, B batch rows of length L.
+
+    stage: the stage reached. model: facts about the model. budget: None for methods without one. items: the table of
+    items and where their tokens lie; separators: the same for their separators. hidden: [B, L, D] rows entering the
+    stage. visual, valid: [B, L] bool; text: [B, L] bool, the question behind the first visual token, without the
+    answer in training. fingerprint: [I] int64 pixel keys. memory: what the method left there at earlier stages of the
+    same call. module: its learned parts.
+    """
+
+    stage: Stage
+    model: ModelSpec
+    budget: Budget | None
+    items: ItemTable
+    separators: ItemTable
+    hidden: Tensor
+    visual: Tensor
+    valid: Tensor
+    text: Tensor
+    fingerprint: Tensor
+    vision_rows: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
+    llm_rows: dict[tuple[int, LLMReading], Tensor] = field(default_factory=dict)
+    needs: Needs = field(default_factory=Needs)
+    memory: dict[Any, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[I, N, D] hidden rows of the items' tokens."""
+        return self.hidden[self.items.row[:, None], self.items.index]
+
+    @cached_property
+    def crop(self) -> Tensor:
+        """[I, N] crop or frame of each token, -1 behind an item's end."""
+        return self.items.geometry("crop")
+
+    @cached_property
+    def place(self) -> tuple[Tensor, Tensor]:
+        """[I, N] row and column of each token inside its crop, in encoder patches; -1 behind an item's end."""
+        return self.items.geometry("row"), self.items.geometry("col")
+
+    @cached_property
+    def keep(self) -> tuple[int, ...]:
+        """Tokens the budget grants each item, of those it had in the input and without its separators."""
+        assert self.budget is not None, "this method was planned without a budget"
+        return self._grant([self.budget.tokens(count) for count in self.items.input_counts])
+
+    def keep_from_layer(self, layer: int) -> tuple[int, ...]:
+        """Tokens each item may keep from LLM layer `layer` on when every layer before it sees them all."""
+        assert self.budget is not None, "this method was planned without a budget"
+        layers = self.model.llm_layers
+        return self._grant([self.budget.tokens_from_layer(n, layer, layers) for n in self.items.input_counts])
+
+    @property
+    def granted(self) -> tuple[int, ...]:
+        """Tokens of each item, separators included, that may enter an LLM layer in the mean over all layers."""
+        assert self.budget is not None, "this method was planned without a budget"
+        return tuple(self.budget.tokens(count) for count in self.items.input_counts)
+
+    def _grant(self, granted: list[int]) -> tuple[int, ...]:
+        columns = zip(granted, self.items.counts, self.items.fixed, strict=True)
+        return tuple(min(now, max(1, total - fixed)) for total, now, fixed in columns)
+
+    def vision_attention(self, layer: int, reading: VisionReading | None = None) -> Tensor:
+        """[I, N] or [I, N, C] what the plan's Needs recorded of encoder layer `layer`, packed to the LLM's tokens.
+
+        reading: which of several.
+        """
+        rows = self.vision_rows[layer, reading or _only(self.needs.vision[layer])][self.items.source]
+        index = self.items.token
+        if rows.ndim == 2:
+            return rows.gather(1, index)
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+    def llm_attention(self, layer: int, reading: LLMReading | None = None) -> Tensor:
+        """[..., I, N] what was recorded of LLM layer `layer`, at the items' tokens. reading: which of several."""
+        rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
+        return rows[..., self.items.row[:, None], self.items.index]
+
+
+def _only(some: R | tuple[R, ...]) -> R:
+    (one,) = each(some)
+    return one
