@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vtc
 from vtc.compressor import PRE_LLM, EncoderStage, ModelSpec, Rows
-from vtc.errors import BudgetError, VTCError
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.merging import share
 from vtc.methods.aim import AIM, Importance
 from vtc.ops.merge import merge_plan
@@ -134,7 +134,7 @@ def test_budgets_that_cannot_be_met() -> None:
 # --- where
 def test_plans() -> None:
     plan = AIM().plan(VICUNA)  # CLIP: before the projector, on the keys of the last layer
-    assert plan.stages == (EncoderStage(23), PRE_LLM, *range(14, 32))
+    assert plan.stages == (EncoderStage(23), *range(14, 32))
     assert plan.needs.vision == {23: Rows.KEYS}
     assert plan.needs.llm == dict.fromkeys(range(13, 31), Importance())
     assert plan.positions == "preserve"
@@ -144,9 +144,11 @@ def test_plans() -> None:
         assert plan.stages == (PRE_LLM, *range(l1 + 1, l2 + 1))
         assert plan.needs == vtc.Needs(llm=dict.fromkeys(range(l1, l2 - 1), Importance()))  # the layers that rank
     plan = AIM(merge=False).plan(ONEVISION)
-    assert plan.stages == tuple(range(28))
+    assert plan.stages == tuple(range(1, 28))
     assert AIM(schedule=(21, 29)).plan(ONEVISION).stages == (PRE_LLM, *range(22, 28))
     assert AIM(schedule=(28, 29)).plan(ONEVISION).stages == (PRE_LLM,)
+    with pytest.raises(UnsupportedMethod, match=r"schedule=\(28, 29\) begins behind the 28 layers"):
+        AIM(merge=False, schedule=(28, 29)).plan(ONEVISION)
     assert AIM(prune=False).plan(ONEVISION).positions == "compact"
     assert AIM(prune=False).plan(QWEN).positions == "preserve"
     assert AIM(prune=False, metric="keys").plan(QWEN) == vtc.Plan((PRE_LLM,), vtc.Needs({31: Rows.KEYS}), "preserve")
@@ -234,12 +236,11 @@ def test_the_plain_ranking(make_view: Any, shape: Any, newlines: bool) -> None:
     method = AIM(merge=False, schedule=(1, 5))
     layers, shapes = 6, [shape(((1, 4, 5),), newlines=newlines), (3, 3)]
     model = dataclasses.replace(ONEVISION, llm_layers=layers)
-    first = make_view(shapes, spec=model)
-    assert method.select(first) is None
+    memory: dict[Any, Any] = {}
     for layer in range(2, 5):
-        scores = torch.rand(first.valid.shape).mul(4).round()  # ties everywhere
+        scores = torch.rand(1, 64).mul(4).round()  # ties everywhere
         view = make_view(shapes, spec=model, stage=layer, llm={(layer - 1, method.reading): scores})
-        view.memory.update(first.memory)
+        view = dataclasses.replace(view, memory=memory)
         selection = method.select(view)
         assert selection is not None
         for item in range(2):
@@ -253,8 +254,7 @@ def test_the_plain_ranking(make_view: Any, shape: Any, newlines: bool) -> None:
                 found += view.separators.index[item][selection.separators[item] & view.separators.mask[item]].tolist()
             assert sorted(found) == expected
     last = make_view(shapes, spec=model, stage=5)
-    last.memory.update(first.memory)
-    selection = method.select(last)
+    selection = method.select(dataclasses.replace(last, memory=memory))
     assert selection is not None
     assert (selection.counts, selection.separators) == ([0, 0], False)
 
@@ -365,6 +365,22 @@ def test_merging_before_the_projector(clip: Any, limits: Any) -> None:
         expected = clip.model.multi_modal_projector(merged[None])[0]
     assert float((rows[0][0, 3:8] - expected).abs().max()) <= limits.hidden
     assert handle.stats.calls[0].visual_tokens_kept == (5.0,)
+
+
+@pytest.mark.parametrize("first", [{"merge": True, "prune": False}, None], ids=["aim", "pool"])
+def test_the_halves_combine_with_others(first: Any) -> None:
+    """Another method, or merging alone, before the LLM; pruning alone inside it, on its share of what arrives."""
+    model = tiny_model("llava-siglip", layers=8)
+    inputs = tiny_inputs("llava-siglip", [[3, "image", 5]], model=model)
+    before = AIM(**first) if first else vtc.create("pool")
+    for second, retention in ((AIM(merge=False, schedule=(2, 6)), [0.5, None]), (AIM(merge=False), [0.5, 0.5])):
+        with torch.no_grad(), vtc.compress(model, [before, second], retention=retention) as handle:
+            model(**inputs)
+        entered = handle.stats.calls[0].stages[0].visual_tokens_out
+        counts = second.layer_counts(
+            vtc.adapters.of(model).spec, entered, None if second.schedule else vtc.tokens_to_keep(entered, 0.5)
+        )
+        assert handle.stats.calls[0].layer_rows == tuple(8 + count for count in counts)
 
 
 def test_importance_is_read_only_where_it_ranks(monkeypatch: Any) -> None:

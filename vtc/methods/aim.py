@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.budget import tokens_to_keep
 from vtc.compressor import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, Stage, StageView
-from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
 from vtc.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.merging import groups, merge_items
 from vtc.ops.importance import pagerank
@@ -173,9 +173,13 @@ class AIM(Compressor):
             first, end = self.bounds(model)
             if self.moves(self.needs_budget):
                 first, end = (first if self.merge else 0), model.llm_layers
-            stages += [] if PRE_LLM in stages else [PRE_LLM]
             stages += range(first + 1, min(end, model.llm_layers - 1) + 1)
             llm = dict.fromkeys(range(first, min(end, model.llm_layers) - 1), self.reading)
+        if not stages:
+            raise UnsupportedMethod(
+                f"schedule={self.schedule} begins behind the {model.llm_layers} layers of this {model.family} model "
+                "and leaves nothing to do without merging; start it earlier or leave it open"
+            )
         return Plan(tuple(stages), Needs(vision, llm), "preserve" if self.prune or model.mrope else "compact")
 
     # --- how much
@@ -217,9 +221,6 @@ class AIM(Compressor):
     def select(self, view: StageView) -> Selection | None:
         if self.merge and view.stage == self.merge_stage(view.model):
             return self._merge(view)
-        if view.stage == PRE_LLM:
-            self._schedule(view, view.items.counts)
-            return None
         assert isinstance(view.stage, int)
         return self._prune(view, view.stage)
 
@@ -235,24 +236,27 @@ class AIM(Compressor):
         else:
             columns = zip(items.counts, items.fixed, view.granted, strict=True)
             keep = [self.merged_count(model, *each) for each in columns]
-        if view.stage == PRE_LLM and self.prune:
-            self._schedule(view, keep)
         if list(keep) == list(items.counts):
             return None
         metric = view.vision_attention(self.key_layer(model), Rows.KEYS) if self.use_keys(model) else view.tokens
         return merge_items(view, keep, metric, scope=self.scope, plan=plan, raster=self.order == "raster")
 
-    def _schedule(self, view: StageView, entered: Sequence[int]) -> None:
-        """Fix how many tokens of each item every layer sees, separators included."""
-        granted: Sequence[int | None] = view.granted if view.budget is not None else [None] * len(view.items)
-        columns = zip(entered, view.items.fixed, granted, strict=True)
-        view.memory[self] = [self.layer_counts(view.model, now + fixed, mean) for now, fixed, mean in columns]
+    def _schedule(self, view: StageView) -> list[list[int]]:
+        """Tokens of each item that every layer sees, separators included; fixed when the first layer prunes."""
+        if self not in view.memory:
+            items = view.items
+            granted: Sequence[int | None] = view.granted if view.budget is not None else [None] * len(items)
+            columns = zip(items.counts, items.fixed, granted, strict=True)
+            view.memory[self] = [self.layer_counts(view.model, now + fixed, mean) for now, fixed, mean in columns]
+        counts: list[list[int]] = view.memory[self]
+        return counts
 
     def _prune(self, view: StageView, layer: int) -> Selection | None:
         items, separators = view.items, view.separators
-        wanted = [counts[layer] for counts in view.memory[self]]
+        schedule = self._schedule(view)
+        wanted = [counts[layer] for counts in schedule]
         if self.votes == "masked":
-            same = all(counts[layer] == counts[layer - 1] for counts in view.memory[self])
+            same = all(counts[layer] == counts[layer - 1] for counts in schedule)
             return None if same else self._hide(view, layer, wanted)
         now = [a + b for a, b in zip(items.counts, items.fixed, strict=True)]
         if all(count >= have for count, have in zip(wanted, now, strict=True)):
