@@ -24,6 +24,7 @@ from vtc.compressor import (
     StageView,
 )
 from vtc.errors import VTCError
+from vtc.readings import LLMReading, VisionReading
 from vtc.registry import create, list_methods, register
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Compressor",
     "EncoderStage",
     "Handle",
+    "LLMReading",
     "ModelSpec",
     "Needs",
     "Plan",
@@ -44,6 +46,7 @@ __all__ = [
     "Selection",
     "StageView",
     "VTCError",
+    "VisionReading",
     "compress",
     "create",
     "list_methods",
