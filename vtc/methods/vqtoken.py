@@ -91,6 +91,9 @@ class VQToken(Clustering, LearnedCompressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "grid", tuple(self.grid))  # lists come from configuration files
+        for name in ("resample", "residual", "canonical_ids"):
+            if not isinstance(getattr(self, name), bool):
+                raise VTCError(f"{name}={getattr(self, name)!r} is neither True nor False; write {name}=True")
         if len(self.grid) != 2 or min(self.grid) < 1 or min(self.heads, self.inner) < 1:
             raise VTCError(
                 f"grid={self.grid}, heads={self.heads}, inner={self.inner} describe no attention block; write for "
