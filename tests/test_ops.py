@@ -130,8 +130,8 @@ def test_taking_along_the_last_axis(head: tuple[int, ...]) -> None:
 
 # --- rasters
 def plain_output_grid(height: int, width: int, keep: int) -> tuple[int, int]:
-    """Of the rasters that no further column fits into: filled by nine tenths and at most 2:1 distorted, then square."""
-    rasters = [(h, min(width, keep // h)) for h in range(1, height + 1) if h <= keep]
+    """Of all rasters within the budget: filled by nine tenths and at most 2:1 distorted, then square, then full."""
+    rasters = [(h, w) for h in range(1, height + 1) for w in range(1, width + 1) if h * w <= keep]
     skew = {r: abs(math.log(r[0] * width / (r[1] * height))) for r in rasters}
     shaped = [r for r in rasters if skew[r] <= math.log(2) + 1e-9] or rasters
     full = [r for r in shaped if 10 * r[0] * r[1] >= 9 * keep]

@@ -27,6 +27,7 @@ class Pool(Compressor):
     """
 
     name: ClassVar[str] = "pool"
+    version: ClassVar[int] = 2
 
     def select(self, view: StageView) -> Selection:
         items, tokens = view.items, view.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -14,23 +15,24 @@ from vtc.ops.select import apportion
 Grid = tuple[int, int, int]
 
 
+@lru_cache(maxsize=1024)
 def output_grid(height: int, width: int, keep: int) -> tuple[int, int]:
     """The grid (h', w') with h' * w' <= keep whose cells are closest to the shape of the input's.
 
     A grid that uses less than nine tenths of the budget is taken only if no better-filled one is at most 2:1 distorted.
 
-    >>> output_grid(12, 12, 16), output_grid(12, 12, 72), output_grid(24, 24, 192), output_grid(12, 12, 5)
-    ((4, 4), (9, 8), (13, 14), (2, 2))
+    >>> output_grid(12, 12, 16), output_grid(12, 12, 72), output_grid(24, 24, 192), output_grid(12, 12, 110)
+    ((4, 4), (9, 8), (13, 14), (10, 10))
     """
-    options = [(h, min(width, keep // h)) for h in range(1, min(height, keep) + 1)]
+    options = [(h, w) for h in range(1, min(height, keep) + 1) for w in range(1, min(width, keep // h) + 1)]
 
     def distortion(option: tuple[int, int]) -> float:
         return abs(math.log((option[0] / height) / (option[1] / width)))
 
     square = [o for o in options if distortion(o) <= math.log(2) + 1e-9] or options
-    full = [o for o in square if o[0] * o[1] >= 0.9 * keep] or [
-        max(square, key=lambda o: (o[0] * o[1], -distortion(o)))
-    ]
+    full = [o for o in square if o[0] * o[1] >= 0.9 * keep]
+    if not full:
+        full = [max(square, key=lambda o: (o[0] * o[1], -distortion(o)))]
     return min(full, key=lambda o: (distortion(o), -o[0] * o[1]))
 
 
