@@ -84,6 +84,9 @@ class Adapter(ABC):
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         """Items of one get_{kind}_features call, from its bound arguments and its output."""
 
+    def check_call(self, arguments: dict[str, Any]) -> None:  # noqa: B027 - most families have nothing to refuse
+        """Refuse arguments of a feature call under which `spec` would not hold."""
+
     def prefix_tokens(self, hidden: Tensor) -> int:
         """Encoder rows in front of the patches (the class token) in a [crops, T, C] hidden state."""
         return int(self.spec.has_cls)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
 from vtc.compressor import ModelSpec
-from vtc.errors import UnsupportedModel
+from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.layout import Kind, VisionContext, VisualItem
 from vtc.ops.hashing import fingerprint
 
@@ -83,6 +83,14 @@ class LlavaAdapter(Adapter):
             single_crop=self.single_crop,
             width=config.text_config.hidden_size,
         )
+
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        given, own = arguments.get("vision_feature_layer"), self.model.config.vision_feature_layer
+        if given is not None and given != own:
+            raise UnsupportedCall(
+                f"vision_feature_layer={given} was passed to this call, the method was planned for the configuration's "
+                f"{own}; set model.config.vision_feature_layer before vtc.compress instead"
+            )
 
     def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
         for context in contexts:

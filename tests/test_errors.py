@@ -460,6 +460,10 @@ CASES: dict[str, Case] = {
         lambda: shared([], vtc.create("vtc_cls")),
         UnsupportedCall, "vision layers [0, 1, 2]", "without the attention of", "name every method that will be used",
     ),
+    "another feature layer": Case(
+        lambda: run("vtc_cls", lambda subject, inputs: inputs.update(vision_feature_layer=-1), keep=4),
+        UnsupportedCall, "vision_feature_layer=-1", "planned for the configuration's -2", "before vtc.compress instead",
+    ),
     "LLM reading of the encoder": Case(
         lambda: vtc.compress(model(), Probe(needs=Needs({1: Rows.LAST}))),  # type: ignore[dict-item]
         UnsupportedMethod, "'last' was asked for", "is a reading of the LLM", "write Rows.RECEIVED",

@@ -186,6 +186,8 @@ class VisionRecorder:
         return features
 
     def _encode(self, kind: Kind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.pairs or self.stages is not None:
+            self.adapter.check_call(_bound(function, args, kwargs))
         self._state.inside, self._state.rows = True, {}
         try:
             if self.stages is not None:
