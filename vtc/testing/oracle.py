@@ -81,7 +81,7 @@ class Oracle:
         if self.llm.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         kwargs["attention_mask"] = mask
-        if self.positions == "compact" and index >= min(self.tables):
+        if self.positions == "compact" and self.tables and index >= min(self.tables):
             numbers = (numbered.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]
             numbers = numbers[None].expand(3, -1, -1) if self.mrope else numbers
             kwargs["position_embeddings"] = self.llm.rotary_emb(hidden, numbers)
