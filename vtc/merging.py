@@ -42,17 +42,18 @@ def merge_items(
     counts = [count for row in sizes for count in row if count]
     left = [each for part in shares for each in part if each]
     places = group_places(crop, items.mask, sizes)
+    tokens = view.tokens.flatten(0, 1)[places]
     merge = bipartite_merge(
-        metric.flatten(0, 1)[places],
+        tokens if metric is view.tokens else metric.flatten(0, 1)[places],
         counts,
         [plan(count, each) for count, each in zip(counts, left, strict=True)],
         size=torch.ones_like(places, dtype=torch.float32) if weighted else None,
     )
-    rows = merge_rows(view.tokens.flatten(0, 1)[places], merge.target, merge.weight, merge.anchor.shape[1])
-    kept, tokens, into = lay_out(merge, rows, places, (items.mask.shape[0], items.mask.shape[1]), raster=raster)
+    rows = merge_rows(tokens, merge.target, merge.weight, merge.anchor.shape[1])
+    kept, replaced, into = lay_out(merge, rows, places, (items.mask.shape[0], items.mask.shape[1]), raster=raster)
     number = iter(merge.counts)
     totals = [sum(next(number) for count in row if count) for row in sizes]
-    return Selection(kept, counts=totals, tokens=tokens, merged_into=into)
+    return Selection(kept, counts=totals, tokens=replaced, merged_into=into)
 
 
 def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:

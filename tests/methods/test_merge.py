@@ -127,6 +127,15 @@ def test_half_precision_rows_are_summed_in_float32() -> None:
     assert (rows.dtype, rows.item()) == (torch.bfloat16, 1.0)
 
 
+def test_gradients_reach_what_is_averaged() -> None:
+    x = torch.randn(2, 8, 3, requires_grad=True)
+    merge = ops.bipartite_merge(x, [8, 8], [[4, 2], [4, 2]])
+    ops.merge_rows(x, merge.target, merge.weight, 2).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, merge.weight[..., None].expand(-1, -1, 3))
+    assert torch.allclose(merge.weight.sum(1), torch.tensor(2.0))
+
+
 @pytest.mark.slow
 def test_a_long_video_fits_into_memory(peak_memory: Any) -> None:
     """100k tokens as one group: half of the similarities alone would be 10 GB at once."""

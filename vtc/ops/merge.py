@@ -126,6 +126,7 @@ def bipartite_merge(
     input tokens). order, protected: as in `merge_step`; protected tokens need the order "index" to stay in front.
     """
     groups, length, _ = metric.shape
+    metric = metric.detach()  # decisions have no gradient, and a graph would hold every similarity
     device, now = metric.device, list(counts)
     target = torch.arange(length, device=device).expand(groups, -1)
     anchor, weighted = target, size is not None
@@ -143,7 +144,7 @@ def bipartite_merge(
         total = _sums(part, into, width + 1)
         share = part / total.gather(1, into).clamp(min=torch.finfo(torch.float32).tiny)
         if step + 1 < steps:
-            metric = merge_rows(metric.float(), into, share, width)
+            metric = merge_rows(metric, into, share, width, dtype=torch.float32)
         # A token behind its group's end stays behind it: the spare row of the last step has no weight in this one.
         inside = target.clamp(max=into.shape[1] - 1)
         weight = weight * share.gather(1, inside)
@@ -155,19 +156,20 @@ def bipartite_merge(
     return Merge(torch.where(present, target, width), weight, torch.where(left, anchor, 0), mass, tuple(now))
 
 
-def merge_rows(x: Tensor, target: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Weighted sums of the rows that merge: x [G, t, D] -> [G, rows, D] in x's type, summed in float32.
+def merge_rows(x: Tensor, target: Tensor, weight: Tensor, rows: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Weighted sums of the rows that merge: x [G, t, D] -> [G, rows, D], summed in float32.
 
-    target: [G, t], tokens with target `rows` go nowhere. weight: [G, t]. Streams over the channels.
+    target: [G, t], tokens with target `rows` go nowhere. weight: [G, t]. dtype: of the result, x's own by default.
+    Streams over the channels.
     """
-    groups, length, width = x.shape
+    groups, length, _ = x.shape
     place = (target + (rows + 1) * torch.arange(groups, device=x.device)[:, None]).flatten()
     parts = []
     for part in torch.split(x, max(1, BLOCK // max(1, groups * length)), dim=2):
         scaled = (part.float() * weight[..., None]).flatten(0, 1)
         sums = scaled.new_zeros(groups * (rows + 1), part.shape[2]).index_add(0, place, scaled)
-        parts.append(sums.view(groups, rows + 1, -1)[:, :rows].to(x.dtype))
-    return torch.cat(parts, dim=2) if parts else x.new_zeros(groups, rows, width)
+        parts.append(sums.view(groups, rows + 1, -1)[:, :rows].to(dtype or x.dtype))
+    return torch.cat(parts, dim=2)
 
 
 def unmerge(x: Tensor, target: Tensor) -> Tensor:
