@@ -413,6 +413,16 @@ def test_the_kept_set_on_llava_next() -> None:
         assert ours == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"layout": "official"}, {"score": "cosine"}, {"score": "received"}], ids=str)
+def test_gradients_pass(options: Any) -> None:
+    model = tiny_model("llava-next")
+    inputs = tiny_inputs("llava-next", [[4, "image", 3]], model=model)
+    pixels = inputs["pixel_values"].requires_grad_()
+    with vtc.compress(model, "globalcom2", retention=0.5, **options):
+        model(**inputs).logits[:, -1].sum().backward()
+    assert bool((pixels.grad.abs().amax((2, 3, 4)) > 0).all())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize(

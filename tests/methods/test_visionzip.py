@@ -243,6 +243,18 @@ def test_the_rows_that_reach_the_llm(name: str, before: Any, limits: Any) -> Non
         assert float(distance.max()) <= limits.hidden
 
 
+@pytest.mark.parametrize("options", [{}, {"layout": "official"}, {"before": "projector"}], ids=str)
+def test_gradients_reach_the_encoder_through_every_token(options: Any) -> None:
+    model = tiny_model("llava-clip")
+    inputs = tiny_inputs("llava-clip", [[4, "image", 3]], model=model)
+    pixels = inputs["pixel_values"].requires_grad_()
+    with vtc.compress(model, "visionzip", keep=4, **options):
+        model(**inputs).logits[:, -1].sum().backward()
+    patch = model.config.vision_config.patch_size
+    blocks = pixels.grad[0].abs().amax(0).unfold(0, patch, patch).unfold(1, patch, patch)
+    assert bool((blocks.amax((2, 3)) > 0).all())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("options", [{}, {"layout": "official"}, {"before": "projector"}], ids=str)

@@ -119,7 +119,7 @@ class GlobalCom2(Compressor):
     def _scores(self, view: StageView, groups: int) -> Tensor:
         """[I, N] z of every token."""
         layer, reading = self.reading(view.model)
-        values = view.vision_attention(layer, reading)
+        values = view.vision_attention(layer, reading).detach()
         if reading == Rows.HIDDEN:
             return crops.unlike_mean(values, view.crop, groups, view.items.mask)
         if reading == Rows.RECEIVED:

@@ -96,8 +96,8 @@ class VisionZip(Compressor):
         keep = view.keep
         if official:
             keep = tuple(max(1, min(n, now)) for n, now in zip(view.granted, items.counts, strict=True))
-        score = view.vision_attention(layer, Rows.CLS if view.model.has_cls else Rows.RECEIVED)
-        metric = view.vision_attention(layer, MEAN_KEYS)
+        score = view.vision_attention(layer, Rows.CLS if view.model.has_cls else Rows.RECEIVED).detach()
+        metric = view.vision_attention(layer, MEAN_KEYS).detach()
         best, target = torch.zeros_like(items.mask), torch.zeros_like(items.mask)
         into = torch.full_like(items.token, -1)
         shapes = [(layout.n_crops, longest(layout)) for layout in items.layouts]

@@ -69,12 +69,12 @@ def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, bloc
     steps = torch.arange(place.shape[1], device=place.device)
     chunk = max(1, block // (crops * place.shape[1]))
     into = torch.empty_like(target, dtype=torch.long)
-    for part, rows in zip(torch.split(into, chunk, 1), torch.split(metric, chunk, 1), strict=True):
-        cosine = torch.nn.functional.normalize(rows.float(), dim=2) @ unit
+    for start in range(0, length, chunk):
+        cosine = torch.nn.functional.normalize(metric[:, start : start + chunk].float(), dim=2) @ unit
         cosine = torch.where(there[:, None], cosine, -torch.inf)
         highest = cosine == cosine.amax(2, keepdim=True)
         nearest = torch.where(highest, steps, place.shape[1]).amin(2).clamp(max=place.shape[1] - 1)
-        part.copy_(place.gather(1, nearest))
+        into[:, start : start + chunk] = place.gather(1, nearest)
     into = torch.where(target, torch.arange(length, device=into.device), into)
     return torch.where(left & target.any(1, keepdim=True), into, -1)
 
@@ -85,14 +85,15 @@ def add_mean(tokens: Tensor, into: Tensor, target: Tensor, channels: int = CHANN
     into: [I, N] places as from `nearest_target`; target: [I, N] bool. A target that nothing goes into stays as it is,
     and so does every other token. Streams over the channels.
     """
-    items, length, _ = tokens.shape
+    items, length, width = tokens.shape
     given = (into >= 0) & ~target
     row = torch.where(given, into, length)[..., None]
     count = torch.zeros(items, length + 1, 1, device=tokens.device).scatter_add(1, row, given[..., None].float())
     result = tokens.clone()
-    for old, new in zip(torch.split(tokens, channels, 2), torch.split(result, channels, 2), strict=True):
-        total = torch.zeros(items, length + 1, old.shape[2], device=tokens.device)
-        total = total.scatter_add(1, row.expand(-1, -1, old.shape[2]), old.float())
-        merged = old.float() + (total / count.clamp(min=1))[:, :length]
-        new.copy_(torch.where(target[..., None], merged.to(old.dtype), old))
+    for start in range(0, width, channels):
+        part = tokens[..., start : start + channels]
+        total = torch.zeros(items, length + 1, part.shape[2], device=tokens.device)
+        total = total.scatter_add(1, row.expand(-1, -1, part.shape[2]), part.float())
+        merged = part.float() + (total / count.clamp(min=1))[:, :length]
+        result[..., start : start + channels] = torch.where(target[..., None], merged.to(part.dtype), part)
     return result

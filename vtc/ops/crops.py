@@ -161,8 +161,9 @@ def unlike_mean(features: Tensor, group: Tensor, groups: int, mask: Tensor, chun
     batch = torch.arange(len(features), device=features.device)[:, None]
     # Filled in place: small results kept between the large blocks of a chunk would split the heap.
     cosine = torch.empty(index.shape, dtype=torch.float32, device=features.device)
-    for part, x, of in zip(*(torch.split(each, chunk, 1) for each in (cosine, features, index)), strict=True):
-        part.copy_((torch.nn.functional.normalize(x.float(), dim=2) * means[batch, of]).sum(2))
+    for start in range(0, index.shape[1], chunk):
+        x, of = features[:, start : start + chunk], index[:, start : start + chunk]
+        cosine[:, start : start + chunk] = (torch.nn.functional.normalize(x.float(), dim=2) * means[batch, of]).sum(2)
     return torch.where(mask, -cosine, 0.0)
 
 

@@ -249,7 +249,7 @@ def order_arguments(size: Size) -> dict[str, Any]:
     (h, w), (height, width) = ((2, 2), (3, 4)) if size == "small" else ((3, 3), (24, 24))
     crop = height * width
     group = torch.repeat_interleave(torch.arange(h * w + 1), torch.tensor([crop, *[crop - width] * (h * w)]))
-    items = 2 if size == "small" else 16
+    items = 2 if size == "small" else 32
     kept, scores = random(items, len(group), seed=1) > 0.5, (random(items, len(group)) * 4).round()
     return {"kept": kept, "scores": scores, "group": group.expand(items, -1), "tiling": (h, w), "grid": (height, width)}
 
