@@ -37,8 +37,10 @@ def chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
 
 def total(features: Tensor, mask: Tensor) -> Tensor:
     """Sum of the unmasked tokens: [I, N, D], [I, N] -> float32 [I, D]. Streams over the tokens."""
-    parts = zip(torch.split(features, CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True)
-    return torch.stack([(x.detach().float() * real[..., None]).sum(1) for x, real in parts]).sum(0)
+    result = features.new_zeros(len(features), 1, features.shape[2], dtype=torch.float32)
+    for x, real in zip(torch.split(features.detach(), CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True):
+        result += torch.bmm(real[:, None].float(), x.float())
+    return result[:, 0]
 
 
 def alignment(features: Tensor, direction: Tensor) -> Tensor:
@@ -46,8 +48,11 @@ def alignment(features: Tensor, direction: Tensor) -> Tensor:
 
     The cosine where the direction has unit length; the mean of several cosines where it is the mean of several units.
     """
-    parts = [x.detach().float() for x in torch.split(features, CHUNK, 1)]
-    return torch.cat([(x @ direction[..., None])[..., 0] / x.norm(dim=2).clamp(min=1e-12) for x in parts], dim=1)
+    result = features.new_empty(features.shape[:2], dtype=torch.float32)
+    for x, part in zip(torch.split(features.detach(), CHUNK, 1), torch.split(result, CHUNK, 1), strict=True):
+        x = x.float()
+        part.copy_(_products(x, direction) / x.norm(dim=2).clamp(min=1e-12))
+    return result
 
 
 def cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:
