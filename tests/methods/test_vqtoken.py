@@ -255,6 +255,20 @@ def test_the_block_runs_on_every_family(tmp_path: Path, name: str) -> None:
             assert abs(after - 0.5 * before) <= 1
 
 
+@pytest.mark.parametrize("queries", ["frame", "line", "cluster"])
+def test_an_item_below_the_budget_stays_as_it_is(make_view: Any, kept: Any, queries: Any) -> None:
+    """Alone it would not reach the method, so it must not change in a batch either."""
+    view = make_view([(4, 4), (1, 2), (2, 3)], keep=6)
+    method = VQToken(training=True, grid=(4, 4), heads=2, inner=8, queries=queries, resample=True)
+    module = method.build(dataclasses.replace(LLAVA, width=6)).eval()
+    selection = method.select(dataclasses.replace(view, module=module))
+    assert [len(each) for each in kept(view, selection)] == [6, 2, 6]
+    assert selection.tokens is not None
+    for item in (1, 2):
+        assert torch.equal(selection.tokens[item, view.items.mask[item]], view.tokens[item, view.items.mask[item]])
+    assert not bool((selection.tokens[0] == view.tokens[0]).any())
+
+
 def test_ablations_and_seeds_change_the_rows(tmp_path: Path) -> None:
     method, model = stored(tmp_path, queries="line"), tiny_model("llava-clip")
     inputs = tiny_inputs("llava-clip", [[3, "image", 5]])

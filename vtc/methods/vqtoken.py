@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,15 @@ class VQToken(Clustering, LearnedCompressor):
         mixed: Tensor = view.module["vq_attn"](numbers, codes, lines, counts, residual=self.residual)
         first = cluster.describe(labels, most, mask).first
         keep = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
-        return lay(view, keep, mixed, labels, view.keep if self.clusters == "budget" else None)
+        if self.clusters == "elbow":
+            return lay(view, keep, mixed, labels, None)
+        selection = lay(view, keep, mixed, labels, view.keep)
+        whole = [granted == held for granted, held in zip(view.keep, view.items.counts, strict=True)]
+        assert selection.tokens is not None
+        if any(whole):  # alone, such an item would not reach the method
+            untouched = torch.tensor(whole, device=device)[:, None, None]
+            selection = dataclasses.replace(selection, tokens=torch.where(untouched, view.tokens, selection.tokens))
+        return selection
 
     def _map(self, view: StageView) -> tuple[Tensor, tuple[int, ...]]:
         """[I, Q, places] token of every entry of the map, and the queries of every item."""
@@ -188,8 +197,8 @@ class VQToken(Clustering, LearnedCompressor):
         return pad_sequence(maps, batch_first=True).to(view.hidden.device), rows
 
     def _check(self, view: StageView, rows: tuple[int, ...]) -> None:
-        for item, granted, queries in zip(view.items.layouts, view.keep, rows, strict=True):
-            if granted < queries:
+        for item, granted, held, queries in zip(view.items.layouts, view.keep, view.items.counts, rows, strict=True):
+            if granted < min(queries, held):
                 need = queries + item.newlines
                 share = math.ceil(1000 * need / item.n_tokens) / 1000
                 raise BudgetError(
