@@ -19,7 +19,7 @@ from torch import Tensor
 import vtc
 from vtc.compressor import PRE_LLM, EncoderStage, ModelSpec, Rows
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
-from vtc.merging import share
+from vtc.merging import groups, share
 from vtc.methods.aim import AIM, Importance
 from vtc.ops.merge import merge_plan
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
@@ -183,11 +183,11 @@ def test_the_plain_merge(make_view: Any, kept: Any, shape: Any, order: Any, budg
     selection = AIM(prune=False, order=order).select(view)
     assert selection is not None
     numbers = kept(view, selection)
-    for item, groups in enumerate(sizes):
-        total = sum(groups)
+    for item, each in enumerate(sizes):
+        total = sum(each)
         keep = view.budget.tokens(total)
-        groups = groups if keep >= len(groups) else [total]  # across frames where there are too few
-        expected = plain_merge(view.tokens[item, :total], view.tokens[item, :total], groups, keep)
+        own = each if keep >= len(each) else [total]  # across frames where there are too few
+        expected = plain_merge(view.tokens[item, :total], view.tokens[item, :total], own, keep)
         assert len(numbers[item]) == keep
         for rows, anchors in expected:
             seats = anchors if order == "raster" else sorted(anchors)
@@ -227,6 +227,22 @@ def test_every_group_keeps_something(keep: int, sizes: list[int]) -> None:
     found = share(keep, sizes)
     assert sum(found) == keep
     assert all((count > 0) == (size > 0) and count <= size for count, size in zip(found, sizes, strict=True))
+
+
+def test_groups_after_tokens_were_dropped(make_view: Any, shape: Any) -> None:
+    """Sizes that only the device knows are counted there; empty frames are left out."""
+    view = make_view([shape(((3, 2, 4),)), (3, 3)], spec=ONEVISION)
+    keep = torch.zeros_like(view.items.mask)
+    keep[0, [0, 3, 17, 18, 23]], keep[1, 2:7] = True, True
+    moved = torch.arange(view.hidden.shape[1])[None]
+    fewer = dataclasses.replace(view, items=view.items.kept(keep, (5, 5), moved))
+    crop, sizes = groups(fewer, "crop")
+    assert sizes == [[2, 0, 3], [5, 0, 0]]
+    assert crop.tolist() == [[0, 0, 2, 2, 2], [0] * 5]
+    selection = AIM(prune=False, merge_ratio=0.6).select(fewer)
+    assert selection is not None
+    assert selection.counts == [3, 3]
+    assert [set(row[:2].tolist()) <= {0, 1} for row in selection.merged_into[:1]] == [True]
 
 
 # --- pruning

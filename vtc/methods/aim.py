@@ -47,13 +47,13 @@ class Importance(LLMReading):
 class AIM(Compressor):
     """Average similar tokens before the LLM, then remove tokens inside it on a falling schedule.
 
-    Training-free, no class token. *Merging* (section 3.2 of the paper) is bipartite soft matching, repeated: in each
-    crop or frame every even token proposes the odd token of highest cosine similarity, the best pairs become plain
-    means, a merged token counting once. It halves the tokens until the wanted number is left. *Pruning* (section 3.3)
-    keeps the share ``r(l) = min(1, max(0, 1 - (l - l1) / (l2 - l1)))`` of the tokens that entered the LLM at its layer
-    l, those of highest importance in the layer before: ``p <- p softmax(S / tau)`` five times from a uniform start, S
-    the scaled attention logits, root mean square over heads. Newlines and other separators are ranked with the tokens
-    and leave with them. Ties go to the lower position; nothing is ranked where everything goes.
+    Training-free, no class token. *Merging* is bipartite soft matching, repeated: in each crop or frame every even
+    token proposes the odd token of highest cosine similarity, the best pairs become plain means, a merged token
+    counting once. It halves the tokens until the wanted number is left. *Pruning* keeps the share
+    ``r(l) = min(1, max(0, 1 - (l - l1) / (l2 - l1)))`` of the tokens that entered the LLM at its layer l, those of
+    highest importance in the layer before: ``p <- p softmax(S / tau)`` five times from a uniform start, S the scaled
+    attention logits, root mean square over heads. Newlines and other separators are ranked with the tokens and leave
+    with them. Ties go to the lower position; nothing is ranked where everything goes.
 
     Budget: the mean over the LLM layers. Merging and pruning share it: with the schedule's mean share sigma (0.661 of
     28 layers, 0.547 of 32), each item keeps the merged tokens whose layer counts come closest to the budget. A budget
@@ -72,12 +72,12 @@ class AIM(Compressor):
     them: nothing is saved, and hidden tokens go on voting. It is there for comparison; separators stay then.
 
     Departures from the paper and its code: tokens are removed, not hidden, so only survivors vote; importance is
-    computed in the layers that rank (the released code: in all), streamed, in float32; batches, several images or
-    videos, and prompts without any work, each item has its own count; images are merged on every model, not only on
-    LLaVA-1.5; the last visual token of Qwen is visual; decoding sees what its layer kept (the released Qwen2 path
-    overwrites its mask after the first token); schedules move by fractions of a layer to meet the budget; fewer tokens
-    than frames are merged across frames; merged tokens keep the position ids of the places they are laid on, where
-    the released code numbers them without gaps (or, on Qwen, in a grid of half the size).
+    computed where a schedule ranks (one that the budget may move could rank in any layer from its earliest start on)
+    and not in all layers, streamed, in float32; in batches every image or video has its own count; images are merged
+    on every model, not only on LLaVA-1.5; the last visual token of Qwen is visual; decoding sees what its layer kept
+    (the released Qwen2 path overwrites its mask after the first token); schedules move by fractions of a layer to meet
+    the budget; fewer tokens than frames are merged across frames; merged tokens keep the position ids of the places
+    they are laid on, where the released code numbers them without gaps (or, on Qwen, in a grid of half the size).
     """
 
     merge: bool = True
