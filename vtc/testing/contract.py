@@ -6,53 +6,56 @@ generation mode do not matter; text-only prompts and retention 1.0 are bit-ident
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from vtc import adapters
-from vtc.adapters.compat import expands_in_order
 from vtc.attach import Handle, compress
-from vtc.compressor import CacheStage, Compressor, EncoderStage, Positions
-from vtc.layout import Kind
+from vtc.compressor import CacheStage, Compressor, ModelSpec, Positions
+from vtc.learned import LearnedCompressor
 from vtc.registry import create
+from vtc.testing.measures import (
+    MODES,
+    against_oracle,
+    batch_against_singles,
+    generate,
+    half_precision,
+    identical,
+    layouts,
+    modes,
+    no_trace,
+    reference,
+    right_padding,
+    two_turns,
+)
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
-from vtc.testing.oracle import Oracle
-from vtc.testing.snapshot import snapshot
+from vtc.weights import SUFFIX
+
+__all__ = [
+    "LIMIT",
+    "MODES",
+    "Deviation",
+    "against_oracle",
+    "batch_against_singles",
+    "check_adapter",
+    "check_method",
+    "generate",
+    "identical",
+    "modes",
+    "no_trace",
+    "reference",
+    "two_turns",
+    "with_fresh_weights",
+]
 
 LIMIT = 5e-5
 """Largest difference of logits allowed in float32; measured noise is below 2e-5, a wrong mask moves them by units."""
-
-
-def layouts(name: str) -> dict[str, list[list[Part]]]:
-    """Batches of three prompts of different length, by name: two items, one item, none; for families with video also
-    videos, and images and videos in one batch.
-    """
-    kinds = TINY_MODELS[name].kinds
-    mixed: dict[str, list[list[Part]]] = {kind: [[4, kind, 3, kind, 5], [2, kind, 12], [9]] for kind in kinds}
-    if len(kinds) > 1:
-        mixed["image and video"] = [[4, "image", 3], [2, "video", 12], [9]]
-    return mixed
-
-
-MODES: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
-    "beam 3": {"do_sample": False, "num_beams": 3},
-    "beam 3, return 2": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-    "sampling, return 2": {"do_sample": True, "num_return_sequences": 2},
-    "no cache": {"do_sample": False, "use_cache": False},
-}
-
-
-def modes(model: Any) -> dict[str, dict[str, Any]]:
-    """The MODES in which this version of transformers gives every sequence the images of its prompt."""
-    expanding = {"num_beams", "num_return_sequences"}
-    return {k: v for k, v in MODES.items() if expands_in_order(model) or not expanding & set(v)}
 
 
 @dataclass(frozen=True)
@@ -71,222 +74,97 @@ class Deviation:
         return self.worst <= self.limit
 
 
-Attach = Callable[[Any], Handle]
-
-
-@torch.no_grad()
-def generate(
-    model: Any, inputs: dict[str, Tensor], manager: AbstractContextManager[Any], steps: int = 8, **mode: Any
-) -> tuple[Tensor, Tensor]:
-    """Sequences [R, S + steps] and logits [steps, R, V] of a seeded generate() call inside `manager`.
-
-    Placeholder ids are never generated: without a cache the untouched model itself would refuse them.
-    """
-    torch.manual_seed(5)
-    with manager:
-        output = model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            min_new_tokens=steps,
-            return_dict_in_generate=True,
-            output_logits=True,
-            suppress_tokens=list(adapters.of(model).placeholders.values()),
-            **{"do_sample": False, **mode},
-        )
-    return output.sequences, torch.stack(output.logits)
-
-
-def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
-    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of layer 0, for changed features."""
-    tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
-    cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
-    embeddings = None
-    changed = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
-    if rows is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
-        keep = handle.trace[0].keep[0]
-        embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
-        for row in range(keep.shape[0]):
-            count = int(keep[row].sum())
-            embeddings[row, keep[row]] = rows[row, rows.shape[1] - count :]
-    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings)
-
-
-def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
-    """Largest logit difference between the compressed model and its oracle; infinite when sampled tokens differ."""
-    seen: list[Tensor] = []
-    handle = attach(model)
-    first = adapters.of(model).layers[0]
-    hook = first.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    try:
-        ids, logits = generate(model, inputs, handle, steps, **mode)
-    finally:
-        hook.remove()
-        handle.detach()
-    expected_ids, expected = generate(model, inputs, reference(model, handle, seen[0]), steps, **mode)
-    return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
-
-
-def batch_against_singles(model: Any, name: str, layout: list[list[Part]], attach: Attach, steps: int = 8) -> float:
-    """Largest logit difference between a left-padded batch and its rows one by one."""
-    inputs = tiny_inputs(name, layout, seed=3, model=model)
-    _, batched = generate(model, inputs, attach(model), steps)
-    worst = 0.0
-    for row in range(len(layout)):
-        _, alone = generate(model, tiny_inputs(name, layout, seed=3, only=row, model=model), attach(model), steps)
-        worst = max(worst, float((batched[:, row] - alone[:, 0]).abs().max()))
-    return worst
-
-
-@torch.no_grad()
-def right_padding(model: Any, name: str, layout: list[list[Part]], attach: Attach) -> float:
-    """Largest difference of the last prompt token's logits between left- and right-padded inputs."""
-    logits = []
-    sides: tuple[Literal["left", "right"], ...] = ("left", "right")
-    for side in sides:
-        inputs = tiny_inputs(name, layout, seed=3, padding=side, extra=1, model=model)
-        if not adapters.of(model).spec.mrope:  # models with multi-axis positions derive them from the mask themselves
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        with attach(model):
-            logits.append(model(**inputs).logits[:, -1])
-    return float((logits[0] - logits[1]).abs().max())
-
-
-@torch.no_grad()
-def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
-    """Largest logit difference to the oracle over two generate() calls on one cache the caller owns."""
-    from transformers import DynamicCache
-
-    layout: list[list[Part]] = [[3, kind, 5], [2, kind, 9]]
-    inputs = tiny_inputs(name, layout, seed=2, extra=1, model=model)
-
-    def turns(manager: AbstractContextManager[Any]) -> Tensor:
-        cache = DynamicCache(config=model.config.get_text_config())
-        with manager:
-            ids, first = generate(model, inputs, nullcontext(), 4, past_key_values=cache)
-            ids = torch.cat([ids, torch.full((2, 6), 7)], dim=1)
-            mask = torch.ones_like(ids)
-            mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
-            more = {"input_ids": ids, "attention_mask": mask}
-            if "mm_token_type_ids" in inputs:
-                more["mm_token_type_ids"] = torch.zeros_like(ids, dtype=torch.int)
-                more["mm_token_type_ids"][:, : inputs["mm_token_type_ids"].shape[1]] = inputs["mm_token_type_ids"]
-            _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
-        return torch.cat([first, second])
-
-    seen: list[Tensor] = []
-    handle = attach(model)
-    hook = (
-        adapters.of(model)
-        .layers[0]
-        .register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    )
-    try:
-        logits = turns(handle)
-    finally:
-        hook.remove()
-        handle.detach()
-    return float((logits - turns(reference(model, handle, seen[0]))).abs().max())
-
-
-def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
-    """0.0 when attaching changes no bit of ids and logits, else the largest difference."""
-    plain_ids, plain = generate(model, inputs, nullcontext())
-    ids, logits = generate(model, inputs, attach(model))
-    if torch.equal(plain, logits) and torch.equal(plain_ids, ids):
-        return 0.0
-    return max(float((plain - logits).abs().max()), 1e-30)
-
-
-def half_precision(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
-    """0.0 when a bfloat16 run gives finite logits."""
-    model = model.to(torch.bfloat16)
-    try:
-        cast = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
-        _, logits = generate(model, cast, attach(model), 2)
-    finally:
-        model.float()
-    return 0.0 if bool(logits.float().isfinite().all()) else float("inf")
-
-
-def no_trace(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
-    """0.0 when the model is as before after a normal run and after one that raised inside the method."""
-    generate(model, inputs, nullcontext(), 1)
-    before = snapshot(model)
-    generate(model, inputs, attach(model), 2)
-    leftovers = float(snapshot(model) != before)
-    handle = attach(model)
-    layer = adapters.of(model).layers[-1]
-    breaker = layer.register_forward_pre_hook(_raise)
-    try:
-        generate(model, inputs, handle, 2)
-    except _Planned:
-        pass
-    finally:
-        breaker.remove()
-    return leftovers + float(snapshot(model) != before)
-
-
-class _Planned(Exception):
-    pass
-
-
-def _raise(module: Any, args: Any) -> None:
-    raise _Planned
-
-
 def check_method(
     method: str | Compressor,
     *,
     models: Sequence[str] | None = None,
     retention: float = 0.5,
     policies: Sequence[Positions] = ("preserve", "compact"),
+    generation: Collection[str] = tuple(MODES),
     steps: int = 8,
 ) -> list[Deviation]:
     """Run the whole contract for a method on tiny models; AssertionError names every cell that fails.
 
-    method: a registered name or an object. models: names from TINY_MODELS, all by default.
+    method: a registered name or an object; learned methods without weights get fresh ones of the right shape.
+    models: names from TINY_MODELS, all by default. generation: names from MODES to compare with the oracle.
     """
-    resolved = create(method) if isinstance(method, str) else method
-    budget: dict[str, Any] = {"retention": retention} if resolved.needs_budget else {}
+    chosen = create(method) if isinstance(method, str) else method
     cells: list[Deviation] = []
     for name in models or TINY_MODELS:
         model = tiny_model(name)
-
-        def add(check: str, worst: float, limit: float = LIMIT, name: str = name) -> None:
-            cells.append(Deviation(resolved.name, name, check, worst, limit))
-
-        for layout_name, layout in layouts(name).items():
-            inputs = tiny_inputs(name, layout, seed=3, extra=1, model=model)
-            for policy in policies:
-
-                def attach(model: Any, policy: Positions = policy) -> Handle:
-                    return compress(model, resolved, positions=policy, **budget)
-
-                for mode, options in modes(model).items():
-                    worst = against_oracle(model, inputs, attach, steps, **options)
-                    add(f"{layout_name}: oracle, {policy}, {mode}", worst)
-                add(
-                    f"{layout_name}: batch = singles, {policy}",
-                    batch_against_singles(model, name, layout, attach, steps),
-                )
-                add(f"{layout_name}: right = left padding, {policy}", right_padding(model, name, layout, attach))
-            if resolved.needs_budget:
-                whole = lambda model: compress(model, resolved, retention=1.0)  # noqa: E731
-                add(f"{layout_name}: retention 1.0, bit-identical", identical(model, inputs, whole), 0.0)
-            add(f"{layout_name}: nothing left behind", no_trace(model, inputs, attach), 0.0)
-            add(f"{layout_name}: bfloat16 runs", half_precision(model, inputs, attach), 0.0)
-        for kind in TINY_MODELS[name].kinds:
-            for policy in policies:
-                turns = lambda model, policy=policy: compress(model, resolved, positions=policy, **budget)  # noqa: E731
-                add(f"{kind}: two turns, {policy}", two_turns(model, name, kind, turns))
-        text: list[list[Part]] = [[9], [5]]
-        add("text only, bit-identical", identical(model, tiny_inputs(name, text, model=model), attach), 0.0)
+        resolved = with_fresh_weights(chosen, adapters.of(model).spec)
+        check = _Check(resolved, name, model, {"retention": retention} if resolved.needs_budget else {}, steps)
+        cells += check.run(policies, generation)
     _raise_on_failure(cells)
     return cells
+
+
+@dataclass(frozen=True, eq=False)
+class _Check:
+    """The contract of one method on one model."""
+
+    method: Compressor
+    name: str
+    model: Any
+    budget: dict[str, Any]
+    steps: int
+
+    def run(self, policies: Sequence[Positions], generation: Collection[str]) -> list[Deviation]:
+        cells: list[Deviation] = []
+        for layout_name, layout in layouts(self.name).items():
+            cells += [
+                self._cell(f"{layout_name}: {c}", *found) for c, *found in self._batch(layout, policies, generation)
+            ]
+        for kind in TINY_MODELS[self.name].kinds:
+            for policy in policies:
+                worst = two_turns(self.model, self.name, kind, self._attach(policy))
+                cells.append(self._cell(f"{kind}: two turns, {policy}", worst))
+        text: list[list[Part]] = [[9], [5]]
+        inputs = tiny_inputs(self.name, text, model=self.model)
+        cells.append(
+            self._cell("text only, bit-identical", identical(self.model, inputs, self._attach(policies[-1])), 0.0)
+        )
+        return cells
+
+    def _batch(
+        self, layout: list[list[Part]], policies: Sequence[Positions], generation: Collection[str]
+    ) -> Iterator[tuple[str, float, float]]:
+        """(check, worst, limit) of everything that concerns one batch."""
+        model, inputs = self.model, tiny_inputs(self.name, layout, seed=3, extra=1, model=self.model)
+        for policy in policies:
+            attach = self._attach(policy)
+            for mode, options in modes(model).items():
+                if mode in generation:
+                    worst = against_oracle(model, inputs, attach, self.steps, **options)
+                    yield f"oracle, {policy}, {mode}", worst, LIMIT
+            worst = batch_against_singles(model, self.name, layout, attach, self.steps)
+            yield f"batch = singles, {policy}", worst, LIMIT
+            yield f"right = left padding, {policy}", right_padding(model, self.name, layout, attach), LIMIT
+        if self.method.needs_budget:
+            yield "retention 1.0, bit-identical", identical(model, inputs, self._whole), 0.0
+        yield "nothing left behind", no_trace(model, inputs, self._attach(policies[-1])), 0.0
+        yield "bfloat16 runs", half_precision(model, inputs, self._attach(policies[-1])), 0.0
+
+    def _attach(self, policy: Positions) -> Callable[[Any], Handle]:
+        return lambda model: compress(model, self.method, positions=policy, **self.budget)
+
+    def _whole(self, model: Any) -> Handle:
+        return compress(model, self.method, retention=1.0)
+
+    def _cell(self, check: str, worst: float, limit: float = LIMIT) -> Deviation:
+        return Deviation(self.method.name, self.name, check, worst, limit)
+
+
+def with_fresh_weights(method: Compressor, model: ModelSpec, folder: Path | None = None) -> Compressor:
+    """A learned method without weights with seeded fresh ones for `model`; any other method as it is."""
+    if not isinstance(method, LearnedCompressor) or method.weights is not None or method.training:
+        return method
+    folder = folder or Path(tempfile.mkdtemp(prefix="vtc-weights-"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = method.build(model)
+    path = method.save(folder / f"{method.name}-{model.family}{SUFFIX}", module, model)
+    return dataclasses.replace(method, weights=str(path))
 
 
 def check_adapter(name: str, *, steps: int = 8) -> list[Deviation]:

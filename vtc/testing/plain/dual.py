@@ -21,7 +21,7 @@ def plain_attention_sum_and_max(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> Tensor:
     """Every query row's softmax by itself, head by head."""
     batch, heads, length, _ = query.shape

@@ -1,0 +1,213 @@
+"""What the contract measures: differences of logits between a compressed run and what it has to equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vtc import adapters
+from vtc.adapters.compat import expands_in_order
+from vtc.attach import Handle
+from vtc.compressor import CacheStage, EncoderStage
+from vtc.layout import Kind
+from vtc.testing.models import TINY_MODELS, Part, tiny_inputs
+from vtc.testing.oracle import Oracle
+from vtc.testing.snapshot import snapshot
+
+
+def layouts(name: str) -> dict[str, list[list[Part]]]:
+    """Batches of three prompts of different length, by name: two items, one item, none; for families with video also
+    videos, and images and videos in one batch.
+    """
+    kinds = TINY_MODELS[name].kinds
+    mixed: dict[str, list[list[Part]]] = {kind: [[4, kind, 3, kind, 5], [2, kind, 12], [9]] for kind in kinds}
+    if len(kinds) > 1:
+        mixed["image and video"] = [[4, "image", 3], [2, "video", 12], [9]]
+    return mixed
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beam 3": {"do_sample": False, "num_beams": 3},
+    "beam 3, return 2": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "sampling, return 2": {"do_sample": True, "num_return_sequences": 2},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+def modes(model: Any) -> dict[str, dict[str, Any]]:
+    """The MODES in which this version of transformers gives every sequence the images of its prompt."""
+    expanding = {"num_beams", "num_return_sequences"}
+    return {k: v for k, v in MODES.items() if expands_in_order(model) or not expanding & set(v)}
+
+
+Attach = Callable[[Any], Handle]
+
+
+@torch.no_grad()
+def generate(
+    model: Any, inputs: dict[str, Tensor], manager: AbstractContextManager[Any], steps: int = 8, **mode: Any
+) -> tuple[Tensor, Tensor]:
+    """Sequences [R, S + steps] and logits [steps, R, V] of a seeded generate() call inside `manager`.
+
+    Placeholder ids are never generated: without a cache the untouched model itself would refuse them.
+    """
+    torch.manual_seed(5)
+    with manager:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            return_dict_in_generate=True,
+            output_logits=True,
+            suppress_tokens=list(adapters.of(model).placeholders.values()),
+            **{"do_sample": False, **mode},
+        )
+    return output.sequences, torch.stack(output.logits)
+
+
+def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
+    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of layer 0, for changed features."""
+    tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
+    cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
+    embeddings = None
+    changed = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
+    if rows is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
+        keep = handle.trace[0].keep[0]
+        embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
+        for row in range(keep.shape[0]):
+            count = int(keep[row].sum())
+            embeddings[row, keep[row]] = rows[row, rows.shape[1] - count :]
+    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings)
+
+
+def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
+    """Largest logit difference between the compressed model and its oracle; infinite when sampled tokens differ."""
+    seen: list[Tensor] = []
+    handle = attach(model)
+    first = adapters.of(model).layers[0]
+    hook = first.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        ids, logits = generate(model, inputs, handle, steps, **mode)
+    finally:
+        hook.remove()
+        handle.detach()
+    expected_ids, expected = generate(model, inputs, reference(model, handle, seen[0]), steps, **mode)
+    return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
+
+
+def batch_against_singles(model: Any, name: str, layout: list[list[Part]], attach: Attach, steps: int = 8) -> float:
+    """Largest logit difference between a left-padded batch and its rows one by one."""
+    inputs = tiny_inputs(name, layout, seed=3, model=model)
+    _, batched = generate(model, inputs, attach(model), steps)
+    worst = 0.0
+    for row in range(len(layout)):
+        _, alone = generate(model, tiny_inputs(name, layout, seed=3, only=row, model=model), attach(model), steps)
+        worst = max(worst, float((batched[:, row] - alone[:, 0]).abs().max()))
+    return worst
+
+
+@torch.no_grad()
+def right_padding(model: Any, name: str, layout: list[list[Part]], attach: Attach) -> float:
+    """Largest difference of the last prompt token's logits between left- and right-padded inputs."""
+    logits = []
+    sides: tuple[Literal["left", "right"], ...] = ("left", "right")
+    for side in sides:
+        inputs = tiny_inputs(name, layout, seed=3, padding=side, extra=1, model=model)
+        if not adapters.of(model).spec.mrope:  # models with multi-axis positions derive them from the mask themselves
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with attach(model):
+            logits.append(model(**inputs).logits[:, -1])
+    return float((logits[0] - logits[1]).abs().max())
+
+
+@torch.no_grad()
+def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
+    """Largest logit difference to the oracle over two generate() calls on one cache the caller owns."""
+    from transformers import DynamicCache
+
+    layout: list[list[Part]] = [[3, kind, 5], [2, kind, 9]]
+    inputs = tiny_inputs(name, layout, seed=2, extra=1, model=model)
+
+    def turns(manager: AbstractContextManager[Any]) -> Tensor:
+        cache = DynamicCache(config=model.config.get_text_config())
+        with manager:
+            ids, first = generate(model, inputs, nullcontext(), 4, past_key_values=cache)
+            ids = torch.cat([ids, torch.full((2, 6), 7)], dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+            more = {"input_ids": ids, "attention_mask": mask}
+            if "mm_token_type_ids" in inputs:
+                more["mm_token_type_ids"] = torch.zeros_like(ids, dtype=torch.int)
+                more["mm_token_type_ids"][:, : inputs["mm_token_type_ids"].shape[1]] = inputs["mm_token_type_ids"]
+            _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
+        return torch.cat([first, second])
+
+    seen: list[Tensor] = []
+    handle = attach(model)
+    hook = (
+        adapters.of(model)
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    )
+    try:
+        logits = turns(handle)
+    finally:
+        hook.remove()
+        handle.detach()
+    return float((logits - turns(reference(model, handle, seen[0]))).abs().max())
+
+
+def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when attaching changes no bit of ids and logits, else the largest difference."""
+    plain_ids, plain = generate(model, inputs, nullcontext())
+    ids, logits = generate(model, inputs, attach(model))
+    if torch.equal(plain, logits) and torch.equal(plain_ids, ids):
+        return 0.0
+    return max(float((plain - logits).abs().max()), 1e-30)
+
+
+def half_precision(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when a bfloat16 run gives finite logits."""
+    model = model.to(torch.bfloat16)
+    try:
+        cast = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+        _, logits = generate(model, cast, attach(model), 2)
+    finally:
+        model.float()
+    return 0.0 if bool(logits.float().isfinite().all()) else float("inf")
+
+
+def no_trace(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when the model is as before after a normal run and after one that raised inside the method."""
+    generate(model, inputs, nullcontext(), 1)
+    before = snapshot(model)
+    generate(model, inputs, attach(model), 2)
+    leftovers = float(snapshot(model) != before)
+    handle = attach(model)
+    layer = adapters.of(model).layers[-1]
+    breaker = layer.register_forward_pre_hook(_raise)
+    try:
+        generate(model, inputs, handle, 2)
+    except _Planned:
+        pass
+    finally:
+        breaker.remove()
+    return leftovers + float(snapshot(model) != before)
+
+
+class _Planned(Exception):
+    pass
+
+
+def _raise(module: Any, args: Any) -> None:
+    raise _Planned
