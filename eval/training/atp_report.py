@@ -1,0 +1,166 @@
+"""`python -m vtc.eval.training.atp_report`: the trained ATP weights against forms without training, as a page.
+
+All forms prune the same model at the same layers and reach the same mean number of tokens, on scenes none has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import vtc
+from vtc import adapters, learned, weights
+from vtc.compressor import Compressor, ModelSpec
+from vtc.eval.training.constants import calibrate_embedded, scene_prompts
+from vtc.eval.training.measure import Measurement, measure
+from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
+
+WEIGHTS = "atp-tiny-llava"
+MODEL = "tiny-llava"
+SEED = 200_000
+"""First held-out scene; training, checks during training and the benchmark use others."""
+
+
+def random_modules(method: ATP, spec: ModelSpec, bias: float, seed: int = 0) -> ThresholdModules:
+    """Modules with random instead of learned features; `bias` sets how much all of them keep."""
+    torch.manual_seed(seed)
+    module = method.build(spec)
+    for part in module.atp.values():
+        assert isinstance(part, ThresholdModule)
+        torch.nn.init.xavier_uniform_(part.head_r.weight)
+        torch.nn.init.constant_(part.head_r.bias, bias)
+    return module
+
+
+@torch.no_grad()
+def random_form(method: ATP, retention: float, folder: Path, prompts: int = 60) -> ATP:
+    """The method with random modules whose common bias is chosen so that training prompts keep `retention`."""
+    from vtc.loading import load
+
+    model = load(MODEL, device="cpu", dtype="float32").model
+    spec, batches = adapters.of(model).spec, list(scene_prompts(prompts, 0, "cpu"))
+    low, high = -6.0, 6.0
+    for _ in range(12):
+        bias = (low + high) / 2
+        path = method.save(folder / "random.safetensors", random_modules(method, spec, bias), spec)
+        form = dataclasses.replace(method, weights=str(path))
+        with vtc.compress(model, form, trace=False) as handle:
+            for batch in batches:
+                model(**batch)
+        low, high = (bias, high) if handle.stats.retention > retention else (low, bias)
+    return form
+
+
+def forms(name: str, retention: float, folder: Path) -> dict[str, tuple[Compressor | None, float | None]]:
+    """What is compared at this retention, by label: a method and the budget to attach it with."""
+    trained = learned.load(name)
+    assert isinstance(trained, ATP)
+    shared = {field: getattr(trained, field) for field in ("layers", "score_norm", "strides", "lambda_sample")}
+    constants = str(calibrate_embedded(folder / "constants.safetensors", retention, shared, MODEL, device="cpu"))
+    return {
+        "untouched": (None, None),
+        "trained": (trained, None),
+        "random modules": (random_form(trained, retention, folder), None),
+        "exact counts": (vtc.create("atp_training_free", **shared), retention),
+        "calibrated": (vtc.create("atp_training_free", **shared, mode="calibrated", weights=constants), None),
+    }
+
+
+def advantage(a: Measurement, b: Measurement) -> tuple[float, float]:
+    """How much more often `a` is right than `b` on the same questions, and half of the 95 % interval."""
+    pairs = [int(x) - int(y) for x, y in zip(a.right, b.right, strict=True)]
+    mean = sum(pairs) / len(pairs)
+    variance = sum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(pairs))
+
+
+def compare(name: str, per_family: int, folder: Path, first_seed: int = SEED) -> dict[str, Measurement]:
+    """Measure the trained weights, then every other form at the retention they reached."""
+    trained = measure(MODEL, learned.load(name), None, per_family, first_seed=first_seed)
+    found = {"trained": trained}
+    for label, (method, budget) in forms(name, trained.retention, folder).items():
+        if label != "trained":
+            found[label] = measure(MODEL, method, budget, per_family, first_seed=first_seed)
+    order = ("untouched", "trained", "exact counts", "calibrated", "random modules")
+    return {label: found[label] for label in order}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def page(name: str, found: dict[str, Measurement], per_family: int) -> str:
+    """The page in Markdown."""
+    _, about = weights.read(name)
+    run = json.loads(about["training"])
+    questions = len(found["trained"].right)
+    families = [family for family in found["trained"].accuracy if family != "mean"]
+    accuracy = [[label, *(_percent(m.accuracy[f]) for f in (*families, "mean"))] for label, m in found.items()]
+    kept = [[label, _percent(m.retention), _percent(m.spread), *(_percent(m.kept_by_family()[f]) for f in families)]
+            for label, m in found.items() if label != "untouched"]  # fmt: skip
+    depth = len(found["trained"].layers)
+    layers = [[label, *(f"{n:.1f}" for n in m.layers)] for label, m in found.items() if label != "untouched"]
+    gains = []
+    for label in ("exact counts", "calibrated", "random modules"):
+        mean, half = advantage(found["trained"], found[label])
+        gains.append([label, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
+    parameters = ", ".join(f"{key}={value!r}" for key, value in run["parameters"].items())
+    return f"""# ATP on the embedded model, with and without training
+
+Made by `python -m vtc.eval.training.atp_report --per-family {per_family}`: {questions} questions about held-out scenes,
+{MODEL} in float32, greedy answers, exact match; all figures in percent unless they are tokens.
+The weights `{name}` were trained by `vtc train` on {about["data"]}, with the model frozen: {run["steps"]} updates of
+{run["batch_size"]} questions, {about["seconds"]} s on one CPU core, {parameters}.
+
+"trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same scores and
+reach the same mean: "exact counts" is `atp_training_free` (a fixed decay of the counts), "calibrated" the same with
+constant thresholds from 200 training prompts, "random modules" the learned form with random features and one bias.
+
+## Right answers
+
+{_table(["form", *families, "mean"], accuracy)}
+
+Right more often than the other forms, over the same questions, with the 95 % interval of the difference:
+
+{_table(["trained against", "points", "interval"], gains)}
+
+## Visual tokens kept, mean over the LLM's layers
+
+Standard deviation over the questions as "spread"; the families' columns show where the tokens went.
+
+{_table(["form", "kept", "spread", *families], kept)}
+
+Visual tokens that enter each layer, of {found["trained"].tokens}:
+
+{_table(["form", *(f"layer {n}" for n in range(depth))], layers)}
+"""
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description="Measure the trained ATP weights and write the page about them.")
+    parser.add_argument("--weights", default=WEIGHTS, help="embedded name or file")
+    parser.add_argument("--per-family", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/atp.md"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(given.weights, given.per_family, Path(folder))
+    given.out.write_text(page(given.weights, found, given.per_family))
+    sys.stdout.write(f"{given.out}\n")
+
+
+if __name__ == "__main__":
+    main()
