@@ -87,13 +87,15 @@ def add_mean(tokens: Tensor, into: Tensor, target: Tensor, channels: int = CHANN
     """
     items, length, width = tokens.shape
     given = (into >= 0) & ~target
-    row = torch.where(given, into, length)[..., None]
-    count = torch.zeros(items, length + 1, 1, device=tokens.device).scatter_add(1, row, given[..., None].float())
+    row = torch.where(given, into, length)
+    count = torch.zeros(items, length + 1, device=tokens.device).scatter_add(1, row, given.float())[:, :length, None]
+    first = torch.arange(items, device=tokens.device)[:, None] * (length + 1)
     result = tokens.clone()
     for start in range(0, width, channels):
-        part = tokens[..., start : start + channels]
-        total = torch.zeros(items, length + 1, part.shape[2], device=tokens.device)
-        total = total.scatter_add(1, row.expand(-1, -1, part.shape[2]), part.float())
-        merged = part.float() + (total / count.clamp(min=1))[:, :length]
-        result[..., start : start + channels] = torch.where(target[..., None], merged.to(part.dtype), part)
+        part = tokens[..., start : start + channels].float()
+        total = torch.zeros(items * (length + 1), part.shape[2], device=tokens.device)
+        total.index_add_(0, (first + row).flatten(), part.flatten(0, 1))
+        mean = total.view(items, length + 1, -1)[:, :length] / count.clamp(min=1)
+        merged = torch.where(target[..., None], part + mean, part)
+        result[..., start : start + channels] = merged.to(tokens.dtype)
     return result
