@@ -122,12 +122,12 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
         order[:, step] = token
         left = left.scatter(1, token[:, None], False)
         if step < basis.shape[1]:
-            known, direction = basis[:, :step], unit[item, token, :, None]
+            known, direction = basis[:, :step], unit[item, token]
             for _ in range(2):  # once more for what rounding left of the known directions
-                direction = direction - known.transpose(1, 2) @ (known @ direction)
-            direction = torch.nn.functional.normalize(direction, dim=1) * some[..., None]
-            basis[:, step] = direction[..., 0]
-            residual = residual - _products(unit, basis[:, step]).square()
+                direction = direction - torch.bmm(_products(known, direction)[:, None], known)[:, 0]
+            direction = torch.nn.functional.normalize(direction, dim=1) * some
+            basis[:, step] = direction
+            residual = residual - _products(unit, direction).square()
     return order
 
 
