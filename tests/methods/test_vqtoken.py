@@ -131,6 +131,7 @@ def test_the_map_of_rasters() -> None:
 
 
 # --- the method with its block
+ELBOW: dict[str, Any] = {"clusters": "elbow", "k_min": 2, "k_max": 4}
 TINY = {"grid": (4, 4), "heads": 4, "inner": 24}
 
 
@@ -213,7 +214,10 @@ def test_budgets_below_the_queries_are_refused(tmp_path: Path) -> None:
     inputs = tiny_inputs("llava-clip", [[3, "image", 5]])
     with pytest.raises(BudgetError, match=r"4 for this image, and the budget grants 3; ask for at least keep=4 \(ret"):
         first_rows(model, method, inputs, keep=3)
-    elbow = dataclasses.replace(method, clusters="elbow", k_min=2, k_max=4, elbow_rule="corrected")
+    many = stored(tmp_path, queries="line", grid=(20, 4), resample=True)
+    with pytest.raises(BudgetError, match="20 for this image, and it has 16; use queries='cluster'"):
+        first_rows(model, dataclasses.replace(many, **ELBOW), inputs)
+    elbow = dataclasses.replace(stored(tmp_path, queries="line"), **{**ELBOW, "elbow_rule": "corrected"})
     rows, handle = first_rows(model, elbow, inputs)
     assert handle.stats.calls[0].visual_tokens_kept == (4.0,)  # max(queries, K) with K = 3
     assert rows.shape[1] == 8 + 4

@@ -153,7 +153,7 @@ class VQToken(Clustering, LearnedCompressor):
     def select(self, view: StageView) -> Selection:
         assert isinstance(view.module, nn.ModuleDict)
         places, rows = self._map(view)
-        if self.clusters == "budget" and self.queries != "cluster":
+        if self.queries != "cluster":
             self._check(view, rows)
         labels, counts, most = self.assign(view)
         mask, device = view.items.mask, view.hidden.device
@@ -197,15 +197,19 @@ class VQToken(Clustering, LearnedCompressor):
         return pad_sequence(maps, batch_first=True).to(view.hidden.device), rows
 
     def _check(self, view: StageView, rows: tuple[int, ...]) -> None:
-        for item, granted, held, queries in zip(view.items.layouts, view.keep, view.items.counts, rows, strict=True):
-            if granted < min(queries, held):
-                need = queries + item.newlines
-                share = math.ceil(1000 * need / item.n_tokens) / 1000
-                raise BudgetError(
-                    f"{self.name!r} gives the LLM one row per query, {queries} for this {item.kind}, and the budget "
-                    f"grants {granted}; ask for at least keep={need} (retention {share:.3f}), use queries='frame' or "
-                    "fewer frames, or 'vqtoken_codebook'"
-                )
+        """Refuse items that get fewer tokens than there are queries, unless they stay whole anyway."""
+        fixed = self.clusters == "budget"
+        grants = view.keep if fixed else view.items.counts
+        for item, granted, held, queries in zip(view.items.layouts, grants, view.items.counts, rows, strict=True):
+            if granted >= queries or (fixed and granted == held):
+                continue
+            need = queries + item.newlines
+            hint = f"ask for at least keep={need} (retention {math.ceil(1000 * need / item.n_tokens) / 1000:.3f}), "
+            raise BudgetError(
+                f"{self.name!r} gives the LLM one row per query, {queries} for this {item.kind}, and "
+                f"{'the budget grants' if fixed else 'it has'} {granted}; {hint if fixed else ''}use queries='cluster', "
+                "fewer frames, or 'vqtoken_codebook'"
+            )
 
     def _noise(self, view: StageView, like: Tensor) -> Tensor:
         """Standard normal numbers of a shape, by pixels and seed."""
