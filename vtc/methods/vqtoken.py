@@ -204,11 +204,11 @@ class VQToken(Clustering, LearnedCompressor):
             if granted >= queries or (fixed and granted == held):
                 continue
             need = queries + item.newlines
-            hint = f"ask for at least keep={need} (retention {math.ceil(1000 * need / item.n_tokens) / 1000:.3f}), "
+            least = f"ask for at least keep={need} (retention {math.ceil(1000 * need / item.n_tokens) / 1000:.3f}), "
+            given = f"the budget grants {granted}; {least}" if fixed else f"it has {granted}; "
             raise BudgetError(
-                f"{self.name!r} gives the LLM one row per query, {queries} for this {item.kind}, and "
-                f"{'the budget grants' if fixed else 'it has'} {granted}; {hint if fixed else ''}use queries='cluster', "
-                "fewer frames, or 'vqtoken_codebook'"
+                f"{self.name!r} gives the LLM one row per query, {queries} for this {item.kind}, and {given}"
+                "use queries='cluster', fewer frames, or 'vqtoken_codebook'"
             )
 
     def _noise(self, view: StageView, like: Tensor) -> Tensor:
