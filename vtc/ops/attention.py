@@ -105,9 +105,10 @@ def attention_logits(
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     index = rows[:, None, :, None]
-    q = query.gather(2, index.expand(batch, heads, -1, width)).view(batch, groups, heads // groups, -1, width)
-    logits = torch.matmul(q, key.unsqueeze(2).transpose(-1, -2)).float() * scaling
-    logits = logits.flatten(1, 2)
+    # The heads that share keys stand one behind the other, so that no key is repeated in memory.
+    q = query.gather(2, index.expand(batch, heads, -1, width)).reshape(batch, groups, -1, width)
+    logits = torch.matmul(q, key.transpose(-1, -2)).float() * scaling
+    logits = logits.view(batch, heads, -1, keys)
     lowest = torch.finfo(torch.float32).min
     if mask is not None and mask.ndim == 4:
         picked = mask.expand(batch, mask.shape[1], length, -1)[..., :keys]
