@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vtc.ops.attention import CHUNK, attention_rows
 
+LIMIT = 2**24
+"""Attention weights held at once: 64 MiB, so that the text of a long video's question fits beside the model."""
+
 
 def attention_sum_and_max(
     query: Tensor,
@@ -20,13 +23,14 @@ def attention_sum_and_max(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Sum and maximum, over the chosen query rows, of the head-mean softmax attention to each key; [2, B, K] float32.
 
     rows: [B, R] query indices, real: [B, R] bool, which of them count (none: zeros). Other arguments as in
-    `attention_rows`. Streams over the rows: memory is [B, H, chunk, K].
+    `attention_rows`. Streams over the rows: memory is [B, H, chunk, K], by default at most `LIMIT` numbers.
     """
+    chunk = chunk or max(1, min(CHUNK, LIMIT // (query.shape[0] * query.shape[1] * max(1, key.shape[2]))))
     total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
     peak = total
     for start in range(0, rows.shape[1], chunk):
