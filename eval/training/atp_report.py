@@ -26,6 +26,8 @@ WEIGHTS = "atp-tiny-llava"
 MODEL = "tiny-llava"
 SEED = 200_000
 """First held-out scene; training, checks during training and the benchmark use others."""
+OTHERS = ("same counts", "exact counts", "calibrated", "random modules")
+"""The forms that the trained one is compared with."""
 
 
 def random_modules(method: ATP, spec: ModelSpec, bias: float, seed: int = 0) -> ThresholdModules:
@@ -58,15 +60,18 @@ def random_form(method: ATP, retention: float, folder: Path, prompts: int = 60) 
     return form
 
 
-def forms(name: str, retention: float, folder: Path) -> dict[str, tuple[Compressor | None, float | None]]:
-    """What is compared at this retention, by label: a method and the budget to attach it with."""
-    trained = learned.load(name)
+def forms(name: str, reached: Measurement, folder: Path) -> dict[str, tuple[Compressor | None, float | None]]:
+    """What is compared at the retention that the trained form reached, by label: a method and its budget."""
+    trained, retention = learned.load(name), reached.retention
     assert isinstance(trained, ATP)
     shared = {field: getattr(trained, field) for field in ("layers", "score_norm", "strides", "lambda_sample")}
     constants = str(calibrate_embedded(folder / "constants.safetensors", retention, shared, MODEL, device="cpu"))
+    assert trained.layers is not None
+    shares = tuple(max(1e-6, reached.layers[layer + 1] / reached.tokens) for layer in trained.layers)
     return {
         "untouched": (None, None),
         "trained": (trained, None),
+        "same counts": (vtc.create("atp_training_free", **shared, shares=shares), None),
         "random modules": (random_form(trained, retention, folder), None),
         "exact counts": (vtc.create("atp_training_free", **shared), retention),
         "calibrated": (vtc.create("atp_training_free", **shared, mode="calibrated", weights=constants), None),
@@ -85,10 +90,10 @@ def compare(name: str, per_family: int, folder: Path, first_seed: int = SEED) ->
     """Measure the trained weights, then every other form at the retention they reached."""
     trained = measure(MODEL, learned.load(name), None, per_family, first_seed=first_seed)
     found = {"trained": trained}
-    for label, (method, budget) in forms(name, trained.retention, folder).items():
+    for label, (method, budget) in forms(name, trained, folder).items():
         if label != "trained":
             found[label] = measure(MODEL, method, budget, per_family, first_seed=first_seed)
-    order = ("untouched", "trained", "exact counts", "calibrated", "random modules")
+    order = ("untouched", "trained", *OTHERS)
     return {label: found[label] for label in order}
 
 
@@ -113,7 +118,7 @@ def page(name: str, found: dict[str, Measurement], per_family: int) -> str:
     depth = len(found["trained"].layers)
     layers = [[label, *(f"{n:.1f}" for n in m.layers)] for label, m in found.items() if label != "untouched"]
     gains = []
-    for label in ("exact counts", "calibrated", "random modules"):
+    for label in OTHERS:
         mean, half = advantage(found["trained"], found[label])
         gains.append([label, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
     parameters = ", ".join(f"{key}={value!r}" for key, value in run["parameters"].items())
@@ -127,6 +132,8 @@ The weights `{name}` were trained by `vtc train` on {about["data"]}, with the mo
 "trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same scores and
 reach the same mean: "exact counts" is `atp_training_free` (a fixed decay of the counts), "calibrated" the same with
 constant thresholds from 200 training prompts, "random modules" the learned form with random features and one bias.
+"same counts" keeps behind each layer as many tokens as the trained form does on average, the same for all questions:
+what it lacks is what the thresholds gain by following the sample; the rest of the gain is the choice of the counts.
 
 ## Right answers
 

@@ -374,6 +374,17 @@ def test_the_mean_is_met_on_every_model(name: str, retention: float) -> None:
             assert abs(kept_ - retention * tokens) <= max(0.01 * tokens, 1.5 * items)
 
 
+def test_counts_may_be_given_outright(clip: Any) -> None:
+    inputs = tiny_inputs("llava-clip", [[4, "image", 3], [2, "image", 9]])
+    method = vtc.create("atp_training_free", shares=[0.5, 0.1])
+    assert not method.needs_budget
+    with vtc.compress(clip, method) as handle, torch.no_grad():
+        clip(**inputs)
+    assert [stage.visual_tokens_out for stage in handle.stats.calls[0].stages] == [16, 4]  # 16 and 0.1 * 16 -> 2
+    with pytest.raises(UnsupportedMethod, match=r"1 shares were given for 2 modules behind layers \(0, 1\)"):
+        vtc.compress(clip, "atp_training_free", shares=(0.5,))
+
+
 # --- constants from a calibration
 def test_a_calibration_meets_its_mean_on_its_own_prompts(clip: Any, tmp_path: Path) -> None:
     prompts = [tiny_inputs("llava-clip", [[4, "image", 3 + n], [2, "image", 9]], seed=n) for n in range(6)]
@@ -445,7 +456,7 @@ def test_defaults() -> None:
         **{"weights": None, "training": False},
     }
     assert dataclasses.asdict(vtc.create("atp")) == shared | learned
-    free = {"mode": "budget", "spatial_share": 0.25, "weights": None}
+    free = {"mode": "budget", "spatial_share": 0.25, "shares": None, "weights": None}
     assert dataclasses.asdict(vtc.create("atp_training_free")) == shared | free
     assert vtc.create("atp", layers=[4, 14]) == vtc.create("atp", layers=(4, 14))
     assert not vtc.create("atp").needs_budget and vtc.create("atp_training_free").needs_budget
@@ -468,6 +479,9 @@ def test_defaults() -> None:
         ("atp_training_free", {"mode": "budgets"}, "did you mean 'budget'"),
         ("atp_training_free", {"mode": "calibrated"}, "needs constants and none were given"),
         ("atp_training_free", {"weights": "a"}, "have no use with mode='budget'"),
+        ("atp_training_free", {"shares": (0.2, 0.5)}, r"do not fall within \(0, 1\]"),
+        ("atp_training_free", {"shares": (0.2, 0.0)}, r"do not fall within \(0, 1\]"),
+        ("atp_training_free", {"shares": (0.2,), "mode": "calibrated", "weights": "a"}, "leave one of them out"),
         ("atp_training_free", {"spatial_share": 1.5}, r"is outside \[0, 1\]"),
     ],
 )

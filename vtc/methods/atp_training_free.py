@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from vtc import weights as store
-from vtc.compressor import ModelSpec, Selection, StageView
-from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.compressor import ModelSpec, Plan, Selection, StageView
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
 from vtc.learned import check_settings, load_tensors
 from vtc.methods.atp import ATPScores, ThresholdModules
 from vtc.ops import thresholds
@@ -43,7 +43,8 @@ class ATPTrainingFree(ATPScores):
     S_spatial > theta_s``, both constants from `vtc.calibration`; counts follow the sample, no retention can be given.
 
     layers, score_norm, strides, lambda_sample, causal_correction: as in `atp`. spatial_share: of the kept tokens, at
-    most this part comes from the grid. weights: the calibration's safetensors file or embedded name.
+    most this part comes from the grid. shares: what is left behind each module as fractions of N0, in place of the
+    decay; then no retention is given. weights: the calibration's safetensors file or embedded name.
 
     Departures from the paper and its code: the paper has no form without training; reported under its own name.
     Separators stay and count against the budget.
@@ -51,12 +52,20 @@ class ATPTrainingFree(ATPScores):
 
     mode: Mode = "budget"
     spatial_share: float = 0.25
+    shares: tuple[float, ...] | None = None
     weights: str | None = None
 
     name: ClassVar[str] = "atp_training_free"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.shares, list):
+            object.__setattr__(self, "shares", tuple(self.shares))
+        if self.shares is not None:
+            if list(self.shares) != sorted(self.shares, reverse=True) or not 0 < self.shares[-1] <= self.shares[0] <= 1:
+                raise VTCError(f"shares={self.shares} do not fall within (0, 1]; write for example (0.5, 0.2, 0.1)")
+            if self.mode != "budget":
+                raise VTCError("shares fix the counts, a calibration the thresholds; leave one of them out")
         if self.mode not in get_args(Mode):
             raise unknown_name("mode", self.mode, get_args(Mode))
         if not 0 <= self.spatial_share <= 1:
@@ -71,8 +80,17 @@ class ATPTrainingFree(ATPScores):
 
     @property
     def needs_budget(self) -> bool:
-        """True with mode="budget"."""
-        return self.mode == "budget"
+        """True with mode="budget", unless `shares` say what is left."""
+        return self.mode == "budget" and self.shares is None
+
+    def plan(self, model: ModelSpec) -> Plan:
+        layers = self.module_layers(model)
+        if self.shares is not None and len(self.shares) != len(layers):
+            raise UnsupportedMethod(
+                f"{len(self.shares)} shares were given for {len(layers)} modules behind layers {layers} of this "
+                f"{model.family} model; give one for each"
+            )
+        return super().plan(model)
 
     def build(self, model: ModelSpec) -> ThresholdModules:
         """Constants that keep every token."""
@@ -128,8 +146,9 @@ class ATPTrainingFree(ATPScores):
     def _schedule(self, view: StageView) -> list[list[int]]:
         """[M][I] tokens behind every module, computed on the host once per call."""
         if (self.name, "schedule") not in view.memory:
-            items, model, budget = view.items, view.model, view.budget
-            assert budget is not None
+            items, model = view.items, view.model
+            if self.shares is not None:
+                return [[max(1, math.floor(n * share + 0.5)) for n in items.entered] for share in self.shares]
             targets = [granted - fixed for granted, fixed in zip(view.granted, items.fixed, strict=True)]
             counts = schedule(items.entered, targets, self.module_layers(model), model.llm_layers)
             view.memory[self.name, "schedule"] = counts
