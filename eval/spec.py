@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from vtc.compressor import Positions
 from vtc.errors import BudgetError, InputError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -56,7 +57,7 @@ class SweepSpec(BaseModel):
     out: Path | None = None
     include_path: tuple[Path, ...] = ()
     seed: int = 0
-    positions: Literal["preserve", "compact"] | None = None
+    positions: Positions | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
     prompt_profile: str = "default"
     device: str = "auto"

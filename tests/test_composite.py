@@ -110,4 +110,19 @@ def test_one_budget_goes_to_the_only_method_that_takes_one(clip: Any) -> None:
         pass
     assert isinstance(handle.method, Composite)
     assert handle.method.budgets == (None, vtc.Budget(retention=0.5))
-    assert handle.positions == "preserve"  # FixedKeep's, whose tokens left keys with their old positions behind
+
+
+@pytest.mark.parametrize(
+    ("parts", "positions"),
+    [
+        (["random", FixedKeep(at=(2,))], "compact_input"),  # numbered by the first, kept by the one inside the LLM
+        ([FixedKeep(at=(0,)), LastRowTopK(layer=2)], "preserve"),
+        ([FixedKeep(at=(1,)), FixedKeep(at=(2,))], "preserve"),
+        ([Looks((0,), False), Looks((2,), False)], "compact"),
+        ([Looks((2,), False), FixedKeep(at=(0,))], "preserve"),
+    ],
+)
+def test_the_position_policy_serves_every_part(clip: Any, parts: Any, positions: str) -> None:
+    shares = [0.8 if isinstance(part, str) or part.needs_budget else None for part in parts]
+    with vtc.compress(clip, parts, retention=shares) as handle:
+        assert handle.positions == positions

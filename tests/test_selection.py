@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
+from vtc.adapters.compat import expands_in_order
+from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
 from vtc.ops.hashing import uniform
-from vtc.testing import Oracle, tiny_inputs, tiny_model
+from vtc.testing import FixedKeep, Oracle, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, generate
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]
@@ -232,3 +233,42 @@ def test_the_question_is_what_is_neither_visual_nor_answer(clip: Any) -> None:
     assert not (plain.text & plain.visual).any()
     assert not (plain.text & ~plain.valid).any()
     assert torch.equal(plain.text[:, :-2], training.text[:, :-2])
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2.5-vl"])
+def test_methods_compute_in_float32_under_autocast(name: str) -> None:
+    """What is kept does not depend on the caller's autocast more than its inputs do."""
+    seen: list[bool] = []
+
+    @dataclass(frozen=True)
+    class Looks(Selecting):
+        def plan(self, model: ModelSpec) -> Plan:
+            return Plan((2,), Needs({1: Rows.RECEIVED}, {1: Rows.LAST}), "preserve")
+
+        def select(self, view: StageView) -> None:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            assert view.vision_attention(1).dtype == view.llm_attention(1).dtype == torch.float32
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+    model = tiny_model(name)
+    with vtc.compress(model, Looks()), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**tiny_inputs(name, LAYOUT, model=model))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2.5-vl", "llava-next"])
+@pytest.mark.parametrize("at", [(0, 2), (1, 3)])
+def test_positions_of_the_input_alone(name: str, at: Any, limits: Any) -> None:
+    """Renumbered where the tokens enter the LLM, unchanged inside it."""
+    model = tiny_model(name)
+    inputs = tiny_inputs(name, LAYOUT, seed=3, extra=1, model=model)
+    attach = lambda m, p="compact_input": vtc.compress(m, FixedKeep(at=at), positions=p)  # noqa: E731
+    for mode in ({}, {"num_beams": 3}):
+        if expands_in_order(model) or not mode:
+            assert against_oracle(model, inputs, attach, 4, **mode) <= limits.logits
+    assert batch_against_singles(model, name, LAYOUT, attach, 4) <= limits.logits
+    other = "compact" if at[0] == 0 else "preserve"
+    _, mine = generate(model, inputs, attach(model), 3)
+    _, theirs = generate(model, inputs, attach(model, other), 3)
+    difference = float((mine - theirs).abs().max())
+    assert difference > limits.broken if at[0] == 0 else difference <= limits.logits

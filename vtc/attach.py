@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
@@ -113,7 +113,8 @@ def compress(
     stages, each with its entry in the lists `retention` and `keep`: the first to act gets a share of the input's
     tokens, a later one a share of those that reach it. retention: fraction of each item's visual
     tokens that reaches the LLM, mean over the layers for methods that prune inside it; keep: the same as a count per
-    item. positions: "preserve" keeps the original position ids of kept tokens, "compact" renumbers them without gaps;
+    item. positions: "preserve" keeps the original position ids of kept tokens, "compact" renumbers them without gaps at
+    every stage, "compact_input" before the LLM alone;
     the method's default follows its paper. pad_output: put the outputs back at their input positions, which training
     with labels needs. trace: record kept positions.
 
@@ -139,8 +140,8 @@ def compress(
     else:
         method = _single(method, hyper_parameters)
         budget = _budget(method, retention, keep)
-    if positions not in (None, "preserve", "compact"):
-        raise unknown_name("positions value", str(positions), ["preserve", "compact"])
+    if positions is not None and positions not in get_args(Positions):
+        raise unknown_name("positions value", str(positions), get_args(Positions))
     adapter = adapters.of(model)
     plan = method.plan(adapter.spec)
     engine = Engine(

@@ -196,8 +196,14 @@ class Call:
         return positions, self.cache.extend(group, mask, self.batch, self.rows, device)
 
     def _positions(self, group: int) -> Tensor:
-        if self.policy == "preserve":
+        if self.policy == "preserve" or (self.policy == "compact_input" and group > 0):
             return self.logical
+        numbers = self._renumbered(group)
+        if self.policy == "compact_input":
+            self.logical = numbers
+        return numbers
+
+    def _renumbered(self, group: int) -> Tensor:
         cache = self.cache
         shift = cache.shifts[group] if cache is not None else None
         shift = None if shift is None else shift.to(self.logical.device)

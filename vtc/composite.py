@@ -11,7 +11,18 @@ from typing import Any, ClassVar
 from torch import nn
 
 from vtc.budget import Budget
-from vtc.compressor import CacheStage, Compressor, EncoderStage, ModelSpec, Needs, Plan, Selection, Stage, StageView
+from vtc.compressor import (
+    CacheStage,
+    Compressor,
+    EncoderStage,
+    ModelSpec,
+    Needs,
+    Plan,
+    Positions,
+    Selection,
+    Stage,
+    StageView,
+)
 from vtc.errors import BudgetError, UnsupportedMethod
 
 
@@ -49,6 +60,11 @@ class Composite(Compressor):
     def keeps_all(self, budget: Budget | None, tokens: int) -> bool:
         return all(part.keeps_all(own, tokens) for part, own in zip(self.parts, self.budgets, strict=True))
 
+    def reads(self, model: ModelSpec, layer: int, memory: dict[Any, Any]) -> bool:
+        own = [memory.get(number, {}) for number in range(len(self.parts))]
+        reading = [part for part in zip(self.parts, own, strict=True) if layer in part[0].plan(model).needs.llm]
+        return any(part.reads(model, layer, kept) for part, kept in reading)
+
     def module(self, model: ModelSpec) -> nn.Module | None:
         modules = {str(number): part.module(model) for number, part in enumerate(self.parts)}
         learned = {number: module for number, module in modules.items() if module is not None}
@@ -80,8 +96,7 @@ class Composite(Compressor):
         for plan in plans:
             needs = needs | plan.needs
         stages = tuple(sorted((stage for plan in plans for stage in plan.stages), key=_order))
-        kept = any(plan.positions == "preserve" for plan in plans)
-        return Plan(stages, needs, "preserve" if kept else "compact")
+        return Plan(stages, needs, _positions(plans))
 
     def select(self, view: StageView) -> Selection | None:
         plans = [part.plan(view.model) for part in self.parts]
@@ -103,6 +118,15 @@ class Composite(Compressor):
             module=modules[str(number)] if isinstance(modules, nn.ModuleDict) and str(number) in modules else None,
         )
         return self.parts[number].select(mine)
+
+
+def _positions(plans: Sequence[Plan]) -> Positions:
+    """The common policy; where parts differ, tokens are renumbered only before the LLM, or not at all."""
+    policies = {plan.positions for plan in plans}
+    if len(policies) == 1:
+        return policies.pop()
+    early = {plan.positions for plan in plans if min(map(_order, plan.stages)) <= (1, 0)}
+    return "preserve" if "preserve" in early or not early else "compact_input"
 
 
 def combine(

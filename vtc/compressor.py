@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,13 @@ class Compressor(ABC):
     def keeps_all(self, budget: Budget | None, tokens: int) -> bool:
         """True when an item of so many tokens passes whole; where all do, the model runs untouched, bit for bit."""
         return budget is not None and budget.tokens(tokens) >= tokens
+
+    def reads(self, model: ModelSpec, layer: int, memory: dict[Any, Any]) -> bool:
+        """False where what the plan reads of LLM layer `layer` turns out not to be needed in this call.
+
+        Asked when the layer is reached; memory: what the method left at earlier stages of the call.
+        """
+        return True
 
     def module(self, model: ModelSpec) -> nn.Module | None:
         """The learned parts with their weights; None for training-free methods."""

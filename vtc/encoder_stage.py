@@ -20,7 +20,7 @@ from vtc.errors import UnsupportedMethod
 from vtc.items import ItemTable
 from vtc.layout import Kind, VisionContext, VisualItem
 from vtc.ops.select import front_pack, take_rows
-from vtc.readings import VisionReading
+from vtc.readings import VisionReading, exact
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
@@ -180,7 +180,8 @@ class EncoderStages:
         if self.method.keeps_all(self.budget, self._patches):
             return hidden
         view = self._view(stage, hidden, prefix)
-        selection = self.method.select(view)
+        with exact(hidden.device):
+            selection = self.method.select(view)
         if selection is None:
             return hidden
         keep = selection.keep & view.items.mask

@@ -8,7 +8,9 @@ from typing import Literal, TypeVar
 
 from vtc.readings import LLMReading, VisionReading
 
-Positions = Literal["preserve", "compact"]
+Positions = Literal["preserve", "compact", "compact_input"]
+"""Position ids of what is left: the original ones, renumbered without gaps at every stage, or renumbered where the
+tokens enter the LLM and unchanged inside it."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ from torch import Tensor
 from vtc.ops.attention import attention_logits, attention_received, attention_rows, attention_sums
 
 
+def exact(device: torch.device) -> torch.autocast:
+    """Inside this context products of float32 tensors stay float32, whatever autocast the caller runs under."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """Arguments of one attention call: query [B, Hq, Q, D], key [B, Hk, K, D] after rotary embedding, and its mask.

@@ -16,7 +16,7 @@ from vtc.encoder_stage import EncoderStages
 from vtc.errors import UnsupportedMethod
 from vtc.items import ItemTable
 from vtc.layout import VisionContext
-from vtc.readings import AttentionCall, LLMReading, QueryRows
+from vtc.readings import AttentionCall, LLMReading, QueryRows, exact
 from vtc.taps import TapSet
 
 
@@ -61,7 +61,25 @@ class StageRunner:
                     f"{reading.name!r} was asked for of an LLM layer, but is a reading of the vision encoder; write "
                     "Rows.LAST, for example"
                 )
-        return TapSet((attention[layer], functools.partial(_record, layer, one, current)) for layer, one in pairs)
+        return TapSet((attention[layer], functools.partial(self._record, layer, one, current)) for layer, one in pairs)
+
+    def _record(
+        self, layer: int, reading: LLMReading, current: functools.partial[Call | None], attention: AttentionCall
+    ) -> None:
+        """Read an attention call, keep what concerns the rows of the current chunk."""
+        call = current()
+        if call is None or call.items is None or not self.method.reads(self.spec, layer, call.memory):
+            return
+        assert call.visual is not None and call.text is not None
+        valid = call.valid_rows()
+        last = (torch.arange(call.rows, device=valid.device) * valid).amax(1, keepdim=True)
+        mask = attention.mask
+        if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say so too
+            mask = call.valid if call.cache is None else call.cache.masks[call.group]
+        rows = QueryRows(valid, call.visual & valid, call.text & valid, call.text_count, last, mask)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
+            values = reading.read(attention, rows)
+        call.llm_rows[layer, reading] = values[..., -call.rows :]
 
     def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
         """True when the budget keeps every token of every item: then the model must stay untouched, bit for bit."""
@@ -110,7 +128,8 @@ class StageRunner:
             memory=call.memory,
             module=self.module,
         )
-        return self.method.select(view)
+        with exact(device):
+            return self.method.select(view)
 
     def evict(self, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> None:
         """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group."""
@@ -132,23 +151,6 @@ class StageRunner:
             chunk = chunk if valid is None else chunk & valid
             old = cache.physical_length(group) - chunk.shape[1]
             cache.evict(group, torch.cat([chunk.new_ones(call.batch, old), chunk], dim=1))
-
-
-def _record(layer: int, reading: LLMReading, current: functools.partial[Call | None], attention: AttentionCall) -> None:
-    """Read an attention call, keep what concerns the rows of the current chunk."""
-    call = current()
-    if call is None or call.items is None:
-        return
-    assert call.visual is not None and call.text is not None
-    valid = call.valid_rows()
-    last = (torch.arange(call.rows, device=valid.device) * valid).amax(1, keepdim=True)
-    mask = attention.mask
-    if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say the same
-        mask = call.valid if call.cache is None else call.cache.masks[call.group]
-    rows = QueryRows(valid, call.visual & valid, call.text & valid, call.text_count, last, mask)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reading.differentiable):
-        values = reading.read(attention, rows)
-    call.llm_rows[layer, reading] = values[..., -call.rows :]
 
 
 def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vtc.compressor import Compressor, Needs
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.layout import Kind, VisionContext
-from vtc.readings import AttentionCall, LayerOutput, VisionReading
+from vtc.readings import AttentionCall, LayerOutput, VisionReading, exact
 from vtc.taps import TapSet
 
 if TYPE_CHECKING:
@@ -219,7 +219,8 @@ class VisionRecorder:
 
     @torch.no_grad()  # scores, not features: a graph would hold a whole attention matrix per layer
     def _tap(self, layer: int, reading: VisionReading, call: AttentionCall) -> None:
-        self._state.rows.setdefault((layer, reading), []).append(reading.read(call))
+        with exact(call.query.device):
+            self._state.rows.setdefault((layer, reading), []).append(reading.read(call))
 
     def _keep_output(self, layer: int, reading: VisionReading, module: Any, args: Any, output: Any) -> None:
         hidden: Tensor = (output[0] if isinstance(output, tuple) else output).detach()

@@ -97,6 +97,9 @@ def importance(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
 class Watched(AIM):
     """AIM that reads every layer and remembers what it hid."""
 
+    def reads(self, model: Any, layer: int, memory: Any) -> bool:
+        return True
+
     def plan(self, model: ModelSpec) -> Plan:
         plan = super().plan(model)
         llm = dict.fromkeys(range(model.llm_layers), self.reading)

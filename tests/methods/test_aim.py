@@ -137,7 +137,7 @@ def test_plans() -> None:
     assert plan.stages == (EncoderStage(23), *range(14, 32))
     assert plan.needs.vision == {23: Rows.KEYS}
     assert plan.needs.llm == dict.fromkeys(range(13, 31), Importance())
-    assert plan.positions == "preserve"
+    assert plan.positions == "compact_input"
     for model in (ONEVISION, QWEN, NEXT):
         plan = AIM(merge_ratio=0.25).plan(model)
         l1, l2 = AIM().bounds(model)
@@ -149,10 +149,10 @@ def test_plans() -> None:
     assert AIM(schedule=(28, 29)).plan(ONEVISION).stages == (PRE_LLM,)
     with pytest.raises(UnsupportedMethod, match=r"schedule=\(28, 29\) begins behind the 28 layers"):
         AIM(merge=False, schedule=(28, 29)).plan(ONEVISION)
-    assert AIM(prune=False).plan(ONEVISION).positions == "compact"
+    assert AIM(prune=False).plan(ONEVISION).positions == "compact_input"
     assert AIM(prune=False).plan(QWEN).positions == "preserve"
     assert AIM(prune=False, metric="keys").plan(QWEN) == vtc.Plan((PRE_LLM,), vtc.Needs({31: Rows.KEYS}), "preserve")
-    assert AIM(prune=False, metric="features").plan(VICUNA) == vtc.Plan((PRE_LLM,), vtc.Needs(), "compact")
+    assert AIM(prune=False, metric="features").plan(VICUNA) == vtc.Plan((PRE_LLM,), vtc.Needs(), "compact_input")
 
 
 # --- merging

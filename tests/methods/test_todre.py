@@ -293,7 +293,7 @@ def test_plans(options: Any, spec: ModelSpec, stages: Any, vision: Any, llm: Any
     assert plan.stages == stages
     assert plan.needs.vision_pairs == Needs(vision=vision).vision_pairs
     assert plan.needs.llm_pairs == Needs(llm=dict.fromkeys(llm, Rows.GROUP_SUMS)).llm_pairs
-    assert plan.positions == ("compact" if method.diversity and not spec.mrope else "preserve")
+    assert plan.positions == ("compact_input" if method.diversity and not spec.mrope else "preserve")
     assert method.needs_budget == method.diversity
 
 

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from vtc.budget import tokens_to_keep
-from vtc.compressor import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, Stage, StageView
+from vtc.compressor import (
+    PRE_LLM,
+    Compressor,
+    EncoderStage,
+    ModelSpec,
+    Needs,
+    Plan,
+    Positions,
+    Scope,
+    Selection,
+    Stage,
+    StageView,
+)
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
 from vtc.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.merging import groups, merge_items
@@ -72,12 +84,13 @@ class AIM(Compressor):
     them: nothing is saved, and hidden tokens go on voting. It is there for comparison; separators stay then.
 
     Departures from the paper and its code: tokens are removed, not hidden, so only survivors vote; importance is
-    computed where a schedule ranks (one that the budget may move could rank in any layer from its earliest start on)
-    and not in all layers, streamed, in float32; in batches every image or video has its own count; images are merged
-    on every model, not only on LLaVA-1.5; the last visual token of Qwen is visual; decoding sees what its layer kept
-    (the released Qwen2 path overwrites its mask after the first token); schedules move by fractions of a layer to meet
-    the budget; fewer tokens than frames are merged across frames; merged tokens keep the position ids of the places
-    they are laid on, where the released code numbers them without gaps (or, on Qwen, in a grid of half the size).
+    computed in the layers whose schedule ranks by it (and in the first of them) and not in all, streamed, in
+    float32; in batches every image or video has its own count; images are merged on every model, not only on
+    LLaVA-1.5; the last visual token of Qwen is visual; decoding sees what its layer kept (the released Qwen2 path
+    overwrites its mask after the first token); schedules move by fractions of a layer to meet the budget; fewer
+    tokens than frames are merged across frames; under multi-axis rotary positions merged tokens keep the ids of the
+    places they are laid on, where the released code takes those of a grid of half the size (elsewhere positions are
+    numbered without gaps where the tokens enter the LLM, and unchanged inside it, as released).
     """
 
     merge: bool = True
@@ -180,7 +193,15 @@ class AIM(Compressor):
                 f"schedule={self.schedule} begins behind the {model.llm_layers} layers of this {model.family} model "
                 "and leaves nothing to do without merging; start it earlier or leave it open"
             )
-        return Plan(tuple(stages), Needs(vision, llm), "preserve" if self.prune or model.mrope else "compact")
+        positions: Positions = "compact_input" if self.merge and not model.mrope else "preserve"
+        return Plan(tuple(stages), Needs(vision, llm), positions)
+
+    def reads(self, model: ModelSpec, layer: int, memory: dict[Any, Any]) -> bool:
+        schedule: list[list[int]] | None = memory.get(self)
+        if schedule is None:
+            return True
+        ranked = any(counts[layer + 1] < counts[layer] for counts in schedule)
+        return ranked and any(counts[layer + 1] for counts in schedule)
 
     # --- how much
     def shares(self, model: ModelSpec) -> list[float]:

@@ -45,8 +45,8 @@ class ToDRE(Compressor):
     nothing would be left to save behind the last), kept tokens in ascending order, "center" for encoders without a
     class token (the paper: random, within 0.2 %). Text is what follows a row's first visual token; what stands before
     it counts as system prompt. Since image rows cannot see the question behind them, a_vt is 0 unless text stands
-    between images. Positions are renumbered without gaps, also behind stage 2, except under multi-axis rotary positions
-    and for stage 2 alone.
+    between images. Positions are renumbered without gaps where the tokens enter the LLM, except under multi-axis rotary
+    positions, and stay as they are behind stage 2.
     """
 
     variant: Variant = "max_sum"
@@ -126,7 +126,7 @@ class ToDRE(Compressor):
             layers = self.checked(model)
             stages += [layer + 1 for layer in layers]
             needs |= Needs(llm=dict.fromkeys(layers, Rows.GROUP_SUMS))
-        return Plan(tuple(stages), needs, "compact" if self.diversity and not model.mrope else "preserve")
+        return Plan(tuple(stages), needs, "compact_input" if self.diversity and not model.mrope else "preserve")
 
     def select(self, view: StageView) -> Selection | None:
         if view.stage == 0:

@@ -25,6 +25,7 @@ from vtc.testing.measures import (
     against_oracle,
     batch_against_singles,
     generate,
+    gradients,
     half_precision,
     identical,
     layouts,
@@ -143,6 +144,7 @@ class _Check:
         if self.method.needs_budget:
             yield "retention 1.0, bit-identical", identical(model, inputs, self._whole), 0.0
         yield "nothing left behind", no_trace(model, inputs, self._attach(policies[-1])), 0.0
+        yield "gradients reach the projector", gradients(model, inputs, self._attach(policies[-1])), 0.0
         yield "bfloat16 runs", half_precision(model, inputs, self._attach(policies[-1])), 0.0
 
     def _attach(self, policy: Positions) -> Callable[[Any], Handle]:

@@ -187,6 +187,16 @@ def half_precision(model: Any, inputs: dict[str, Tensor], attach: Attach) -> flo
     return 0.0 if bool(logits.float().isfinite().all()) else float("inf")
 
 
+def gradients(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+    """0.0 when a loss behind the compressed prompt has finite gradients that reach the projector."""
+    with attach(model):
+        loss = model(**inputs, use_cache=False).logits[:, -1].square().mean()
+        weights = list(adapters.of(model).projector.parameters())
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    reached = [gradient for gradient in found if gradient is not None]
+    return 0.0 if reached and all(bool(gradient.isfinite().all()) for gradient in reached) else float("inf")
+
+
 def no_trace(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
     """0.0 when the model is as before after a normal run and after one that raised inside the method."""
     generate(model, inputs, nullcontext(), 1)

@@ -19,7 +19,7 @@ class Oracle:
 
     tables: LLM layer -> [B, S] bool over the input positions, True where a token is still visible from that layer on
     (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact"
-    renumbers the visible tokens from the first table on.
+    renumbers the visible tokens from the first table on, "compact_input" those of table 0.
     cached: the same for later calls only, for rows evicted from the cache after the prefill.
     embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM.
     """
@@ -74,14 +74,17 @@ class Oracle:
         visible = torch.ones(batch, keys, dtype=torch.bool)
         if self._mask is not None:
             visible = self._mask[:, :keys].bool()
-        numbered = self._hide(visible, self.tables, index)
-        visible = self._hide(numbered, self.cached, index) if self._past else numbered
+        entering = self.positions == "compact_input"
+        numbered = self._hide(visible, self.tables, 0 if entering else index)
+        visible = self._hide(visible, self.tables, index)
+        visible = self._hide(visible, self.cached, index) if self._past else visible
         causal = torch.arange(keys) <= torch.arange(queries)[:, None] + self._past
         mask = causal & visible[:, None, None]
         if self.llm.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         kwargs["attention_mask"] = mask
-        if self.positions == "compact" and self.tables and index >= min(self.tables):
+        first = 0 if entering else min(self.tables, default=len(self.layers))
+        if self.positions != "preserve" and first in self.tables and index >= first:
             numbers = (numbered.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]
             numbers = numbers[None].expand(3, -1, -1) if self.mrope else numbers
             kwargs["position_embeddings"] = self.llm.rotary_emb(hidden, numbers)
