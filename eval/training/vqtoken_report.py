@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from vtc.eval.training.measure import Measurement, measure
 from vtc.learned import LearnedCompressor
 
 MODEL, EMBEDDED = "tiny-llava", "vqtoken-tiny-llava"
-BUDGETS = (6, 12, 24, 48)
+BUDGETS = (6, 12, 24)
 FAMILIES = ("existence", "colour", "shape", "counting", "relation", "referring", "location", "digits", "words")
 
 
@@ -38,12 +39,12 @@ def trained(source: str) -> LearnedCompressor:
     return method
 
 
-def untrained(source: str, folder: Path) -> LearnedCompressor:
-    """The same block with random weights and published gains, so that a residual block does not begin as nothing."""
+def untrained(source: str, folder: Path, **changes: Any) -> LearnedCompressor:
+    """The same block with random weights and gains of one, so that a residual block does not begin as nothing."""
     from vtc.loading import load
 
     torch.manual_seed(0)
-    method = create("vqtoken", **parameters(source), training=True)
+    method = create("vqtoken", **{**parameters(source), **changes}, training=True)
     assert isinstance(method, LearnedCompressor)
     spec = adapters.of(load(MODEL, dtype="float32").model).spec
     module = method.module(spec)
@@ -52,7 +53,7 @@ def untrained(source: str, folder: Path) -> LearnedCompressor:
             if name.endswith("norm3.weight"):
                 parameter.fill_(1.0)
     path = method.save(folder / "random.safetensors", module, spec)
-    return create("vqtoken", **parameters(source), weights=str(path))  # type: ignore[return-value]
+    return dataclasses.replace(method, training=False, weights=str(path))
 
 
 def rows(plain: str | None, per_family: int, budgets: Sequence[int]) -> list[tuple[str, str, Measurement]]:
@@ -67,10 +68,21 @@ def rows(plain: str | None, per_family: int, budgets: Sequence[int]) -> list[tup
         found.append(("vqtoken_codebook", str(keep), run(create("vqtoken_codebook"), keep)))
         found.append((f"vqtoken, {EMBEDDED}", str(keep), run(trained(EMBEDDED), keep)))
     with tempfile.TemporaryDirectory() as folder:
-        found.append(("vqtoken, the same with random weights", "12", run(untrained(EMBEDDED, Path(folder)), 12)))
+        for words, residual in (("the same block, random weights", True), ("plain block, random weights", False)):
+            method = untrained(EMBEDDED, Path(folder), residual=residual)
+            found.append((f"vqtoken, {words}", "12", run(method, 12)))
     if plain is not None:
-        found.append(("vqtoken, plain block (no residual), trained", "12", run(trained(plain), 12)))
+        found.append(("vqtoken, plain block, trained", "12", run(trained(plain), 12)))
     return found
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The command that trained some weights."""
+    chosen = " ".join(f"--set '{key}={value}'" for key, value in settings["parameters"].items())
+    numbers = " ".join(
+        f"--{name.replace('_', '-')} {settings[name]}" for name in ("steps", "batch_size", "rate", "scenes")
+    )
+    return f"vtc train --method vqtoken --retention {settings['retention']} {numbers} {chosen} --out RUN"
 
 
 def page(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> str:
@@ -90,13 +102,19 @@ def page(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> st
     for name, tokens, result in found:
         shares = [result.accuracy["mean"], *(result.accuracy[family] for family in FAMILIES)]
         lines.append(f"| {name} | {tokens} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
-    chosen = ", ".join(f"{key}={value!r}" for key, value in settings["parameters"].items())
     lines += [
         "",
-        f"The embedded weights `{EMBEDDED}` ({chosen}) were trained with {settings['steps']} steps of",
-        f"{settings['batch_size']} questions at {round(VISUAL_TOKENS * settings['retention'])} tokens, on",
-        f"{settings['scenes']} scenes, rate {settings['rate']:g}, in {about['seconds']} s; language model, tower and",
-        "projector were frozen. One block serves every budget: nothing in it depends on the number of clusters.",
+        f"The embedded weights `{EMBEDDED}` were trained with {settings['steps']} steps of {settings['batch_size']} questions at",
+        f"{round(VISUAL_TOKENS * settings['retention'])} tokens in {about['seconds']} s on a shared CPU, language model, "
+        "tower and projector frozen:",
+        "",
+        "```",
+        command(settings),
+        "```",
+        "",
+        "One block serves every budget: nothing in it depends on the number of clusters. With random weights a residual",
+        "block disturbs the codes little (they are more than twice as long as its outputs), so the gain to look at is",
+        "that of the trained block over the codes alone and over this line; a plain block with random weights is useless.",
         "",
         "Why this form. An image is one frame, so the published block has a single query and all its output rows are",
         'equal. `queries="line"` gives twelve queries, but the block then has to invent tokens that a frozen language',
@@ -107,11 +125,13 @@ def page(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> st
     if plain is not None:
         _, about = weights.read(plain)
         settings = json.loads(about["training"])
-        chosen = ", ".join(f"{key}={value!r}" for key, value in settings["parameters"].items())
         lines += [
             "",
-            f"The plain block ({chosen}) had {settings['steps']} steps of {settings['batch_size']} questions; its",
-            "weights are not part of the repository.",
+            "The plain block was trained in the same way but without residual; its weights are not in the repository:",
+            "",
+            "```",
+            command(settings),
+            "```",
         ]
     return "\n".join(lines) + "\n"
 
