@@ -104,17 +104,17 @@ def page(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> st
         lines.append(f"| {name} | {tokens} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
     lines += [
         "",
-        f"The embedded weights `{EMBEDDED}` were trained with {settings['steps']} steps of {settings['batch_size']} questions at",
-        f"{round(VISUAL_TOKENS * settings['retention'])} tokens in {about['seconds']} s on a shared CPU, language model, "
-        "tower and projector frozen:",
+        f"The embedded weights `{EMBEDDED}` come from {settings['steps']} steps of {settings['batch_size']} questions",
+        f"at {round(VISUAL_TOKENS * settings['retention'])} tokens, {about['seconds']} s on a shared CPU, while language",
+        "model, tower and projector were frozen:",
         "",
         "```",
         command(settings),
         "```",
         "",
-        "One block serves every budget: nothing in it depends on the number of clusters. With random weights a residual",
-        "block disturbs the codes little (they are more than twice as long as its outputs), so the gain to look at is",
-        "that of the trained block over the codes alone and over this line; a plain block with random weights is useless.",
+        "One block serves every budget: nothing in it depends on the number of clusters. With random weights a",
+        "residual block disturbs the codes little (they are longer than its outputs), so what training gives is the",
+        "distance to the codes alone and to that line; a plain block with random weights is useless.",
         "",
         "Why this form. An image is one frame, so the published block has a single query and all its output rows are",
         'equal. `queries="line"` gives twelve queries, but the block then has to invent tokens that a frozen language',
