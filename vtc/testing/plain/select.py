@@ -1,0 +1,125 @@
+"""References for `vtc.ops.select`: sort, share out and gather one row after the other."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.ops.select import apportion, front_pack, left_pack, take_last, take_rows, top_k, top_k_in_groups
+from vtc.testing.plain import OpCase, Size
+
+
+def _best(scores: list[float], allowed: list[int], keep: int) -> list[int]:
+    """The `keep` best of the allowed places, higher score first, then lower place."""
+    return sorted(allowed, key=lambda place: (-scores[place], place))[: max(0, keep)]
+
+
+def _marks(rows: list[list[int]], width: int) -> Tensor:
+    return torch.tensor([[place in set(row) for place in range(width)] for row in rows])
+
+
+def plain_top_k(scores: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
+    """The best of every row."""
+    rows = [
+        _best(row, [place for place, real in enumerate(real) if real], count)
+        for row, real, count in zip(scores.tolist(), mask.tolist(), keep.tolist(), strict=True)
+    ]
+    return _marks(rows, scores.shape[1])
+
+
+def _largest_remainders(total: int, sizes: list[int]) -> list[int]:
+    exact = [Fraction(size * total, max(1, sum(sizes))) for size in sizes]
+    share = [math.floor(value) for value in exact]
+    order = sorted(range(len(sizes)), key=lambda group: (share[group] - exact[group], group))
+    for group in order[: total - sum(share)]:
+        share[group] += 1
+    return share
+
+
+def plain_apportion(total: Tensor, sizes: Tensor) -> Tensor:
+    """Largest remainders in exact fractions."""
+    return torch.tensor([_largest_remainders(*row) for row in zip(total.tolist(), sizes.tolist(), strict=True)])
+
+
+def plain_top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
+    """The best of every group, each group with its share."""
+    rows = []
+    for row, of, real, count in zip(scores.tolist(), group.tolist(), mask.tolist(), keep.tolist(), strict=True):
+        members = [[place for place in range(len(row)) if real[place] and of[place] == g] for g in range(groups)]
+        share = _largest_remainders(count, [len(some) for some in members])
+        rows.append([place for some, n in zip(members, share, strict=True) for place in _best(row, some, n)])
+    return _marks(rows, scores.shape[1])
+
+
+def plain_left_pack(keep: Tensor, length: int) -> Tensor:
+    """Dropped places, then kept ones, of each row; its last `length` entries."""
+    rows = [[p for p, k in enumerate(row) if not k] + [p for p, k in enumerate(row) if k] for row in keep.tolist()]
+    return torch.tensor([row[len(row) - length :] for row in rows])
+
+
+def plain_front_pack(keep: Tensor, length: int) -> Tensor:
+    """Kept places, then dropped ones, of each row; its first `length` entries."""
+    rows = [[p for p, k in enumerate(row) if k] + [p for p, k in enumerate(row) if not k] for row in keep.tolist()]
+    return torch.tensor([row[:length] for row in rows])
+
+
+def plain_take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """One row after the other."""
+    return torch.stack([torch.stack([x[b, place] for place in row]) for b, row in enumerate(index.tolist())])
+
+
+def plain_take_last(x: Tensor, index: Tensor) -> Tensor:
+    """One entry after the other."""
+    found = x.new_empty(*x.shape[:-2], *index.shape)
+    for b, row in enumerate(index.tolist()):
+        for slot, place in enumerate(row):
+            found[..., b, slot] = x[..., b, place]
+    return found
+
+
+def _ranked(size: Size, groups: int | None = None) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    rows, width = (3, 11) if size == "small" else (8, 2880)
+    mask = torch.rand(rows, width, generator=generator) < 0.9
+    scores = torch.randint(width // 3, (rows, width), generator=generator).float()  # ties everywhere
+    given: dict[str, Any] = {"scores": scores, "keep": mask.sum(1) // 4, "mask": mask}
+    if groups is not None:
+        given |= {"group": torch.randint(groups, (rows, width), generator=generator), "groups": groups}
+    return given
+
+
+def _shares(size: Size) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(2)
+    rows, groups = (3, 4) if size == "small" else (500, 64)
+    sizes = torch.randint(0, 600, (rows, groups), generator=generator)
+    return {"total": sizes.sum(1) // 3, "sizes": sizes}
+
+
+def _packed(size: Size) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(4)
+    rows, width = (3, 9) if size == "small" else (8, 20000)
+    keep = torch.rand(rows, width, generator=generator) < 0.4
+    return {"keep": keep, "length": int(keep.sum(1).max())}
+
+
+def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(6)
+    rows, width, kept = (2, 7, 3) if size == "small" else (8, 4000, 2000)
+    shape = (3, rows, width) if last else (rows, width, 16)
+    index = torch.randint(width, (rows, kept), generator=generator)
+    return {"x": torch.randn(shape, generator=generator), "index": index}
+
+
+CASES = (
+    OpCase(top_k, plain_top_k, _ranked),
+    OpCase(apportion, plain_apportion, _shares),
+    OpCase(top_k_in_groups, plain_top_k_in_groups, lambda size: _ranked(size, groups=5)),
+    OpCase(left_pack, plain_left_pack, _packed),
+    OpCase(front_pack, plain_front_pack, _packed),
+    OpCase(take_rows, plain_take_rows, _gathered),
+    OpCase(take_last, plain_take_last, lambda size: _gathered(size, last=True)),
+)
