@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from vtc import adapters, learned, weights
 from vtc.compressor import Compressor, ModelSpec
 from vtc.eval.training.constants import calibrate_embedded, scene_prompts
 from vtc.eval.training.measure import Measurement, measure
+from vtc.eval.training.settings import TrainingSettings
 from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
 
 WEIGHTS = "atp-tiny-llava"
@@ -106,6 +109,19 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def command(run: dict[str, Any]) -> str:
+    """The command line of a training record."""
+    method, parameters = run["method"], run["parameters"]
+    usual = TrainingSettings(method).as_dict()
+    words = ["vtc", "train", "--method", method, "--out", f"runs/{method}"]
+    for name, value in run.items():
+        if name not in ("method", "parameters") and value != usual[name]:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in parameters.items():
+        words += ["--set", f"{name}={tuple(value) if isinstance(value, list) else value}".replace(" ", "")]
+    return shlex.join(words)
+
+
 def page(name: str, found: dict[str, Measurement], per_family: int) -> str:
     """The page in Markdown."""
     _, about = weights.read(name)
@@ -121,13 +137,14 @@ def page(name: str, found: dict[str, Measurement], per_family: int) -> str:
     for label in OTHERS:
         mean, half = advantage(found["trained"], found[label])
         gains.append([label, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
-    parameters = ", ".join(f"{key}={value!r}" for key, value in run["parameters"].items())
     return f"""# ATP on the embedded model, with and without training
 
 Made by `python -m vtc.eval.training.atp_report --per-family {per_family}`: {questions} questions about held-out scenes,
 {MODEL} in float32, greedy answers, exact match; all figures in percent unless they are tokens.
-The weights `{name}` were trained by `vtc train` on {about["data"]}, with the model frozen: {run["steps"]} updates of
-{run["batch_size"]} questions, {about["seconds"]} s on one CPU core, {parameters}.
+The weights `{name}` were trained on {about["data"]}, with the model frozen: {run["steps"]} updates of
+{run["batch_size"]} questions, {about["seconds"]} s on one busy CPU core, by
+
+    {command(run)}
 
 "trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same scores and
 reach the same mean: "exact counts" is `atp_training_free` (a fixed decay of the counts), "calibrated" the same with
