@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtc import loading
+from vtc.errors import BudgetError
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.execute import Worker, failure_record, missing, plan, run_local
@@ -35,7 +36,8 @@ class SweepResult:
 def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepResult:
     """Run `spec`, or take it up where an earlier run of it ended.
 
-    Everything that can be refused is refused before the first answer, and before anything is written. An exception of
+    Everything that can be refused is refused before the first answer, and before anything is written; a retention that
+    a method inside the LLM cannot meet on this model is only noted and left out. An exception of
     a method or of a task's scoring code ends only the cells concerned; it is in `SweepResult.failures`.
 
     Raises:
@@ -59,7 +61,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         revision=spec.revision,
     )
     runner = Runner(loaded)
-    cells = [runner.check(cell) for cell in make_cells(spec, loaded.fingerprint())]
+    cells = _feasible(make_cells(spec, loaded.fingerprint()), runner, progress)
     store = Store(spec.folder)
     if store.exists:
         check_same_sweep(store, spec, tasks, cells)
@@ -72,6 +74,17 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         for task in tasks:
             failures += _score(task, documents(spec, task), cells[0].key(), writer, progress)
     return SweepResult(spec.folder, write_report(spec.folder), failures, answered, time.monotonic() - began)
+
+
+def _feasible(cells: Sequence[Cell], runner: Runner, progress: SilentProgress) -> list[Cell]:
+    """The cells whose retention their method can meet on this model; the others are noted and left out."""
+    kept: list[Cell] = []
+    for cell in cells:
+        try:
+            kept.append(runner.check(cell))
+        except BudgetError as error:
+            progress.note(f"left out: {error}")
+    return kept
 
 
 def _answer(

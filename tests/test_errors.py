@@ -304,8 +304,12 @@ CASES: dict[str, Case] = {
         lambda: vtc.compress(model(), "vtc_cls", keep=0.25),  # type: ignore[arg-type]
         BudgetError, "keep=0.25", "not a positive whole number", "for example keep=64",
     ),
+    "layers in front of the first stage": Case(
+        lambda: vtc.compress(model(), LastRowTopK(layer=3), retention=0.75),
+        BudgetError, "retention=0.75", "3 of 4 LLM layers see every token", "ask for more than 0.750, or prune earlier",
+    ),
     "mean over layers": Case(
-        lambda: run(LastRowTopK(layer=3), retention=0.5),
+        lambda: run(LastRowTopK(layer=3), keep=8),
         BudgetError, "a mean of 8 of 16", "the layers before it already use more", "ask for at least 13 tokens",
     ),
     # cache

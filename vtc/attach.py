@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtc.budget import Budget
 from vtc.composite import Composite, combine
-from vtc.compressor import Compressor, Plan, Positions
+from vtc.compressor import Compressor, ModelSpec, Plan, Positions
 from vtc.errors import BudgetError, VTCError, unknown_name
 from vtc.registry import create
 from vtc.trace import CallRecord, Stats
@@ -144,6 +144,11 @@ def compress(
         raise unknown_name("positions value", str(positions), get_args(Positions))
     adapter = adapters.of(model)
     plan = method.plan(adapter.spec)
+    if isinstance(method, Composite):
+        for part, own in zip(method.parts, method.budgets, strict=True):
+            _check_reach(part, own, adapter.spec)
+    else:
+        _check_reach(method, budget, adapter.spec)
     engine = Engine(
         adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace
     )  # fmt: skip
@@ -153,6 +158,20 @@ def compress(
         engine.detach()
         raise
     return Handle(engine)
+
+
+def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) -> None:
+    """Raise BudgetError for a retention that the LLM layers in front of the method's first stage exceed already."""
+    stages = method.plan(model).stages
+    inside = [stage for stage in stages if isinstance(stage, int) and stage > 0]
+    if budget is None or budget.retention is None or len(inside) < len(stages):
+        return
+    first, layers = min(inside), model.llm_layers
+    if budget.retention <= first / layers:
+        raise BudgetError(
+            f"retention={budget.retention} cannot be met by {method.name!r} here: {first} of {layers} LLM layers see "
+            f"every token before it drops the first; ask for more than {first / layers:.3f}, or prune earlier"
+        )
 
 
 def _single(method: Any, hyper_parameters: dict[str, Any]) -> Compressor:

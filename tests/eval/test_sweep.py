@@ -204,6 +204,17 @@ def test_a_method_the_model_cannot_serve_is_refused_before_any_answer(
     assert not (tmp_path / "out").exists()
 
 
+def test_retentions_a_method_cannot_meet_are_noted_and_left_out(sweep: Callable[..., SweepResult]) -> None:
+    """FastV shows every token to the first two of the model's layers."""
+    notes = Notes()
+    result = sweep(notes, methods=["fastv"], retentions=[1.0, 0.9, 0.1])
+    lines = {(line["method"], line["retention"]) for line in result.results.lines}
+    assert lines == {("none", 1.0), ("fastv", 1.0), ("fastv", 0.9)}
+    assert not result.failures and not result.results.incomplete
+    (note,) = [line for line in notes.lines if line.startswith("left out")]
+    assert note.startswith("left out: retention=0.1 cannot be met by 'fastv' here")
+
+
 def test_a_store_of_another_sweep_is_not_mixed_in(
     sweep: Callable[..., SweepResult], tmp_path: Path, write_task: WriteTask
 ) -> None:

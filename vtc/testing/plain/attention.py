@@ -75,8 +75,11 @@ def plain_soft_mask(weights: Tensor, mask: Tensor | None, dtype: torch.dtype) ->
 def _given(size: Size, *, rows: int | None = None, masked: bool = False, groups: int | None = None) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     batch, heads, length = (2, 4, 7) if size == "small" else (2, 4, 96)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    given: dict[str, Any] = {"query": draw(batch, heads, length, 8), "key": draw(batch, 2, length, 8), "scaling": 0.4}  # type: ignore[no-untyped-call]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    given: dict[str, Any] = {"query": draw(batch, heads, length, 8), "key": draw(batch, 2, length, 8), "scaling": 0.4}
     if rows is not None:
         given["rows"] = torch.randint(length, (batch, rows), generator=generator)
     if groups is not None:
