@@ -105,8 +105,8 @@ def page(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> st
     lines += [
         "",
         f"The embedded weights `{EMBEDDED}` come from {settings['steps']} steps of {settings['batch_size']} questions",
-        f"at {round(VISUAL_TOKENS * settings['retention'])} tokens, {about['seconds']} s on a shared CPU, while language",
-        "model, tower and projector were frozen:",
+        f"at {round(VISUAL_TOKENS * settings['retention'])} tokens, {about['seconds']} s on a shared CPU, while the",
+        "language model, the tower and the projector were frozen:",
         "",
         "```",
         command(settings),

@@ -345,3 +345,14 @@ def test_training_pays_on_scenes_never_seen(tmp_path: Path) -> None:
     assert trained >= right(vtc.create("vqtoken_codebook")) + 8
     assert trained >= right(report.untrained(report.EMBEDDED, tmp_path)) + 5
     assert trained >= right(report.untrained(report.EMBEDDED, tmp_path, residual=False)) + 200
+
+
+def test_the_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = importlib.import_module("vtc.eval.training.vqtoken_report")
+    monkeypatch.setattr(report, "BUDGETS", (12,))
+    report.main(["--out", str(tmp_path / "page.md"), "--per-family", "1", "--plain", report.EMBEDDED])
+    text = (tmp_path / "page.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "method" not in line]
+    assert len(lines) == 6
+    assert all(line.count("|") == 13 for line in lines)
+    assert text.count("vtc train --method vqtoken --retention 0.083333 --steps 700") == 2
