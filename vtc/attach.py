@@ -164,7 +164,7 @@ def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) ->
     """Raise BudgetError for a retention that the LLM layers in front of the method's first stage exceed already."""
     stages = method.plan(model).stages
     inside = [stage for stage in stages if isinstance(stage, int) and stage > 0]
-    if budget is None or budget.retention is None or len(inside) < len(stages):
+    if budget is None or budget.retention in (None, 1) or len(inside) < len(stages):
         return
     first, layers = min(inside), model.llm_layers
     if budget.retention <= first / layers:

@@ -205,11 +205,11 @@ def test_a_method_the_model_cannot_serve_is_refused_before_any_answer(
 
 
 def test_retentions_a_method_cannot_meet_are_noted_and_left_out(sweep: Callable[..., SweepResult]) -> None:
-    """FastV shows every token to the first two of the model's layers."""
+    """FastV shows every token to the first of the model's two layers here."""
     notes = Notes()
-    result = sweep(notes, methods=["fastv"], retentions=[1.0, 0.9, 0.1])
+    result = sweep(notes, methods=[{"name": "fastv", "layer": 1}], retentions=[1.0, 0.9, 0.1])
     lines = {(line["method"], line["retention"]) for line in result.results.lines}
-    assert lines == {("none", 1.0), ("fastv", 1.0), ("fastv", 0.9)}
+    assert lines == {("none", 1.0), ("fastv(layer=1)", 1.0), ("fastv(layer=1)", 0.9)}
     assert not result.failures and not result.results.incomplete
     (note,) = [line for line in notes.lines if line.startswith("left out")]
     assert note.startswith("left out: retention=0.1 cannot be met by 'fastv' here")
