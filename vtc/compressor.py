@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,11 @@ class Compressor(ABC):
     version: ClassVar[int] = 1
     trained: ClassVar[bool] = False
     stages: ClassVar[tuple[Stage, ...]] = (PRE_LLM,)
+
+    @classmethod
+    def from_options(cls, **given: Any) -> Self:
+        """The method with the hyper-parameters `given` by name, and its defaults for the others."""
+        return cls(**given)
 
     @property
     def needs_budget(self) -> bool:

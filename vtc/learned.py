@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ class LearnedCompressor(Compressor):
     training: bool = field(default=False, kw_only=True)
 
     trained: ClassVar[bool] = True
+
+    @classmethod
+    def from_options(cls, **given: Any) -> Self:
+        """As for every method, but what is not given comes from the file of `weights`, if it says so."""
+        named = given.get("weights")
+        return cls(**{**(_stored_options(cls.name, named) if isinstance(named, str) else {}), **given})
 
     @abstractmethod
     def build(self, model: ModelSpec) -> nn.Module:
@@ -82,15 +88,22 @@ def load(weights: str) -> LearnedCompressor:
     from vtc.registry import create
 
     _, metadata = store.read(weights)
-    if not {"compressor", "hyper_parameters"} <= metadata.keys():
+    if "compressor" not in metadata:
         raise VTCError(
             f"the weights {weights!r} do not say which method they belong to; name it: create(<method>, weights=...)"
         )
-    options = json.loads(metadata["hyper_parameters"])
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    method = create(metadata["compressor"], **options, weights=weights)
+    method = create(metadata["compressor"], weights=weights)
     assert isinstance(method, LearnedCompressor)
     return method
+
+
+def _stored_options(name: str, weights: str) -> dict[str, Any]:
+    """Hyper-parameters that the file of `weights` stores for the method `name`; none if it is another's."""
+    _, metadata = store.read(weights)
+    if metadata.get("compressor") != name or "hyper_parameters" not in metadata:
+        return {}
+    options = json.loads(metadata["hyper_parameters"])
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
 def check_settings(source: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:

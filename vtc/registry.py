@@ -60,7 +60,7 @@ class MethodRegistry:
             if given not in fields:
                 error = unknown_name(f"hyper-parameter of {name!r}", given, fields)
                 raise UnknownName(str(error).replace(f"Known hyper-parameter of {name!r}s", "Known hyper-parameters"))
-        return cls(**hyper_parameters)
+        return cls.from_options(**hyper_parameters)
 
     def _scan(self) -> None:
         if self._scanned:
