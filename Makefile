@@ -51,7 +51,11 @@ results: $(READY)
 	$(BIN)/vtc sweep --out results/docs
 	cp results/docs/metrics.csv docs/results/tiny_image.csv
 	cp results/docs/figure.png docs/results/tiny_image.png
+	$(BIN)/vtc methods --markdown > docs/methods.md
 	$(BIN)/python -m vtc.testing > docs/results/contract.md
+	$(BIN)/python -m vtc.testing.timing > docs/results/ops.md
+	$(BIN)/python -m vtc.eval.training.atp_report
+	$(BIN)/python -m vtc.eval.training.vqtoken_report
 	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
 
 clean:

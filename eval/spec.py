@@ -36,6 +36,19 @@ class MethodSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+TRAINING_FREE = (
+    "random", "stride", "pool", "vtc_cls", "globalcom2", "hiprune", "todre", "atp_training_free", "mustdrop", "aim",
+    "vqtoken_codebook",
+)  # fmt: skip
+
+
+def _default_methods(model: str) -> tuple[MethodSpec, ...]:
+    """The baselines that look at nothing and the methods of the library; learned ones where embedded weights fit."""
+    learned = ("atp", "vqtoken") if model == "tiny-llava" else ()
+    with_weights = [MethodSpec(name=name, weights=f"{name}-tiny-llava") for name in learned]  # type: ignore[call-arg]
+    return (*(MethodSpec(name=name) for name in TRAINING_FREE), *with_weights)
+
+
 class SweepSpec(BaseModel):
     """One sweep: a model, methods x retentions, and the tasks to answer.
 
@@ -49,7 +62,7 @@ class SweepSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = "tiny-llava"
-    methods: tuple[MethodSpec, ...] = tuple(MethodSpec(name=n) for n in ("random", "stride", "pool", "vtc_cls"))
+    methods: tuple[MethodSpec, ...] = Field(default_factory=lambda known: _default_methods(known["model"]))
     retentions: tuple[float, ...] = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
     tasks: tuple[str, ...] = ("tiny_image",)
     limit: int | None = Field(default=None, ge=1)

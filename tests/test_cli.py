@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vtc.registry import METHODS, list_methods
+
 pytestmark = pytest.mark.slow
 
 
@@ -53,6 +55,18 @@ def test_methods_table_and_long_text() -> None:
     assert "vtc_cls" in vtc("methods").stdout
     assert "2412.05819" not in vtc("methods").stdout
     assert "Departures from the paper" in vtc("methods", "--long").stdout
+
+
+def test_the_document_about_methods_is_the_commands_output() -> None:
+    document = Path(__file__).parents[1] / "docs" / "methods.md"
+    assert document.read_text(encoding="utf-8") == vtc("methods", "--markdown").stdout, "run `make results`"
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_published_method_says_where_it_departs(name: str) -> None:
+    """Baselines of our own have no paper to depart from."""
+    text = (METHODS.get(name).__doc__ or "").replace("\n", " ")
+    assert "Departures from the paper and its code:" in text or name in ("random", "stride", "pool")
 
 
 def test_models_lists_the_embedded_model_and_every_family() -> None:
