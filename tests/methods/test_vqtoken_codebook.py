@@ -234,6 +234,8 @@ def expected_rows(view: Any, method: VQTokenCodebook) -> tuple[list[list[int]], 
 def test_the_plain_rows(make_view: Any, kept: Any, budget: Any, options: Any) -> None:
     view, method = make_view(SHAPES, **budget), VQTokenCodebook(**options)
     selection = method.select(view)
+    assert selection is not None
+    assert selection.tokens is not None and selection.merged_into is not None
     anchors, rows, owners = expected_rows(view, method)
     assert kept(view, selection) == anchors
     assert list(selection.counts or []) == list(view.keep)
@@ -256,6 +258,18 @@ def test_equal_tokens_still_give_the_exact_count(make_view: Any) -> None:
     dropped = VQTokenCodebook(empty="drop").select(view)
     assert dropped.counts is None
     assert ((dropped.keep & view.items.mask).sum(1) == 1).all()
+
+
+def test_items_that_lost_their_tokens_stay_empty(make_view: Any, kept: Any) -> None:
+    view = make_view([(4, 4), (2, 3)], keep=5)
+    for counts in ((0, 6), (0, 0)):
+        mask = torch.arange(max(max(counts), 1)) < torch.tensor(counts)[:, None]
+        mask = mask[:, : max(counts)]
+        cut = {"index": view.items.index[:, : max(counts)], "token": view.items.token[:, : max(counts)], "mask": mask}
+        emptied = dataclasses.replace(view, items=dataclasses.replace(view.items, counts=counts, **cut))
+        selection = VQTokenCodebook().select(emptied)
+        assert (selection is None) == (counts == (0, 0))
+        assert selection is None or [len(each) for each in kept(emptied, selection)] == [0, 5]
 
 
 @pytest.mark.parametrize("rule", ["official", "corrected"])

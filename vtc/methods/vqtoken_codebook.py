@@ -149,7 +149,9 @@ class VQTokenCodebook(Clustering):
         placed = model.mrope and (self.representative, self.order) == ("medoid", "place")
         return dataclasses.replace(super().plan(model), positions="preserve" if placed else "compact")
 
-    def select(self, view: StageView) -> Selection:
+    def select(self, view: StageView) -> Selection | None:
+        if not any(view.items.counts):  # an earlier stage dropped everything
+            return None
         labels, _, most = self.assign(view)
         tokens, mask = view.tokens, view.items.mask
         normalized = self.codebook_space == "normalized"
