@@ -26,6 +26,7 @@ from vtc.eval.training.settings import TrainingSettings
 from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
 
 WEIGHTS = "atp-tiny-llava"
+"""Trained towards a third of the tokens; those with "-25" towards a quarter."""
 MODEL = "tiny-llava"
 SEED = 200_000
 """First held-out scene; training, checks during training and the benchmark use others."""
@@ -122,11 +123,10 @@ def command(run: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def page(name: str, found: dict[str, Measurement], per_family: int) -> str:
-    """The page in Markdown."""
+def section(name: str, found: dict[str, Measurement]) -> str:
+    """What was measured about one set of weights, in Markdown."""
     _, about = weights.read(name)
     run = json.loads(about["training"])
-    questions = len(found["trained"].right)
     families = [family for family in found["trained"].accuracy if family != "mean"]
     accuracy = [[label, *(_percent(m.accuracy[f]) for f in (*families, "mean"))] for label, m in found.items()]
     kept = [[label, _percent(m.retention), _percent(m.spread), *(_percent(m.kept_by_family()[f]) for f in families)]
@@ -137,52 +137,60 @@ def page(name: str, found: dict[str, Measurement], per_family: int) -> str:
     for label in OTHERS:
         mean, half = advantage(found["trained"], found[label])
         gains.append([label, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
-    return f"""# ATP on the embedded model, with and without training
+    target = run["parameters"]["target_tokens"]
+    return f"""## `{name}`: trained towards a mean of {target:g} of {found["trained"].tokens} tokens
 
-Made by `python -m vtc.eval.training.atp_report --per-family {per_family}`: {questions} questions about held-out scenes,
-{MODEL} in float32, greedy answers, exact match; all figures in percent unless they are tokens.
-The weights `{name}` were trained on {about["data"]}, with the model frozen: {run["steps"]} updates of
-{run["batch_size"]} questions, {about["seconds"]} s on one busy CPU core, by
+{run["steps"]} updates of {run["batch_size"]} questions on {about["data"]}, {about["seconds"]} s on one busy CPU core:
 
     {command(run)}
 
-"trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same scores and
-reach the same mean: "exact counts" is `atp_training_free` (a fixed decay of the counts), "calibrated" the same with
-constant thresholds from 200 training prompts, "random modules" the learned form with random features and one bias.
-"same counts" keeps behind each layer as many tokens as the trained form does on average, the same for all questions:
-what it lacks is what the thresholds gain by following the sample; the rest of the gain is the choice of the counts.
-
-## Right answers
+Right answers in percent:
 
 {_table(["form", *families, "mean"], accuracy)}
 
-Right more often than the other forms, over the same questions, with the 95 % interval of the difference:
+The trained form against the others on the same questions, in points, with the 95 % interval:
 
-{_table(["trained against", "points", "interval"], gains)}
+{_table(["against", "points", "interval"], gains)}
 
-## Visual tokens kept, mean over the LLM's layers
-
-Standard deviation over the questions as "spread"; the families' columns show where the tokens went.
+Visual tokens kept in percent, mean over the LLM's layers; "spread" is the standard deviation over the questions, the
+families' columns show where the tokens went:
 
 {_table(["form", "kept", "spread", *families], kept)}
 
-Visual tokens that enter each layer, of {found["trained"].tokens}:
+Visual tokens that enter each layer:
 
 {_table(["form", *(f"layer {n}" for n in range(depth))], layers)}
 """
 
 
+def page(found: dict[str, dict[str, Measurement]], per_family: int) -> str:
+    """The page in Markdown; found: weights -> form -> measurement."""
+    questions = max(len(measured["trained"].right) for measured in found.values())
+    head = f"""# ATP on the embedded model, with and without training
+
+Made by `python -m vtc.eval.training.atp_report --per-family {per_family}`: {questions} questions about held-out scenes,
+{MODEL} in float32, greedy answers, exact match. The modules were trained with the model frozen.
+
+"trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same scores and
+reach the same mean: "same counts" keeps behind each layer as many tokens as the trained form does on average, for all
+questions alike, so what it lacks is what the thresholds gain by following the sample; "exact counts" is
+`atp_training_free` with its decaying counts; "calibrated" has constant thresholds from 200 training prompts; "random
+modules" is the learned form with random features and one common bias.
+"""
+    return "\n".join([head, *(section(name, measured) for name, measured in found.items())])
+
+
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description="Measure the trained ATP weights and write the page about them.")
-    parser.add_argument("--weights", default=WEIGHTS, help="embedded name or file")
+    parser.add_argument("--weights", nargs="+", default=[WEIGHTS, f"{WEIGHTS}-25"], help="embedded names or files")
     parser.add_argument("--per-family", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/results/atp.md"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(given.weights, given.per_family, Path(folder))
-    given.out.write_text(page(given.weights, found, given.per_family))
+        found = {name: compare(name, given.per_family, Path(folder)) for name in given.weights}
+    given.out.write_text(page(found, given.per_family))
     sys.stdout.write(f"{given.out}\n")
 
 
