@@ -1,10 +1,12 @@
 """Training of learned compressors on the embedded model, and the measurements of what they reach.
 
-settings.py      what decides the weights of a run
-prompts.py       batches of scenes with one question each, as a function of (seed, step)
-trainer.py       the resumable loop: answer loss through the real model plus the method's own loss
-measure.py       accuracy and tokens kept on held-out scenes, through processor and generate
-calibrate.py     constants for methods that need a calibration instead of a training
-atp_report.py    the generated page docs/results/atp.md
-cli.py           the commands `train`, `calibrate` and `train-report`
+The commands `vtc train` and `vtc calibrate` lie in `vtc.eval.cli`. The modules::
+
+    settings.py         what decides the weights of a run
+    prompts.py          batches of scenes with one question each, as a function of (seed, step)
+    trainer.py          the resumable loop: answer loss through the real model plus the method's own loss
+    measure.py          accuracy and tokens kept on held-out scenes, through processor and generate
+    constants.py        calibration of constant thresholds on training scenes
+    atp_report.py       the generated page docs/results/atp.md
+    vqtoken_report.py   the same for VQToken
 """
