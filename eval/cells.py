@@ -92,7 +92,7 @@ def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
                 label=_label(entry),
                 method=method.name,
                 version=method.version,
-                parameters=dataclasses.asdict(method),
+                parameters=method.described(),
                 retention=retention,
                 positions=spec.positions,
                 compressor=method,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import vtc
 from vtc import weights
 from vtc.compressor import ModelSpec, Selection, StageView
 from vtc.errors import InputError, UnknownName, VTCError
@@ -136,6 +137,20 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     weights.save(tmp_path / "own.safetensors", {"a": torch.ones(1)}, {})
     assert weights.embedded_names() == ("a", "own")
     assert weights.find("own") == tmp_path / "own.safetensors"
+
+
+def test_results_are_those_of_the_files_bytes(tmp_path: Path) -> None:
+    """Weights under the same name that hold something else are another cell of a sweep."""
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, bias in zip(paths, (0.0, 1.0), strict=True):
+        method = vtc.create("atp", training=True)
+        module = method.build(SPEC)
+        torch.nn.init.constant_(next(module.parameters()), bias)
+        method.save(path, module, SPEC)
+    (one, other) = (vtc.create("atp", weights=str(path)).described() for path in paths)
+    assert one.pop("weights_digest") != other.pop("weights_digest")
+    assert {**one, "weights": None} == {**other, "weights": None}
+    assert "weights_digest" not in vtc.create("random").described()
 
 
 def test_every_embedded_file_says_what_it_is() -> None:

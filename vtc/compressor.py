@@ -6,6 +6,7 @@ model and hands over a `StageView` in which all items of the batch lie side by s
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -56,6 +57,10 @@ class Compressor(ABC):
     def from_options(cls, **given: Any) -> Self:
         """The method with the hyper-parameters `given` by name, and its defaults for the others."""
         return cls(**given)
+
+    def described(self) -> dict[str, Any]:
+        """What results depend on beside the version: the hyper-parameters, and the contents of files they name."""
+        return dataclasses.asdict(self)
 
     @property
     def needs_budget(self) -> bool:

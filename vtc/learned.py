@@ -37,6 +37,10 @@ class LearnedCompressor(Compressor):
         named = given.get("weights")
         return cls(**{**(_stored_options(cls.name, named) if isinstance(named, str) else {}), **given})
 
+    def described(self) -> dict[str, Any]:
+        given = super().described()
+        return given if self.weights is None else {**given, "weights_digest": store.digest(self.weights)}
+
     @abstractmethod
     def build(self, model: ModelSpec) -> nn.Module:
         """A freshly initialised module for this model, drawn from torch's global generator."""

@@ -5,6 +5,7 @@ A file is named by its path, or by its stem if it is one of the embedded ones th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -71,6 +72,11 @@ def _with_metadata(plain: bytes, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + plain[end:]
+
+
+def digest(path_or_name: str | Path) -> str:
+    """16 hexadecimal digits that change with the file's bytes."""
+    return hashlib.sha256(find(path_or_name).read_bytes()).hexdigest()[:16]
 
 
 def read(path_or_name: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

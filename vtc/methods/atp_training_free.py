@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -107,6 +107,10 @@ class ATPTrainingFree(ATPScores):
             "lambda_sample": str(float(self.lambda_sample)),
             "causal_correction": str(self.causal_correction).lower(),
         }
+
+    def described(self) -> dict[str, Any]:
+        given = super().described()
+        return given if self.weights is None else {**given, "weights_digest": store.digest(self.weights)}
 
     def module(self, model: ModelSpec) -> nn.Module | None:
         if self.weights is None:
