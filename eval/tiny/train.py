@@ -141,7 +141,8 @@ def run_stage(
         on_step(stage.name, progress.step)
 
 
-def _pick_device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """The torch device of a name; "auto" is the GPU if there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -166,7 +167,7 @@ def train(
     steps)` is called after every step.
     """
     settings = settings or Settings()
-    chosen = _pick_device(device)
+    chosen = pick_device(device)
     if threads > 0:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)

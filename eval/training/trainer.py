@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
-from vtc.errors import InputError
 from vtc.eval.tiny import checkpoint, optim
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
 from vtc.eval.tiny.progress import Reporter
+from vtc.eval.tiny.train import pick_device
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.prompts import training_batch
 from vtc.eval.training.settings import TrainingSettings
@@ -115,16 +115,6 @@ class Trainer:
         return measure(
             self.settings.model, method, self.settings.retention, per_family, state=changed, device=self.device.type
         )
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device of a name; "auto" is the GPU if there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}: write auto, cpu or cuda") from error
 
 
 def train(
