@@ -56,6 +56,28 @@ def test_three_methods_keep_the_contract(name: str, positions: Any, limits: Any)
     assert batch_against_singles(model, name, LAYOUT, attach, 4) <= limits.logits
 
 
+@pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl", "internvl"])
+def test_published_methods_combine(name: str, limits: Any) -> None:
+    """HiPrune before the LLM, AIM's schedule inside it, and MustDrop's cache behind the prefill."""
+    model = tiny_model(name, layers=8)
+    cache = vtc.create("mustdrop", merge="off", filter="off")
+    methods = ["hiprune", vtc.create("aim", merge=False), cache]
+    attach = lambda m: vtc.compress(m, methods, retention=[0.7, 0.6, None])  # noqa: E731
+    inputs = tiny_inputs(name, LAYOUT, seed=3, extra=1, model=model)
+    assert against_oracle(model, inputs, attach, 4) <= limits.logits
+    assert batch_against_singles(model, name, LAYOUT, attach, 4) <= limits.logits
+    with attach(model) as handle, torch.no_grad():
+        cached = model(**inputs, use_cache=True).past_key_values
+    assert handle.budget == vtc.Budget(retention=0.7 * 0.6)
+    call = handle.stats.calls[0]
+    for tokens, kept in zip(call.visual_tokens_in, call.visual_tokens_kept, strict=True):
+        assert abs(kept - 0.42 * tokens) <= 2  # each part may be off by one token of each of two images
+    lengths = [layer.get_seq_length() for layer in cached.layers]
+    (stage,) = [stage for stage in handle.plan.stages if isinstance(stage, CacheStage)]
+    assert len(set(lengths[stage.from_layer :])) == 1  # what the last layer saw, but for the layers in front
+    assert lengths[0] > lengths[-1]
+
+
 def test_the_whole_contract_of_a_pair() -> None:
     budgets = (vtc.Budget(retention=0.5), None)
     cells = check_method(
