@@ -118,10 +118,11 @@ def anyres_item(pack: Packing, tiling: Size | None, side: int, device: torch.dev
         width = (len(tokens) - count) // newlines - 1 if newlines else 0
         regions += [(1, newlines, width)] if width else []
     inside = (tokens - corner * side).nan_to_num(-1)
+    crop = crop.masked_fill(newline, -1).long()
     return VisualItem(
         kind="image",
         n_tokens=len(tokens),
-        crop=crop.masked_fill(newline, -1).long().to(device),
+        crop=crop.to(device),
         row=inside[:, 0].to(device),
         col=inside[:, 1].to(device),
         newline=newline.to(device),
@@ -131,6 +132,7 @@ def anyres_item(pack: Packing, tiling: Size | None, side: int, device: torch.dev
         thumbnail=None if tiling is None else 0,
         tiling=tiling,
         regions=tuple(regions),
+        crop_sizes=tuple(crop[~newline].bincount(minlength=len(places)).tolist()),
     )
 
 

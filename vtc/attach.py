@@ -167,7 +167,7 @@ def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) ->
     if budget is None or budget.retention in (None, 1) or len(inside) < len(stages):
         return
     first, layers = min(inside), model.llm_layers
-    if budget.retention <= first / layers:
+    if first < layers and budget.retention <= first / layers:
         raise BudgetError(
             f"retention={budget.retention} cannot be met by {method.name!r} here: {first} of {layers} LLM layers see "
             f"every token before it drops the first; ask for more than {first / layers:.3f}, or prune earlier"

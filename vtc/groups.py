@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vtc.compressor import Scope, StageView
-from vtc.layout import VisualItem
 from vtc.ops.greedy import chosen, in_groups
 from vtc.ops.select import apportion
 
@@ -36,7 +35,7 @@ class Groups:
         crops = max((layout.n_crops for layout in items.layouts), default=1)
         if scope == "item" or crops == 1:
             return Groups(None, mask, keep, max(view.keep, default=0), mask)
-        sizes = [_sizes(layout) for layout in items.layouts]
+        sizes = [layout.crop_sizes for layout in items.layouts]
         width = min(mask.shape[1], max(map(max, sizes)))
         place, real = in_groups(view.crop, crops, width, mask)
         share = apportion(keep, real.sum(2))
@@ -60,12 +59,6 @@ class Groups:
         place = torch.where(self.mask, self.place, length).view(items, -1)
         kept = self.items.new_zeros(items, length + 1).scatter(1, place, marks.view(items, -1))
         return kept[:, :length]
-
-
-def _sizes(layout: VisualItem) -> list[int]:
-    """Tokens of each crop at input, newlines aside."""
-    counts: list[int] = layout.crop[layout.crop >= 0].cpu().bincount(minlength=1).tolist()
-    return counts
 
 
 def _largest_share(keep: int, count: int, sizes: Sequence[int]) -> int:

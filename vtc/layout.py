@@ -31,7 +31,7 @@ class VisualItem:
     thumbnail: crop id of the low-resolution overview, tiling: (rows, columns) of the other crops.
     regions: the full rasters that the tokens without the newlines are made of, one behind the other in token order
     (the thumbnail and the stitched map of an AnyRes image, say); just `grid` where there is one, () where some token
-    lies in no raster.
+    lies in no raster. crop_sizes: tokens of each crop, on the host.
     """
 
     kind: Kind
@@ -47,10 +47,23 @@ class VisualItem:
     thumbnail: int | None = None
     tiling: tuple[int, int] | None = None
     regions: tuple[Grid, ...] = ()
+    crop_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.grid is not None and not self.regions:
             object.__setattr__(self, "regions", (self.grid,))
+        if not self.crop_sizes:
+            object.__setattr__(self, "crop_sizes", self._sizes())
+
+    def _sizes(self) -> tuple[int, ...]:
+        """From the rasters where every crop is one of their frames; otherwise counted, which reads the tensor."""
+        real = self.n_tokens - self.newlines
+        frames = [height * width for count, height, width in self.regions for _ in range(count)]
+        if self.n_crops == 1:
+            return (real,)
+        if len(frames) == self.n_crops and sum(frames) == real:
+            return tuple(frames)
+        return tuple(self.crop[self.crop >= 0].bincount(minlength=self.n_crops).tolist())
 
 
 @dataclass

@@ -59,21 +59,15 @@ def merge_items(
 def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:
     """[I, N] group of every token, and the groups' sizes: crops, tiles or frames, or one group per item.
 
-    Synchronises once where crops are of a size that only the device knows (unpadded tiles, tokens dropped before).
+    Synchronises once where an earlier stage dropped tokens, so that only the device knows how large crops are.
     """
     items = view.items
     several = [layout.n_crops > 1 for layout in items.layouts]
     if scope == "item" or not any(several):
         return torch.zeros_like(items.token), [[count] for count in items.counts]
-    sizes: Sizes = []
-    for layout, count in zip(items.layouts, items.counts, strict=True):
-        areas = [height * width for frames, height, width in layout.regions for _ in range(frames)]
-        if layout.n_crops == 1:
-            sizes.append([count])
-        elif len(areas) == layout.n_crops and sum(areas) == count:
-            sizes.append(areas)
-    if len(sizes) == len(items):
-        return view.crop, sizes
+    whole = all(sum(layout.crop_sizes) == count for layout, count in zip(items.layouts, items.counts, strict=True))
+    if whole:
+        return view.crop, [list(layout.crop_sizes) for layout in items.layouts]
     crop = torch.where(items.mask, view.crop, -1)
     width = max(layout.n_crops for layout in items.layouts)
     counted = items.token.new_zeros(len(items), width + 1).scatter_add(1, crop + 1, torch.ones_like(crop))

@@ -91,7 +91,7 @@ def context_of_batch(encode: Any, attention: bool = False) -> tuple[VisionContex
     """Tiles of ROWS as encoded, and the placeholder mask of their prompts."""
     _, context = encode(tiny_model(NAME), "image", tiles(sum(PER_ROW)))
     if attention:
-        context.attention = {2: torch.arange(sum(PER_ROW) * TILE_TOKENS).float().view(-1, TILE_TOKENS)}
+        context.attention = {(2, Rows.CLS): torch.arange(sum(PER_ROW) * TILE_TOKENS).float().view(-1, TILE_TOKENS)}
         gone = torch.arange(TILE_TOKENS) % 3 == 0
         counts = [int((~gone).sum())] * sum(PER_ROW)
         context.alive = (~gone).expand(sum(PER_ROW), -1), tuple(counts)

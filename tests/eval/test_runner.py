@@ -22,7 +22,7 @@ SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="tes
 
 @pytest.fixture(scope="module")
 def cells(runner: Runner) -> list[Any]:
-    spec = make_spec({"retentions": [1.0, 0.25, 0.05]})
+    spec = make_spec({"methods": ["random", "stride", "pool", "vtc_cls"], "retentions": [1.0, 0.25, 0.05]})
     return [runner.check(cell) for cell in make_cells(spec, {})]
 
 

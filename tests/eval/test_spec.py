@@ -46,7 +46,7 @@ def test_the_output_folder_is_named_after_the_file_or_the_model(tmp_path: Path) 
         ({"methods": [{"seed": 1}]}, "methods.0.name: field required"),
         ({"limit": 0}, "limit: input should be greater than or equal to 1"),
         ({"batch_size": -1}, "batch_size: input should be greater than or equal to 1"),
-        ({"positions": "squeeze"}, "positions: input should be 'preserve' or 'compact'"),
+        ({"positions": "squeeze"}, "positions: input should be 'preserve', 'compact' or 'compact_input'"),
     ],
 )
 def test_refused_settings_are_named(settings: dict[str, Any], words: str) -> None:
