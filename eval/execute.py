@@ -74,13 +74,12 @@ def _keys(task: SweepTask, cell: str, doc_ids: Iterable[int]) -> Iterator[RowKey
 
 
 class Worker:
-    """Answers items with one model, each batch encoded once for all cells whose methods can share an encoding."""
+    """Answers items with one model, each batch encoded once for all cells (but those that act inside the encoder)."""
 
     def __init__(self, runner: Runner, tasks: Sequence[SweepTask], cells: Sequence[Cell]) -> None:
         self.runner = runner
         self.tasks = {task.name: task for task in tasks}
         self.cells: Mapping[str, Cell] = {cell.key(): cell for cell in cells}
-        self._groups = runner.sharing_groups(cells)
 
     def run(self, item: Item) -> Iterator[Outcome]:
         """One outcome per cell of `item`, each as soon as it is known; one for all if the batch cannot be prepared."""
@@ -90,18 +89,17 @@ class Worker:
         except Exception as error:
             yield Outcome(item.cells, failure=failure_record("prepare", task, item.cells, item.doc_ids, error))
             return
-        for group in self._groups:
-            pending = [cell for cell in group if cell.key() in item.cells]
-            again = []
-            with self.runner.sharing(pending):
-                for cell in pending:
-                    outcome = self._outcome(task, batch, cell, item.doc_ids)
-                    if outcome.failure is None:
-                        yield outcome
-                    else:
-                        again.append(cell)
-            for cell in again:  # alone, where nothing but its own method can make a cell fail
-                yield self._outcome(task, batch, cell, item.doc_ids)
+        pending = [cell for cell in self.cells.values() if cell.key() in item.cells]
+        again = []
+        with self.runner.sharing(pending):
+            for cell in pending:
+                outcome = self._outcome(task, batch, cell, item.doc_ids)
+                if outcome.failure is None:
+                    yield outcome
+                else:
+                    again.append(cell)
+        for cell in again:  # alone, where nothing but its own method can make a cell fail
+            yield self._outcome(task, batch, cell, item.doc_ids)
 
     def _outcome(self, task: SweepTask, batch: Batch, cell: Cell, doc_ids: Sequence[int]) -> Outcome:
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 import vtc
 import vtc.vision
 from vtc.compressor import Compressor
-from vtc.errors import InputError, UnsupportedMethod, UnsupportedModel
+from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
 
@@ -113,25 +113,8 @@ class Runner:
         return vtc.compress(self.model, compressor, retention=cell.retention, positions=cell.positions, trace=False)
 
     def sharing(self, cells: Sequence[Cell]) -> vtc.vision.SharedEncoder:
-        """Inside this context, the images of a batch are encoded by the first of `cells` that answers it.
-
-        Raises:
-            UnsupportedMethod: two methods need different rows of the attention of one vision layer.
-        """
+        """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
         return vtc.share_encoder(self.model, [cell.compressor for cell in cells if cell.compressor is not None])
-
-    def sharing_groups(self, cells: Sequence[Cell]) -> list[list[Cell]]:
-        """Split `cells` into the fewest runs, in order, whose methods can share one encoding."""
-        groups: list[list[Cell]] = []
-        for cell in cells:
-            for group in groups:
-                with contextlib.suppress(UnsupportedMethod):
-                    self.sharing([*group, cell])
-                    group.append(cell)
-                    break
-            else:
-                groups.append([cell])
-        return groups
 
     def answer(self, batch: Batch, cell: Cell, generation: Generation, *, seed: int = 0) -> list[Answer]:
         """The B answers of `cell`. `seed` is used by sampling only.

@@ -65,8 +65,7 @@ def test_sharing_the_encoder_changes_no_answer_and_encodes_once(
     tower = runner.model.model.vision_tower
     hook = tower.register_forward_hook(lambda *_: passes.append(1))
     batch = runner.prepare(conversations)
-    (group,) = runner.sharing_groups(cells)
-    with runner.sharing(group):
+    with runner.sharing(cells):
         shared = [[answer.text for answer in runner.answer(batch, cell, GREEDY)] for cell in cells]
     hook.remove()
     assert shared == alone
@@ -128,18 +127,6 @@ def test_beams_give_one_answer_per_prompt(runner: Runner, conversations: list[An
     answers = runner.answer(runner.prepare(conversations[:3]), cells[-1], beams)
     assert len(answers) == 3
     assert {answer.visual_tokens_kept for answer in answers} == {float(vtc.tokens_to_keep(144, 0.05))}
-
-
-def test_methods_that_read_one_layer_differently_are_not_shared(runner: Runner) -> None:
-    def conflicting(methods: list[str]) -> SimpleNamespace:
-        if {"random", "pool"} <= set(methods):
-            raise vtc.errors.UnsupportedMethod("they disagree")
-        return SimpleNamespace()
-
-    names = ["random", "stride", "pool", "random"]
-    stand_in = SimpleNamespace(sharing=lambda cells: conflicting([cell for cell in cells]))
-    groups = Runner.sharing_groups(stand_in, names)  # type: ignore[arg-type]
-    assert groups == [["random", "stride", "random"], ["pool"]]
 
 
 def test_a_small_model_gets_one_thread_and_the_setting_comes_back() -> None:
