@@ -35,7 +35,7 @@ def sweep(
     batch_size: Annotated[int | None, typer.Option(help="Prompts per batch.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
     include_path: IncludePath = None,
-    positions: Annotated[str | None, typer.Option(help="Position policy: preserve or compact.")] = None,
+    positions: Annotated[str | None, typer.Option(help="Position policy: preserve, compact or compact_input.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random methods and sampling tasks.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,

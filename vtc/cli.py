@@ -99,7 +99,7 @@ def generate(
     retention: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
     keep: Annotated[int | None, typer.Option(help="Visual tokens kept per image, instead of a retention.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value; repeatable.")] = None,
-    positions: Annotated[str | None, typer.Option(help="preserve or compact; the method's own by default.")] = None,
+    positions: Annotated[str | None, typer.Option(help="preserve, compact or compact_input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
