@@ -51,6 +51,8 @@ results: $(READY)
 	$(BIN)/vtc sweep --out results/docs
 	cp results/docs/metrics.csv docs/results/tiny_image.csv
 	cp results/docs/figure.png docs/results/tiny_image.png
+	$(BIN)/vtc sweep shallow --out results/shallow
+	cp results/shallow/metrics.csv docs/results/shallow.csv
 	$(BIN)/vtc methods --markdown > docs/methods.md
 	$(BIN)/python -m vtc.testing > docs/results/contract.md
 	$(BIN)/python -m vtc.testing.timing > docs/results/ops.md
