@@ -369,13 +369,13 @@ def test_beams_share_one_encoding_in_order(clip: Any, monkeypatch: pytest.Monkey
     calls.clear()
     assert torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))
     assert len(calls) == 1
-    build = vtc.engine.build
+    build = vtc.visuals.build
 
     def in_turns(*args: Any, **kwargs: Any) -> Any:
         table, separators = build(*args, **kwargs)
         return dataclasses.replace(table, source=torch.arange(len(table)) % 3), separators
 
-    monkeypatch.setattr(vtc.engine, "build", in_turns)
+    monkeypatch.setattr(vtc.visuals, "build", in_turns)
     assert not torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))
 
 

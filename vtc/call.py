@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,26 +13,10 @@ from vtc.cache import CompressedCache
 from vtc.compressor import Positions, Selection, Stage
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall
-from vtc.items import ItemTable
 from vtc.ops.select import left_pack, take_last, take_rows
 from vtc.readings import LLMReading
 from vtc.trace import CallRecord, CallStats, ItemRecord, StageStats
-
-
-@dataclass(frozen=True, eq=False)
-class Visuals:
-    """What a chunk with visual tokens brings: items and their separators, [B, L] bool marks, host counts.
-
-    visual: tokens and separators. text: the question behind a row's first visual token, of at most `text_count`
-    tokens. row_counts: valid tokens of each row.
-    """
-
-    items: ItemTable
-    separators: ItemTable
-    visual: Tensor
-    text: Tensor
-    text_count: int
-    row_counts: Sequence[int]
+from vtc.visuals import Visuals
 
 
 class Call:

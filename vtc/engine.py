@@ -21,7 +21,7 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
 from vtc.budget import Budget
 from vtc.cache import CompressedCache
-from vtc.call import Call, Visuals
+from vtc.call import Call
 from vtc.compiled import check_compiled
 from vtc.compressor import Compressor, Plan, Positions
 from vtc.deepstack import Deepstack
@@ -30,20 +30,18 @@ from vtc.inputs import (
     by_name,
     carries_media,
     given_contexts,
-    host_counts,
     logical_positions,
     mask_2d,
     open_cache,
     placeholder_masks,
-    question_rows,
 )
-from vtc.items import build
 from vtc.layout import VisionContext
 from vtc.ops.attention import soft_mask
 from vtc.outputs import check_labels, spread
 from vtc.stages import StageRunner
 from vtc.trace import CallRecord, Stats
 from vtc.vision import VisionRecorder
+from vtc.visuals import Visuals, host_counts, question_rows
 
 OWNER = "_vtc_engine"
 
@@ -252,13 +250,11 @@ class Engine:
         if state.placeholders is None:
             return None
         valid, text = question_rows(state.placeholders, mask_2d(kwargs), state.labels)
-        counts, totals, longest = host_counts(state.placeholders, valid, text)
-        if not any(counts):
+        counts = host_counts(state.placeholders, valid, text)
+        if not any(counts[0]):
             return None
         state.contexts = self.adapter.regroup(state.contexts, state.placeholders)
-        kinds = {kind: place for place, kind in enumerate(self.placeholders)}
-        items, separators = build(state.placeholders, counts, state.contexts, kinds)
-        return Visuals(items, separators, state.placeholders.any(0), text, longest, totals)
+        return Visuals.find(state.placeholders, state.contexts, list(self.placeholders), counts, text)
 
     def _begin(self, kwargs: dict[str, Any], visuals: Visuals | None) -> Call:
         hidden = kwargs["inputs_embeds"]

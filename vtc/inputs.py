@@ -68,26 +68,6 @@ def mask_2d(kwargs: dict[str, Any]) -> Tensor | None:
     )
 
 
-def question_rows(placeholders: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, S] bool valid rows, and those of the question: behind a row's first visual token, neither visual nor answer.
-
-    labels: -100 marks what is no answer; None for calls without an answer.
-    """
-    visual = placeholders.any(0)
-    length = visual.shape[1]
-    valid = torch.ones_like(visual) if mask is None else mask[:, -length:].to(visual.device).bool()
-    text = valid & ~visual & (visual.cumsum(1) > 0)
-    return valid, text if labels is None else text & (labels.to(visual.device) == -100)
-
-
-def host_counts(placeholders: Tensor, valid: Tensor, text: Tensor) -> tuple[list[int], list[int], int]:
-    """Placeholders per kind and row, valid tokens per row and the longest question, in one transfer to the host."""
-    batch = len(valid)
-    parts = [placeholders.sum(-1).flatten(), valid.sum(1), text.sum(1)]
-    numbers: list[int] = torch.cat(parts).tolist()
-    return numbers[: -2 * batch], numbers[-2 * batch : -batch], max(numbers[-batch:])
-
-
 def open_cache(kwargs: dict[str, Any], config: Any, starts: Sequence[int]) -> CompressedCache | None:
     """The call's cache, adopted for compression and open for writing; None when the call uses none."""
     cache, mask, wanted = kwargs.get("past_key_values"), mask_2d(kwargs), kwargs.get("use_cache")
