@@ -256,6 +256,33 @@ def test_methods_compute_in_float32_under_autocast(name: str) -> None:
     assert seen == [False]
 
 
+@dataclass(frozen=True)
+class Sometimes(Selecting):
+    """Halves the items with an even key and declines where there are none."""
+
+    def select(self, view: StageView) -> Selection | None:
+        even = view.fingerprint % 2 == 0
+        if not bool(even.any()):
+            return None
+        return Selection(self.draw(view) | ~even[:, None])
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2-vl", "qwen3-vl"])
+@pytest.mark.parametrize("positions", ["compact", "compact_input", "preserve"])
+@pytest.mark.parametrize("at", [(0,), (0, 3)])
+def test_declining_depends_on_no_neighbour(name: str, positions: Any, at: Any, limits: Any) -> None:
+    """A row whose items are left alone is numbered as in a batch in which others are not."""
+    model = tiny_model(name)
+    rows: list[list[Any]] = [[4, "image", 3], [2, "image", 6], [3, "image", 2], [5, "image", 4]]
+    attach = lambda m: vtc.compress(m, Sometimes(at), positions=positions)  # noqa: E731
+    with attach(model) as handle, torch.no_grad():
+        model(**tiny_inputs(name, rows, seed=3, model=model))
+    kept = [len(item.kept[0]) == len(item.positions) for item in handle.trace[0].items]
+    assert len(set(kept)) == 2
+    assert batch_against_singles(model, name, rows, attach, 3) <= limits.logits
+    assert against_oracle(model, tiny_inputs(name, rows, seed=3, model=model), attach, 3) <= limits.logits
+
+
 @pytest.mark.parametrize("name", ["llava-clip", "qwen2.5-vl", "llava-next"])
 @pytest.mark.parametrize("at", [(0, 2), (1, 3)])
 def test_positions_of_the_input_alone(name: str, at: Any, limits: Any) -> None:

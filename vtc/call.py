@@ -26,7 +26,9 @@ class Call:
     logical: [..., B, L] the position ids the untouched model would use. row_counts: tokens per batch row, on the host.
     seen: [B, L] bool, rows that later layers may attend to, None for all of them; weights: [B, L] how much their keys
     count, None for one. memory: what the method carries from stage to stage.
-    adopted: rows that the cache held as a plain one before this call made it compressed, None if it was so already.
+    staged: a stage was reached, whether it dropped something or not, so that renumbering does not depend on what else
+    is in the batch; pruned: something was dropped. adopted: rows that the cache held as a plain one before this call
+    made it compressed, None if it was so already.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Call:
         self.sources: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.llm_rows: dict[tuple[int, LLMReading], Tensor] = {}
         self.deepstack: Deepstack | None = None
-        self.pruned = False
+        self.pruned = self.staged = False
         self.group = 0
         self.group_inputs: tuple[Any, Any] = (None, None)  # attention mask and rotary phases of the current group
         self.groups: list[tuple[int, int, list[int]]] = []  # first layer, rows, visual tokens per batch row
@@ -116,7 +118,7 @@ class Call:
             if self.deepstack is not None:
                 self.deepstack = self.deepstack.take(index)
             hidden = take_rows(hidden, index)
-            self.pruned = True
+            self.pruned = self.staged = True
         self.stages.append(StageStats(stage, rows_before, self.rows, before, before - sum(dropped)))
         self.note_stage(stage)
         return hidden
@@ -191,7 +193,7 @@ class Call:
         cache = self.cache
         shift = cache.shifts[group] if cache is not None else None
         shift = None if shift is None else shift.to(self.logical.device)
-        if not self.pruned:
+        if not self.staged:
             return self.logical if shift is None else self.logical - shift
         begin: Tensor | int = 0
         if cache is not None and cache.physical_length(group):

@@ -91,7 +91,10 @@ class StageRunner:
         """Pass `stage`: [B, L, D] rows in, [B, L', D] rows out."""
         if stage == 0:
             hidden = _drop_encoded(call, hidden, contexts)
-        selection = self.select(stage, call, hidden, contexts) if stage in self.inner else None
+        selection = None
+        if stage in self.inner:
+            selection = self.select(stage, call, hidden, contexts)
+            call.staged = True
         if selection is not None:
             hidden = call.apply(stage, selection, hidden)
         elif stage in self.noted:

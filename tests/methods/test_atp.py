@@ -1,4 +1,4 @@
-"""ATP and its training-free forms against the card's equations, one token at a time, and on tiny models."""
+"""ATP and its training-free forms against their equations, one token at a time, and on tiny models."""
 
 from __future__ import annotations
 

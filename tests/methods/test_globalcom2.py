@@ -1,4 +1,4 @@
-"""GlobalCom2 against the card's steps, one crop and one patch at a time, and against the released sequences."""
+"""GlobalCom2 against the published steps, one crop and one patch at a time, and against the released sequences."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def plain_guidance(item: VisualItem, z: list[float]) -> tuple[dict[int, float], 
 def plain_globalcom2(
     item: VisualItem, z: list[float], keep: int, *, tau: float = 10, alpha: float = 0.5, exact: bool = True
 ) -> list[int]:
-    """Steps 1 to 6 of the card on one item."""
+    """The published steps on one item."""
     real = [j for j in range(item.n_tokens) if not item.newline[j]]
     members = {c: [j for j in real if int(item.crop[j]) == c] for c in range(item.n_crops)}
     sums, seen = plain_guidance(item, z)

@@ -1,4 +1,4 @@
-"""Uniform stride against the card's formulas, one token at a time."""
+"""Uniform stride against its formulas, one token at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training-free part of VQToken against the card's steps, one item, one token at a time."""
+"""The training-free part of VQToken against its steps, one item, one token at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VTC-CLS against the card's equations, one patch at a time, and against the model's own eager attention."""
+"""VTC-CLS against its equations, one patch at a time, and against the model's own eager attention."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class ATP(LearnedCompressor, ATPScores):
     normalise_target divides that distance by N0.
 
     Departures from the paper and its code: no official code is known and the published text leaves scales open, so
-    min-max scaling, the nested grids, the pooled features and the mean over layers are fixed as in the method card;
+    min-max scaling, the nested grids, the pooled features and the mean over layers are choices of this library;
     text rows are those of the question, never the answer; every image of a prompt gets thresholds of its own;
     separators stay, and their rows count as visual rows; if nothing passes, the best token of S_red stays; soft masks
     weigh the keys of all later layers and are floored at 1e-6; in training, tokens below a mask of 0.5 set no scale but

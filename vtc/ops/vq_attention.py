@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class VQAttention(nn.Module):
     """One post-norm Transformer decoder layer whose parameters are named as in the official checkpoints.
 
-    places: entries of one row of the index map (the card's query_dim). width: hidden size of the LLM. heads, inner
-    (width of the feed-forward part), dropout: as published 8, 2048 and 0.1.
+    places: entries of one row of the index map (query_dim in the released code). width: hidden size of the LLM. heads,
+    inner (width of the feed-forward part), dropout: as published 8, 2048 and 0.1.
     """
 
     def __init__(self, places: int, width: int, *, heads: int = 8, inner: int = 2048, dropout: float = 0.1) -> None:
