@@ -33,7 +33,7 @@ def _list(words: Sequence[str]) -> str:
 
 def _page(entry: dict[str, Any]) -> str:
     options = ", ".join(f"`{name}={value!r}`" for name, value in entry["hyper_parameters"].items()) or "none"
-    plans = dict.fromkeys((plan["family"], _list(plan["stages"]), _list(plan["needs"])) for plan in entry["plans"])
+    plans = dict.fromkeys((plan["family"], _stages(plan["stages"]), _list(plan["needs"])) for plan in entry["plans"])
     same: dict[tuple[str, str], list[str]] = {}
     for family, stages, needs in plans:
         same.setdefault((stages, needs), []).append(family)
@@ -42,5 +42,36 @@ def _page(entry: dict[str, Any]) -> str:
     budget = "takes a budget" if entry["needs_budget"] else "takes no budget"
     return (
         f"## {entry['name']}\n\nVersion {entry['version']}, {budget} by default. Hyper-parameters: {options}.\n\n"
-        f"{entry['description'].replace('``', '`')}\n\n{table}\n"
+        f"{_paragraphs(entry['description'])}\n\n{table}\n"
     )
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring as Markdown, a line per paragraph, so that no formula begins a list."""
+    return "\n\n".join(" ".join(part.split()) for part in text.replace("``", "`").split("\n\n"))
+
+
+def _stages(names: Sequence[str]) -> str:
+    """Stages in words, neighbouring LLM layers as a range.
+
+    >>> _stages(["pre-llm", "llm layer 3", "llm layer 4", "llm layer 5", "llm layer 9", "after prefill"])
+    'pre-llm, llm layers 3 to 5, llm layer 9, after prefill'
+    """
+    parts: list[str] = []
+    run: list[int] = []
+
+    def close() -> None:
+        if run:
+            parts.append(f"llm layer {run[0]}" if len(run) == 1 else f"llm layers {run[0]} to {run[-1]}")
+            run.clear()
+
+    for name in names:
+        layer = int(name.removeprefix("llm layer ")) if name.startswith("llm layer ") else None
+        if layer is None or (run and layer != run[-1] + 1):
+            close()
+        if layer is None:
+            parts.append(name)
+        else:
+            run.append(layer)
+    close()
+    return ", ".join(parts) or "-"
