@@ -11,6 +11,7 @@ import torch
 import vtc
 from vtc.composite import Composite
 from vtc.compressor import AFTER_PREFILL, CacheStage, Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, StageView
+from vtc.errors import VTCError
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, check_method, identical
 
@@ -114,7 +115,7 @@ def test_every_part_sees_its_own_view(clip: Any) -> None:
     assert inner.views[-1].memory["stages"] == [1, 3]
     assert first.views[-1].memory["stages"] == [0]
     assert first.views[-1].vision_attention(1, Rows.RECEIVED).shape == (1, 16)
-    with pytest.raises(ValueError, match="too many values"):
+    with pytest.raises(VTCError, match=r"several readings, ClassRow\(\), Received\(\); say which one is wanted"):
         first.views[-1].vision_attention(1)
     assert inner.views[-1].llm_attention(0).shape == (1, 16)
     assert handle.budget is None  # counts have no common share

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from vtc.budget import Budget
+from vtc.errors import VTCError
 from vtc.plan import ModelSpec, Needs, R, Stage, each
 from vtc.readings import LLMReading, VisionReading
 
@@ -124,5 +125,7 @@ class StageView:
 
 
 def _only(some: R | tuple[R, ...]) -> R:
-    (one,) = each(some)
-    return one
+    readings = each(some)
+    if len(readings) > 1:
+        raise VTCError(f"this layer has several readings, {', '.join(map(repr, readings))}; say which one is wanted")
+    return readings[0]
