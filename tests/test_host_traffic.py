@@ -1,0 +1,85 @@
+"""No method reads its tensors back: `select` runs on views of fake tensors, which hold no values to read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import vtc
+from vtc.compressor import Compressor, StageView
+from vtc.items import ItemTable
+from vtc.layout import VisualItem
+from vtc.testing import tiny_inputs, tiny_model
+from vtc.testing.__main__ import OPTIONS
+from vtc.testing.contract import with_fresh_weights
+
+LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
+READS = {
+    "mustdrop": "the size of the key set, once per call, for the schedule",
+    "atp_training_free": "a schedule computed from host numbers, in tensors of the CPU",
+    "vqtoken": "whether k-means is done, on the CPU alone",
+    "vqtoken_codebook": "whether k-means is done, on the CPU alone",
+}
+"""Methods that read something back at their first stage, and what."""
+
+
+def faked(value: Any, mode: FakeTensorMode) -> Any:
+    """The same view with fake tensors for all its tensors."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, dict):
+        return {key: faked(entry, mode) for key, entry in value.items()}
+    if type(value) is tuple:
+        return tuple(faked(entry, mode) for entry in value)
+    if isinstance(value, StageView | ItemTable | VisualItem):
+        return type(value)(**{f.name: faked(getattr(value, f.name), mode) for f in dataclasses.fields(value)})
+    return value
+
+
+def views(method: Compressor, name: str) -> list[StageView]:
+    """What the method sees at its stages in one call, as it was before the method looked."""
+    seen: list[StageView] = []
+    select = type(method).select
+
+    def noting(self: Any, view: StageView) -> Any:
+        seen.append(dataclasses.replace(view, memory=dict(view.memory)))
+        return select(self, view)
+
+    model = tiny_model(name)
+    budget = {"retention": 0.7} if method.needs_budget else {}
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(type(method), "select", noting)
+        with vtc.compress(model, method, **budget):  # type: ignore[arg-type]
+            model(**tiny_inputs(name, LAYOUT, model=model))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])
+@pytest.mark.parametrize("registered", vtc.list_methods())
+def test_methods_read_nothing_back(registered: str, name: str) -> None:
+    method = vtc.create(registered, **OPTIONS.get(registered, {}))
+    method = with_fresh_weights(method, vtc.adapters.of(tiny_model(name)).spec)
+    found = views(method, name)
+    assert found
+    reading = 0
+    for view in found:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = faked(view, mode)
+        try:
+            with mode, torch.no_grad():
+                method.select(fake)
+        except DataDependentOutputException:
+            reading += 1
+    assert reading == (registered in READS)
+
+
+def test_the_test_notices_a_read() -> None:
+    """A tensor turned into a number raises."""
+    mode = FakeTensorMode()
+    with mode, pytest.raises(DataDependentOutputException):
+        mode.from_tensor(torch.ones(3)).sum().item()
