@@ -19,11 +19,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc.ops
-from vtc.budget import split_tokens
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.grid import absorbing_cell, cell_centres, output_grid, output_raster, pool_grid, split_budget, strided
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
-from vtc.ops.select import apportion, front_pack, left_pack, take_last, take_rows, top_k, top_k_in_groups
+from vtc.ops.select import (
+    apportion,
+    apportion_host,
+    front_pack,
+    left_pack,
+    take_last,
+    take_rows,
+    top_k,
+    top_k_in_groups,
+)
 from vtc.testing.plain import op_cases
 
 SCORES = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 0.5, 1.0, math.inf])  # few values: ties everywhere
@@ -75,7 +83,7 @@ def test_apportion(sizes: list[list[int]], data: st.DataObject) -> None:
     total = [data.draw(st.integers(0, sum(row))) for row in sizes]
     found = apportion(torch.tensor(total), torch.tensor(sizes)).tolist()
     assert found == [largest_remainders(*each) for each in zip(total, sizes, strict=True)]
-    assert found == [split_tokens(*each) for each in zip(total, sizes, strict=True)]  # the same on the host
+    assert found == [apportion_host(*each) for each in zip(total, sizes, strict=True)]  # the same on the host
     for row, count, share in zip(sizes, total, found, strict=True):
         assert sum(share) == count
         assert all(0 <= s <= size for s, size in zip(share, row, strict=True))

@@ -8,7 +8,6 @@ so that 0.25 costs the same wherever a method acts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtc.errors import BudgetError
@@ -23,22 +22,6 @@ def tokens_to_keep(tokens: int, retention: float) -> int:
     (64, 1, 0)
     """
     return min(tokens, max(1, math.floor(tokens * retention + 0.5)))
-
-
-def split_tokens(total: int, sizes: Sequence[int]) -> list[int]:
-    """Split `total` over groups in proportion to their `sizes`, exactly, by largest remainder; on the host.
-
-    The same shares as `vtc.ops.select.apportion` gives on the device: equal remainders go to the lower group.
-
-    >>> split_tokens(7, [16, 8, 4]), split_tokens(2, [1, 1, 1])
-    ([4, 2, 1], [1, 1, 0])
-    """
-    whole = max(1, sum(sizes))
-    shares = [size * total // whole for size in sizes]
-    order = sorted(range(len(sizes)), key=lambda group: (-(sizes[group] * total % whole), group))
-    for group in order[: total - sum(shares)]:
-        shares[group] += 1
-    return shares
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vtc.budget import split_tokens
 from vtc.compressor import Scope, Selection, StageView
 from vtc.ops.merge import bipartite_merge, group_places, lay_out, merge_plan, merge_rows
+from vtc.ops.select import apportion_host
 
 Sizes = list[list[int]]
 """Tokens of every group of every item, on the host."""
@@ -82,5 +82,5 @@ def share(keep: int, sizes: Sequence[int]) -> list[int]:
     """
     filled = [min(1, size) for size in sizes]
     more = [size - one for size, one in zip(sizes, filled, strict=True)]
-    rest = split_tokens(max(0, keep - sum(filled)), more)
+    rest = apportion_host(max(0, keep - sum(filled)), more)
     return [one + extra for one, extra in zip(filled, rest, strict=True)]

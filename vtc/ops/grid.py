@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from vtc.budget import split_tokens
+from vtc.ops.select import apportion_host
 
 Grid = tuple[int, int, int]
 
@@ -76,7 +76,7 @@ def split_budget(regions: Sequence[Grid], keep: int) -> list[tuple[int, Grid, in
     [(0, (1, 2, 2), 1), (4, (1, 4, 3), 3)]
     """
     sizes = [math.prod(region) for region in regions]
-    starts, shares = accumulate(sizes, initial=0), split_tokens(keep, sizes)
+    starts, shares = accumulate(sizes, initial=0), apportion_host(keep, sizes)
     return [(start, region, share) for start, region, share in zip(starts, regions, shares, strict=False) if share]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,22 @@ def apportion(total: Tensor, sizes: Tensor) -> Tensor:
     exact = sizes * total[:, None]
     share = exact // whole
     return share + top_k(exact - share * whole, total - share.sum(1))
+
+
+def apportion_host(total: int, sizes: Sequence[int]) -> list[int]:
+    """Split `total` over groups in proportion to their `sizes`, exactly, by largest remainder; on the host.
+
+    The shares that `apportion` gives on the device: equal remainders go to the lower group.
+
+    >>> apportion_host(7, [16, 8, 4]), apportion_host(2, [1, 1, 1])
+    ([4, 2, 1], [1, 1, 0])
+    """
+    whole = max(1, sum(sizes))
+    shares = [size * total // whole for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda group: (-(sizes[group] * total % whole), group))
+    for group in order[: total - sum(shares)]:
+        shares[group] += 1
+    return shares
 
 
 def top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
