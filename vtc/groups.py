@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vtc.compressor import Scope, StageView
-from vtc.ops.greedy import chosen, in_groups
-from vtc.ops.select import apportion
+from vtc.ops.greedy import chosen
+from vtc.ops.select import apportion, in_groups
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops import crops
+from vtc.ops.select import top_k_of_groups
 from vtc.readings import AttentionCall, Rows
 
 SIDE = 24
@@ -75,7 +76,7 @@ def _run(
     overall = crops.stretch(overview, (rows, int((group > 0).sum()) // rows))
     overall = torch.cat([torch.zeros(1, SIDE * SIDE), overall.flatten(1)], dim=1)
     scores = torch.where(group == 0, z, crops.blend(z, overall, group, tiles, mask, 0.5))
-    kept = crops.top_k_of_groups(scores, group, shares, mask)
+    kept = top_k_of_groups(scores, group, shares, mask)
     order = crops.released_order(kept, scores, group, tiling, (SIDE, SIDE))[0]
     order = order[: int(kept.sum()) + tiling[0] * SIDE]
     newlines = torch.full((tiling[0] * SIDE,), -1)

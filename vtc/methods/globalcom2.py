@@ -14,7 +14,7 @@ from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, 
 from vtc.errors import UnsupportedMethod, VTCError, unknown_name
 from vtc.layout import VisualItem
 from vtc.ops import crops
-from vtc.ops.select import take_rows
+from vtc.ops.select import take_rows, top_k_of_groups
 from vtc.readings import VisionReading
 from vtc.registry import register
 
@@ -112,7 +112,7 @@ class GlobalCom2(Compressor):
             shares = crops.floored_shares(ratios, sizes, largest)
         both = crops.blend(z, overall, view.crop, groups, items.mask, self.alpha)
         ranked = torch.where(guided.gather(1, view.crop.clamp(min=0)), both, z)
-        chosen = crops.top_k_of_groups(ranked, view.crop, shares, items.mask)
+        chosen = top_k_of_groups(ranked, view.crop, shares, items.mask)
         selection = Selection(chosen, counts=total if self.exact_total else None)
         return _line_up(view, selection, z, newlines) if newlines else selection
 

@@ -213,7 +213,7 @@ class MustDrop(Compressor):
         needs = Needs(vision, dict.fromkeys(layers if self.filter != "off" else (), TEXT))
         return Plan(tuple(stages), needs, "preserve" if model.mrope else "compact")
 
-    def select(self, view: StageView) -> Selection:
+    def select(self, view: StageView) -> Selection | None:
         if isinstance(view.stage, CacheStage):
             return Selection(view.items.mask, counts=view.items.counts)
         if isinstance(view.stage, EncoderStage) or view.stage == 0:
@@ -221,9 +221,9 @@ class MustDrop(Compressor):
         return self._filter(view, view.stage - 1)
 
     # --- step 1
-    def _merge(self, view: StageView) -> Selection:
+    def _merge(self, view: StageView) -> Selection | None:
         if not any(window_count(layout.regions, self.window) for layout in view.items.layouts):
-            return Selection(view.items.mask, counts=view.items.counts)  # positions as in a batch with larger items
+            return None
         windows = Windows.of(view, self.window)
         least = [min(each, most) for each, most in zip(self._fewest(view), windows.counts, strict=True)]
         chosen = top_k(windows.similarity, torch.tensor(least, device=view.hidden.device), windows.whole)

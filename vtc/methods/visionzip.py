@@ -14,8 +14,8 @@ from torch import Tensor
 from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedMethod, VTCError, unknown_name
 from vtc.layout import VisualItem
-from vtc.ops.contextual import add_mean, crop_places, dominant_and_targets, nearest_target
-from vtc.ops.select import apportion, take_rows
+from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.ops.select import apportion, in_groups, take_rows
 from vtc.readings import AttentionCall, VisionReading
 from vtc.registry import register
 
@@ -137,7 +137,7 @@ class VisionZip(Compressor):
         self, score: Tensor, metric: Tensor, crop: Tensor, mask: Tensor, shape: tuple[int, int], keep: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Dominant tokens, targets, and where every other token goes, for items of one shape; all [R, N]."""
-        place, there = crop_places(crop, *shape, mask)
+        place, there = in_groups(crop, *shape, mask)
         wanted = torch.tensor(keep, device=score.device)
         count = apportion(wanted, there.sum(2)).flatten()
         dominant = (count * self.share + 0.5).floor().long().minimum(count)

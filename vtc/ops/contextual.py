@@ -16,24 +16,6 @@ CHANNELS = 256
 """Channels summed at a time."""
 
 
-def crop_places(group: Tensor, groups: int, longest: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of every crop in order: places [I, groups, longest] and whether there is one.
-
-    group: [I, N] crop of each token, ignored where `mask` is False; no crop has more than `longest` tokens.
-
-    >>> crop_places(torch.tensor([[0, 1, 0]]), 2, 2, torch.ones(1, 3, dtype=torch.bool))[0].tolist()
-    [[[0, 2], [1, 0]]]
-    """
-    group = torch.where(mask, group, groups)
-    order = torch.nn.functional.pad(group.argsort(dim=1, stable=True), (0, longest))
-    sizes = torch.zeros(len(group), groups + 1, dtype=torch.long, device=group.device)
-    sizes = sizes.scatter_add(1, group, torch.ones_like(group))
-    steps = torch.arange(longest, device=group.device)
-    there = steps < sizes[:, :groups, None]
-    place = (sizes.cumsum(1) - sizes)[:, :groups, None] + steps
-    return torch.where(there, take_rows(order, place.flatten(1)).view_as(place), 0), there
-
-
 def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mark the `dominant` highest scores of every crop, and `contextual` targets evenly spaced among the others.
 

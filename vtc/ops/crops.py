@@ -104,16 +104,6 @@ def blend(local: Tensor, overall: Tensor, group: Tensor, groups: int, mask: Tens
     return torch.where(mask, parts[0] * (1 - alpha) + parts[1] * alpha, 0.0)
 
 
-def top_k_of_groups(scores: Tensor, group: Tensor, shares: Tensor, mask: Tensor) -> Tensor:
-    """Mark the best tokens of every crop, `shares` [I, C] of them, ties to the lower index; returns bool [I, N]."""
-    groups = shares.shape[1]
-    group = torch.where(mask, group, groups)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # crops side by side, best first
-    allowed = torch.nn.functional.pad(shares, (0, 1)).gather(1, group.gather(1, order))
-    return torch.zeros_like(mask).scatter_(1, order, _rank(group.gather(1, order), groups) < allowed)
-
-
 def released_order(
     kept: Tensor, scores: Tensor, group: Tensor, tiling: tuple[int, int], grid: tuple[int, int]
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.attention import CHUNK, attention_rows
+from vtc.ops.select import group_sizes, top_k_of_groups
 
 LIMIT = 2**24
 """Attention weights held at once: 64 MiB, so that the text of a long video's question fits beside the model."""
@@ -49,16 +50,7 @@ def key_tokens(score: Tensor, group: Tensor, groups: int, rate: float, mask: Ten
     >>> key_tokens(score, torch.tensor([[0, 0, 0, 1, 1]]), 2, 0.4, torch.ones(1, 5, dtype=torch.bool)).int().tolist()
     [[0, 1, 1, 0, 1]]
     """
-    group = torch.where(mask, group, groups)
-    sizes = group.new_zeros(len(group), groups + 1).scatter_add(1, group, torch.ones_like(group))
-    limit = (sizes.double() * rate).ceil().long()
-    order = score.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # groups side by side, best first
-    ordered = group.gather(1, order)
-    first = sizes.cumsum(1) - sizes
-    rank = torch.arange(group.shape[1], device=group.device) - first.gather(1, ordered)
-    chosen = rank < limit.gather(1, ordered)
-    return torch.zeros_like(mask).scatter(1, order, chosen) & mask
+    return top_k_of_groups(score, group, (group_sizes(group, groups, mask).double() * rate).ceil().long(), mask)
 
 
 def dual_filter(total: Tensor, peak: Tensor, gamma: float, alpha: float, mask: Tensor) -> Tensor:

@@ -131,22 +131,6 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
     return order
 
 
-def in_groups(group: Tensor, groups: int, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay the tokens of each group side by side: places [I, groups, width] in the item, and which of them are real.
-
-    group: [I, N] numbers below `groups`, read where mask [I, N] is set. width: no group has more tokens than this.
-    """
-    group = torch.where(mask, group, groups)
-    sizes = torch.zeros_like(group[:, :1]).expand(-1, groups + 1).scatter_add(1, group, torch.ones_like(group))
-    order = group.argsort(dim=1, stable=True)
-    ordered = group.gather(1, order)
-    rank = torch.arange(group.shape[1], device=group.device) - (sizes.cumsum(1) - sizes).gather(1, ordered)
-    slot = torch.where(ordered < groups, ordered * width + rank, groups * width)
-    place = order.new_zeros(len(order), groups * width + 1).scatter(1, slot, order)[:, :-1]
-    real = torch.arange(width, device=group.device) < sizes[:, :groups, None]
-    return place.view(-1, groups, width), real
-
-
 def _walk(unit: Tensor, start: Tensor, steps: int, mask: Tensor, *, farthest: bool) -> Tensor:
     """Both rules: the next token has the lowest sum (or the lowest maximum) of cosines to those before it."""
     item = torch.arange(len(unit), device=unit.device)

@@ -61,6 +61,12 @@ def apportion_host(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+def group_sizes(group: Tensor, groups: int, mask: Tensor) -> Tensor:
+    """[I, groups] entries of each group; group: [I, N] numbers below `groups`, read where mask [I, N] is set."""
+    counts = torch.zeros(len(group), groups + 1, dtype=torch.long, device=group.device)
+    return counts.scatter_add(1, torch.where(mask, group, groups), mask.long())[:, :groups]
+
+
 def top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
     """Mark `keep` entries of each row, the best of every group, from each group the same share of its entries.
 
@@ -72,15 +78,37 @@ def top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, ma
     >>> top_k_in_groups(scores, group, 2, torch.tensor([3]), torch.ones(1, 6, dtype=torch.bool)).int().tolist()
     [[1, 1, 0, 0, 0, 1]]
     """
+    return top_k_of_groups(scores, group, apportion(keep, group_sizes(group, groups, mask)), mask)
+
+
+def top_k_of_groups(scores: Tensor, group: Tensor, shares: Tensor, mask: Tensor) -> Tensor:
+    """Mark the best entries of every group, `shares` [I, G] of them; the rest as in `top_k_in_groups`."""
+    groups = shares.shape[1]
+    starts = torch.nn.functional.pad(group_sizes(group, groups, mask).cumsum(1), (1, 0))
     group = torch.where(mask, group, groups)
-    sizes = scores.new_zeros(len(scores), groups + 1, dtype=torch.long).scatter_add(1, group, mask.long())
-    share = apportion(keep, sizes)
     order = scores.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # groups side by side, best first
     ordered = group.gather(1, order)
-    first = sizes.cumsum(1) - sizes
-    rank = torch.arange(group.shape[1], device=group.device) - first.gather(1, ordered)
-    return torch.zeros_like(mask).scatter_(1, order, rank < share.gather(1, ordered))
+    rank = torch.arange(group.shape[1], device=group.device) - starts.gather(1, ordered)
+    allowed = torch.nn.functional.pad(shares, (0, 1)).gather(1, ordered)
+    return torch.zeros_like(mask).scatter_(1, order, rank < allowed)
+
+
+def in_groups(group: Tensor, groups: int, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay the tokens of each group side by side: places [I, groups, width] in the item, and which of them are real.
+
+    group: [I, N] numbers below `groups`, read where mask [I, N] is set. width: no group has more tokens than this.
+    """
+    sizes = group_sizes(group, groups, mask)
+    starts = torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
+    group = torch.where(mask, group, groups)
+    order = group.argsort(dim=1, stable=True)
+    ordered = group.gather(1, order)
+    rank = torch.arange(group.shape[1], device=group.device) - starts.gather(1, ordered)
+    slot = torch.where(ordered < groups, ordered * width + rank, groups * width)
+    place = order.new_zeros(len(order), groups * width + 1).scatter(1, slot, order)[:, :-1].contiguous()
+    real = torch.arange(width, device=group.device) < sizes[..., None]
+    return place.view(-1, groups, width), real
 
 
 def left_pack(keep: Tensor, length: int) -> Tensor:

@@ -7,23 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.contextual import add_mean, crop_places, dominant_and_targets, nearest_target
+from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
 from vtc.testing.plain import OpCase, Size
-
-
-def plain_crop_places(group: Tensor, groups: int, longest: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Collect the tokens of every crop."""
-    place = torch.zeros(len(group), groups, longest, dtype=torch.long)
-    there = torch.zeros(place.shape, dtype=torch.bool)
-    for item, (numbers, real) in enumerate(zip(group.tolist(), mask.tolist(), strict=True)):
-        found: list[list[int]] = [[] for _ in range(groups)]
-        for j, number in enumerate(numbers):
-            if real[j]:
-                found[number].append(j)
-        for crop, members in enumerate(found):
-            place[item, crop, : len(members)] = torch.tensor(members, dtype=torch.long)
-            there[item, crop, : len(members)] = True
-    return place, there
 
 
 def plain_dominant_and_targets(
@@ -76,14 +61,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def place_arguments(size: Size) -> dict[str, Any]:
-    items, length, groups = (3, 17, 4) if size == "small" else (96, 2880, 5)
-    group = torch.arange(length).expand(items, -1) * 7 % groups
-    mask = torch.arange(length) < torch.tensor([length - 2 * i for i in range(items)])[:, None]
-    longest = -(-length // groups)
-    return {"group": torch.where(mask, group, -1), "groups": groups, "longest": longest, "mask": mask}
-
-
 def choice_arguments(size: Size) -> dict[str, Any]:
     """Scores with ties, crops of several lengths, from no token kept to all."""
     crops, length = (7, 13) if size == "small" else (200, 576)
@@ -117,7 +94,6 @@ def sum_arguments(size: Size) -> dict[str, Any]:
 
 
 CASES = (
-    OpCase(crop_places, plain_crop_places, place_arguments),
     OpCase(dominant_and_targets, plain_dominant_and_targets, choice_arguments),
     OpCase(nearest_target, plain_nearest_target, target_arguments),
     OpCase(add_mean, plain_add_mean, sum_arguments, 1e-6),

@@ -18,9 +18,9 @@ from vtc.ops.crops import (
     released_order,
     standardise,
     stretch,
-    top_k_of_groups,
     unlike_mean,
 )
+from vtc.ops.select import top_k_of_groups
 from vtc.testing.plain import OpCase, Size
 
 

@@ -14,12 +14,12 @@ from vtc.ops.greedy import (
     chosen,
     cosine_to_mean,
     greedy_map,
-    in_groups,
     k_center,
     max_sum,
     most_isolated,
     total,
 )
+from vtc.ops.select import in_groups
 from vtc.testing.plain import OpCase, Size
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.select import apportion, front_pack, left_pack, take_last, take_rows, top_k, top_k_in_groups
+from vtc.ops.select import apportion, front_pack, group_sizes, left_pack, take_last, take_rows, top_k, top_k_in_groups
 from vtc.testing.plain import OpCase, Size
 
 
@@ -43,6 +43,14 @@ def _largest_remainders(total: int, sizes: list[int]) -> list[int]:
 def plain_apportion(total: Tensor, sizes: Tensor) -> Tensor:
     """Largest remainders in exact fractions."""
     return torch.tensor([_largest_remainders(*row) for row in zip(total.tolist(), sizes.tolist(), strict=True)])
+
+
+def plain_group_sizes(group: Tensor, groups: int, mask: Tensor) -> Tensor:
+    """Count the members of each group."""
+    rows = [
+        [g for g, real in zip(*row, strict=True) if real] for row in zip(group.tolist(), mask.tolist(), strict=True)
+    ]
+    return torch.tensor([[row.count(g) for g in range(groups)] for row in rows])
 
 
 def plain_top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
@@ -92,6 +100,11 @@ def _ranked(size: Size, groups: int | None = None) -> dict[str, Any]:
     return given
 
 
+def _grouped(size: Size) -> dict[str, Any]:
+    given = _ranked(size, groups=5)
+    return {name: given[name] for name in ("group", "groups", "mask")}
+
+
 def _shares(size: Size) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     rows, groups = (3, 4) if size == "small" else (500, 64)
@@ -117,6 +130,7 @@ def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
 CASES = (
     OpCase(top_k, plain_top_k, _ranked),
     OpCase(apportion, plain_apportion, _shares),
+    OpCase(group_sizes, plain_group_sizes, _grouped),
     OpCase(top_k_in_groups, plain_top_k_in_groups, lambda size: _ranked(size, groups=5)),
     OpCase(left_pack, plain_left_pack, _packed),
     OpCase(front_pack, plain_front_pack, _packed),
