@@ -53,6 +53,11 @@ class Adapter(ABC):
         """Attention module of each LLM layer."""
         return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        """[B, L, D] what the attention of LLM layer `layer` is given when `hidden` enters the layer."""
+        block: Any = self.layers[layer]
+        return block.input_layernorm(hidden)  # type: ignore[no-any-return]
+
     @property
     @abstractmethod
     def vision_layers(self) -> Sequence[nn.Module]:

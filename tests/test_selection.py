@@ -213,7 +213,7 @@ def test_soft_masks_weigh_the_keys(name: str, stages: Any, attention: str, limit
 
 
 def test_the_question_is_what_is_neither_visual_nor_answer(clip: Any) -> None:
-    """Text rows lie behind the first visual token; labels that are not -100 mark the answer."""
+    """Text is what is not visual, in front of the images too; labels that are not -100 mark the answer."""
     views: list[StageView] = []
 
     @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def test_the_question_is_what_is_neither_visual_nor_answer(clip: Any) -> None:
         clip(**inputs)
         clip(**inputs, labels=labels)
     plain, training = views
-    assert plain.text.sum(1).tolist() == [8, 12, 0]
-    assert training.text.sum(1).tolist() == [6, 10, 0]
+    assert plain.text.sum(1).tolist() == [12, 14, 9]
+    assert training.text.sum(1).tolist() == [10, 12, 7]
     assert not (plain.text & plain.visual).any()
     assert not (plain.text & ~plain.valid).any()
     assert torch.equal(plain.text[:, :-2], training.text[:, :-2])

@@ -12,6 +12,7 @@ from vtc.budget import Budget
 from vtc.composite import Composite, combine
 from vtc.compressor import Compressor, ModelSpec, Plan, Positions
 from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.prompt import Bounds, Lengths
 from vtc.registry import create
 from vtc.trace import CallRecord, Stats
 
@@ -52,6 +53,24 @@ class Handle:
     def positions(self) -> Positions:
         """The position policy in force."""
         return self._engine.positions
+
+    @property
+    def prompt_length(self) -> Lengths | None:
+        """Tokens of every row that are the prompt, as given to `compress`; may be set anew between calls."""
+        return self._engine.bounds.prompt_length
+
+    @prompt_length.setter
+    def prompt_length(self, lengths: Lengths | None) -> None:
+        self._engine.bounds = Bounds(lengths, self._engine.bounds.system_length)
+
+    @property
+    def system_length(self) -> Lengths | None:
+        """Tokens of every row that are the system prompt, as given to `compress`; may be set anew between calls."""
+        return self._engine.bounds.system_length
+
+    @system_length.setter
+    def system_length(self, lengths: Lengths | None) -> None:
+        self._engine.bounds = Bounds(self._engine.bounds.prompt_length, lengths)
 
     @property
     def stats(self) -> Stats:
@@ -105,6 +124,8 @@ def compress(
     positions: Positions | None = None,
     pad_output: bool = False,
     trace: bool = True,
+    prompt_length: Lengths | None = None,
+    system_length: Lengths | None = None,
     **hyper_parameters: Any,
 ) -> Handle:
     """Attach a compression method to an unmodified Hugging Face model.
@@ -116,7 +137,10 @@ def compress(
     item. positions: "preserve" keeps the original position ids of kept tokens, "compact" renumbers them without gaps at
     every stage, "compact_input" before the LLM alone;
     the method's default follows its paper. pad_output: put the outputs back at their input positions, which training
-    with labels needs. trace: record kept positions.
+    with labels needs. trace: record kept positions. prompt_length: how many tokens of each row (padding not counted)
+    are the prompt, where the input goes on with an answer and neither labels nor generate() tell; one number, or one
+    for each prompt of the batch. system_length: how many of them are the system prompt, which no method takes for the
+    question; by default it ends with the last control token in front of a row's first visual token.
 
     Raises VTCError (BudgetError, UnknownName, UnsupportedModel, UnsupportedMethod) before the model is touched.
 
@@ -150,7 +174,8 @@ def compress(
     else:
         _check_reach(method, budget, adapter.spec)
     engine = Engine(
-        adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace
+        adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace,
+        bounds=Bounds(prompt_length, system_length),
     )  # fmt: skip
     try:
         engine.attach()

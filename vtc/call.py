@@ -49,6 +49,7 @@ class Call:
         self.separators = visuals.separators if visuals else None
         self.row_counts = list(visuals.row_counts) if visuals else []
         self.visual: Tensor | None = visuals.visual if visuals else None
+        self.prompt: Tensor | None = visuals.prompt if visuals else None
         self.text: Tensor | None = visuals.text if visuals else None
         self.text_count = visuals.text_count if visuals else 0
         self.seen: Tensor | None = None
@@ -62,6 +63,7 @@ class Call:
         self.pruned = self.staged = False
         self.group = 0
         self.group_inputs: tuple[Any, Any] = (None, None)  # attention mask and rotary phases of the current group
+        self.rotary: Any = None  # rotary phases of the rows that arrive at a stage inside the LLM
         self.groups: list[tuple[int, int, list[int]]] = []  # first layer, rows, visual tokens per batch row
         self.stages: list[StageStats] = []
         self.record = self._new_record() if trace and visuals else None
@@ -82,7 +84,7 @@ class Call:
         """Follow the hidden states of a split model to the next device."""
         if self.source.device == device:
             return
-        for name in ("logical", "valid", "visual", "text", "source", "first", "last", "seen", "weights"):
+        for name in ("logical", "valid", "visual", "prompt", "text", "source", "first", "last", "seen", "weights"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
         self.llm_rows = {layer: rows.to(device) for layer, rows in self.llm_rows.items()}
@@ -95,7 +97,8 @@ class Call:
     def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:
         """Carry out a selection: replace rows, drop the others, pack what is left to the right. Returns [B, L', D]."""
         items, separators = self.items, self.separators
-        assert items is not None and separators is not None and self.visual is not None and self.text is not None
+        assert items is not None and separators is not None
+        assert self.visual is not None and self.prompt is not None and self.text is not None
         keep = selection.keep & items.mask
         counts, fixed, stay = self._counts(selection, keep)
         before, rows_before = sum(items.row_totals(self.batch)), self.rows
@@ -112,6 +115,7 @@ class Call:
             self.separators = replace(separators.kept(stay, fixed, moved), fixed=fixed)
             self.source, self.logical = take_last(self.source, index), take_last(self.logical, index)
             self.visual, self.text = take_last(self.visual, index), take_last(self.text, index)
+            self.prompt = take_last(self.prompt, index)
             self.seen = None if self.seen is None else take_last(self.seen, index)
             self.weights = None if self.weights is None else take_last(self.weights, index)
             self.llm_rows = {key: take_last(rows, index) for key, rows in self.llm_rows.items()}

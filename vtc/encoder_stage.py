@@ -221,7 +221,7 @@ class EncoderStages:
         }
         return StageView(
             stage=stage, model=self.adapter.spec, budget=self.budget, items=table, separators=table.split()[1],
-            hidden=hidden, visual=visual, valid=valid, text=torch.zeros_like(valid),
+            hidden=hidden, visual=visual, valid=valid, prompt=visual, text=torch.zeros_like(valid),
             fingerprint=torch.zeros_like(number), vision_rows=rows, needs=self.needs, memory=self._memory,
             module=self.module,
         )  # fmt: skip

@@ -38,10 +38,11 @@ from vtc.inputs import (
 from vtc.layout import VisionContext
 from vtc.ops.attention import soft_mask
 from vtc.outputs import check_labels, spread
+from vtc.prompt import Bounds, GenerateWatch, Prompt, control_tokens
 from vtc.stages import StageRunner
 from vtc.trace import CallRecord, Stats
 from vtc.vision import VisionRecorder
-from vtc.visuals import Visuals, host_counts, question_rows
+from vtc.visuals import Visuals, host_counts
 
 OWNER = "_vtc_engine"
 
@@ -51,6 +52,7 @@ class _State(threading.local):
 
     labels: Tensor | None = None
     placeholders: Tensor | None = None
+    control: Tensor | None = None
     contexts: tuple[VisionContext, ...] = ()
     call: Call | None = None
     untouched: Call | None = None
@@ -87,6 +89,7 @@ class Engine:
         *,
         pad_output: bool,
         trace: bool,
+        bounds: Bounds | None = None,
     ) -> None:
         self.adapter, self.method, self.plan, self.budget = adapter, method, plan, budget
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
@@ -99,7 +102,8 @@ class Engine:
         self.stages = StageRunner(adapter, method, plan, budget, self.module)
         self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder)
         self.taps = self.stages.taps(adapter, functools.partial(lambda: self._state.call))
-        self.placeholders = adapter.placeholders
+        self.placeholders, self.controls = adapter.placeholders, control_tokens(adapter.model)
+        self.watch, self.bounds = GenerateWatch(adapter.model), bounds or Bounds()
         self._state = _State()
         self._handles: list[Any] = []
 
@@ -116,6 +120,7 @@ class Engine:
         hooked = [adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers)]
         check_compiled(hooked, language_model, inside=bool(layers))
         adapter.model.__dict__[OWNER] = self
+        self.watch.install()
         self.recorder.install()
         self.taps.install()
         handles = self._handles
@@ -138,6 +143,7 @@ class Engine:
             handle.remove()
         self._handles = []
         if self.attached:
+            self.watch.remove()
             self.recorder.remove()
             self.taps.remove()
             del self.adapter.model.__dict__[OWNER]
@@ -164,6 +170,7 @@ class Engine:
             state.contexts = given_contexts(given, self.recorder.recall)
             table = self.adapter.model.get_input_embeddings()
             state.placeholders = placeholder_masks(given, self.placeholders.values(), table)
+            state.control = placeholder_masks(given, self.controls, table).any(0) if self.controls else None
 
     @_guarded
     def _enter_llm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,6 +206,7 @@ class Engine:
             hidden = call.deepstack.add(index, hidden, call.valid)
         if index > 0 and index in self.stages.starts:
             call.to(hidden.device)
+            call.rotary = call.group_inputs[1] if call.group else kwargs["position_embeddings"]
             if call.items is not None:
                 hidden = self.stages.run(index, call, hidden, self._state.contexts)
             positions, mask = call.enter(index, hidden.device)
@@ -249,12 +257,15 @@ class Engine:
         self.recorder.contexts = []
         if state.placeholders is None:
             return None
-        valid, text = question_rows(state.placeholders, mask_2d(kwargs), state.labels)
-        counts = host_counts(state.placeholders, valid, text)
-        if not any(counts[0]):
+        before = kwargs.get("past_key_values")
+        limit = self.watch.limit(0 if before is None else before.get_seq_length())
+        visual = state.placeholders.any(0)
+        prompt = Prompt.find(visual, state.control, mask_2d(kwargs), state.labels, limit, self.bounds)
+        counts = host_counts(state.placeholders, prompt)
+        if not any(counts.kinds):
             return None
         state.contexts = self.adapter.regroup(state.contexts, state.placeholders)
-        return Visuals.find(state.placeholders, state.contexts, list(self.placeholders), counts, text)
+        return Visuals.find(state.placeholders, state.contexts, list(self.placeholders), counts, prompt)
 
     def _begin(self, kwargs: dict[str, Any], visuals: Visuals | None) -> Call:
         hidden = kwargs["inputs_embeds"]

@@ -41,13 +41,12 @@ class AttentionCall:
 class QueryRows:
     """The rows of the current chunk that an LLM reading may ask about.
 
-    valid, visual, text: [B, L] bool; padding is not valid, separators count as visual, text is the question: what
-    follows a row's first visual token and is neither visual nor, in training, part of the answer. text_count: no row
-    has more text than this (known on the host). last: [B, 1] place of the last valid row. mask: as `attention_rows`
-    takes it.
+    prompt, visual, text: [B, L] bool; the prompt is without padding and without whatever is an answer, separators count
+    as visual, text is what else the prompt holds but for its system prompt. text_count: no row has more text than this
+    (known on the host). last: [B, 1] place of the prompt's last row. mask: as `attention_rows` takes it.
     """
 
-    valid: Tensor
+    prompt: Tensor
     visual: Tensor
     text: Tensor
     text_count: int
@@ -76,7 +75,13 @@ class VisionReading(Reading):
 
 @dataclass(frozen=True)
 class LLMReading(Reading):
-    """Something recorded of an LLM layer's attention while the prompt passes through it."""
+    """Something recorded of an LLM layer's attention while the prompt passes through it.
+
+    ahead: read before the layer runs, at the stage in front of it, from the layer's own projections of the rows that
+    arrive there; only where a method asks for it, since the projections are computed a second time.
+    """
+
+    ahead: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
@@ -164,13 +169,21 @@ class LayerOutput(VisionReading):
 
 @dataclass(frozen=True)
 class LastRow(LLMReading):
-    """Softmax attention of each row's last valid token, mean over heads: [B, K]."""
+    """Softmax attention of the last token of each row's prompt, mean over heads: [B, K]."""
 
     name: ClassVar[str] = "last"
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
         query, key = attention.query, attention.key
         return attention_rows(query, key, rows.last, attention.scaling, mask=rows.mask, causal=True)[:, 0]
+
+
+@dataclass(frozen=True)
+class LastRowAhead(LastRow):
+    """As `LastRow`, of the layer behind the stage."""
+
+    name: ClassVar[str] = "last, own projections"
+    ahead: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -196,4 +209,5 @@ class Rows:
     KEYS = Keys()
     HIDDEN = LayerOutput()
     LAST = LastRow()
+    LAST_AHEAD = LastRowAhead()
     GROUP_SUMS = GroupSums()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from vtc.errors import UnsupportedMethod
 from vtc.items import ItemTable
 from vtc.layout import VisionContext
 from vtc.readings import AttentionCall, LLMReading, QueryRows, exact
-from vtc.taps import TapSet
+from vtc.taps import TapSet, look_ahead
 
 
 class StageRunner:
@@ -31,7 +32,7 @@ class StageRunner:
     def __init__(
         self, adapter: Adapter, method: Compressor, plan: Plan, budget: Budget | None, module: nn.Module | None = None
     ) -> None:
-        self.method, self.plan, self.budget, self.spec = method, plan, budget, adapter.spec
+        self.adapter, self.method, self.plan, self.budget, self.spec = adapter, method, plan, budget, adapter.spec
         self.module = module
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
@@ -55,31 +56,48 @@ class StageRunner:
         """Taps for the LLM rows the plan needs; `current` returns the call in progress."""
         attention = adapter.llm_attention
         pairs = self.plan.needs.llm_pairs
-        for _, reading in pairs:
+        for layer, reading in pairs:
             if not isinstance(reading, LLMReading):
                 raise UnsupportedMethod(
                     f"{reading.name!r} was asked for of an LLM layer, but is a reading of the vision encoder; write "
                     "Rows.LAST, for example"
                 )
-        return TapSet((attention[layer], functools.partial(self._record, layer, one, current)) for layer, one in pairs)
+            if reading.ahead and layer not in self.inner:
+                raise UnsupportedMethod(
+                    f"{reading.name!r} of LLM layer {layer} is read at the stage before that layer, which "
+                    f"{self.method.name!r} does not have; add the stage or read another layer"
+                )
+        record = functools.partial(self._record, current)
+        return TapSet(
+            (attention[layer], _nothing if one.ahead else functools.partial(record, layer, one)) for layer, one in pairs
+        )
 
     def _record(
-        self, layer: int, reading: LLMReading, current: functools.partial[Call | None], attention: AttentionCall
+        self, current: functools.partial[Call | None], layer: int, reading: LLMReading, attention: AttentionCall
     ) -> None:
         """Read an attention call, keep what concerns the rows of the current chunk."""
         call = current()
         if call is None or call.items is None or not self.method.reads(self.spec, layer, call.memory):
             return
-        assert call.visual is not None and call.text is not None
-        valid = call.valid_rows()
-        last = (torch.arange(call.rows, device=valid.device) * valid).amax(1, keepdim=True)
         mask = attention.mask
         if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say so too
             mask = call.valid if call.cache is None else call.cache.masks[call.group]
-        rows = QueryRows(valid, call.visual & valid, call.text & valid, call.text_count, last, mask)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
-            values = reading.read(attention, rows)
-        call.llm_rows[layer, reading] = values[..., -call.rows :]
+        call.llm_rows[layer, reading] = _read(reading, attention, call, mask)
+
+    def _read_ahead(self, layer: int, reading: LLMReading, call: Call, hidden: Tensor) -> Tensor:
+        """[..., B, L] what `reading` says of layer `layer`, which `hidden` is about to enter."""
+        with torch.no_grad():
+            given = self.adapter.attention_input(layer, hidden)
+            attention = look_ahead(self.adapter.llm_attention[layer], given, call.rotary)
+        mask = call.valid
+        if call.cache is not None and (old := call.cache.physical_length(layer)):
+            key = torch.cat([call.cache.layers[layer].keys.to(attention.key), attention.key], dim=2)
+            attention = dataclasses.replace(attention, key=key)
+            before = call.cache.masks[layer]
+            if mask is not None or before is not None:
+                ones = torch.ones(call.batch, old, dtype=torch.bool, device=hidden.device)
+                mask = torch.cat([ones if before is None else before.to(hidden.device), call.valid_rows()], dim=1)
+        return _read(reading, attention, call, mask)
 
     def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
         """True when the budget keeps every token of every item: then the model must stay untouched, bit for bit."""
@@ -106,8 +124,9 @@ class StageRunner:
     def select(self, stage: Stage, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Selection | None:
         """Ask the method what to keep."""
         items, separators = call.items, call.separators
-        assert items is not None and separators is not None and call.visual is not None and call.text is not None
-        device = hidden.device
+        assert items is not None and separators is not None
+        assert call.visual is not None and call.prompt is not None and call.text is not None
+        device, valid = hidden.device, call.valid_rows()
         keys = torch.cat([context.fingerprint.to(device) for context in contexts])
         if stage == 0:
             items = dataclasses.replace(items, entered=items.counts)
@@ -118,15 +137,16 @@ class StageRunner:
             items=items,
             separators=separators,
             hidden=hidden,
-            visual=call.visual,
-            valid=call.valid_rows(),
-            text=call.text,
+            visual=call.visual & valid,
+            valid=valid,
+            prompt=call.prompt & valid,
+            text=call.text & valid,
             fingerprint=keys[items.source],
             vision_rows={
                 pair: _stack([context.attention[pair].to(device) for context in contexts])
                 for pair in self.plan.needs.vision_pairs
             },
-            llm_rows=call.llm_rows,
+            llm_rows=_LLMRows(call.llm_rows, lambda layer, reading: self._read_ahead(layer, reading, call, hidden)),
             needs=self.plan.needs,
             memory=call.memory,
             module=self.module,
@@ -154,6 +174,41 @@ class StageRunner:
             chunk = chunk if valid is None else chunk & valid
             old = cache.physical_length(group) - chunk.shape[1]
             cache.evict(group, torch.cat([chunk.new_ones(call.batch, old), chunk], dim=1))
+
+
+class _LLMRows(dict[tuple[int, LLMReading], Tensor]):
+    """What was recorded so far, and what is read ahead, computed when it is asked for."""
+
+    def __init__(
+        self, recorded: dict[tuple[int, LLMReading], Tensor], ahead: Callable[[int, LLMReading], Tensor]
+    ) -> None:
+        super().__init__(recorded)
+        self._ahead = ahead
+
+    def __missing__(self, pair: tuple[int, LLMReading]) -> Tensor:
+        layer, reading = pair
+        if not reading.ahead:
+            raise UnsupportedMethod(
+                f"{reading.name!r} of LLM layer {layer} was not recorded; name it in the Needs of the method's plan, "
+                "and let `reads` return True for that layer"
+            )
+        self[pair] = self._ahead(layer, reading)
+        return self[pair]
+
+
+def _read(reading: LLMReading, attention: AttentionCall, call: Call, mask: Tensor | None) -> Tensor:
+    """[..., B, L] for the rows of the current chunk; mask: as `attention_rows` takes it."""
+    assert call.visual is not None and call.prompt is not None and call.text is not None
+    valid = call.valid_rows()
+    prompt = call.prompt & valid
+    last = (torch.arange(call.rows, device=valid.device) * prompt).amax(1, keepdim=True)
+    rows = QueryRows(prompt, call.visual & valid, call.text & valid, call.text_count, last, mask)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
+        return reading.read(attention, rows)[..., -call.rows :]
+
+
+def _nothing(attention: AttentionCall) -> None:
+    """A tap that makes a module's queries and keys readable ahead."""
 
 
 def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:

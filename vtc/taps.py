@@ -21,6 +21,7 @@ from vtc.readings import AttentionCall
 Tap = Callable[[AttentionCall], None]
 
 _lock = threading.Lock()
+_looking = threading.local()
 _taps: dict[int, list[Tap]] = {}
 _users: dict[str, int] = {}
 _saved: dict[str, tuple[bool, Callable[..., Any]]] = {}
@@ -42,11 +43,38 @@ def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
                 bool(getattr(module, "is_causal", False) if causal is None else causal),
                 kwargs.get("cu_seq_lens_q"),
             )
+            if getattr(_looking, "ahead", False):
+                raise _Seen(call)
             for tap in tuple(taps):
                 tap(call)
         return base(module, query, key, value, attention_mask, *args, **kwargs)
 
     return tapped
+
+
+class _Seen(Exception):
+    """Ends an attention module's forward pass in front of its attention function."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+
+
+def look_ahead(attention: Any, hidden: Tensor, rotary: Any) -> AttentionCall:
+    """The queries and keys that a tapped module makes of `hidden` [B, L, D]; nothing is attended and nothing cached.
+
+    rotary: the position embeddings that the module takes. Other taps on it do not notice.
+    """
+    _looking.ahead = True
+    try:
+        attention(hidden_states=hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None)
+    except _Seen as seen:
+        return seen.call
+    finally:
+        _looking.ahead = False
+    raise UnsupportedModel(
+        f"{type(attention).__name__} ran without looking its attention function up, so its queries and keys cannot be "
+        "read; load the model with attn_implementation='sdpa'"
+    )
 
 
 class TapSet:

@@ -49,9 +49,9 @@ class StageView:
 
     stage: the stage reached. model: facts about the model. budget: None for methods without one. items: the table of
     items and where their tokens lie; separators: the same for their separators. hidden: [B, L, D] rows entering the
-    stage. visual, valid: [B, L] bool; text: [B, L] bool, the question behind the first visual token, without the
-    answer in training. fingerprint: [I] int64 pixel keys. memory: what the method left there at earlier stages of the
-    same call. module: its learned parts.
+    stage. visual, valid, prompt, text: [B, L] bool; the prompt is what is valid and no answer, whether generated,
+    drafted or given with labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel
+    keys. memory: what the method left there at earlier stages of the same call. module: its learned parts.
     """
 
     stage: Stage
@@ -62,6 +62,7 @@ class StageView:
     hidden: Tensor
     visual: Tensor
     valid: Tensor
+    prompt: Tensor
     text: Tensor
     fingerprint: Tensor
     vision_rows: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)

@@ -45,7 +45,7 @@ def test_layers_of_other_depths(layers: int, late: tuple[int, ...], early: tuple
     assert method.lists(deep(layers)) == (late, early)
     plan = method.plan(deep(layers))
     assert plan.stages == tuple(sorted({*late, *early}))
-    assert plan.needs == vtc.Needs(llm={layer - 1: Rows.LAST for layer in plan.stages})
+    assert plan.needs == vtc.Needs(llm={layer: Rows.LAST_AHEAD for layer in plan.stages})
     assert vtc.create("pyramiddrop", layers=[1]).lists(deep(layers)) == ((1,),)
 
 
@@ -124,7 +124,7 @@ def test_items_of_a_batch_follow_their_own_list(make_view: Any) -> None:
 def test_the_plain_choice(make_view: Any, kept: Any, stage: int) -> None:
     view = make_view([(7, 9), (6, 6), (1, 1), (12, 12)], stage=stage, spec=LLAMA, keep=12)
     rows = torch.rand(view.visual.shape, generator=torch.Generator().manual_seed(3)).mul(40).round()
-    view = dataclasses.replace(view, llm_rows={(stage - 1, Rows.LAST): rows})
+    view = dataclasses.replace(view, llm_rows={(stage, Rows.LAST_AHEAD): rows})
     method = vtc.create("pyramiddrop")
     selection = method.select(view)
     counts = method.left(view, stage)
@@ -139,7 +139,7 @@ def test_the_plain_choice(make_view: Any, kept: Any, stage: int) -> None:
 
 def test_defaults_and_refusals() -> None:
     method = vtc.create("pyramiddrop")
-    assert dataclasses.asdict(method) == {"layers": None, "ratios": None}
+    assert dataclasses.asdict(method) == {"layers": None, "ratios": None, "rank_by": "own"}
     assert vtc.create("pyramiddrop", layers=[1, 2], ratios=[0.5, 0.1]).layers == (1, 2)
     assert method.plan(LLAMA).positions == "compact"
     assert method.plan(dataclasses.replace(LLAMA, mrope=True)).positions == "preserve"
@@ -165,40 +165,45 @@ LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]
 
 @pytest.mark.parametrize("name", ["llava-clip", "internvl"])
 @pytest.mark.parametrize("layer", [1, 2, 3])
-def test_the_first_stage_is_that_of_eager_attention(name: str, layer: int) -> None:
+@pytest.mark.parametrize("rank_by", ["own", "before"])
+def test_the_first_stage_is_that_of_eager_attention(name: str, layer: int, rank_by: str) -> None:
     model = tiny_model(name)
     inputs = tiny_inputs(name, LAYOUT, seed=2, model=model)
     with torch.no_grad():
-        with vtc.compress(model, "pyramiddrop", layers=(layer,), ratios=(0.4,)) as handle:
+        with vtc.compress(model, "pyramiddrop", layers=(layer,), ratios=(0.4,), rank_by=rank_by) as handle:
             model(**inputs)
         model.set_attn_implementation("eager")
         weights = model(**inputs, output_attentions=True).attentions
     for record in handle.trace[0].items:
-        row = weights[layer - 1][record.row].mean(0)[-1]
+        row = weights[layer - (rank_by == "before")][record.row].mean(0)[-1]
         scores = [row[position].item() for position in record.positions]
         assert record.kept[layer].tolist() == best(scores, int(len(scores) * 0.4))
 
 
+@pytest.mark.parametrize("rank_by", ["own", "before"])
 @torch.no_grad()
-def test_the_second_stage_reads_the_rows_that_are_left() -> None:
-    """The oracle: a model whose prompt never held what the first stage dropped ranks the rest alike in layer 0 to 1."""
+def test_the_second_stage_reads_the_rows_that_are_left(rank_by: str) -> None:
+    """The oracle: eager attention over the rows that the first stage left, numbered anew."""
     model = tiny_model("llava-clip")
     inputs = tiny_inputs("llava-clip", [[4, "image", 5]], seed=2)
-    # Dropped before layer 1, so only layer 1 sees the short prompt; its attention decides before layer 2.
-    with vtc.compress(model, "pyramiddrop", layers=(1, 2), ratios=(0.5, 0.2)) as handle:
-        entering: list[torch.Tensor] = []
+    # Dropped before layer 1: layer 1 sees the short prompt, and what leaves it arrives at the stage before layer 2.
+    with vtc.compress(model, "pyramiddrop", layers=(1, 2), ratios=(0.5, 0.2), rank_by=rank_by) as handle:
+        around: dict[str, torch.Tensor] = {}
         layer = model.model.language_model.layers[1]
-        hook = layer.register_forward_pre_hook(
-            lambda module, args, kwargs: entering.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        note = lambda module, args, kwargs, output: around.update(  # noqa: E731
+            before=args[0] if args else kwargs["hidden_states"], own=output[0] if isinstance(output, tuple) else output
         )
+        hook = layer.register_forward_hook(note, with_kwargs=True)
         model(**inputs)
         hook.remove()
     (item,) = handle.trace[0].items
-    rows = entering[0]
+    rows = around[rank_by]
     length = rows.shape[1]
     rotary = model.model.language_model.rotary_emb(rows, torch.arange(length)[None])
     mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
-    eager = tiny_model("llava-clip", attn_implementation="eager").model.language_model.layers[1]
+    eager = tiny_model("llava-clip", attn_implementation="eager").model.language_model.layers[
+        2 if rank_by == "own" else 1
+    ]
     weights = eager.self_attn(eager.input_layernorm(rows), position_embeddings=rotary, attention_mask=mask)[1]
     first = item.kept[1].tolist()
     scores = weights[0].mean(0)[-1, 4 : 4 + len(first)].tolist()

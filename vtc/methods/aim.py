@@ -50,7 +50,7 @@ class Importance(LLMReading):
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
         return pagerank(
             attention.query, attention.key, attention.scaling, tau=self.tau, iterations=self.iterations,
-            damping=self.damping, mask=rows.mask, causal=True, voters=rows.valid,
+            damping=self.damping, mask=rows.mask, causal=True, voters=rows.prompt,
         )  # fmt: skip
 
 

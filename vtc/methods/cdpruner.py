@@ -31,7 +31,7 @@ class CDPruner(Compressor):
 
     Departures from the paper and its code: ADAPTED RELEVANCE. The code compares CLIP's own projections of patches with
     CLIP's text encoder, which is no part of a multimodal LLM. Here e_j = v_j, and t is the mean of the LLM's embeddings
-    of the question (what follows a row's first visual token); say so with every result. Without a question all
+    of the question (the prompt's text without its system prompt); say so with every result. Without a question all
     tokens are equally relevant. Relevance is scaled over each item instead of over all crops of a call, so that a batch
     equals its rows. Beyond the rank of L (the width of the tokens), where the code divides by zero, the most relevant
     of the remaining tokens fill the budget. AnyRes images keep their resolution and their newline tokens, which are no

@@ -53,8 +53,9 @@ class TextAttention(LLMReading):
     name = "text sum and maximum"
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        index = front_pack(rows.text, rows.text_count)
-        real = torch.arange(rows.text_count, device=index.device) < rows.text.sum(1, keepdim=True)
+        asking = rows.text & (rows.visual.cumsum(1) > 0)  # text in front of every image sees none
+        index = front_pack(asking, rows.text_count)
+        real = torch.arange(rows.text_count, device=index.device) < asking.sum(1, keepdim=True)
         query, key = attention.query, attention.key
         return attention_sum_and_max(query, key, index, real, attention.scaling, mask=rows.mask, causal=True)
 
@@ -79,10 +80,11 @@ class MustDrop(Compressor):
 
     1. merge, behind the first encoder layer: the windows of patches whose mean pairwise cosine is at least `tau` become
        one token each, their mean. Each image (or tile) decides for itself.
-    2. filter, behind each of `layers` of the LLM: a_tj is the head-mean attention of text token t (what follows the
-       row's first image, later images left out) to visual token j, g_j = sum_t a_tj, m_j = max_t a_tj. Token j falls if
-       g_j < gamma * sum_j g_j and m_j < alpha. The key set never falls: of every tile ceil(key_rate * tokens) tokens,
-       those with the largest attention from the class token in the encoder's last layer.
+    2. filter, behind each of `layers` of the LLM: a_tj is the head-mean attention of text token t (of the prompt
+       behind the row's first image, later images left out) to visual token j, g_j = sum_t a_tj, m_j = max_t a_tj.
+       Token j falls if g_j < gamma * sum_j g_j and m_j < alpha. The key set never falls: of every tile
+       ceil(key_rate * tokens) tokens, those with the largest attention from the class token in the encoder's last
+       layer.
     3. cache, after the prefill: layers from `layers[0]` on keep only the entries of tokens alive at the end.
 
     A budget (filter="budget") uses the same ordering with counts: both thresholds times c keep {u_j >= c} with

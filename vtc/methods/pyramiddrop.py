@@ -6,19 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
 from vtc.ops.select import top_k
+from vtc.readings import LLMReading
 from vtc.registry import register
 from vtc.schedule import geometric_schedule
 
 LATE, EARLY = (8, 16, 24), (2, 10, 18)
 """Layers before which tokens are dropped, of 32: as published, and for budgets that those cannot meet."""
 DEPTH = 32
+RankBy = Literal["own", "before"]
 
 
 @register
@@ -26,27 +28,29 @@ DEPTH = 32
 class PyramidDrop(Compressor):
     """Drop visual tokens before several layers of the LLM, keeping those the last prompt token attends to.
 
-    Acts inside the LLM; training-free, follows the question. Before every layer of the list (section 3.2) tokens are
-    ranked by what the last prompt token pays to them, mean over heads, and lambda, lambda^2, lambda^3, ... of the
-    tokens the LLM was given stay, in their order. The whole prompt is then numbered anew without gaps, except under
-    multi-axis positions, and the KV cache of every layer holds what the layer saw.
+    Acts inside the LLM; training-free, follows the question. Before every layer l of the list (section 3.2) tokens are
+    ranked by what the last prompt token pays to them in layer l, mean over heads, and lambda, lambda^2, lambda^3, ...
+    of the tokens the LLM was given stay, in their order. The whole prompt is then numbered anew without gaps, except
+    under multi-axis positions, and the KV cache of every layer holds what the layer saw.
 
     layers: the list; by default a quarter, half and three quarters of the depth (8, 16, 24 of 32), and for items whose
     budget these cannot meet (below about a quarter) 2, 10, 18 of 32, scaled to the depth. ratios: what each stage
     leaves; then no retention or keep is given and int(N * ratio) of N tokens stay, at least one. Published: 0.5, 0.25,
     0.125, which is a mean of 46.9 %. By default lambda is solved for by bisection, so that the mean over all layers
-    meets the budget.
+    meets the budget. rank_by: "own" applies the norm and the projections of layer l to the rows that arrive there, as
+    released, which costs these projections once more for all tokens; "before" takes the attention of layer l - 1, which
+    has been computed anyway.
 
-    Departures from the paper and its code: a stage before layer l ranks by the attention of layer l - 1, which has been
-    computed, where the release applies the projections of layer l to its input a second time (ranked by layer l and
-    dropped behind it: write the layers one higher); every image has its own share, where the release knows one image a
+    Departures from the paper and its code: every image has its own share, where the release knows one image a
     prompt; newline tokens stay; the layers for small budgets are ours.
     """
 
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None
+    rank_by: RankBy = "own"
 
     name = "pyramiddrop"
+    version = 2
 
     def __post_init__(self) -> None:
         for field in ("layers", "ratios"):  # lists, as configuration files have them
@@ -54,9 +58,11 @@ class PyramidDrop(Compressor):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.layers is not None and (not self.layers or self.layers[0] < 1 or not _rising(self.layers)):
             raise VTCError(
-                f"layers={self.layers!r} must rise and begin at 1 or later, since a stage ranks by the layer in front "
-                "of it; the paper uses (8, 16, 24) of 32"
+                f"layers={self.layers!r} must rise and begin at 1 or later, since these stages lie inside the LLM; the "
+                "paper uses (8, 16, 24) of 32"
             )
+        if self.rank_by not in get_args(RankBy):
+            raise unknown_name("rank_by value", str(self.rank_by), get_args(RankBy))
         if self.ratios is not None:
             falling = all(first >= second for first, second in pairwise(self.ratios))
             if not self.ratios or not falling or not 0 < self.ratios[-1] <= self.ratios[0] < 1:
@@ -92,7 +98,7 @@ class PyramidDrop(Compressor):
 
     def plan(self, model: ModelSpec) -> Plan:
         stages = tuple(sorted({layer for each in self.lists(model) for layer in each}))
-        needs = Needs(llm={layer - 1: Rows.LAST for layer in stages})
+        needs = Needs(llm=dict(self.reading(stage) for stage in stages))
         return Plan(stages, needs, "preserve" if model.mrope else "compact")
 
     def select(self, view: StageView) -> Selection | None:
@@ -101,11 +107,11 @@ class PyramidDrop(Compressor):
         if counts == view.items.counts:
             return None
         keep = torch.tensor(counts, device=view.hidden.device)
-        return Selection(top_k(self.score(view, view.stage), keep, view.items.mask), counts=counts)
+        return Selection(top_k(view.llm_attention(*self.reading(view.stage)), keep, view.items.mask), counts=counts)
 
-    def score(self, view: StageView, layer: int) -> Tensor:
-        """[I, N] what decides before `layer`; higher is kept."""
-        return view.llm_attention(layer - 1, Rows.LAST)
+    def reading(self, stage: int) -> tuple[int, LLMReading]:
+        """The LLM layer and what of it ranks the tokens before layer `stage`."""
+        return (stage, Rows.LAST_AHEAD) if self.rank_by == "own" else (stage - 1, Rows.LAST)
 
     def left(self, view: StageView, layer: int) -> tuple[int, ...]:
         """Tokens that each item has behind the stage before `layer`."""

@@ -43,10 +43,10 @@ class ToDRE(Compressor):
     Departures from the paper and its code: there is no public code. What the paper leaves open: cosine distance for
     k-center, the mean over heads, 0-based floor(7L/8) (models of up to 8 layers check the last layer but one, since
     nothing would be left to save behind the last), kept tokens in ascending order, "center" for encoders without a
-    class token (the paper: random, within 0.2 %). Text is what follows a row's first visual token; what stands before
-    it counts as system prompt. Since image rows cannot see the question behind them, a_vt is 0 unless text stands
-    between images. Positions are renumbered without gaps where the tokens enter the LLM, except under multi-axis rotary
-    positions, and stay as they are behind stage 2.
+    class token (the paper: random, within 0.2 %). Text is all of the prompt that is neither visual nor system prompt,
+    in front of the images too. Since image rows cannot see the question behind them, a_vt is 0 unless text stands in
+    front of an image. Positions are renumbered without gaps where the tokens enter the LLM, except under multi-axis
+    rotary positions, and stay as they are behind stage 2.
     """
 
     variant: Variant = "max_sum"

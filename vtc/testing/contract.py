@@ -31,6 +31,7 @@ from vtc.testing.measures import (
     layouts,
     modes,
     no_trace,
+    only_the_prompt,
     reference,
     right_padding,
     two_turns,
@@ -141,14 +142,15 @@ class _Check:
             worst = batch_against_singles(model, self.name, layout, attach, self.steps)
             yield f"batch = singles, {policy}", worst, LIMIT
             yield f"right = left padding, {policy}", right_padding(model, self.name, layout, attach), LIMIT
+        yield "answers are no prompt", only_the_prompt(model, inputs, self._attach(policies[-1])), 0.0
         if self.method.needs_budget:
             yield "retention 1.0, bit-identical", identical(model, inputs, self._whole), 0.0
         yield "nothing left behind", no_trace(model, inputs, self._attach(policies[-1])), 0.0
         yield "gradients reach the projector", gradients(model, inputs, self._attach(policies[-1])), 0.0
         yield "bfloat16 runs", half_precision(model, inputs, self._attach(policies[-1])), 0.0
 
-    def _attach(self, policy: Positions) -> Callable[[Any], Handle]:
-        return lambda model: compress(model, self.method, positions=policy, **self.budget)
+    def _attach(self, policy: Positions) -> Callable[..., Handle]:
+        return lambda model, **more: compress(model, self.method, positions=policy, **self.budget, **more)
 
     def _whole(self, model: Any) -> Handle:
         return compress(model, self.method, retention=1.0)

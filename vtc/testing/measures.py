@@ -176,6 +176,42 @@ def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
     return max(float((plain - logits).abs().max()), 1e-30)
 
 
+@torch.no_grad()
+def only_the_prompt(model: Any, inputs: dict[str, Tensor], attach: Callable[..., Handle], steps: int = 5) -> float:
+    """0.0 when the same tokens are kept whatever follows the prompt, infinite otherwise.
+
+    What follows: a given answer with its prompt's length told, the same marked by labels, drafts of prompt lookup, and
+    what generate() without a cache feeds again at every step. attach: takes further options of `vtc.compress`.
+    """
+    with attach(model) as handle:
+        model(**inputs)
+    (alone,) = handle.trace
+    batch = len(inputs["input_ids"])
+    answer = torch.randint(5, 110, (batch, steps), generator=torch.Generator().manual_seed(1))
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], dim=1)}
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            longer[name] = torch.nn.functional.pad(inputs[name], (0, steps), value=value)
+    labels = torch.nn.functional.pad(answer, (longer["input_ids"].shape[1] - steps, 0), value=-100)
+    with attach(model, pad_output=True) as handle:
+        model(**longer, labels=labels)
+    records = handle.trace
+    with attach(model, prompt_length=inputs["attention_mask"].sum(1)) as handle:
+        model(**longer)
+        handle.prompt_length = None
+        generate(model, inputs, nullcontext(), 3, use_cache=False)
+        if batch == 1:
+            generate(model, inputs, nullcontext(), steps, prompt_lookup_num_tokens=3)
+    same = all(
+        torch.equal(kept, other.kept[stage])
+        for record in [*records, *handle.trace]
+        for one, other in zip(alone.items, record.items, strict=True)
+        for stage, kept in one.kept.items()
+        if isinstance(stage, int) or stage in other.kept  # nothing leaves a cache that is not there
+    )
+    return 0.0 if same else float("inf")
+
+
 def half_precision(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
     """0.0 when a bfloat16 run gives finite logits."""
     model = model.to(torch.bfloat16)

@@ -1,0 +1,198 @@
+"""Which rows of a call are the prompt, and which of its text is the user's: all that a method may look at.
+
+What was generated, drafted or is a label never counts. Its end is known from labels, from what generate() was called
+with, and from what the caller says; without any of these the whole input is the prompt. The system prompt in front of
+the question is told by its length, or ends with the last control token before the first visual token.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.errors import InputError, UnsupportedCall
+
+Lengths = int | Sequence[int] | Tensor
+"""Tokens of every row, padding not counted: one number for all rows, or one for each prompt of the batch."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the caller says about the rows of a call; None where nothing is said.
+
+    prompt_length: tokens from the first one on that are the prompt. system_length: tokens from the first one on that
+    are the system prompt, with whatever the chat template writes in front of the user's words.
+    """
+
+    prompt_length: Lengths | None = None
+    system_length: Lengths | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_length", 1), ("system_length", 0)):
+            object.__setattr__(self, name, _checked(name, getattr(self, name), least))
+
+
+def _checked(name: str, given: Any, least: int) -> int | tuple[int, ...] | None:
+    """The lengths as Python numbers. Raises InputError for anything else."""
+    if given is None:
+        return None
+    try:
+        values = given.tolist() if hasattr(given, "tolist") else given
+        several = list(values) if isinstance(values, list | tuple) else [values]
+        if several and all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in several):
+            return tuple(several) if isinstance(values, list | tuple) else several[0]
+    except TypeError:
+        pass
+    raise InputError(
+        f"{name}={given!r} is no number of tokens; pass a whole number from {least} on, or one for each prompt of the "
+        f"batch, for example {name}=[17, 23]"
+    )
+
+
+def per_row(name: str, lengths: Lengths | None, batch: int, device: torch.device) -> Tensor | None:
+    """[batch, 1] `lengths`, each repeated where beams repeat its prompt; None if none are given.
+
+    Raises UnsupportedCall for another number of rows.
+    """
+    if lengths is None:
+        return None
+    values = torch.tensor([lengths] if isinstance(lengths, int) else list(lengths), device=device)
+    if batch % len(values):
+        raise UnsupportedCall(
+            f"{name} has {len(values)} entries for a batch of {batch} rows; give one number for all rows, or one for "
+            "each prompt"
+        )
+    return values.repeat_interleave(batch // len(values))[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """[B, S] bool each. valid: no padding. rows: the prompt. text: what in it is neither visual nor system prompt."""
+
+    valid: Tensor
+    rows: Tensor
+    text: Tensor
+
+    @classmethod
+    def find(
+        cls,
+        visual: Tensor,
+        control: Tensor | None,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        limit: int | None,
+        bounds: Bounds,
+    ) -> Prompt:
+        """Find the prompt in a chunk of S columns.
+
+        visual: [B, S] bool. control: [B, S] bool, tokens that begin a sequence or end a turn. mask: [B, past + S]
+        attention mask. labels: [B, S], -100 where a token is no answer. limit: columns that generate() was given.
+        """
+        (batch, length), device = visual.shape, visual.device
+        valid = torch.ones_like(visual) if mask is None else mask[:, -length:].to(device).bool()
+        rows, number = valid, valid.cumsum(1)
+        if limit is not None and limit < length:
+            rows = rows & (torch.arange(length, device=device) < limit)
+        if (ends := per_row("prompt_length", bounds.prompt_length, batch, device)) is not None:
+            rows = rows & (number <= ends)
+        if labels is not None:
+            rows = rows & unanswered(visual, labels.to(device) != -100)
+        text = rows & ~visual
+        if (system := per_row("system_length", bounds.system_length, batch, device)) is not None:
+            text = text & (number > system)
+        elif control is not None:
+            text = text & ~system_rows(visual, control)
+        return cls(valid, rows, text)
+
+
+def unanswered(visual: Tensor, answer: Tensor) -> Tensor:
+    """[B, S] bool, what lies in front of the first answer behind a row's last visual token, without earlier answers."""
+    columns = torch.arange(visual.shape[1], device=visual.device)
+    behind = columns > (columns * visual).amax(1, keepdim=True)
+    return ~answer & ((answer & behind).cumsum(1) == 0)
+
+
+def system_rows(visual: Tensor, control: Tensor) -> Tensor:
+    """[B, S] bool, all up to the last control token in front of a row's first visual token; nothing in other rows."""
+    ahead = control & (visual.cumsum(1) == 0) & visual.any(1, keepdim=True)
+    return ahead.flip(1).cumsum(1).flip(1) > 0
+
+
+def control_tokens(model: Any) -> tuple[int, ...]:
+    """Ids that begin a sequence or end a turn, from the configurations of a model."""
+    config = model.config.get_text_config()
+    found: dict[int, None] = {}
+    for source in (config, getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = getattr(source, name, None)
+            for token in [ids] if isinstance(ids, int) else ids or ():
+                found[token] = None
+    return tuple(found)
+
+
+class GenerateWatch:
+    """Notes, per thread, what generate() of one model was given, so that drafts and answers are told from the prompt.
+
+    Inside a nested call (a model that drafts for itself) the outer call's prompt counts.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._state = threading.local()
+        self._before: Any = None
+        self._wrapper: Any = None
+
+    def install(self) -> None:
+        """Wrap generate() on the instance; models without one are left alone."""
+        function = getattr(self._model, "generate", None)
+        if function is None:
+            return
+        self._before = self._model.__dict__.get("generate")
+        self._wrapper = self._wrap(function)
+        self._model.__dict__["generate"] = self._wrapper
+
+    def remove(self) -> None:
+        """Restore the instance, unless somebody wrapped it again meanwhile: then ours passes through."""
+        wrapper, self._wrapper = self._wrapper, None
+        if wrapper is None or self._model.__dict__.get("generate") is not wrapper:
+            return
+        if self._before is None:
+            del self._model.__dict__["generate"]
+        else:
+            self._model.__dict__["generate"] = self._before
+
+    def limit(self, seen: int) -> int | None:
+        """Columns of the coming chunk that are prompt, behind `seen` cached tokens; None outside generate()."""
+        noted: tuple[int, bool] | None = getattr(self._state, "noted", None)
+        if noted is None:
+            return None
+        length, whole = noted
+        return max(0, length - seen) if whole else length
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            outer = getattr(self._state, "noted", None)
+            self._state.noted = outer if outer is not None else _given(*args[:1], **kwargs)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._state.noted = outer
+
+        return generate
+
+
+def _given(
+    inputs: Any = None, *, input_ids: Any = None, inputs_embeds: Any = None, **_: Any
+) -> tuple[int, bool] | None:
+    """Columns that generate() was given, and whether they begin with what its cache has seen already."""
+    for value, whole in ((inputs_embeds, False), (inputs, True), (input_ids, True)):
+        if isinstance(value, Tensor):
+            return value.shape[1], whole
+    return None
