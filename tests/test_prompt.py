@@ -14,7 +14,7 @@ from torch import Tensor
 import vtc
 from vtc.compressor import Compressor, StageView
 from vtc.errors import InputError, UnsupportedCall
-from vtc.prompt import Prompt, control_tokens, system_rows, unanswered
+from vtc.prompt import Prompt, control_tokens, system_length, system_rows, unanswered
 from vtc.testing import snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.measures import only_the_prompt
@@ -231,3 +231,21 @@ def test_cdpruner_reads_a_question_in_front() -> None:
             model(**asked)
         kept.append(handle.trace[0].items[0].kept[0].tolist())
     assert kept[0] != kept[1]
+
+
+def test_the_length_of_a_template_s_head() -> None:
+    """What stands in front of the user's words: the same in every prompt of that template."""
+    from vtc.loading import load
+
+    processor = load("tiny-llava").processor
+    length = system_length(processor)
+    words = processor.tokenizer(
+        processor.apply_chat_template([{"role": "user", "content": "what color"}], tokenize=False)
+    )["input_ids"]
+    head = processor.tokenizer.convert_ids_to_tokens(words)[:length]
+    assert "".join(head).endswith("USER:")
+    assert "what" not in head
+    told = [{"role": "system", "content": [{"type": "text", "text": "answer briefly"}]}]
+    assert system_length(processor, told) > length
+    processor.chat_template = None
+    assert system_length(processor) == 0
