@@ -222,3 +222,23 @@ def test_the_budget_is_met_on_every_model(name: str) -> None:
             items = handle.trace[0].items
             wanted = sum(vtc.tokens_to_keep(len(item.positions), retention) for item in items)
             assert abs(sum(call.visual_tokens_kept) - wanted) <= 0.5 * len(items)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_an_earlier_turn_is_seen_by_the_stage_layer(padded: bool) -> None:
+    """The softmax of the layer ahead runs over the cached rows too: as eager attention over the whole conversation."""
+    model = tiny_model("llava-clip")
+    first = tiny_inputs("llava-clip", [[40], [33 if padded else 40]], seed=1)
+    second = tiny_inputs("llava-clip", [[3, "image", 5], [4, "image", 4]], seed=2)
+    ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    given = {"attention_mask": mask, "pixel_values": second["pixel_values"]}
+    with vtc.compress(model, "pyramiddrop", layers=(2,), ratios=(0.4,)) as handle:
+        cache = model(**first).past_key_values
+        model(input_ids=second["input_ids"], past_key_values=cache, **given)
+    model.set_attn_implementation("eager")
+    weights = model(input_ids=ids, output_attentions=True, **given).attentions[2]
+    for record in handle.trace[0].items:
+        scores = weights[record.row].mean(0)[-1, first["input_ids"].shape[1] + record.positions].tolist()
+        assert record.kept[2].tolist() == best(scores, int(len(scores) * 0.4))
