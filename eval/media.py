@@ -1,4 +1,4 @@
-"""Images and video files as arrays: one decode per video, frames chosen before decoding."""
+"""Video files as arrays: one decode per video, frames chosen before decoding, by their times."""
 
 from __future__ import annotations
 
@@ -10,39 +10,55 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from vtc.errors import InputError, unknown_name
+from vtc.errors import InputError, one_line, unknown_name
+from vtc.images import SCHEMES
 
 Sampling = Literal["uniform", "fps", "all"]
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames [T, H, W, 3] uint8 of one file, their places in seconds, and the file's own rate and number of frames."""
+    """Frames [T, H, W, 3] uint8 of one file and when each is shown, in seconds from the first frame of the file.
+
+    fps: the file's mean rate, `total` frames over its duration. name: the file, for messages.
+    """
 
     frames: NDArray[np.uint8]
     seconds: NDArray[np.float64]
     fps: float
     total: int
+    name: str = ""
 
     def metadata(self) -> dict[str, object]:
-        """What video processors of transformers take as `video_metadata`."""
-        indices = np.rint(self.seconds * self.fps).astype(int).tolist()
+        """What video processors of transformers take as `video_metadata`.
+
+        They compute times as `frames_indices / fps`. Hence the indices count mean frame lengths, not frames: whole
+        numbers for a constant rate, fractions otherwise, and always the frames' true times.
+        """
         return {
             "total_num_frames": self.total,
             "fps": self.fps,
             "duration": self.total / self.fps,
-            "frames_indices": indices,
-            "video_backend": "decord",
+            "frames_indices": np.round(self.seconds * self.fps, 6).tolist(),
+            "video_backend": "pyav",
         }
 
 
 def frame_indices(
-    total: int, rate: float, sampling: Sampling = "uniform", *, frames: int = 8, fps: float = 1.0
+    total: int,
+    rate: float,
+    sampling: Sampling = "uniform",
+    *,
+    frames: int = 8,
+    fps: float = 1.0,
+    seconds: NDArray[np.float64] | None = None,
 ) -> list[int]:
-    """Which of `total` frames recorded at `rate` frames per second to read, ascending.
+    """Which of `total` frames to read, ascending and each once; `rate` is the recording's mean rate per second.
 
-    "uniform": `frames` of them, evenly from the first to the last (all, if there are fewer). "fps": `fps` per second of
-    the recording, at most `frames`, which then lie evenly. "all": every frame. Raises InputError for bad settings.
+    seconds: when each frame is shown, [total]; without them, frames lie evenly. "uniform": `frames` of them, evenly
+    numbered from the first to the last (all, if there are fewer). "fps": those nearest in time to `fps` points per
+    second of the recording, or if these are more than `frames`, uniformly `frames`. "all": every frame. Raises
+    InputError for bad settings.
 
     >>> frame_indices(100, 25.0, frames=4), frame_indices(100, 25.0, "fps", fps=2.0, frames=64)
     ([0, 33, 66, 99], [0, 12, 25, 38, 50, 62, 75, 88])
@@ -54,9 +70,11 @@ def frame_indices(
     if sampling == "all":
         return list(range(total))
     if sampling == "fps":
-        wanted = max(1, math.ceil(total / rate * fps))
+        wanted = max(1, math.ceil(total / rate * fps - 1e-6))
         if wanted <= frames:
-            return [min(total - 1, round(i * rate / fps)) for i in range(wanted)] if fps < rate else list(range(total))
+            shown = np.arange(total) / rate if seconds is None else seconds
+            nearest = np.interp(np.arange(wanted) / fps, shown, np.arange(total))
+            return [int(number) for number in np.unique(np.rint(nearest.round(6)))]
     count = min(frames, total)
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
 
@@ -64,26 +82,32 @@ def frame_indices(
 def read_video(
     path: str | Path, sampling: Sampling = "uniform", *, frames: int = 8, fps: float = 1.0, threads: int = 1
 ) -> Video:
-    """Decode the chosen frames of a video file; see `frame_indices` for the choice.
+    """Decode the chosen frames of a video file or an animated picture; see `frame_indices` for the choice.
 
-    Raises InputError for a missing, broken or empty file.
+    threads: of the decoder. Raises InputError for a missing, broken or empty file.
     """
-    import decord
+    from vtc.eval.decoders import open_clip
 
-    file = Path(path)
+    file, name = Path(path), f"video {str(path)!r}"
+    if str(path).lower().startswith(SCHEMES):
+        raise InputError(f"{name} is a URL; download it and give the file")
+    if file.is_dir():
+        raise InputError(f"{name} is a folder; give the path of one video file, and repeat --video for several")
     if not file.is_file():
-        raise InputError(f"video {str(path)!r} does not exist; give the path of a video file")
+        raise InputError(f"{name} does not exist; give the path of a video file")
+    frame_indices(1, 1.0, sampling, frames=frames, fps=fps)
     try:
-        reader = decord.VideoReader(str(file), num_threads=threads)
-        total, rate = len(reader), float(reader.get_avg_fps())
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise InputError(f"video {str(path)!r} cannot be read ({reason}); give an MP4, MKV or WebM file") from error
-    if total == 0 or not rate > 0:
-        raise InputError(f"video {str(path)!r} holds no frames; give a file with at least one")
-    indices = frame_indices(total, rate, sampling, frames=frames, fps=fps)
-    try:
-        pixels = reader.get_batch(indices).asnumpy()
-    except Exception as error:
-        raise InputError(f"video {str(path)!r} breaks off while frames are decoded; give a whole file") from error
-    return Video(pixels, np.asarray(indices) / rate, rate, total)
+        source = open_clip(file, threads)
+        total = len(source.seconds)
+        rate = total / source.duration
+        indices = frame_indices(total, rate, sampling, frames=frames, fps=fps, seconds=source.seconds)
+        pixels = source.frames(indices)
+    except (InputError, ImportError):
+        raise
+    except Exception as error:  # decoders raise whatever their formats break
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{name} cannot be read ({reason}); give a whole MP4, MKV, WebM or GIF file") from error
+    sizes = {frame.shape for frame in pixels}
+    if len(sizes) > 1:
+        raise InputError(f"{name} changes its picture size on the way; give a video of one size")
+    return Video(np.stack(pixels), source.seconds[indices], rate, total, str(path))

@@ -43,6 +43,19 @@ class InputError(VTCError):
     """A file, folder or setting that cannot be used."""
 
 
+def one_line(error: BaseException) -> str:
+    """What `error` says, in one line, for a message that quotes it.
+
+    >>> one_line(ValueError("no such\\n token.")), one_line(KeyError("size")), one_line(MemoryError())
+    ('no such token', "KeyError: 'size'", 'MemoryError')
+    """
+    text = " ".join(str(error).split()).rstrip(".")
+    said = text if len(text) <= 300 else f"{text[:300]}..."
+    if not said or isinstance(error, LookupError | TypeError | AttributeError | AssertionError):
+        return f"{type(error).__name__}: {said}".rstrip(": ")
+    return said
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     """Build the error for an unregistered `name`, with near matches and the full list.
 
