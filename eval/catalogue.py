@@ -13,10 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vtc.errors import InputError, UnknownName
+from vtc.errors import InputError, UnknownName, one_line
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.quiet import muted
+from vtc.images import open_image, pillow_defaults
+from vtc.preparation import Conversation
 
 EMBEDDED = Path(__file__).parent / "tasks"
 GENERATE = "generate_until"
@@ -50,13 +52,15 @@ class SweepTask:
         """The first metric that the task declares."""
         return str(next(iter(self.lmms.aggregation())))
 
-    def conversation(self, doc_id: int) -> list[dict[str, Any]]:
+    def conversation(self, doc_id: int) -> Conversation:
         """The chat messages of one document in the form that `processor.apply_chat_template` takes, images as PIL.
 
         Raises:
-            InputError: the document carries video or audio.
+            InputError: the document carries video, audio or a picture that cannot be read.
         """
-        return conversation(self.lmms.doc_to_messages(self.documents[doc_id]), f"task {self.name!r}, document {doc_id}")
+        with pillow_defaults():
+            messages = self.lmms.doc_to_messages(self.documents[doc_id])
+            return conversation(messages, f"task {self.name!r}, document {doc_id}")
 
     def probe(self) -> None:
         """Read the first question, so that a task whose documents cannot be used is refused before a sweep begins.
@@ -86,28 +90,28 @@ class SweepTask:
         return task_fingerprint(vars(self.lmms.config), self.documents, self.profile)
 
 
-def conversation(messages: Any, source: str) -> list[dict[str, Any]]:
+def conversation(messages: Any, source: str) -> Conversation:
     """lmms-eval's chat `messages` in the form that `processor.apply_chat_template` takes, images as PIL in RGB.
 
     Raises:
-        InputError: video or audio.
+        InputError: no chat messages, video, audio, or a picture that cannot be read; the message names `source`.
     """
     from lmms_eval.protocol import ChatMessages
 
-    converted: list[dict[str, Any]] = ChatMessages(messages=messages).to_hf_messages()
+    try:
+        converted: list[dict[str, Any]] = ChatMessages(messages=messages).to_hf_messages()
+    except ValueError as error:
+        raise InputError(f"{source} is not made of chat messages: {one_line(error)}") from error
     for message in converted:
         for part in message["content"]:
             if part["type"] == "image":
-                part["image"] = _open_image(part["image"])
+                try:
+                    part["image"] = open_image(part["image"])
+                except InputError as error:
+                    raise InputError(f"{source}: {error}") from error
             elif part["type"] != "text":
                 raise InputError(f"{source}: {part['type']} input; this version evaluates image tasks")
-    return converted
-
-
-def _open_image(image: Any) -> Any:
-    from PIL import Image
-
-    return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
+    return Conversation(converted, source)
 
 
 def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:

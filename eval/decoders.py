@@ -112,7 +112,9 @@ class Film:
             raise InputError(f"video {str(self.file)!r} holds no frames; give a file with at least one")
         length = (container.duration or 0) / 1e6
         if container.format.name.startswith(DECLARED) and end < 0.95 * length - 0.25:
-            raise InputError(f"video {str(self.file)!r} breaks off after {end:.1f} of {length:.1f} s; give a whole file")
+            raise InputError(
+                f"video {str(self.file)!r} breaks off after {end:.1f} of {length:.1f} s; give a whole file"
+            )
         return shown, sent, sorted(keys), last
 
     def frames(self, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
@@ -161,7 +163,9 @@ class Film:
             if container.format.name.endswith("_pipe"):
                 raise InputError(f"video {str(self.file)!r} is a picture that stands still; give it with --image")
             if stream.codec_context is None:
-                raise InputError(f"video {str(self.file)!r} has a codec that PyAV cannot decode; give H.264, VP9 or AV1")
+                raise InputError(
+                    f"video {str(self.file)!r} has a codec that PyAV cannot decode; give H.264, VP9 or AV1"
+                )
             stream.codec_context.thread_count = self.threads
             yield container, stream
 

@@ -24,6 +24,7 @@ from vtc.eval.catalogue import conversation
 from vtc.eval.cells import BASELINE, Cell
 from vtc.eval.generation import make_generation
 from vtc.eval.runner import Answer, Runner, batch_seed
+from vtc.images import pillow_defaults
 
 
 class VTC(lmms):  # type: ignore[misc]
@@ -103,7 +104,9 @@ class VTC(lmms):  # type: ignore[misc]
             generation = make_generation(settings, source=f"task {task!r}")
             prompts = []
             for _, to_messages, _, doc_id, name, split in chunk:
-                prompts.append(conversation(to_messages(self.task_dict[name][split][doc_id]), f"task {name!r}"))
+                with pillow_defaults():
+                    messages = to_messages(self.task_dict[name][split][doc_id])
+                    prompts.append(conversation(messages, f"task {name!r}, document {doc_id}"))
             answers = self.runner.answer(
                 self.runner.prepare(prompts), self.cell, generation, seed=batch_seed(self.cell.seed, task, first)
             )

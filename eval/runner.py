@@ -23,6 +23,7 @@ from vtc.compressor import Compressor
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
+from vtc.preparation import prepare
 
 Conversation = Sequence[Mapping[str, Any]]
 SMALL = 50_000_000  # parameters
@@ -66,32 +67,21 @@ class Runner:
         Raises:
             UnsupportedModel: the processor has no chat template.
         """
+        self.loaded = loaded
         self.model = loaded.model
         self.processor = loaded.processor
         if not getattr(self.processor, "chat_template", None):
             raise UnsupportedModel(f"{loaded.name!r} has no chat template, so its prompts cannot be written")
 
     def prepare(self, conversations: Sequence[Conversation]) -> Batch:
-        """Render, tokenise and preprocess `conversations` as one left-padded batch."""
-        texts = [
-            self.processor.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-            for conversation in conversations
-        ]
-        images = [
-            [part["image"] for part in _parts(conversation) if part["type"] == "image"]
-            for conversation in conversations
-        ]
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            return_tensors="pt",
-        )
-        visual = torch.isin(inputs["input_ids"], self._visual_token_ids()).sum(1)
-        return Batch(inputs.to(self.model.device, dtype=self.model.dtype), tuple(visual.tolist()))
+        """Render, tokenise and preprocess `conversations` as one left-padded batch.
+
+        Raises:
+            InputError: the processor refuses one; the message names it.
+        """
+        inputs = prepare(self.loaded, conversations)
+        visual = torch.isin(inputs["input_ids"].cpu(), self._visual_token_ids()).sum(1)
+        return Batch(inputs, tuple(visual.tolist()))
 
     def _visual_token_ids(self) -> Tensor:
         names = ("image_token_id", "video_token_id")
@@ -170,11 +160,6 @@ class Runner:
         ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device)).int()
         lengths = torch.where(ended.any(1), ended.argmax(1) + 1, new.shape[1])
         return [int(n) for n in lengths.tolist()]
-
-
-def _parts(conversation: Conversation) -> Iterator[Mapping[str, Any]]:
-    for message in conversation:
-        yield from message["content"]
 
 
 def _per_prompt(values: Sequence[float], prompts: int) -> Sequence[float]:

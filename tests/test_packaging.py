@@ -22,7 +22,7 @@ import vtc.testing
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vtc": ROOT / "vtc", "vtc.adapters": ROOT / "adapters", "vtc.eval": ROOT / "eval"}
-HEAVY = {"lmms_eval", "datasets", "decord", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "ray", "open_clip"}
+HEAVY = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "ray", "open_clip"}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -90,8 +89,8 @@ def models(as_json: JsonOption = False) -> None:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; repeat the option for several.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file; repeat the option for several.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Image file or URL; repeat the option for several.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video or animation; repeat the option for several.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames read of each video, at most.")] = 8,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead of even distances.")] = None,
     model: Annotated[str, typer.Option(help="Embedded model, checkpoint folder or hub name.")] = "tiny-llava",
@@ -137,7 +136,7 @@ def generate(
     Console(stderr=True).print(f"{kept}, {result.seconds:.2f} s", highlight=False, style="dim")
 
 
-def _read_video(path: Path, frames: int, fps: float | None) -> Any:
+def _read_video(path: str, frames: int, fps: float | None) -> Any:
     from vtc.eval.media import read_video
 
     if fps is None:

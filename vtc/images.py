@@ -1,6 +1,6 @@
 """Still pictures as every model is shown them: upright, RGB, 8 bits a channel, whatever file or object they come from.
 
-One function reads them for `vtc generate`, for sweeps and for lmms-eval, so that one file is the same pixels everywhere.
+One function reads them for `vtc generate`, sweeps and lmms-eval, so that one file is the same pixels everywhere.
 
 | what comes in | what the model is shown |
 |---|---|
@@ -56,7 +56,7 @@ def pillow_defaults() -> Iterator[None]:
 def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """The picture `source` as a model is shown it, see the module's table; a picture that is so already is returned.
 
-    source: a path, a URL (http, https, file or data), the bytes of a file, or a picture. `name_of` finds the name again.
+    source: a path, a URL (http, https, file, data), the bytes of a file, or a picture. `name_of` finds the name again.
     Raises InputError for anything that is missing, broken, no picture, or more than one.
     """
     name = name_of(source)
@@ -127,13 +127,13 @@ def _check_one(image: Image.Image, name: str) -> None:
         count = max(1, sum(_full_page(image, number) for number in range(count)))
         image.seek(0)
         if count > 1:
-            raise InputError(f"{name} holds {count} pages; save the one that is meant as a file of its own")
+            raise InputError(f"{name} holds {count} pages; save the one that is meant in a file of its own")
     if count > 1:
-        raise InputError(f"{name} holds {count} frames; give an animation with --video, or save the frame that is meant")
+        raise InputError(f"{name} holds {count} frames; give an animation with --video, or save one frame")
 
 
 def _full_page(image: Any, number: int) -> bool:
-    """Whether a TIFF page is a picture of its own: neither a reduced copy nor a transparency mask (tag NewSubfileType)."""
+    """Whether a TIFF page is a picture of its own: by its tag NewSubfileType no reduced copy and no mask."""
     image.seek(number)
     return not image.tag_v2.get(254, 0) & 0b101
 

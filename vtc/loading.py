@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vtc import adapters
-from vtc.errors import InputError, UnsupportedModel, VTCError
+from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
 from vtc.eval import tiny
 
 
@@ -59,6 +59,8 @@ def load(
     path = _resolve(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_map is None:
+        _check_device(device)
     torch_dtype = _dtype(dtype, device)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
@@ -69,17 +71,23 @@ def load(
         with warnings.catch_warnings(), _without_bars():
             warnings.simplefilter("ignore")  # advice about image-processor back ends
             processor = AutoProcessor.from_pretrained(path, revision=revision)
+            _check_processor(name, processor)
             model = AutoModelForImageTextToText.from_pretrained(path, config=config, **options)
+            if device_map is None:
+                model = model.to(device)
     except VTCError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"model {name!r} does not fit on device {device!r} ({one_line(error)[:120]}); give another --device, or "
+            "--dtype bfloat16"
+        ) from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
             f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(tiny.NAMES)}), a checkpoint "
             "folder or a hub name"
         ) from error
-    if device_map is None:
-        model = model.to(device)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -119,6 +127,29 @@ def _dtype(dtype: str, device: str) -> Any:
     if not isinstance(found, torch.dtype):
         raise InputError(f"dtype={dtype!r} is no torch dtype; write auto, float32, bfloat16 or float16")
     return found
+
+
+def _check_device(device: str) -> None:
+    """InputError if no tensor can be put on `device`."""
+    try:
+        torch.empty(0, device=device)
+        usable = torch.device(device).type != "meta"
+        reason = "it holds no numbers"
+    except Exception as error:
+        usable, reason = False, one_line(error)
+    if not usable:
+        here = ", ".join(["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise InputError(f"device {device!r} cannot be used here ({reason}); write one of {here}")
+
+
+def _check_processor(name: str, processor: Any) -> None:
+    """InputError if transformers found only a part of a processor."""
+    missing = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
+    if missing:
+        raise InputError(
+            f"model {name!r} comes with a {type(processor).__name__} without {' and '.join(missing)}; put what "
+            "processor.save_pretrained() writes beside the weights"
+        )
 
 
 def _check_class(name: str, config: Any) -> None:
