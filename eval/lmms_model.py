@@ -19,12 +19,13 @@ from lmms_eval.utils import Collator
 import vtc
 from vtc import loading
 from vtc.compressor import Positions
-from vtc.errors import InputError
+from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import conversation
 from vtc.eval.cells import BASELINE, Cell
 from vtc.eval.generation import make_generation
 from vtc.eval.runner import Answer, Runner, batch_seed
 from vtc.images import pillow_defaults
+from vtc.preparation import Conversation
 
 
 class VTC(lmms):  # type: ignore[misc]
@@ -104,9 +105,7 @@ class VTC(lmms):  # type: ignore[misc]
             generation = make_generation(settings, source=f"task {task!r}")
             prompts = []
             for _, to_messages, _, doc_id, name, split in chunk:
-                with pillow_defaults():
-                    messages = to_messages(self.task_dict[name][split][doc_id])
-                    prompts.append(conversation(messages, f"task {name!r}, document {doc_id}"))
+                prompts.append(self._read(to_messages, name, split, doc_id))
             answers = self.runner.answer(
                 self.runner.prepare(prompts), self.cell, generation, seed=batch_seed(self.cell.seed, task, first)
             )
@@ -117,6 +116,16 @@ class VTC(lmms):  # type: ignore[misc]
         _log(answered)
         ordered: list[GenerationResult] = collator.get_original(results)
         return ordered
+
+    def _read(self, to_messages: Any, task: str, split: str, doc_id: int) -> Conversation:
+        """The chat messages of one document; InputError that names it if the task's code or its pictures fail."""
+        source = f"task {task!r}, document {doc_id}"
+        with pillow_defaults():
+            try:
+                messages = to_messages(self.task_dict[task][split][doc_id])
+            except Exception as error:
+                raise InputError(f"{source} cannot be read: {one_line(error)}") from error
+            return conversation(messages, source)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Not offered."""

@@ -1,4 +1,4 @@
-"""Still pictures: upright, RGB, 8 bits, one at a time and whole, whatever they come from and whatever Pillow is set to."""
+"""Still pictures: upright, RGB, 8 bits, whole and one at a time, whatever Pillow is set to."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         (tmp_path / "none.png", r"none\.png' does not exist"),
         (text, r"text\.png' cannot be read"),
         (b"", "image cannot be read"),
-        (7, "a int is no picture"),
+        (7, "cannot be of type int"),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
         (Image.new("La", (2, 2)), "cannot be read"),
     ):

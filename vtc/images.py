@@ -87,7 +87,9 @@ def _stream(source: Any, name: str) -> Any:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
-        raise InputError(f"a {type(source).__name__} is no picture; give a path, a URL, bytes or a PIL image")
+        raise InputError(
+            f"a picture cannot be of type {type(source).__name__}; give a path, a URL, bytes or a PIL image"
+        )
     text = os.fspath(source)
     if text.lower().startswith(SCHEMES):
         return io.BytesIO(_download(text, name))

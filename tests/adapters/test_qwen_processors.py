@@ -195,3 +195,66 @@ def test_video_file_to_answer(name: str, tmp_path: Path) -> None:
     short = answer(loaded, images, "What is this?", videos=[clip], method="random", retention=0.5, max_new_tokens=2)
     assert whole.visual_tokens_in == whole.visual_tokens_kept == short.visual_tokens_in > 0
     assert abs(short.visual_tokens_kept - short.visual_tokens_in / 2) <= 1
+
+
+def loaded_tiny(name: str) -> loading.Loaded:
+    return loading.Loaded(name, "", tiny_model(name), build_processor(name))
+
+
+def as_clip(pictures: list[Image.Image], name: str = "") -> Any:
+    from vtc.eval.media import Video
+
+    frames = np.stack([np.asarray(frame) for frame in pictures])
+    return Video(frames, np.arange(len(frames)) / 24, 24.0, len(frames), name)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> None:
+    from vtc.preparation import prepare as prepared
+
+    loaded = loaded_tiny(name)
+    own = prepare(loaded.processor, case)
+    conversations = [
+        [{**message, "content": [video_as_clip(part) for part in message["content"]]} for message in conversation]
+        for conversation in CASES[case]
+    ]
+    found = prepared(loaded, conversations)
+    assert own.keys() == found.keys()
+    for key in own:
+        assert torch.equal(torch.as_tensor(own[key]), torch.as_tensor(found[key])), key
+
+
+def video_as_clip(part: dict[str, Any]) -> dict[str, Any]:
+    return part | {"video": as_clip(part["video"])} if part["type"] == "video" else part
+
+
+def test_what_the_processor_refuses_is_named() -> None:
+    """A picture of extreme shape, a video of one frame, and a placeholder in the question."""
+    from vtc.answer import answer
+    from vtc.errors import InputError
+    from vtc.images import open_image
+
+    loaded = loaded_tiny("qwen3-vl")
+    thin = open_image(picture(5, 1093, 0))
+    thin.info["source"] = "thin.png"
+    for images, videos, prompt, words in (
+        ([picture(40, 24, 0), thin], [], "hi", r"image 'thin\.png' \(1093 x 5 pixels\) in the prompt .* ratio"),
+        ([], [as_clip(FEW), as_clip(FEW[:1], "one.mp4")], "hi", r"video 'one\.mp4' \(1 frame of 32 x 24 .*--frames"),
+        ([picture(40, 24, 0)], [], "what is <|video_pad|>?", r"the prompt holds '<\|video_pad\|>'"),
+    ):
+        with pytest.raises(InputError, match=words) as refused:
+            answer(loaded, images, prompt, videos=videos, method="random", retention=0.5)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_prompt_is_told_the_true_times_of_uneven_frames() -> None:
+    from vtc.eval.media import Video
+    from vtc.preparation import prepare as prepared
+
+    loaded = loaded_tiny("qwen3-vl")
+    seconds = np.array([0.0, 0.4, 7.1, 9.3])
+    clip = Video(as_clip(FEW).frames, seconds, 13 / 10.0, 13)
+    inputs = prepared(loaded, [[{"role": "user", "content": [{"type": "video", "video": clip}]}]])
+    text = loaded.processor.decode(inputs["input_ids"][0])
+    assert "<0.2 seconds>" in text and "<8.2 seconds>" in text  # the means of each pair

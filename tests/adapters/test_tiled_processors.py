@@ -255,3 +255,45 @@ def test_published_sizes_give_the_tokens_that_processors_count(name: str, side: 
         assert int(item.crop.max()) < item.n_crops
         for value in (item.row[~item.newline], item.col[~item.newline]):
             assert -0.5 <= float(value.min()) <= float(value.max()) <= side // 14 - 0.5
+
+
+def as_clip(part: dict[str, Any]) -> dict[str, Any]:
+    from vtc.eval.media import Video
+
+    if part["type"] != "video":
+        return part
+    frames = np.stack([np.asarray(frame) for frame in part["video"]])
+    return part | {"video": Video(frames, np.arange(len(frames)) / 24, 24.0, len(frames))}
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> None:
+    from vtc.preparation import prepare as prepared
+
+    loaded = loading.Loaded(name, "", tiny_model(name), build_processor(name))
+    own = prepare(loaded.processor, name, case)
+    conversations = [
+        [{**message, "content": [as_clip(part) for part in message["content"]]} for message in conversation]
+        for conversation in cases(name)[case]
+    ]
+    found = prepared(loaded, conversations)
+    assert own.keys() == found.keys()
+    for key in own:
+        if isinstance(own[key], torch.Tensor):
+            assert torch.equal(own[key], found[key]), key
+
+
+def test_videos_that_cannot_be_stacked_are_refused() -> None:
+    from vtc.errors import InputError
+    from vtc.preparation import Conversation
+    from vtc.preparation import prepare as prepared
+
+    loaded = loading.Loaded("llava-onevision", "", tiny_model("llava-onevision"), build_processor("llava-onevision"))
+    long, short = (as_clip(user(frames)[0]["content"][0]) for frames in (FRAMES[0], FRAMES[1][:2]))
+    with pytest.raises(InputError, match=r"the prompt with videos of 3 and 2 frames .*--frames 2"):
+        prepared(loaded, [Conversation([{"role": "user", "content": [long, short]}])])
+    alone = [
+        Conversation([{"role": "user", "content": [clip]}], f"question {n}") for n, clip in enumerate((long, short))
+    ]
+    with pytest.raises(InputError, match=r"the batch of a, b is refused .*ask each alone"):
+        prepared(loaded, alone)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
 from vtc.errors import InputError, UnknownName
 from vtc.eval.catalogue import conversation, list_tasks, load_tasks
@@ -112,3 +114,58 @@ def test_the_list_holds_embedded_and_included_tasks(task_folder: Path) -> None:
     assert listed["blobs"] == {"name": "blobs", "kind": "task", "folder": str(task_folder)}
     assert listed["tiny_image"]["kind"] == "task"
     assert listed["tiny_image_families"]["kind"] == "tag"
+
+
+def test_pictures_of_messages_are_read_as_generate_reads_them(tmp_path: Path) -> None:
+    shown = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    raw = Image.fromarray(shown).transpose(Image.Transpose.ROTATE_90)
+    exif = raw.getexif()
+    exif[0x0112] = 6
+    raw.save(file := tmp_path / "phone.png", exif=exif)
+    with Image.open(file) as opened:
+        opened.load()
+    for url in (str(file), file.as_uri(), file.read_bytes(), opened, opened.convert("RGB")):
+        messages = [{"role": "user", "content": [{"type": "image", "url": url}]}]
+        found = conversation(messages, "task 'x', document 3")
+        assert np.array_equal(np.asarray(found[0]["content"][0]["image"]), shown)
+        assert found.source == "task 'x', document 3"
+
+
+def test_messages_that_cannot_be_used_name_their_document(tmp_path: Path) -> None:
+    def image(url: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "image", "url": url}]}]
+
+    for messages, words in (
+        (image(str(tmp_path / "none.png")), r"image '.*none\.png' does not exist"),
+        (image(str(tmp_path)), "is a folder"),
+        (image(3), "a picture cannot be of type int"),
+        (image("https://127.0.0.1:1/a.png"), "cannot be fetched"),
+        ([{"role": "narrator", "content": []}], "is not made of chat messages"),
+    ):
+        with pytest.raises(InputError, match=f"task 'x', document 3.*{words}") as refused:
+            conversation(messages, "task 'x', document 3")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_broken_picture_is_refused_also_where_the_tasks_code_reads_it(
+    tmp_path: Path, write_task: WriteTask, monkeypatch: pytest.MonkeyPatch, lenient: bool
+) -> None:
+    """lmms-eval tells Pillow to fill up broken files with grey when it is imported."""
+    folder = write_task(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file := tmp_path / "broken.jpg")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code = (folder / "utils.py").read_text()
+    opened = f"Image.open(io.BytesIO(pathlib.Path({str(file)!r}).read_bytes()))"
+    for reading in (opened, f'{opened}.convert("RGB")'):
+        (folder / "utils.py").write_text(
+            "import io, pathlib\n" + code.replace("return [picture]", f"return [{reading}]")
+        )
+        (task,) = load_tasks(["blobs"], [folder])
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+        with pytest.raises((InputError, OSError), match="truncated"):
+            task.conversation(0)
+        with pytest.raises(InputError, match=r"task 'blobs'.*truncated"):
+            task.probe()
+        assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
-from vtc.errors import VTCError
+from vtc.errors import InputError, VTCError
 from vtc.eval.quiet import muted
 
 
@@ -56,3 +59,23 @@ def test_unknown_arguments_are_refused(plugin: Any, model_folder: Path) -> None:
 
 def test_the_untouched_model_is_the_default(plugin: Any, model_folder: Path) -> None:
     assert plugin(pretrained=str(model_folder)).cell.is_baseline
+
+
+def test_a_document_that_cannot_be_read_is_named(
+    plugin: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Pillow is set to fill up broken files, which importing lmms-eval does."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file := tmp_path / "broken.jpg")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    lm = plugin(pretrained=str(model_folder), device="cpu")
+    lm.task_dict = {"t": {"test": {4: {"file": str(file)}}}}
+
+    def to_messages(document: dict[str, str]) -> list[dict[str, Any]]:
+        with Image.open(document["file"]) as picture:
+            return [{"role": "user", "content": [{"type": "image", "url": picture.convert("RGB")}]}]
+
+    arguments = ("", to_messages, {"max_new_tokens": 1}, 4, "t", "test")
+    with pytest.raises(InputError, match="task 't', document 4 cannot be read: image file is truncated"):
+        lm.generate_until([SimpleNamespace(args=arguments)])

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc.errors import UnsupportedModel
+from vtc.answer import answer
+from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import make_cells
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.runner import Runner, batch_seed, few_threads
 from vtc.eval.spec import make_spec
+from vtc.preparation import Conversation
 
 GREEDY = make_generation({"max_new_tokens": 4}, source="test")
 SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="test")
@@ -144,3 +146,35 @@ def test_a_model_without_chat_template_is_refused() -> None:
     loaded = SimpleNamespace(name="old", model=None, processor=SimpleNamespace(chat_template=None))
     with pytest.raises(UnsupportedModel, match="'old' has no chat template"):
         Runner(loaded)
+
+
+def test_a_batch_names_the_question_that_the_processor_refuses(runner: Runner, conversations: list[Any]) -> None:
+    bad = [{"role": "user", "content": [{"type": "text", "text": "what is <image>?"}]}]
+    with pytest.raises(InputError, match="prompt 2 holds '<image>'"):
+        runner.prepare([conversations[0], bad])
+    named = Conversation(bad, "task 'x', document 7")
+    with pytest.raises(InputError, match="task 'x', document 7 holds '<image>'"):
+        runner.prepare([conversations[0], named])
+
+
+def test_a_sweep_and_generate_show_the_same(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both end in one call of the model with the same inputs."""
+    picture = Image.effect_noise((90, 60), 60).convert("RGB")
+    picture.getexif()[0x0112] = 6
+    question = "What color is the ring?"
+    given: list[dict[str, Any]] = []
+    generate = type(runner.model).generate
+
+    def record(model: Any, **inputs: Any) -> Any:
+        given.append(inputs)
+        return generate(model, **inputs)
+
+    monkeypatch.setattr(type(runner.model), "generate", record)
+    answer(runner.loaded, [picture], question, max_new_tokens=2)
+    prompt = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+    runner._generate(runner.prepare([prompt]), GREEDY, 0)
+    upright = picture.transpose(Image.Transpose.ROTATE_270)
+    upright.getexif()[0x0112] = 1
+    answer(runner.loaded, [upright], question, max_new_tokens=2)
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        assert all(torch.equal(given[0][name], other[name]) for other in given[1:]), name
