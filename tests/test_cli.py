@@ -104,6 +104,13 @@ def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
     text = tmp_path / "text.png"
     text.write_text("no picture")
     refused(vtc("generate", "--image", str(text), "--prompt", "x"), "text.png", "cannot be read")
+    refused(vtc("generate", "--image", str(tmp_path), "--prompt", "x"), repr(str(tmp_path)), "is a folder")
+    address = "http://127.0.0.1:1/a.png"
+    refused(vtc("generate", "--image", address, "--prompt", "x"), repr(address), "cannot be fetched")
+    frames = [Image.new("RGB", (8, 8), (40 * number, 0, 0)) for number in range(3)]
+    frames[0].save(moving := tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    refused(vtc("generate", "--image", str(moving), "--prompt", "x"), "moving.gif", "3 frames", "--video")
+    refused(vtc("generate", "--video", str(moving), "--prompt", "x"), "take no video")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,9 @@ def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
         (["--method", "random", "--retention", "0.5", "--positions", "keep"], ["'keep'", "preserve"]),
         (["--model", "no/such-model"], ["no/such-model"]),
         (["--dtype", "float99"], ["float99"]),
+        (["--device", "nonsense"], ["device 'nonsense' cannot be used here", "cpu"]),
+        (["--device", "meta"], ["device 'meta'"]),
+        (["--prompt", "what is <image>?"], ["the prompt holds '<image>'"]),
     ],
 )
 def test_generate_refuses_bad_arguments(image: Path, arguments: list[str], words: list[str]) -> None:

@@ -292,8 +292,7 @@ def test_videos_that_cannot_be_stacked_are_refused() -> None:
     long, short = (as_clip(user(frames)[0]["content"][0]) for frames in (FRAMES[0], FRAMES[1][:2]))
     with pytest.raises(InputError, match=r"the prompt with videos of 3 and 2 frames .*--frames 2"):
         prepared(loaded, [Conversation([{"role": "user", "content": [long, short]}])])
-    alone = [
-        Conversation([{"role": "user", "content": [clip]}], f"question {n}") for n, clip in enumerate((long, short))
-    ]
+    clips = {"a": long, "b": short}
+    alone = [Conversation([{"role": "user", "content": [clip]}], name) for name, clip in clips.items()]
     with pytest.raises(InputError, match=r"the batch of a, b is refused .*ask each alone"):
         prepared(loaded, alone)

@@ -156,7 +156,7 @@ def test_a_broken_picture_is_refused_also_where_the_tasks_code_reads_it(
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file := tmp_path / "broken.jpg")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    code = (folder / "utils.py").read_text()
+    code = "import io, pathlib\n" + (folder / "utils.py").read_text()
     opened = f"Image.open(io.BytesIO(pathlib.Path({str(file)!r}).read_bytes()))"
     for reading in (opened, f'{opened}.convert("RGB")'):
         (folder / "utils.py").write_text(
