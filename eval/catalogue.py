@@ -6,6 +6,7 @@ Tasks come from the embedded folder, from `include_path` folders and, for names 
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import InputError, UnknownName, one_line
+from vtc.eval.failures import TaskKey
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.quiet import muted
@@ -36,6 +38,18 @@ class SweepTask:
     def documents(self) -> Any:
         """The evaluated documents, in the order of their ids."""
         return self.lmms.eval_docs
+
+    def only(self, doc_ids: Sequence[int]) -> SweepTask:
+        """The same task on these documents alone, which it numbers from 0 on; its fingerprint stays."""
+        documents = self.documents
+        some = documents.select(doc_ids) if hasattr(documents, "select") else [documents[i] for i in doc_ids]
+        lmms = copy.copy(self.lmms)
+        for split in ("test", "validation"):
+            for name in (f"{split}_docs", f"{split}_docs_no_media"):
+                setattr(lmms, name, lambda: some)
+        part = SweepTask(self.name, lmms, self.profile)
+        part.__dict__["fingerprint"] = self.fingerprint
+        return part
 
     @property
     def repeats(self) -> int:
@@ -83,6 +97,11 @@ class SweepTask:
         implicit = declared.get("until") == [self.lmms.config.fewshot_delimiter]
         own = {key: value for key, value in declared.items() if not (key == "until" and implicit)}
         return make_generation({**own, **overrides}, source=f"task {self.name!r}")
+
+    @property
+    def key(self) -> TaskKey:
+        """Name and fingerprint."""
+        return TaskKey(self.name, self.fingerprint)
 
     @cached_property
     def fingerprint(self) -> str:

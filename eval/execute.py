@@ -1,14 +1,14 @@
 """Which answers are missing, and the loop that fetches them.
 
 An item is one fixed block of documents with the cells that lack answers to it. Blocks depend on the batch size only,
-never on what is missing, so a resumed sweep sees the batches of an uninterrupted one. A `Worker` turns items into
-outcomes and touches no file; `run_local` is the only one that writes. Another executor needs another loop over
-workers, and nothing else: items and outcomes are plain values.
+never on what is missing, so a resumed sweep sees the batches of an uninterrupted one. Only documents that failed alone
+leave their block: the others of it are answered without them, and later runs try each of them once more, alone. A
+`Worker` turns items into outcomes and touches no file; `run_local` is the only one that writes. Another executor needs
+another loop over workers, and nothing else: items and outcomes are plain values.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +16,12 @@ from typing import Protocol
 
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
+from vtc.eval.failures import FAULTS, failure_record
 from vtc.eval.runner import Batch, Runner, batch_seed
 from vtc.eval.store import Record, RowKey, Writer
+
+PATIENCE = 8
+"""A cell that failed on so many documents in a row is left alone for the rest of a run."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of `cells` on an item: rows of answers, or the failure that prevented them."""
+    """What became of `cells` on documents of an item: rows of answers, or the failure that prevented them.
+
+    A failure that names one document concerns that document alone; one that names several, all of them alike.
+    """
 
     cells: tuple[str, ...]
     rows: tuple[Record, ...] = ()
@@ -52,14 +59,24 @@ class Progress(Protocol):
 
 
 def plan(
-    task: SweepTask, documents: int, cells: Sequence[str], seen: Collection[RowKey], batch_size: int
+    task: SweepTask,
+    documents: int,
+    cells: Sequence[str],
+    seen: Collection[RowKey],
+    batch_size: int,
+    apart: Collection[int] = (),
 ) -> Iterator[Item]:
-    """The items that complete `cells` on the first `documents` of `task`, given the rows already `seen`."""
-    for start in range(0, documents, batch_size):
-        doc_ids = range(start, min(documents, start + batch_size))
+    """The items that complete `cells` on the first `documents` of `task`, given the rows already `seen`.
+
+    apart: documents that failed alone before; each is an item of its own, behind the others.
+    """
+    blocks = [range(start, min(documents, start + batch_size)) for start in range(0, documents, batch_size)]
+    whole = [tuple(doc_id for doc_id in block if doc_id not in apart) for block in blocks]
+    alone = [(doc_id,) for doc_id in sorted(apart) if doc_id < documents]
+    for doc_ids in [*whole, *alone]:
         pending = [cell for cell in cells if any(key not in seen for key in _keys(task, cell, doc_ids))]
         if pending:
-            yield Item(task.name, tuple(doc_ids), tuple(pending))
+            yield Item(task.name, doc_ids, tuple(pending))
 
 
 def missing(task: SweepTask, cell: str, doc_ids: Iterable[int], seen: Collection[RowKey]) -> int:
@@ -82,30 +99,68 @@ class Worker:
         self.cells: Mapping[str, Cell] = {cell.key(): cell for cell in cells}
 
     def run(self, item: Item) -> Iterator[Outcome]:
-        """One outcome per cell of `item`, each as soon as it is known; one for all if the batch cannot be prepared."""
+        """Outcomes of every cell of `item`, each as soon as it is known.
+
+        A document that cannot be prepared is one failure of all cells, and the others are answered without it. A cell
+        that fails on a batch is asked about its documents one by one.
+        """
         task = self.tasks[item.task]
+        batches, failures = self._prepared(task, item)
+        for failure in failures:
+            yield Outcome(item.cells, failure=failure)
+        for doc_ids, batch in batches:
+            yield from self._answered(task, item, doc_ids, batch)
+
+    def _prepared(self, task: SweepTask, item: Item) -> tuple[list[tuple[tuple[int, ...], Batch]], list[Record]]:
+        """The documents of `item` as batches, one if possible, and a failure for each that cannot be prepared alone."""
+        whole = self._prepare(task, item, item.doc_ids)
+        if isinstance(whole, Batch):
+            return [(item.doc_ids, whole)], []
+        if len(item.doc_ids) == 1:
+            return [], [whole]
+        each = {doc_id: self._prepare(task, item, (doc_id,)) for doc_id in item.doc_ids}
+        failures = [found for found in each.values() if not isinstance(found, Batch)]
+        good = {(doc_id,): found for doc_id, found in each.items() if isinstance(found, Batch)}
+        others = tuple(doc_id for (doc_id,) in good)
+        together = self._prepare(task, item, others) if failures and others else None
+        return [(others, together)] if isinstance(together, Batch) else list(good.items()), failures
+
+    def _prepare(self, task: SweepTask, item: Item, doc_ids: tuple[int, ...]) -> Batch | Record:
         try:
-            batch = self.runner.prepare([task.conversation(doc_id) for doc_id in item.doc_ids])
-        except Exception as error:
-            yield Outcome(item.cells, failure=failure_record("prepare", task, item.cells, item.doc_ids, error))
-            return
+            return self.runner.prepare([task.conversation(doc_id) for doc_id in doc_ids])
+        except FAULTS as error:
+            return failure_record("prepare", task.key, item.cells, doc_ids, error)
+
+    def _answered(self, task: SweepTask, item: Item, doc_ids: tuple[int, ...], batch: Batch) -> Iterator[Outcome]:
         pending = [cell for cell in self.cells.values() if cell.key() in item.cells]
         again = []
         with self.runner.sharing(pending):
             for cell in pending:
-                outcome = self._outcome(task, batch, cell, item.doc_ids)
+                outcome = self._outcome(task, batch, cell, doc_ids)
                 if outcome.failure is None:
                     yield outcome
                 else:
                     again.append(cell)
         for cell in again:  # alone, where nothing but its own method can make a cell fail
-            yield self._outcome(task, batch, cell, item.doc_ids)
+            outcome = self._outcome(task, batch, cell, doc_ids)
+            yield from [outcome] if outcome.failure is None else self._one_by_one(task, item, cell, doc_ids, outcome)
+
+    def _one_by_one(
+        self, task: SweepTask, item: Item, cell: Cell, doc_ids: tuple[int, ...], failed: Outcome
+    ) -> list[Outcome]:
+        """The outcomes of every document of a batch that failed; just `failed` if none of them can be answered."""
+        outcomes = []
+        for doc_id in doc_ids if len(doc_ids) > 1 else ():
+            batch = self._prepare(task, item, (doc_id,))
+            if isinstance(batch, Batch):
+                outcomes.append(self._outcome(task, batch, cell, (doc_id,)))
+        return outcomes if any(outcome.failure is None for outcome in outcomes) else [failed]
 
     def _outcome(self, task: SweepTask, batch: Batch, cell: Cell, doc_ids: Sequence[int]) -> Outcome:
         try:
             return Outcome((cell.key(),), rows=self._answers(task, batch, cell, doc_ids))
-        except Exception as error:
-            return Outcome((cell.key(),), failure=failure_record("answer", task, (cell.key(),), doc_ids, error))
+        except FAULTS as error:
+            return Outcome((cell.key(),), failure=failure_record("answer", task.key, (cell.key(),), doc_ids, error))
 
     def _answers(self, task: SweepTask, batch: Batch, cell: Cell, doc_ids: Sequence[int]) -> tuple[Record, ...]:
         generation, key = task.generation(cell.generation), cell.key()
@@ -119,30 +174,16 @@ class Worker:
         return tuple(rows)
 
 
-def failure_record(
-    stage: str, task: SweepTask, cells: Sequence[str], doc_ids: Sequence[int], error: BaseException
-) -> Record:
-    """What `failures.jsonl` says about an error in `stage`: prepare, answer or score."""
-    return {
-        "stage": stage,
-        "task": task.name,
-        "task_fp": task.fingerprint,
-        "cells": list(cells),
-        "doc_ids": list(doc_ids),
-        "error": type(error).__name__,
-        "reason": " ".join(str(error).split()),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-
-
 def run_local(items: Sequence[Item], worker: Worker, writer: Writer, progress: Progress) -> list[Record]:
     """Work through `items` in this process and return the failures.
 
-    A cell that fails is left alone for the rest of this run, on that task; the others go on. Everything answered before
+    A cell that fails on several documents alike, or on `PATIENCE` of them in a row, is left alone for the rest of this
+    run, on that task; the others go on, and so does a cell that fails on single documents. Everything answered before
     stays stored, and a later run takes up where the cell failed.
     """
     tasks = worker.tasks
     waiting: Counter[tuple[str, str]] = Counter()
+    in_a_row: Counter[tuple[str, str]] = Counter()
     for item in items:
         for cell in item.cells:
             waiting[item.task, cell] += missing(tasks[item.task], cell, item.doc_ids, writer.seen)
@@ -156,10 +197,20 @@ def run_local(items: Sequence[Item], worker: Worker, writer: Writer, progress: P
             if outcome.failure is None:
                 stored = writer.add_rows(outcome.rows)
                 waiting[item.task, outcome.cells[0]] -= stored
+                in_a_row[item.task, outcome.cells[0]] = 0
                 progress.advance(stored)
-            else:
-                stopped |= {(item.task, cell) for cell in outcome.cells}
-                failures.append(outcome.failure)
-                writer.add_failure(outcome.failure)
-                progress.fail(outcome.failure, sum(waiting[item.task, cell] for cell in outcome.cells))
+                continue
+            failure, lost = outcome.failure, 0
+            for cell in outcome.cells:
+                place = item.task, cell
+                in_a_row[place] += failure["stage"] == "answer"
+                if len(failure["doc_ids"]) > 1 or in_a_row[place] >= PATIENCE:
+                    stopped.add(place)
+                missed = missing(tasks[item.task], cell, failure["doc_ids"], writer.seen)
+                missed = waiting[place] if place in stopped else missed
+                waiting[place] -= missed
+                lost += missed
+            failures.append(failure)
+            writer.add_failure(failure)
+            progress.fail(failure, lost)
     return failures

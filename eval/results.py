@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtc.eval.store import Record, Store
+from vtc.eval.failures import TaskKey, unanswered
+from vtc.eval.store import Record, Store, row_key
 
 COLUMNS = (
     "model",
@@ -54,12 +55,22 @@ class Incomplete:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A document that no cell could be asked about, and that every metric of its task leaves out."""
+
+    task: str
+    doc_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Results:
     """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each."""
 
     run: Record
     lines: Sequence[Record]
     incomplete: Sequence[Incomplete]
+    unanswered: Sequence[Unanswered] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -96,7 +107,8 @@ def read_results(folder: Path) -> Results:
         task = run["tasks"].get(record["task"])
         if task and (record["task_fp"], record["documents"]) == (task["fingerprint"], task["documents"]):
             lines.append(_line(run, cells[record["cell"]], names[record["cell"]], record))
-    return Results(run, lines, _incomplete(store, run, cells, names, lines))
+    lost = _unanswered(store, run)
+    return Results(run, lines, _incomplete(store, run, cells, names, lines, lost), lost)
 
 
 def _line(run: Record, cell: Record, name: str, record: Record) -> Record:
@@ -139,7 +151,12 @@ def _series_names(cells: dict[str, Record]) -> dict[str, str]:
 
 
 def _incomplete(
-    store: Store, run: Record, cells: dict[str, Record], names: dict[str, str], lines: Sequence[Record]
+    store: Store,
+    run: Record,
+    cells: dict[str, Record],
+    names: dict[str, str],
+    lines: Sequence[Record],
+    lost: Sequence[Unanswered],
 ) -> list[Incomplete]:
     answered: Counter[tuple[str, str]] = Counter()
     for row in store.rows():
@@ -154,8 +171,8 @@ def _incomplete(
     scored = {(line["task"], line["cell"]) for line in lines}
     incomplete = []
     for name, task in run["tasks"].items():
-        wanted = task["documents"] * task["repeats"]
-        for key in task["cells"]:
+        wanted = (task["documents"] - sum(entry.task == name for entry in lost)) * task["repeats"]
+        for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
             if answered[name, key] < wanted or (name, key) not in scored:
                 reason = reasons.get((name, key), "not answered yet")
                 cell = cells[key]
@@ -163,13 +180,29 @@ def _incomplete(
     return incomplete
 
 
+def _unanswered(store: Store, run: Record) -> list[Unanswered]:
+    seen = {row_key(row) for row in store.rows()}
+    failures = store.failures()
+    lost = []
+    for name, task in run["tasks"].items():
+        key = TaskKey(name, task["fingerprint"])
+        for doc_id, failure in unanswered(failures, key, task["documents"], seen).items():
+            lost.append(Unanswered(name, doc_id, f"{failure['error']}: {failure['reason']}"))
+    return lost
+
+
 def to_csv(results: Results) -> str:
     """The lines as CSV with the columns `COLUMNS`; what does not exist is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results.lines)
+    writer.writerows({name: _cell(value) for name, value in line.items()} for line in results.lines)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, with the apostrophe in front that makes it text again."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def json_summary(results: Results) -> dict[str, Any]:
@@ -179,4 +212,5 @@ def json_summary(results: Results) -> dict[str, Any]:
         "tasks": results.run["tasks"],
         "metrics": list(results.lines),
         "incomplete": [vars(entry) for entry in results.incomplete],
+        "unanswered": [vars(entry) for entry in results.unanswered],
     }

@@ -5,20 +5,22 @@
     run.json        the model, the tasks with their fingerprints, every sweep that wrote here, library versions
     cells.jsonl     the settings of each cell
     rows.jsonl      one answer per line; flushed to the disk after each batch of a cell
-    metrics.jsonl   one scored metric of one cell per line; a later line replaces an earlier one
+    metrics.jsonl   all metrics of one cell on one task per line; a later line replaces an earlier one
     failures.jsonl  what went wrong, where
 
-A process that is killed can leave half a line at the end of a file; the next writer drops it. There is one writer at a
-time, held by a lock of the operating system, which ends with the process however it ends.
+A process that is killed, or a disk that is full, can leave half a line at the end of a file; the next write drops it.
+`run.json` is written before anything else, so that nothing lies in a folder that does not say whose it is. There is
+one writer at a time, held by a lock of the operating system, which ends with the process however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,22 @@ def row_key(row: Record) -> RowKey:
     return row["cell"], row["task"], row["task_fp"], row["doc_id"], row["repeat"]
 
 
+FIELDS = {
+    "cells": {"cell", "label", "retention", "parameters"},
+    "rows": {"cell", "task", "task_fp", "doc_id", "repeat", "text"},
+    "metrics": {"cell", "task", "task_fp", "documents", "metrics"},
+    "failures": {"stage", "task", "task_fp", "cells", "doc_ids", "error", "reason"},
+}
+"""What every line of a file has at least."""
+
+
 def read_lines(path: Path) -> Iterator[Record]:
-    """The complete lines of a file of JSON lines; none if there is no file.
+    """The complete lines of one of the files of JSON lines; none if there is no file.
 
     Raises:
-        InputError: a complete line is not JSON, which no interruption of a sweep can cause.
+        InputError: a complete line is no record of its kind, which no interruption of a sweep can cause.
     """
+    wanted = FIELDS[path.stem]
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
@@ -46,6 +58,9 @@ def read_lines(path: Path) -> Iterator[Record]:
                     record = json.loads(line)
                 except ValueError as error:
                     raise InputError(f"{path}: line {number} is damaged ({error}); remove it and go on") from error
+                if not isinstance(record, dict) or not wanted <= record.keys():
+                    lacks = f"it lacks {min(wanted - record.keys())!r}" if isinstance(record, dict) else "no mapping"
+                    raise InputError(f"{path}: line {number} is no record of a sweep ({lacks}); remove it and go on")
                 yield record
 
 
@@ -88,12 +103,10 @@ class Store:
         return {record["cell"]: record for record in read_lines(self.folder / "cells.jsonl")}
 
     def metrics(self) -> list[Record]:
-        """The last record of each metric of each cell, for each number of documents it was scored on."""
-        last = {
-            (r["cell"], r["task"], r["task_fp"], r["documents"], r["metric"]): r
-            for r in read_lines(self.folder / "metrics.jsonl")
-        }
-        return list(last.values())
+        """All metrics of each cell as last scored, for each task and number of documents it was scored on."""
+        scored = read_lines(self.folder / "metrics.jsonl")
+        last = {(each["cell"], each["task"], each["task_fp"], each["documents"]): each["metrics"] for each in scored}
+        return [record for records in last.values() for record in records]
 
     def failures(self) -> list[Record]:
         """All recorded failures, the oldest first."""
@@ -133,10 +146,22 @@ class Writer:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        for name in ("cells", "rows", "metrics", "failures"):
+        for name in FIELDS:
             _drop_half_line(store.folder / f"{name}.jsonl")
+        if not store.exists:
+            self._check_empty()
         self.seen: set[RowKey] = {row_key(row) for row in store.rows()}
         self._cells = set(store.cells())
+
+    def _check_empty(self) -> None:
+        """InputError if answers lie in the folder, and nothing says whose they are."""
+        for name in FIELDS:
+            path = self.store.folder / f"{name}.jsonl"
+            if path.exists() and path.stat().st_size:
+                raise InputError(
+                    f"{str(self.store.folder)!r} holds {path.name} but no run.json that says of which sweep; choose "
+                    "another --out, or remove it"
+                )
 
     def save_run(self, content: Record) -> None:
         """Replace `run.json` in one step."""
@@ -162,9 +187,11 @@ class Writer:
         self.seen |= set(fresh)
         return len(fresh)
 
-    def add_metrics(self, metrics: Iterable[Record]) -> None:
-        """Append scored metrics; they replace earlier ones of the same cell, task and number of documents."""
-        self._append("metrics", list(metrics))
+    def add_metrics(self, metrics: Sequence[Record]) -> None:
+        """Append all metrics of one cell on one task as one line; it replaces an earlier one on as many documents."""
+        if metrics:
+            about = {name: metrics[0][name] for name in ("cell", "task", "task_fp", "documents")}
+            self._append("metrics", [{**about, "metrics": list(metrics)}])
 
     def add_failure(self, failure: Record) -> None:
         """Append one failure."""
@@ -174,10 +201,18 @@ class Writer:
         if not records:
             return
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        with self._reporting(), (self.store.folder / f"{name}.jsonl").open("ab") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.store.folder / f"{name}.jsonl"
+        with self._reporting():
+            _drop_half_line(path)  # of a write that failed, when not even that could be undone
+            with path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    _write_all(file, lines)
+                    os.fsync(file.fileno())
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        file.truncate(before)
+                    raise
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -202,9 +237,24 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {str(folder)!r}: {error.strerror or error}; choose another --out")
 
 
-def _drop_half_line(path: Path) -> None:
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    """A disk that fills up takes a part and raises at the next."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _drop_half_line(path: Path, step: int = 1 << 16) -> None:
+    """Cut a file behind its last line feed; looks at its end alone."""
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-        content = file.read()
-        end = content.rfind(b"\n") + 1
-        if end != len(content):
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - step)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end != size:
             file.truncate(end)

@@ -11,7 +11,8 @@ from vtc import loading
 from vtc.errors import BudgetError
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import Cell, make_cells, make_methods
-from vtc.eval.execute import Worker, failure_record, missing, plan, run_local
+from vtc.eval.execute import Item, Worker, missing, plan, run_local
+from vtc.eval.failures import FAULTS, failed_alone, failure_record, unanswered
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
 from vtc.eval.progress import SilentProgress
 from vtc.eval.report import write_report
@@ -68,8 +69,8 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     with store.writing() as writer:
         for note in changes_since(store, spec):
             progress.note(f"note: {note}")
-        writer.add_cells(cell.record() for cell in cells)
         writer.save_run(run_record(store, spec, tasks, cells, loaded))
+        writer.add_cells(cell.record() for cell in cells)
         answered, failures = _answer(spec, tasks, cells, runner, writer, progress)
         for task in tasks:
             failures += _score(task, documents(spec, task), cells[0].key(), writer, progress)
@@ -98,7 +99,11 @@ def _answer(
     """Fetch the missing answers; return how many were stored, and the failures."""
     wanted = {task.name: range(documents(spec, task)) for task in tasks}
     keys = [cell.key() for cell in cells]
-    items = [i for task in tasks for i in plan(task, len(wanted[task.name]), keys, writer.seen, spec.batch_size)]
+    failed = writer.store.failures()
+    items: list[Item] = []
+    for task in tasks:
+        apart = failed_alone(failed, task.key, ["prepare", "answer"])
+        items += plan(task, len(wanted[task.name]), keys, writer.seen, spec.batch_size, apart)
     total = sum(len(wanted[task.name]) * task.repeats * len(keys) for task in tasks)
     left = sum(missing(task, key, wanted[task.name], writer.seen) for task in tasks for key in keys)
     if left < total:
@@ -117,13 +122,17 @@ def _answer(
 def _score(task: SweepTask, n: int, baseline: str, writer: Writer, progress: SilentProgress) -> list[Record]:
     """Score the store's cells that are complete on the first `n` documents and not scored there yet.
 
-    A cell that was scored while the baseline was incomplete is scored again, to be compared with it.
+    A cell that was scored while the baseline was incomplete is scored again, to be compared with it. Documents that
+    cannot be prepared, and so lack in every cell, are left out for all of them alike.
     """
+    left_out = unanswered(writer.store.failures(), task.key, n, writer.seen)
+    doc_ids = [doc_id for doc_id in range(n) if doc_id not in left_out]
     scored_before: dict[str, bool] = {}  # cell -> compared with the baseline
     for record in writer.store.metrics():
-        if (record["task"], record["task_fp"], record["documents"]) == (task.name, task.fingerprint, n):
+        about = record["task"], record["task_fp"], record["documents"], record["left_out"]
+        if about == (task.name, task.fingerprint, n, sorted(left_out)):
             scored_before[record["cell"]] = scored_before.get(record["cell"], False) or record["paired"] is not None
-    complete = [key for key in writer.store.cells() if not missing(task, key, range(n), writer.seen)]
+    complete = [key for key in writer.store.cells() if doc_ids and not missing(task, key, doc_ids, writer.seen)]
     comparable = baseline in complete
     todo = [
         key
@@ -138,17 +147,22 @@ def _score(task: SweepTask, n: int, baseline: str, writer: Writer, progress: Sil
     for row in writer.store.rows():
         same_task = row["task"] == task.name and row["task_fp"] == task.fingerprint
         if same_task and row["cell"] in rows and row["doc_id"] < n:
-            rows[row["cell"]].append(row)
+            rows[row["cell"]].append({**row, "doc_id": doc_ids.index(row["doc_id"])} if left_out else row)
+    scoring = task.only(doc_ids) if left_out else task
     failures: list[Record] = []
     reference: dict[str, Scored] | None = None
     for key in todo:
         try:
-            scored, records = metric_records(task, key, n, rows[key], reference)
-        except Exception as error:
-            failures.append(failure_record("score", task, (key,), (), root_cause(error)))
+            scored, records = metric_records(scoring, key, len(doc_ids), rows[key], reference)
+        except FAULTS as error:
+            failures.append(failure_record("score", task.key, (key,), (), root_cause(error)))
             writer.add_failure(failures[-1])
             progress.fail(failures[-1], 0)
             continue
+        for record in records:
+            if record["scores"] is not None:
+                record["scores"] = {str(doc_ids[int(number)]): value for number, value in record["scores"].items()}
+            record |= {"documents": n, "left_out": sorted(left_out)}
         writer.add_metrics(records)
         if key == baseline:
             reference = scored

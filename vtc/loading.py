@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from vtc import adapters
+from vtc.checkpoint import digests
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
 from vtc.eval import tiny
 
@@ -28,12 +28,17 @@ class Loaded:
     processor: Any
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the numbers this model produces, whatever its folder is called."""
+        """What identifies the numbers this model produces, whatever its folder is called.
+
+        A hub checkpoint is its commit, a folder every byte of the files in it that count, see `vtc.checkpoint`.
+        """
         config = self.model.config
         text = config.get_text_config()
+        commit = getattr(config, "_commit_hash", None)
+        checkpoint = {"commit": commit} if commit else digests(Path(self.path))
         return {
             "class": type(self.model).__name__,
-            "weights": getattr(config, "_commit_hash", None) or _weights_hash(Path(self.path)),
+            **checkpoint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": {"vision": _attention(config.vision_config, config), "text": _attention(text, config)},
         }
@@ -163,14 +168,3 @@ def _check_class(name: str, config: Any) -> None:
 
 def _attention(part: Any, whole: Any) -> str:
     return getattr(part, "_attn_implementation", None) or whole._attn_implementation or "eager"
-
-
-def _weights_hash(folder: Path) -> str:
-    """Hash of the weight files' names, sizes and heads; reading gigabytes would cost more than it tells."""
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.index.json"), *folder.glob("config.json")]):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}:{file.stat().st_size}:".encode() + stream.read(1 << 20))
-            stream.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]

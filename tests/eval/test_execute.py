@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from vtc.eval.execute import Item, Outcome, Worker, failure_record, missing, plan, run_local
+from vtc.eval.execute import PATIENCE, Item, Outcome, Worker, missing, plan, run_local
+from vtc.eval.failures import TaskKey, failed_alone, failure_record, unanswered
 from vtc.eval.progress import SilentProgress
+from vtc.eval.runner import Batch
 from vtc.eval.store import Store, row_key
 
-TASK: Any = SimpleNamespace(name="t", fingerprint="f", repeats=1)
+TASK: Any = SimpleNamespace(name="t", fingerprint="f", repeats=1, key=TaskKey("t", "f"))
 
 
 def row(cell: str, doc_id: int) -> dict[str, Any]:
@@ -32,12 +34,12 @@ class FakeWorker:
         self.asked.append(item)
         if self.unreadable & set(item.doc_ids):
             error = OSError("picture is broken")
-            yield Outcome(item.cells, failure=failure_record("prepare", TASK, item.cells, item.doc_ids, error))
+            yield Outcome(item.cells, failure=failure_record("prepare", TASK.key, item.cells, item.doc_ids, error))
             return
         for cell in item.cells:
             if {(cell, doc_id) for doc_id in item.doc_ids} & self.fails:
                 error = ValueError("no such\n  token")  # type: ignore[assignment]
-                yield Outcome((cell,), failure=failure_record("answer", TASK, (cell,), item.doc_ids, error))
+                yield Outcome((cell,), failure=failure_record("answer", TASK.key, (cell,), item.doc_ids, error))
             else:
                 yield Outcome((cell,), rows=tuple(row(cell, doc_id) for doc_id in item.doc_ids))
 
@@ -75,6 +77,7 @@ def test_every_repeat_of_a_question_is_wanted() -> None:
 def run(folder: Path, worker: FakeWorker, documents: int = 10) -> tuple[list[Any], list[str], Recorder]:
     store, progress = Store(folder), Recorder()
     with store.writing() as writer:
+        writer.save_run({"model": {}, "tasks": {}, "sweeps": []})
         failures = run_local(list(plan(TASK, documents, ["a", "b"], writer.seen, 4)), worker, writer, progress)  # type: ignore[arg-type]
     return failures, sorted(r["text"] for r in store.rows()), progress
 
@@ -93,10 +96,33 @@ def test_a_cell_that_fails_stops_alone_and_is_taken_up_later(tmp_path: Path) -> 
     assert [(item.doc_ids[0], item.cells) for item in worker.asked] == [(4, ("b",)), (8, ("b",))]
 
 
-def test_a_batch_that_cannot_be_prepared_stops_its_task(tmp_path: Path) -> None:
-    failures, texts, progress = run(tmp_path, FakeWorker(prepare={6}))
-    assert [failure["stage"] for failure in failures] == ["prepare"]
-    assert len(texts) == 8 and progress.lost == 12
+def test_documents_that_failed_alone_leave_their_block() -> None:
+    failures = [
+        failure_record("prepare", TASK.key, ["a", "b"], [5], OSError("broken")),
+        failure_record("answer", TASK.key, ["b"], [1], MemoryError("too large")),
+        failure_record("answer", TASK.key, ["b"], [4, 5, 6, 7], ValueError("all alike")),
+        failure_record("prepare", TaskKey("t", "g"), ["a"], [2], OSError("of another version of the task")),
+    ]
+    apart = failed_alone(failures, TASK.key, ["prepare", "answer"])
+    assert sorted(apart) == [1, 5] and apart[5]["reason"] == "broken"
+    items = list(plan(TASK, 10, ["a", "b"], {row_key(row("a", 1))}, 4, apart))
+    assert [item.doc_ids for item in items] == [(0, 2, 3), (4, 6, 7), (8, 9), (1,), (5,)]
+    assert items[3].cells == ("b",)
+    assert list(unanswered(failures, TASK.key, 10, set())) == [5]
+    assert not unanswered(failures, TASK.key, 5, set()) and not unanswered(
+        failures, TASK.key, 10, {row_key(row("a", 5))}
+    )
+
+
+def test_a_cell_that_fails_on_one_document_after_the_other_is_given_up(tmp_path: Path) -> None:
+    """With one document to a batch, a broken method cannot be told from a broken document; patience ends."""
+    store, progress, bad = Store(tmp_path), Recorder(), {("b", n) for n in range(100)} - {("b", 2)}
+    worker = FakeWorker(fails=bad)
+    with store.writing() as writer:
+        failures = run_local(list(plan(TASK, 30, ["a", "b"], writer.seen, 1)), worker, writer, progress)  # type: ignore[arg-type]
+    assert [failure["doc_ids"][0] for failure in failures] == [0, 1, *range(3, 3 + PATIENCE)]
+    assert (progress.answers, progress.lost) == (31, 29)
+    assert sum("b" in item.cells for item in worker.asked) == 3 + PATIENCE
 
 
 def test_an_interrupt_is_not_a_failure(tmp_path: Path) -> None:
@@ -113,8 +139,16 @@ def test_an_interrupt_is_not_a_failure(tmp_path: Path) -> None:
 class FakeRunner:
     """Prepares anything; answers with the cell's name, and fails as told, alone or only while the encoder is shared."""
 
-    def __init__(self, fails: set[str] = frozenset(), fails_shared: bool = False) -> None:  # type: ignore[assignment]
+    def __init__(
+        self,
+        fails: set[str] = frozenset(),  # type: ignore[assignment]
+        fails_shared: bool = False,
+        unreadable: set[int] = frozenset(),  # type: ignore[assignment]
+        heavy: set[int] = frozenset(),  # type: ignore[assignment]
+    ) -> None:
         self.fails, self.fails_shared, self.inside = fails, fails_shared, False
+        self.unreadable, self.heavy = unreadable, heavy
+        self.prepared: list[tuple[int, ...]] = []
 
     def sharing_groups(self, cells: list[Any]) -> list[list[Any]]:
         return [list(cells)]
@@ -128,20 +162,55 @@ class FakeRunner:
     def __exit__(self, *_: object) -> None:
         self.inside = False
 
-    def prepare(self, conversations: list[Any]) -> list[Any]:
-        return conversations
+    def prepare(self, conversations: list[Any]) -> Any:
+        self.prepared.append(tuple(conversations))
+        if self.unreadable & set(conversations):
+            raise SystemExit("a task's code gave up")
+        return Batch({"ids": conversations}, (1,) * len(conversations))
 
-    def answer(self, batch: list[Any], cell: Any, generation: Any, seed: int) -> list[Any]:
+    def answer(self, batch: Any, cell: Any, generation: Any, seed: int) -> list[Any]:
+        if self.heavy & set(batch.inputs["ids"]) and cell.key() == "c":
+            raise MemoryError("out of memory")
         if cell.key() in self.fails or (self.fails_shared and self.inside):
             raise RuntimeError(f"{cell.key()} cannot")
-        return [SimpleNamespace(text=cell.key()) for _ in batch]
+        return [SimpleNamespace(text=f"{cell.key()}{number}") for number in batch.inputs["ids"]]
+
+
+def asked(runner: FakeRunner, doc_ids: tuple[int, ...] = (0, 1, 2, 3)) -> list[Outcome]:
+    """What the cells a, b and c make of a block."""
+    cells: list[Any] = [SimpleNamespace(key=lambda k=k: k, seed=0, generation={}) for k in "abc"]
+    task: Any = SimpleNamespace(**vars(TASK), conversation=lambda doc_id: doc_id, generation=lambda overrides: None)
+    return list(Worker(runner, [task], cells).run(Item("t", doc_ids, ("a", "b", "c"))))  # type: ignore[arg-type]
+
+
+def test_a_document_that_cannot_be_prepared_costs_no_other() -> None:
+    """Even where its task's code calls sys.exit."""
+    runner = FakeRunner(unreadable={1, 3})
+    outcomes = asked(runner)
+    failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    assert [(f["stage"], f["doc_ids"], f["cells"]) for f in failures] == [
+        ("prepare", [1], ["a", "b", "c"]), ("prepare", [3], ["a", "b", "c"]),
+    ]  # fmt: skip
+    assert [[r["text"] for r in outcome.rows] for outcome in outcomes if outcome.rows] == [
+        ["a0", "a2"], ["b0", "b2"], ["c0", "c2"],
+    ]  # fmt: skip
+    assert runner.prepared[-1] == (0, 2)  # the others stay together
+    assert [outcome.failure["doc_ids"] for outcome in asked(FakeRunner(unreadable={5}), (5,)) if outcome.failure] == [
+        [5]
+    ]
+
+
+def test_a_document_that_one_cell_cannot_answer_costs_no_other() -> None:
+    outcomes = asked(FakeRunner(heavy={2}))
+    texts = [r["text"] for outcome in outcomes for r in outcome.rows]
+    assert texts == ["a0", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "c0", "c1", "c3"]
+    (failure,) = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    assert (failure["cells"], failure["doc_ids"], failure["error"]) == (["c"], [2], "MemoryError")
 
 
 @pytest.mark.parametrize("fails_shared", [False, True])
 def test_only_the_cell_at_fault_fails(fails_shared: bool) -> None:
-    cells: list[Any] = [SimpleNamespace(key=lambda k=k: k, seed=0, generation={}) for k in "abc"]
-    task: Any = SimpleNamespace(**vars(TASK), conversation=lambda doc_id: doc_id, generation=lambda overrides: None)
-    worker = Worker(FakeRunner({"b"}, fails_shared), [task], cells)  # type: ignore[arg-type]
-    outcomes = {outcome.cells[0]: outcome for outcome in worker.run(Item("t", (0, 1), ("a", "b", "c")))}
+    outcomes = {outcome.cells[0]: outcome for outcome in asked(FakeRunner({"b"}, fails_shared), (0, 1))}
+    assert outcomes["b"].failure is not None and outcomes["b"].failure["doc_ids"] == [0, 1]
     assert outcomes["b"].failure is not None and outcomes["b"].failure["reason"] == "b cannot"
-    assert [r["text"] for r in outcomes["a"].rows + outcomes["c"].rows] == ["a", "a", "c", "c"]
+    assert [r["text"] for r in outcomes["a"].rows + outcomes["c"].rows] == ["a0", "a1", "c0", "c1"]
