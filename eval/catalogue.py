@@ -20,7 +20,7 @@ from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.quiet import muted
 from vtc.images import open_image, pillow_defaults
-from vtc.preparation import Conversation
+from vtc.preparation import Chat
 
 EMBEDDED = Path(__file__).parent / "tasks"
 GENERATE = "generate_until"
@@ -66,7 +66,7 @@ class SweepTask:
         """The first metric that the task declares."""
         return str(next(iter(self.lmms.aggregation())))
 
-    def conversation(self, doc_id: int) -> Conversation:
+    def conversation(self, doc_id: int) -> Chat:
         """The chat messages of one document in the form that `processor.apply_chat_template` takes, images as PIL.
 
         Raises:
@@ -109,7 +109,7 @@ class SweepTask:
         return task_fingerprint(vars(self.lmms.config), self.documents, self.profile)
 
 
-def conversation(messages: Any, source: str) -> Conversation:
+def conversation(messages: Any, source: str) -> Chat:
     """lmms-eval's chat `messages` in the form that `processor.apply_chat_template` takes, images as PIL in RGB.
 
     Raises:
@@ -130,7 +130,7 @@ def conversation(messages: Any, source: str) -> Conversation:
                     raise InputError(f"{source}: {error}") from error
             elif part["type"] != "text":
                 raise InputError(f"{source}: {part['type']} input; this version evaluates image tasks")
-    return Conversation(converted, source)
+    return Chat(converted, source)
 
 
 def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:

@@ -158,8 +158,8 @@ class Film:
             cover = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & cover), None)
             if stream is None:
-                kinds = ", ".join(sorted({str(stream.type) for stream in container.streams})) or "nothing"
-                raise InputError(f"video {str(self.file)!r} has no picture track, only {kinds}; give a film")
+                kinds = ", ".join(sorted({str(stream.type) for stream in container.streams})) or "no track"
+                raise InputError(f"video {str(self.file)!r} has no picture track but {kinds}; give a film")
             if container.format.name.endswith("_pipe"):
                 raise InputError(f"video {str(self.file)!r} is a picture that stands still; give it with --image")
             if stream.codec_context is None:

@@ -25,7 +25,7 @@ from vtc.eval.cells import BASELINE, Cell
 from vtc.eval.generation import make_generation
 from vtc.eval.runner import Answer, Runner, batch_seed
 from vtc.images import pillow_defaults
-from vtc.preparation import Conversation
+from vtc.preparation import Chat
 
 
 class VTC(lmms):  # type: ignore[misc]
@@ -117,7 +117,7 @@ class VTC(lmms):  # type: ignore[misc]
         ordered: list[GenerationResult] = collator.get_original(results)
         return ordered
 
-    def _read(self, to_messages: Any, task: str, split: str, doc_id: int) -> Conversation:
+    def _read(self, to_messages: Any, task: str, split: str, doc_id: int) -> Chat:
         """The chat messages of one document; InputError that names it if the task's code or its pictures fail."""
         source = f"task {task!r}, document {doc_id}"
         with pillow_defaults():

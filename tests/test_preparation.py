@@ -18,14 +18,14 @@ from vtc.errors import InputError
 from vtc.eval import tiny
 from vtc.eval.media import Video
 from vtc.images import open_image
-from vtc.preparation import Conversation, prepare
+from vtc.preparation import Chat, prepare
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
 
-def ask(text: str, *pictures: Any, source: str = "the prompt") -> Conversation:
+def ask(text: str, *pictures: Any, source: str = "the prompt") -> Chat:
     media = [{"type": "image", "image": picture} for picture in pictures]
-    return Conversation([{"role": "user", "content": [*media, {"type": "text", "text": text}]}], source)
+    return Chat([{"role": "user", "content": [*media, {"type": "text", "text": text}]}], source)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from vtc.attach import compress
 from vtc.compressor import Compressor
 from vtc.images import open_image
 from vtc.loading import Loaded
-from vtc.preparation import Conversation, on_device, prepare
+from vtc.preparation import Chat, on_device, prepare
 
 if TYPE_CHECKING:
     from vtc.eval.media import Video
@@ -56,7 +56,7 @@ def answer(
     model, processor = loaded.model, loaded.processor
     media = [{"type": "image", "image": image} for image in images] + [{"type": "video", "video": v} for v in videos]
     content = [*media, {"type": "text", "text": prompt}]
-    inputs = prepare(loaded, [Conversation([{"role": "user", "content": content}])])
+    inputs = prepare(loaded, [Chat([{"role": "user", "content": content}])])
     attached = None
     if method is not None:
         attached = compress(model, method, retention=retention, keep=keep, **options)

@@ -15,6 +15,7 @@ import torch
 from vtc import adapters
 from vtc.errors import InputError, one_line
 from vtc.images import name_of, open_image
+from vtc.prompt import begins_itself
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from vtc.loading import Loaded
 
 
-class Conversation(list[Mapping[str, Any]]):
+class Chat(list[Mapping[str, Any]]):
     """Chat messages of one prompt, media inside them, and how messages about it call it."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]], source: str = "the prompt") -> None:
@@ -32,7 +33,7 @@ class Conversation(list[Mapping[str, Any]]):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Rendered:
     """One conversation as a processor takes it: text with a placeholder per picture and video, and these."""
 
     source: str
@@ -69,7 +70,7 @@ def on_device(model: Any, run: Callable[[], Any]) -> Any:
         raise InputError(f"device {str(model.device)!r} failed ({one_line(error)}); give another --device") from error
 
 
-def _prompt(loaded: Loaded, messages: Sequence[Mapping[str, Any]], number: int) -> Prompt:
+def _prompt(loaded: Loaded, messages: Sequence[Mapping[str, Any]], number: int) -> Rendered:
     source = getattr(messages, "source", f"prompt {number + 1}")
     parts = [part for message in messages for part in _parts(message)]
     images = [part["image"] for part in parts if part["type"] == "image"]
@@ -89,7 +90,7 @@ def _prompt(loaded: Loaded, messages: Sequence[Mapping[str, Any]], number: int) 
                 f"the chat template of model {loaded.name!r} writes {placeholder!r} {count} times where {source} has "
                 f"{len(media)} of kind {kind}; give a checkpoint whose template writes one for each"
             )
-    return Prompt(source, text, [_open(image, source) for image in images], videos)
+    return Rendered(source, text, [_open(image, source) for image in images], videos)
 
 
 def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -124,7 +125,7 @@ def _render(loaded: Loaded, messages: Sequence[Mapping[str, Any]], source: str) 
         ) from error
 
 
-def _process(processor: Any, prompts: Sequence[Prompt]) -> Any:
+def _process(processor: Any, prompts: Sequence[Rendered]) -> Any:
     """What the processor makes of `prompts`, on the CPU."""
     media: dict[str, Any] = {}
     if any(prompt.images for prompt in prompts):
@@ -134,13 +135,12 @@ def _process(processor: Any, prompts: Sequence[Prompt]) -> Any:
     if videos:
         media["videos"] = [video.frames for video in videos]
         media["videos_kwargs"] = _told(videos)
-    bos = processor.tokenizer.bos_token
     return processor(
         text=[prompt.text for prompt in prompts],
         **media,
         padding=True,
         padding_side="left",
-        add_special_tokens=not (bos and prompts[0].text.startswith(bos)),
+        add_special_tokens=not begins_itself(processor.tokenizer, prompts[0].text),
         return_tensors="pt",
     )
 
@@ -149,7 +149,7 @@ def _told(videos: Sequence[Video]) -> dict[str, Any]:
     return {"do_sample_frames": False, "video_metadata": [video.metadata() for video in videos]}
 
 
-def _refusal(loaded: Loaded, prompts: Sequence[Prompt], error: Exception) -> InputError:
+def _refusal(loaded: Loaded, prompts: Sequence[Rendered], error: Exception) -> InputError:
     """Why the processor refuses the batch: the first prompt that it refuses alone, and what in it is at fault."""
     refused = f"is refused by the processor of model {loaded.name!r}"
     for prompt in prompts:
@@ -161,7 +161,7 @@ def _refusal(loaded: Loaded, prompts: Sequence[Prompt], error: Exception) -> Inp
     return InputError(f"the batch of {sources} {refused} ({one_line(error)}); ask each alone (--batch-size 1)")
 
 
-def _culprit(processor: Any, prompt: Prompt) -> tuple[str, Exception, str] | None:
+def _culprit(processor: Any, prompt: Rendered) -> tuple[str, Exception, str] | None:
     """The picture or video that is refused alone, the reason and what to do; or the videos that do not go together."""
     for number, image in enumerate(prompt.images, 1):
         reason = _failure(lambda image=image: processor.image_processor(images=[image], return_tensors="pt"))  # type: ignore[misc]

@@ -285,14 +285,14 @@ def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> 
 
 def test_videos_that_cannot_be_stacked_are_refused() -> None:
     from vtc.errors import InputError
-    from vtc.preparation import Conversation
+    from vtc.preparation import Chat
     from vtc.preparation import prepare as prepared
 
     loaded = loading.Loaded("llava-onevision", "", tiny_model("llava-onevision"), build_processor("llava-onevision"))
     long, short = (as_clip(user(frames)[0]["content"][0]) for frames in (FRAMES[0], FRAMES[1][:2]))
     with pytest.raises(InputError, match=r"the prompt with videos of 3 and 2 frames .*--frames 2"):
-        prepared(loaded, [Conversation([{"role": "user", "content": [long, short]}])])
+        prepared(loaded, [Chat([{"role": "user", "content": [long, short]}])])
     clips = {"a": long, "b": short}
-    alone = [Conversation([{"role": "user", "content": [clip]}], name) for name, clip in clips.items()]
+    alone = [Chat([{"role": "user", "content": [clip]}], name) for name, clip in clips.items()]
     with pytest.raises(InputError, match=r"the batch of a, b is refused .*ask each alone"):
         prepared(loaded, alone)

@@ -227,8 +227,13 @@ def test_what_holds_no_frames_says_so(tmp_path: Path, clip: Path) -> None:
             sound.sample_rate, sound.pts = 44100, 1024 * number
             container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
-    with pytest.raises(InputError, match=r"sound\.mp4' has no picture track, only audio"):
+    with pytest.raises(InputError, match=r"sound\.mp4' has no picture track but audio"):
         read_video(tmp_path / "sound.mp4")
+    with av.open(str(tmp_path / "empty.avi"), "w") as container:
+        container.add_stream("mpeg4", rate=RATE)
+        container.start_encoding()
+    with pytest.raises(InputError, match=r"empty\.avi' holds no frames"):
+        read_video(tmp_path / "empty.avi")
     Image.new("RGB", (8, 8)).save(tmp_path / "still.jpg")
     with pytest.raises(InputError, match=r"still\.jpg' is a picture that stands still"):
         read_video(tmp_path / "still.jpg")

@@ -16,7 +16,7 @@ from vtc.eval.cells import make_cells
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.runner import Runner, batch_seed, few_threads
 from vtc.eval.spec import make_spec
-from vtc.preparation import Conversation
+from vtc.preparation import Chat
 
 GREEDY = make_generation({"max_new_tokens": 4}, source="test")
 SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="test")
@@ -152,7 +152,7 @@ def test_a_batch_names_the_question_that_the_processor_refuses(runner: Runner, c
     bad = [{"role": "user", "content": [{"type": "text", "text": "what is <image>?"}]}]
     with pytest.raises(InputError, match="prompt 2 holds '<image>'"):
         runner.prepare([conversations[0], bad])
-    named = Conversation(bad, "task 'x', document 7")
+    named = Chat(bad, "task 'x', document 7")
     with pytest.raises(InputError, match="task 'x', document 7 holds '<image>'"):
         runner.prepare([conversations[0], named])
 
