@@ -63,7 +63,7 @@ def run(**changes: Any) -> dict[str, Any]:
 def folder(tmp_path: Path) -> Path:
     """A store with a baseline, three cells, and one more that failed half way."""
     rows = [
-        {"cell": key, "task": "t", "task_fp": "f", "doc_id": doc_id, "repeat": 0}
+        {"cell": key, "task": "t", "task_fp": "f", "doc_id": doc_id, "repeat": 0, "text": "red"}
         for key in CELLS
         for doc_id in range(4 if key != "k3" else 2)
     ]
@@ -76,14 +76,12 @@ def folder(tmp_path: Path) -> Path:
         writer.add_cells(cell(key) for key in CELLS)
         writer.add_rows(rows)
         writer.add_failure(failure)
-        writer.add_metrics(
-            [
-                *(metric(key, value) for key, value in (("k0", 0.9), ("k1", 0.8), ("k2", 0.4), ("k4", 0.7))),
-                *(metric(key, value, metric="words", n=2) for key, value in (("k1", 0.75), ("k0", 1.0))),
-                metric("k2", 0.1, documents=2),
-                metric("k2", 0.1, task_fp="old"),
-            ]
-        )
+        words = {"k1": 0.75, "k0": 1.0}
+        for key, value in (("k0", 0.9), ("k1", 0.8), ("k2", 0.4), ("k4", 0.7)):
+            more = [metric(key, words[key], metric="words", n=2)] if key in words else []
+            writer.add_metrics([metric(key, value), *more])
+        writer.add_metrics([metric("k2", 0.1, documents=2)])
+        writer.add_metrics([metric("k2", 0.1, task_fp="old")])
     return tmp_path
 
 
@@ -143,6 +141,40 @@ def test_methods_that_differ_only_in_settings_get_different_names(folder: Path) 
         writer.add_metrics([metric("k1", 0.6, cell="k5")])
     names = [line["method"] for line in read_results(folder).lines if line["retention"] == 0.5]
     assert names == ["random [positions=compact]"] * 2 + ["random [positions=preserve]"]
+
+
+def test_documents_that_no_cell_could_be_asked_about_are_named(folder: Path) -> None:
+    """They lack in every cell alike, so the cells are complete without them."""
+    record = run()
+    record["tasks"]["t"]["documents"] = 5
+    failure = {
+        "stage": "prepare", "task": "t", "task_fp": "f", "cells": list(CELLS), "doc_ids": [4], "error": "InputError",
+        "reason": "picture <b> is broken",
+    }  # fmt: skip
+    with Store(folder).writing() as writer:
+        writer.save_run(record)
+        writer.add_failure(failure)
+        for key in ("k0", "k1"):
+            writer.add_metrics([metric(key, 0.5, documents=5, n=4)])
+    results = write_report(folder)
+    (lost,) = results.unanswered
+    assert vars(lost) == {"task": "t", "doc_id": 4, "reason": "InputError: picture <b> is broken"}
+    assert {entry.method: (entry.answered, entry.wanted) for entry in results.incomplete}["pool <b>"] == (2, 4)
+    assert not {"none", "random"} & {entry.method for entry in results.incomplete if entry.retention in (1.0, 0.5)}
+    page = (folder / "report.html").read_text()
+    assert "Questions left out." in page and "picture &lt;b&gt; is broken" in page
+    assert json_summary(results)["unanswered"] == [vars(lost)]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+cmd", "-x", "@sum", "\tx"])
+def test_a_name_is_no_formula_in_a_spreadsheet(folder: Path, name: str) -> None:
+    with Store(folder).writing() as writer:
+        writer.add_cells([cell("k1", cell="k6", label=name)])
+        writer.add_metrics([metric("k1", 0.6, cell="k6")])
+    text = to_csv(read_results(folder))
+    lines = list(csv.DictReader(io.StringIO(text)))
+    assert f"'{name}" in {line["method"] for line in lines}
+    assert {line["diff"] for line in lines} >= {"-0.5"}  # numbers stay numbers
 
 
 class Page(html.parser.HTMLParser):
