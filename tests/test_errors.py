@@ -367,7 +367,7 @@ CASES: dict[str, Case] = {
     # compressor
     "scope": Case(
         lambda: Chooser(scope="items"),  # type: ignore[arg-type]
-        VTCError, "'items'", "unknown scope", "did you mean 'item'",
+        UnknownName, "'items'", "unknown scope", "did you mean 'item'",
     ),
     # encoder stages
     "packed encoder": Case(

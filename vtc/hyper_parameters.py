@@ -33,7 +33,7 @@ def check(method: Any) -> None:
     cls: type = type(method)
     kinds, owner = field_annotations(cls), getattr(method, "name", cls.__name__)
     for field in dataclasses.fields(method):
-        if field.init:
+        if field.init and hasattr(method, field.name):  # an __init__ of its own may set some later
             given = getattr(method, field.name)
             value = checked(field.name, given, kinds[field.name], owner=owner, default=field.default)
             if value is not given:
@@ -50,7 +50,7 @@ def checked(name: str, given: Any, annotation: Any, *, owner: str, default: Any 
         return _convert(annotation, given)
     except _Refused as refused:
         if options := _options(annotation):
-            raise unknown_name(f"{name} value", given, options) from None
+            raise unknown_name(name, given, options) from None
         example = _example(annotation) if default is None or default is dataclasses.MISSING else default
         reason = str(refused) or f"is not {_words(annotation)}"
         raise VTCError(f"{name}={shown(given)} of {owner!r} {reason}; write for example {name}={example!r}") from None
@@ -221,12 +221,15 @@ def _words(annotation: Any, one: bool = True) -> str:
     return getattr(annotation, "__name__", str(annotation)) if plain is None else plain.one if one else plain.many
 
 
-def _example(annotation: Any) -> Any:
+def _example(annotation: Any, place: int = 1) -> Any:
+    """A value of the annotation; whole numbers rise along a tuple, as layers do."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated or origin in (Union, UnionType):
-        return _example(arguments[0])
+        return _example(arguments[0], place)
     if origin is tuple:
-        return tuple(_example(kind) for kind in arguments if kind is not ...)
+        return tuple(_example(kind, place) for place, kind in enumerate(arguments, 1) if kind is not ...)
     if origin is Literal:
         return arguments[0]
+    if annotation is int:
+        return 2 * place
     return PLAIN[annotation].example if annotation in PLAIN else None
