@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.budget import Budget
+from vtc.errors import VTCError
 from vtc.hyper_parameters import check
 from vtc.ops.select import top_k, top_k_in_groups
 from vtc.plan import AFTER_PREFILL, PRE_LLM, CacheStage, EncoderStage, ModelSpec, Needs, Plan, Positions, Stage
@@ -62,6 +63,13 @@ class Compressor(ABC):
     @classmethod
     def from_options(cls, **given: Any) -> Self:
         """The method with the hyper-parameters `given` by name, and its defaults for the others."""
+        none = dataclasses.MISSING
+        required = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory is none]
+        if missing := [name for name in required if name not in given]:
+            raise VTCError(
+                f"{cls.name!r} has no default for {' and '.join(missing)}; write for example "
+                f"vtc.create({cls.name!r}, {missing[0]}=...)"
+            )
         return cls(**given)
 
     def described(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ can be written as JSON. Annotations that are not understood here let everything 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -99,9 +100,9 @@ def _convert(annotation: Any, value: Any) -> Any:
         return _one_of(arguments, value)
     if origin is Literal:
         for option in arguments:
-            alike = isinstance(value, type(option)) and isinstance(value, bool) == isinstance(option, bool)
-            if alike and value == option:
-                return option
+            with contextlib.suppress(_Refused):
+                if _convert(type(option), value) == option:
+                    return option
         raise _Refused
     if origin is tuple:
         return _tuple(arguments, value)

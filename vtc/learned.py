@@ -38,7 +38,7 @@ class LearnedCompressor(Compressor):
         named = given.get("weights")
         fields = {f.name for f in dataclasses.fields(cls)}
         stored = _stored_options(cls.name, named, fields) if isinstance(named, str | os.PathLike) else {}
-        return cls(**{**stored, **given})
+        return super().from_options(**{**stored, **given})
 
     def described(self) -> dict[str, Any]:
         given = super().described()

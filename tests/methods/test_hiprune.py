@@ -267,7 +267,7 @@ def test_defaults_and_refusals() -> None:
         "split": "exact",
         "newlines": "drop",
     }
-    with pytest.raises(VTCError, match="alpha=nan of 'hiprune' is not a finite number; write for example alpha=0.1"):
+    with pytest.raises(VTCError, match=r"alpha=nan of 'hiprune' is not a finite number; write for example alpha=0\.1"):
         vtc.create("hiprune", alpha=math.nan)
     for alpha in (-0.1, 1.1):
         with pytest.raises(VTCError, match=r"alpha=.* is no share of the budget; .* the paper uses 0.1"):
