@@ -45,7 +45,7 @@ def check_options(positions: Any, pad_output: Any, trace: Any) -> None:
 
 
 def check_keywords(call: Callable[..., Any], method: Any, given: Collection[str]) -> None:
-    """Raise UnknownName for a keyword that the named method does not have, or that is a slip of an argument of `call`."""
+    """Raise UnknownName for keywords that the named method does not have, or that are slips of `call`'s arguments."""
     arguments = [p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields = METHODS.parameters(method) if isinstance(method, str) else None
     for name in given:
