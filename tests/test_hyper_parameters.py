@@ -362,7 +362,7 @@ def test_refused_calls_leave_nothing(clip: Any) -> None:
                 yield (clip, "vtc_cls"), {name: value}
                 yield (clip, ["vtc_cls", "fastv"]), {name: value}
                 yield (clip, ["vtc_cls", "fastv"]), {name: [value, 0.9]}
-            for name in ("positions", "pad_output", "trace", "layers", "nothing"):
+            for name in ("positions", "pad_output", "trace", "prompt_length", "system_length", "layers", "nothing"):
                 yield (clip, "vtc_cls"), {"retention": 0.5, name: value}
 
     accepted = 0
