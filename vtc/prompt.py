@@ -51,8 +51,8 @@ def _checked(name: str, given: Any, least: int) -> int | tuple[int, ...] | None:
     except TypeError:
         pass
     raise InputError(
-        f"{name}={shown(given)} is no number of tokens; pass a whole number from {least} on, or one for each prompt of the "
-        f"batch, for example {name}=[17, 23]"
+        f"{name}={shown(given)} is no number of tokens; pass a whole number from {least} on, or one for each prompt of "
+        f"the batch, for example {name}=[17, 23]"
     )
 
 
