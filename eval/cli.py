@@ -154,7 +154,7 @@ def train(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    settings = TrainingSettings(method, _hyper_parameters(set_ or []), model=model, **given)
+    settings = TrainingSettings(method, _hyper_parameters(set_ or [], method), model=model, **given)
     with _free_stdout():
         path = run(
             out,
@@ -183,7 +183,9 @@ def calibrate(
     from vtc.eval.training.constants import calibrate_embedded
 
     with _free_stdout():
-        path = calibrate_embedded(out, retention, _hyper_parameters(set_ or []), model, prompts, seed, device)
+        path = calibrate_embedded(
+            out, retention, _hyper_parameters(set_ or [], "atp_training_free"), model, prompts, seed, device
+        )
     print(path)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +52,20 @@ def test_a_budget_is_one_of_two_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"retention": np.float64(0.25)}, "retention=0.25, keep=None"),
+        ({"retention": np.float32(0.5)}, "retention=0.5, keep=None"),
+        ({"retention": np.int64(1)}, "retention=1.0, keep=None"),
+        ({"retention": Fraction(1, 4)}, "retention=0.25, keep=None"),
+        ({"keep": np.int32(64)}, "retention=None, keep=64"),
+    ],
+)
+def test_numbers_of_other_libraries_become_plain(given: dict, plain: str) -> None:
+    assert repr(Budget(**given)) == f"Budget({plain})"
+
+
+@pytest.mark.parametrize(
     ("given", "match"),
     [
         ({}, "neither of retention and keep given; pass exactly one, for example retention=0.25 or keep=64"),
@@ -68,6 +83,14 @@ def test_a_budget_is_one_of_two_numbers() -> None:
         ({"keep": 2.5}, "keep=2.5 is not a positive whole number"),
         ({"keep": True}, "keep=True is not a positive whole number"),
         ({"keep": "64"}, "keep='64' is not a positive whole number"),
+        ({"keep": np.float64(64)}, r"keep=np.float64\(64.0\) is not a positive whole number"),
+        ({"keep": 64.0}, "keep=64.0 is not a positive whole number"),
+        ({"keep": math.nan}, "keep=nan is not a positive whole number"),
+        ({"keep": [64]}, r"keep=\[64\] is not a positive whole number"),
+        ({"retention": np.bool_(True)}, r"retention=np.True_ is outside \(0, 1\]"),
+        ({"retention": np.float64("nan")}, r"retention=np.float64\(nan\) is outside \(0, 1\]"),
+        ({"retention": [0.5]}, r"retention=\[0.5\] is outside \(0, 1\]"),
+        ({"retention": {}}, r"retention={} is outside \(0, 1\]"),
     ],
 )
 def test_other_values_are_refused(given: dict, match: str) -> None:

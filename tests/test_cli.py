@@ -123,6 +123,7 @@ def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
         (["--method", "vtc_cls", "--keep", "0"], ["keep=0"]),
         (["--method", "vtc_cls", "--retention", "0.5", "--set", "layer=3"], ["'layer'", "did you mean"]),
         (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers"], ["name=value"]),
+        (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers=two"], ["'two'", "is not a whole number"]),
         (["--retention", "0.5"], ["--method"]),
         (["--method", "random", "--retention", "0.5", "--positions", "keep"], ["'keep'", "preserve"]),
         (["--model", "no/such-model"], ["no/such-model"]),

@@ -22,6 +22,7 @@ import vtc.errors
 from vtc import adapters
 from vtc.budget import Budget
 from vtc.cache import CompressedCache
+from vtc.composite import Composite
 from vtc.compressor import (
     CacheStage,
     Compressor,
@@ -50,8 +51,8 @@ from vtc.layout import VisionContext, VisualItem
 from vtc.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 
-CORE = ["attach", "budget", "cache", "call", "compiled", "composite", "compressor", "encoder_stage", "engine", "inputs"]
-CORE += ["items", "outputs", "prompt", "registry", "stages", "taps", "vision", "visuals"]
+CORE = ["arguments", "attach", "budget", "cache", "call", "compiled", "composite", "compressor", "encoder_stage"]
+CORE += ["engine", "inputs", "items", "outputs", "prompt", "registry", "stages", "taps", "vision", "visuals"]
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
 INNER = FixedKeep(at=(2,))
@@ -272,6 +273,17 @@ def registered_twice() -> None:
     registry.register(dataclass(frozen=True)(type("Other", (Ragged,), {"name": "probe"})))
 
 
+def without_default() -> None:
+    @dataclass(frozen=True)
+    class Whole(Half):
+        share: float = field(kw_only=True)
+        name: ClassVar[str] = "whole"
+
+    registry = MethodRegistry()
+    registry.register(Whole)
+    registry.create("whole")
+
+
 def broken_package() -> None:
     class Point:
         value = "package:Method"
@@ -296,6 +308,35 @@ class Case:
 
 
 CASES: dict[str, Case] = {
+    # arguments
+    "swapped": Case(
+        lambda: vtc.compress("vtc_cls", model(), keep=4),  # type: ignore[arg-type]
+        VTCError, "'vtc_cls' stands where the model belongs", "a LlavaFor", "write vtc.compress(model, 'vtc_cls'",
+    ),
+    "model class instead of a model": Case(
+        lambda: vtc.compress(LlavaForConditionalGeneration, "vtc_cls", keep=4),  # type: ignore[arg-type]
+        UnsupportedModel, "LlavaForConditionalGeneration", "is a class, no model", ".from_pretrained(...)",
+    ),
+    "no model": Case(
+        lambda: vtc.compress([1], "vtc_cls", keep=4),  # type: ignore[arg-type]
+        UnsupportedModel, "[1]", "is a list, no model", "pass what from_pretrained(...)",
+    ),
+    "no weights": Case(
+        lambda: vtc.compress(model().to("meta"), "vtc_cls", keep=4),
+        UnsupportedModel, "LlavaForConditionalGeneration", "are on the meta device", "load them with from_pretrained",
+    ),
+    "slip of an argument": Case(
+        lambda: vtc.compress(model(), FixedKeep(), trase=False),
+        UnknownName, "'trase'", "unknown argument", "did you mean 'trace'",
+    ),
+    "slip of an argument beside a name": Case(
+        lambda: vtc.compress(model(), "vtc_cls", retension=0.5),
+        UnknownName, "'retension'", "unknown hyper-parameter of 'vtc_cls'", "did you mean 'retention'",
+    ),
+    "names to share an encoder": Case(
+        lambda: vtc.share_encoder(model(), ["vtc_cls"]),  # type: ignore[list-item]
+        VTCError, "methods=['vtc_cls']", "no method", "write [vtc.create('vtc_cls')]",
+    ),
     # attach
     "no method": Case(
         lambda: vtc.compress(model(), 3, keep=4),  # type: ignore[arg-type]
@@ -311,7 +352,7 @@ CASES: dict[str, Case] = {
     ),
     "positions": Case(
         lambda: vtc.compress(model(), FixedKeep(), positions="compat"),  # type: ignore[arg-type]
-        UnknownName, "'compat'", "unknown positions value", "did you mean 'compact'",
+        UnknownName, "'compat'", "unknown positions", "did you mean 'compact'",
     ),
     "detached handle": Case(
         reopened,
@@ -367,7 +408,11 @@ CASES: dict[str, Case] = {
     # compressor
     "scope": Case(
         lambda: Chooser(scope="items"),  # type: ignore[arg-type]
-        VTCError, "'items'", "unknown scope", "did you mean 'item'",
+        UnknownName, "'items'", "unknown scope", "did you mean 'item'",
+    ),
+    "field without a default": Case(
+        without_default,
+        VTCError, "'whole'", "has no default for share", "write for example vtc.create('whole', share=...)",
     ),
     # encoder stages
     "packed encoder": Case(
@@ -460,6 +505,18 @@ CASES: dict[str, Case] = {
         UnsupportedModel, "LlamaAttention ran without", "queries and keys cannot be read", "attn_implementation='sdpa'",
     ),
     # registry
+    "no method class": Case(
+        lambda: MethodRegistry().register(nn.Linear),  # type: ignore[arg-type]
+        VTCError, "Linear", "is no class of methods", "derive one from vtc.Compressor",
+    ),
+    "no name": Case(
+        lambda: MethodRegistry().register(dataclass(frozen=True)(type("Odd", (Probe,), {"name": "a, b"}))),
+        VTCError, "name='a, b'", "Odd has", "write a class variable such as name: ClassVar[str]",
+    ),
+    "abstract": Case(
+        lambda: MethodRegistry().register(dataclass(frozen=True)(type("Half", (ScoringCompressor,), {"name": "half"}))),
+        VTCError, "Half", "is abstract", "write its score",
+    ),
     "name taken": Case(
         registered_twice,
         VTCError, "method name 'probe'", "is taken by", "choose another",
@@ -524,6 +581,14 @@ CASES: dict[str, Case] = {
         UnsupportedMethod, "'last' was asked for", "is a reading of the LLM", "write Rows.RECEIVED",
     ),
     # several methods
+    "parts that are no methods": Case(
+        lambda: Composite(("vtc_cls",), (None,)),  # type: ignore[arg-type]
+        VTCError, "parts=('vtc_cls',)", "are no methods", "write for example (vtc.create('vtc_cls'),)",
+    ),
+    "budgets that do not fit": Case(
+        lambda: Composite((INNER,), ()),
+        BudgetError, "budgets=()", "do not fit 1 methods", "write one vtc.Budget for each",
+    ),
     "one stage for two": Case(
         lambda: vtc.compress(model(), ["vtc_cls", "random"], retention=[0.5, 0.5]),
         UnsupportedMethod, "'vtc_cls' and 'random'", "both act at 0", "switch that stage of one of them off",

@@ -162,6 +162,55 @@ def test_a_class_that_is_no_dataclass_is_refused() -> None:
         MethodRegistry().register(Plain)
 
 
+@pytest.mark.parametrize("given", [3, None, ["random"], {}, b"random", Mine])
+def test_names_that_are_no_text(given: Any) -> None:
+    with pytest.raises(UnknownName, match=r"unknown method .*Known methods: .*random"):
+        vtc.create(given)
+    with pytest.raises(UnknownName):
+        MethodRegistry().unregister(given)
+
+
+def named(given: Any) -> Any:
+    return dataclass(frozen=True)(type("Named", (Mine,), {"name": given}))
+
+
+@pytest.mark.parametrize("given", [None, 3, "", " ", "a b", "a,b", "a/b", "a(b)", "-a", "two\nlines"])
+def test_names_that_nobody_could_write(given: Any) -> None:
+    with pytest.raises(VTCError, match=r"Named has name=.*; write a class variable such as name: ClassVar\[str\] = "):
+        MethodRegistry().register(named(given))
+
+
+@pytest.mark.parametrize("given", ["my-method", "a.b", "méthode", "v2"])
+def test_other_names_are_free(given: str) -> None:
+    registry, cls = MethodRegistry(), named(given)
+    assert registry.create(registry.register(cls).name) == cls()
+
+
+def test_a_class_without_a_name() -> None:
+    @dataclass(frozen=True)
+    class Nameless(Compressor):
+        def select(self, view: StageView) -> Selection | None:
+            return None
+
+    with pytest.raises(VTCError, match="Nameless has name=None"):
+        MethodRegistry().register(Nameless)
+
+
+@pytest.mark.parametrize("given", [3, "random", None, vtc.create("random"), int, lambda: None])
+def test_what_is_no_class_of_methods(given: Any) -> None:
+    with pytest.raises(VTCError, match=r"is no class of methods; derive one from vtc\.Compressor"):
+        MethodRegistry().register(given)
+
+
+def test_an_abstract_class() -> None:
+    @dataclass(frozen=True)
+    class Unfinished(ScoringCompressor):
+        name: ClassVar[str] = "unfinished"
+
+    with pytest.raises(VTCError, match="Unfinished is abstract; write its score"):
+        MethodRegistry().register(Unfinished)
+
+
 # --- third-party packages
 def test_a_package_adds_its_method(
     clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_scan: None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from vtc.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.budget import Budget
 from vtc.composite import Composite, combine
 from vtc.compressor import Compressor, ModelSpec, Plan, Positions
-from vtc.errors import BudgetError, VTCError, unknown_name
+from vtc.errors import BudgetError, VTCError, shown
 from vtc.prompt import Bounds, Lengths
 from vtc.registry import create
 from vtc.trace import CallRecord, Stats
@@ -153,19 +154,20 @@ def compress(
     from vtc import adapters
     from vtc.engine import Engine  # brings in transformers, which `import vtc` does not need
 
+    check_model(model, method)
+    check_options(positions, pad_output, trace)
+    check_keywords(compress, method, hyper_parameters)
     if isinstance(method, list | tuple):
         parts = [create(part) if isinstance(part, str) else part for part in method]
         if hyper_parameters or not parts or not all(isinstance(part, Compressor) for part in parts):
             raise VTCError(
-                f"method={method!r} with hyper-parameters {sorted(hyper_parameters)} is no list of methods; write for "
-                "example [vtc.create('hiprune', alpha=0.2), vtc.create('aim', merge=False)]"
+                f"method={shown(method)} with hyper-parameters {sorted(hyper_parameters)} is no list of methods; write "
+                "for example [vtc.create('hiprune', alpha=0.2), vtc.create('aim', merge=False)]"
             )
         method, budget = combine(parts, retention, keep), None
     else:
         method = _single(method, hyper_parameters)
         budget = _budget(method, retention, keep)
-    if positions is not None and positions not in get_args(Positions):
-        raise unknown_name("positions value", str(positions), get_args(Positions))
     adapter = adapters.of(model)
     plan = method.plan(adapter.spec)
     if isinstance(method, Composite):
@@ -203,9 +205,10 @@ def _single(method: Any, hyper_parameters: dict[str, Any]) -> Compressor:
     if isinstance(method, str):
         return create(method, **hyper_parameters)
     if not isinstance(method, Compressor):
+        call = f"{method.__name__}()" if isinstance(method, type) else "vtc.create('vtc_cls')"
         raise VTCError(
-            f"method={method!r} is neither a registered name nor a Compressor object; write for example 'vtc_cls' or "
-            "vtc.create('vtc_cls')"
+            f"method={shown(method)} is neither a registered name nor a Compressor object; write for example 'vtc_cls' "
+            f"or {call}"
         )
     if hyper_parameters:
         given = ", ".join(sorted(hyper_parameters))
@@ -237,4 +240,5 @@ def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> Share
     from vtc import adapters
     from vtc.vision import SharedEncoder
 
-    return SharedEncoder(adapters.of(model), methods)
+    check_model(model)
+    return SharedEncoder(adapters.of(model), check_methods(methods))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
-from vtc.errors import BudgetError
+from vtc.errors import BudgetError, shown
 
 
 def tokens_to_keep(tokens: int, retention: float) -> int:
@@ -41,17 +42,20 @@ class Budget:
             raise BudgetError(
                 f"{given} of retention and keep given; pass exactly one, for example retention=0.25 or keep=64"
             )
-        if self.retention is not None and not (
-            isinstance(self.retention, int | float) and not isinstance(self.retention, bool) and 0 < self.retention <= 1
-        ):
-            raise BudgetError(
-                f"retention={self.retention!r} is outside (0, 1]; it is the fraction of visual tokens kept, "
-                "for example 0.25 (use keep=N for an absolute count)"
-            )
-        if self.keep is not None and (not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1):
-            raise BudgetError(
-                f"keep={self.keep!r} is not a positive whole number of tokens per item, for example keep=64"
-            )
+        retention, keep = self.retention, self.keep
+        if retention is not None:
+            if not isinstance(retention, Real) or isinstance(retention, bool) or not 0 < retention <= 1:
+                raise BudgetError(
+                    f"retention={shown(retention)} is outside (0, 1]; it is the fraction of visual tokens kept, "
+                    "for example 0.25 (use keep=N for an absolute count)"
+                )
+            object.__setattr__(self, "retention", float(retention))  # numpy's numbers become Python's
+        if keep is not None:
+            if not isinstance(keep, Integral) or isinstance(keep, bool) or keep < 1:
+                raise BudgetError(
+                    f"keep={shown(keep)} is not a positive whole number of tokens per item, for example keep=64"
+                )
+            object.__setattr__(self, "keep", int(keep))
 
     def tokens(self, count: int) -> int:
         """Tokens to keep of an item that has `count` of them; an item below the budget is kept whole."""

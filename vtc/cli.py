@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import sys
@@ -112,7 +111,7 @@ def generate(
     from vtc.loading import load
     from vtc.registry import create
 
-    options = _hyper_parameters(set_ or [])
+    options = _hyper_parameters(set_ or [], method)
     if method is None and (retention is not None or keep is not None or options or positions is not None):
         raise InputError("retention, keep, positions and --set belong to a method; name one with --method")
     chosen = create(method, **options) if method is not None else None
@@ -144,16 +143,21 @@ def _read_video(path: str, frames: int, fps: float | None) -> Any:
     return read_video(path, "fps", frames=frames, fps=fps)
 
 
-def _hyper_parameters(pairs: list[str]) -> dict[str, Any]:
+def _hyper_parameters(pairs: list[str], method: str | None) -> dict[str, Any]:
+    """Values of `name=value` pairs for a method, read as its fields are annotated."""
+    from vtc.hyper_parameters import parse
+    from vtc.registry import METHODS
+
+    if method is None:
+        return dict.fromkeys(pairs)
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise InputError(f"--set {pair!r} is no name=value pair; write for example --set layers=3")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
+        if name in options:
+            raise InputError(f"--set {name} is given twice, the second time as {pair!r}; write it once")
+        options[name] = parse(METHODS.get(method), name, value)
     return options
 
 

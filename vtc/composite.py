@@ -23,7 +23,7 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
-from vtc.errors import BudgetError, UnsupportedMethod
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError, shown
 
 
 def _order(stage: Stage) -> tuple[int, int]:
@@ -45,6 +45,20 @@ class Composite(Compressor):
     budgets: tuple[Budget | None, ...]
 
     name: ClassVar[str] = "composite"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts or not all(isinstance(part, Compressor) for part in self.parts):
+            raise VTCError(f"parts={shown(self.parts)} are no methods; write for example (vtc.create('vtc_cls'),)")
+        fits = len(self.budgets) == len(self.parts) and all(
+            isinstance(budget, Budget) if part.needs_budget else budget is None
+            for part, budget in zip(self.parts, self.budgets, strict=True)
+        )
+        if not fits:
+            raise BudgetError(
+                f"budgets={shown(self.budgets)} do not fit {len(self.parts)} methods; write one vtc.Budget for each "
+                "that takes a budget and None for each other"
+            )
 
     @property
     def needs_budget(self) -> bool:
@@ -144,7 +158,7 @@ def combine(
     def spread(name: str, given: Any) -> list[Any]:
         if given is None:
             return [None] * len(methods)
-        if isinstance(given, Sequence):
+        if isinstance(given, Sequence) and not isinstance(given, str):
             if len(given) != len(methods):
                 raise BudgetError(
                     f"{name} has {len(given)} entries for {len(methods)} methods; write one per method, None for those "

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from vtc.budget import Budget
-from vtc.errors import VTCError, unknown_name
+from vtc.errors import VTCError
+from vtc.hyper_parameters import check
 from vtc.ops.select import top_k, top_k_in_groups
 from vtc.plan import AFTER_PREFILL, PRE_LLM, CacheStage, EncoderStage, ModelSpec, Needs, Plan, Positions, Stage
 from vtc.readings import Rows
@@ -44,6 +45,9 @@ __all__ = [
 class Compressor(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the method's hyper-parameters.
 
+    Values are checked and converted by the fields' annotations (`vtc.hyper_parameters`); a subclass with a check of its
+    own calls `super().__post_init__()` first.
+
     name: registered name. version: raised whenever results change. trained: needs learned weights. stages: where it
     acts on every model; override `plan` where that depends on the model.
     """
@@ -53,9 +57,19 @@ class Compressor(ABC):
     trained: ClassVar[bool] = False
     stages: ClassVar[tuple[Stage, ...]] = (PRE_LLM,)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     @classmethod
     def from_options(cls, **given: Any) -> Self:
         """The method with the hyper-parameters `given` by name, and its defaults for the others."""
+        none = dataclasses.MISSING
+        required = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory is none]
+        if missing := [name for name in required if name not in given]:
+            raise VTCError(
+                f"{cls.name!r} has no default for {' and '.join(missing)}; write for example "
+                f"vtc.create({cls.name!r}, {missing[0]}=...)"
+            )
         return cls(**given)
 
     def described(self) -> dict[str, Any]:
@@ -109,10 +123,6 @@ class ScoringCompressor(Compressor):
     """
 
     scope: Scope = field(default="item", kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise VTCError(str(unknown_name("scope", self.scope, get_args(Scope))))
 
     @abstractmethod
     def score(self, view: StageView) -> Tensor:

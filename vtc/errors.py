@@ -2,7 +2,7 @@
 
 VTCError
 ├── BudgetError             retention or keep that cannot be met
-├── UnknownName             a method, model or task that is not registered; names the nearest ones
+├── UnknownName             a method, model, task or option that does not exist; names the nearest ones
 ├── UnsupportedModel        a model class or configuration no adapter can handle exactly
 ├── UnsupportedMethod       a method that needs a signal the model does not have
 ├── UnsupportedCall         a forward or generate() argument that compression cannot honour
@@ -12,6 +12,7 @@ VTCError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -24,7 +25,7 @@ class BudgetError(VTCError):
 
 
 class UnknownName(VTCError):
-    """A name that is not registered."""
+    """A name that is not registered, or an option that does not exist."""
 
 
 class UnsupportedModel(VTCError):
@@ -56,14 +57,35 @@ def one_line(error: BaseException) -> str:
     return said
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+def unknown_name(kind: str, name: object, known: Iterable[str], also: Iterable[str] = ()) -> UnknownName:
     """Build the error for an unregistered `name`, with near matches and the full list.
+
+    also: names that may have been meant but do not belong to the list.
 
     >>> str(unknown_name("method", "vtc-cls", ["random", "vtc_cls"]))
     "unknown method 'vtc-cls'; did you mean 'vtc_cls'? Known methods: random, vtc_cls"
     """
     options = sorted(known)
-    lower = {option.lower(): option for option in options}
-    near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+    lower = {option.lower(): option for option in [*also, *options]}
+    given = name.lower() if isinstance(name, str) else ""
+    near = [lower[match] for match in difflib.get_close_matches(given, lower, n=3, cutoff=0.5)]
     hint = f" did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return UnknownName(f"unknown {kind} {name!r};{hint} Known {kind}s: {', '.join(options) or 'none'}")
+    kinds = kind if kind.endswith("s") else f"{kind}s"
+    return UnknownName(f"unknown {kind} {shown(name)};{hint} Known {kinds}: {', '.join(options) or 'none'}")
+
+
+def shown(value: object) -> str:
+    """Any value for a message: its repr on one line, cut where it is long, without addresses.
+
+    >>> shown("x"), shown([1.5, object()]), shown(int), len(shown("x" * 1000))
+    ("'x'", '[1.5, object(...)]', 'int', 80)
+    """
+    if isinstance(value, type):
+        return value.__qualname__
+    try:
+        text = re.sub(r"<(?:\w+\.)*(\w+)[^<>]* at 0x[0-9a-f]+>", r"\1(...)", " ".join(repr(value).split()))
+    except Exception:  # an object under construction, a number of too many digits
+        text = ""
+    if not text or " at 0x" in text:
+        return f"{type(value).__qualname__}(...)"
+    return text if len(text) <= 80 else f"{text[:77]}..."

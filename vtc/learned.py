@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,7 +27,7 @@ class LearnedCompressor(Compressor):
     attach with gradients, for a trainer; without weights the module then starts fresh.
     """
 
-    weights: str | None = field(default=None, kw_only=True)
+    weights: str | os.PathLike[str] | None = field(default=None, kw_only=True)
     training: bool = field(default=False, kw_only=True)
 
     trained: ClassVar[bool] = True
@@ -35,7 +36,9 @@ class LearnedCompressor(Compressor):
     def from_options(cls, **given: Any) -> Self:
         """As for every method, but what is not given comes from the file of `weights`, if it says so."""
         named = given.get("weights")
-        return cls(**{**(_stored_options(cls.name, named) if isinstance(named, str) else {}), **given})
+        fields = {f.name for f in dataclasses.fields(cls)}
+        stored = _stored_options(cls.name, named, fields) if isinstance(named, str | os.PathLike) else {}
+        return super().from_options(**{**stored, **given})
 
     def described(self) -> dict[str, Any]:
         given = super().described()
@@ -63,8 +66,8 @@ class LearnedCompressor(Compressor):
         module = self.build(model).float()
         if self.weights is not None:
             tensors, metadata = store.read(self.weights)
-            check_settings(self.weights, metadata, self._described(model))
-            load_tensors(self.weights, module, tensors)
+            check_settings(str(self.weights), metadata, self._described(model))
+            load_tensors(str(self.weights), module, tensors)
         return module.train(self.training).requires_grad_(self.training)
 
     def save(
@@ -81,7 +84,7 @@ class LearnedCompressor(Compressor):
         return {"method": self.name, **self.settings(model)}
 
 
-def load(weights: str) -> LearnedCompressor:
+def load(weights: str | os.PathLike[str]) -> LearnedCompressor:
     """The method that the file or the embedded `weights` belong to, with the hyper-parameters they were trained with.
 
     Example::
@@ -94,20 +97,35 @@ def load(weights: str) -> LearnedCompressor:
     _, metadata = store.read(weights)
     if "compressor" not in metadata:
         raise VTCError(
-            f"the weights {weights!r} do not say which method they belong to; name it: create(<method>, weights=...)"
+            f"the weights {os.fspath(weights)!r} do not say which method they belong to; name it: "
+            "create(<method>, weights=...)"
         )
     method = create(metadata["compressor"], weights=weights)
-    assert isinstance(method, LearnedCompressor)
+    if not isinstance(method, LearnedCompressor):
+        raise VTCError(
+            f"the weights {os.fspath(weights)!r} belong to {method.name!r}, which is no learned method; name it: "
+            f"create({method.name!r}, weights=...)"
+        )
     return method
 
 
-def _stored_options(name: str, weights: str) -> dict[str, Any]:
+def _stored_options(name: str, weights: str | os.PathLike[str], fields: Collection[str]) -> dict[str, Any]:
     """Hyper-parameters that the file of `weights` stores for the method `name`; none if it is another's."""
     _, metadata = store.read(weights)
     if metadata.get("compressor") != name or "hyper_parameters" not in metadata:
         return {}
-    options = json.loads(metadata["hyper_parameters"])
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    try:
+        options = dict(json.loads(metadata["hyper_parameters"]))
+    except (TypeError, ValueError) as error:
+        raise VTCError(
+            f"the hyper-parameters in the weights {os.fspath(weights)!r} cannot be read ({error}); train them anew"
+        ) from error
+    if unknown := sorted(options.keys() - fields):
+        raise VTCError(
+            f"the weights {os.fspath(weights)!r} were trained with {', '.join(unknown)}, which {name!r} does not have; "
+            "they belong to another version of it: train them anew"
+        )
+    return options
 
 
 def check_settings(source: str, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:

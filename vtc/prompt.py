@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.errors import InputError, UnsupportedCall
+from vtc.errors import InputError, UnsupportedCall, shown
 
 Lengths = int | Sequence[int] | Tensor
 """Tokens of every row, padding not counted: one number for all rows, or one for each prompt of the batch."""
@@ -51,8 +51,8 @@ def _checked(name: str, given: Any, least: int) -> int | tuple[int, ...] | None:
     except TypeError:
         pass
     raise InputError(
-        f"{name}={given!r} is no number of tokens; pass a whole number from {least} on, or one for each prompt of the "
-        f"batch, for example {name}=[17, 23]"
+        f"{name}={shown(given)} is no number of tokens; pass a whole number from {least} on, or one for each prompt of "
+        f"the batch, for example {name}=[17, 23]"
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
 from vtc.compressor import Compressor
-from vtc.errors import UnknownName, VTCError, unknown_name
+from vtc.errors import UnknownName, VTCError, shown, unknown_name
 
 GROUP = "vtc.methods"
 
@@ -25,7 +27,20 @@ class MethodRegistry:
         self._scanned = False
 
     def register(self, cls: type[Compressor]) -> type[Compressor]:
-        """Add a class under its `name`; usable as a decorator. Raises VTCError for a name that is taken."""
+        """Add a class under its `name`; usable as a decorator.
+
+        Raises VTCError for a name that is taken or that nobody could write, and for a class that makes no method.
+        """
+        if not isinstance(cls, type) or not issubclass(cls, Compressor):
+            raise VTCError(f"{shown(cls)} is no class of methods; derive one from vtc.Compressor")
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise VTCError(
+                f"{cls.__qualname__} has name={shown(name)}; write a class variable such as name: ClassVar[str] = "
+                '"my_method", of letters, digits, "_", "-" and "."'
+            )
+        if missing := sorted(cls.__abstractmethods__):
+            raise VTCError(f"{cls.__qualname__} is abstract; write its {' and '.join(missing)}")
         known = self._classes.get(cls.name)
         if known is not None and known is not cls:
             raise VTCError(
@@ -38,7 +53,7 @@ class MethodRegistry:
 
     def unregister(self, name: str) -> None:
         """Remove a name, as tests of third-party methods need it."""
-        del self._classes[name]
+        del self._classes[self.get(name).name]
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -48,19 +63,21 @@ class MethodRegistry:
     def get(self, name: str) -> type[Compressor]:
         """The class behind `name`; UnknownName lists near matches."""
         self._scan()
-        if name not in self._classes:
+        if not isinstance(name, str) or name not in self._classes:
             raise unknown_name("method", name, self._classes)
         return self._classes[name]
 
     def create(self, name: str, **hyper_parameters: Any) -> Compressor:
         """Build a method; a hyper-parameter it does not have raises UnknownName with near matches."""
-        cls = self.get(name)
-        fields = [f.name for f in dataclasses.fields(cls) if f.init]
+        cls, fields = self.get(name), self.parameters(name)
         for given in hyper_parameters:
             if given not in fields:
-                error = unknown_name(f"hyper-parameter of {name!r}", given, fields)
-                raise UnknownName(str(error).replace(f"Known hyper-parameter of {name!r}s", "Known hyper-parameters"))
+                raise unknown_parameter(name, given, fields)
         return cls.from_options(**hyper_parameters)
+
+    def parameters(self, name: str) -> list[str]:
+        """Names of the hyper-parameters of the method `name`."""
+        return [f.name for f in dataclasses.fields(self.get(name)) if f.init]
 
     def _scan(self) -> None:
         if self._scanned:
@@ -78,6 +95,12 @@ class MethodRegistry:
                     f"the entry point {point.value!r} of group {GROUP!r} cannot be loaded ({error}); "
                     "fix or uninstall the package that provides it"
                 ) from error
+
+
+def unknown_parameter(method: str, given: str, known: Iterable[str], also: Iterable[str] = ()) -> UnknownName:
+    """The error for a hyper-parameter that a method does not have; `also` as in `unknown_name`."""
+    kind = f"hyper-parameter of {method!r}"
+    return UnknownName(str(unknown_name(kind, given, known, also)).replace(f"Known {kind}s", "Known hyper-parameters"))
 
 
 METHODS = MethodRegistry()

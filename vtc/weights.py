@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from vtc.errors import InputError, unknown_name
+from vtc.errors import InputError, shown, unknown_name
 
 SUFFIX = ".safetensors"
 
@@ -32,15 +32,19 @@ def embedded_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder().glob(f"*{SUFFIX}")))
 
 
-def find(path_or_name: str | Path) -> Path:
+def find(path_or_name: str | os.PathLike[str]) -> Path:
     """The file behind a path or an embedded name; a file of the working directory wins over an embedded one.
 
     Raises InputError for a path without a file and UnknownName for anything else that is not embedded.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_file():
+    if not isinstance(path_or_name, str | os.PathLike):
+        raise InputError(
+            f"weights={shown(path_or_name)} name no file; give the path of a {SUFFIX} file or an embedded name"
+        )
+    name = os.fsdecode(path_or_name)
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):  # False, not an error, for names that no file can have
         return path
-    name = str(path_or_name)
     if name in embedded_names():
         return folder() / f"{name}{SUFFIX}"
     if path.suffix or len(path.parts) > 1:
@@ -74,12 +78,12 @@ def _with_metadata(plain: bytes, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + plain[end:]
 
 
-def digest(path_or_name: str | Path) -> str:
+def digest(path_or_name: str | os.PathLike[str]) -> str:
     """16 hexadecimal digits that change with the file's bytes."""
     return hashlib.sha256(find(path_or_name).read_bytes()).hexdigest()[:16]
 
 
-def read(path_or_name: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path_or_name: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, on the CPU, and metadata of a file; see `find` for what may be given."""
     path = find(path_or_name)
     try:

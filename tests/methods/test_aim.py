@@ -41,7 +41,11 @@ def test_defaults_and_refusals() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"merge": False, "prune": False}, "leave nothing to do"),
         ({"schedule": (22, 14)}, r"schedule=\(22, 14\) is no pair of layers l1 < l2"),
-        ({"schedule": (14,)}, "is no pair of layers"),
+        (
+            {"schedule": (14,)},
+            r"schedule=\(14,\) of 'aim' is not a tuple of 2 whole numbers or None; .* schedule=\(2, 4\)",
+        ),
+        ({"schedule": (14, 14)}, "is no pair of layers"),
         ({"merge_ratio": 0.0}, r"merge_ratio=0.0 is outside \(0, 1\]; the paper uses 0.25"),
         ({"merge_ratio": 0.25, "steps": (98, 49)}, "pass one of them"),
         ({"steps": (98, -1)}, "holds negative counts"),

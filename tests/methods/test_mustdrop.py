@@ -155,16 +155,19 @@ def test_defaults_and_refusals() -> None:
     }  # fmt: skip
     refused: list[tuple[dict[str, Any], str]] = [
         ({"merge": "off", "filter": "off", "cache": False}, "all off, so nothing would happen"),
-        ({"merge": "on"}, "unknown merge value 'on'"),
+        ({"merge": "on"}, "unknown merge 'on'"),
         ({"filter": "threshhold"}, "did you mean 'threshold'"),
-        ({"average": "mean"}, "unknown average value 'mean'"),
+        ({"average": "mean"}, "unknown average 'mean'"),
         ({"window": (1, 1)}, r"window=\(1, 1\) holds nothing to merge; pass \(rows, columns\)"),
-        ({"window": (3,)}, "holds nothing to merge"),
+        (
+            {"window": (3,)},
+            r"window=\(3,\) of 'mustdrop' is not a tuple of 2 whole numbers; write for example window=\(3, 3\)",
+        ),
         ({"tau": 1.5}, "tau=1.5 is no mean cosine"),
         ({"retain": 64}, "retain=64 is the tokens left per tile for merge='count'"),
         ({"merge": "count", "retain": 0}, "retain=0 is"),
         ({"merge": "count"}, "the budget cannot fix both steps; pass retain="),
-        ({"key_rate": 8}, "key_rate=8 is no share"),
+        ({"key_rate": 8}, "key_rate=8.0 is no share"),
         ({"layers": ()}, "are no ascending layer numbers"),
         ({"layers": (6, 2)}, r"layers=\(6, 2\) are no ascending"),
         ({"layers": (2, 40)}, r"layers=\(2, 40\) exceed depth=32"),

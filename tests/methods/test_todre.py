@@ -303,12 +303,12 @@ def test_defaults() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"variant": "maxsum"}, "unknown variant 'maxsum'.*max_sum"),
     ({"pivot": "centre"}, "unknown pivot 'centre'.*center"),
-    ({"tau": 0}, r"tau=0 is no share of attention; pass a value in \(0, 1\], the paper uses 0.1"),
+    ({"tau": 0}, r"tau=0.0 is no share of attention; pass a value in \(0, 1\], the paper uses 0.1"),
     ({"tau": 1.5}, "tau=1.5 is no share"),
     ({"check_layers": ()}, r"check_layers=\(\) names no layers; write indices .* or turn the second stage off"),
     ({"check_layers": (-1,)}, r"check_layers=\(-1,\) names no layers"),
     ({"check_layers": (1.5,)}, r"check_layers=\(1.5,\) names no layers"),
-    ({"check_layers": (True,)}, r"check_layers=\(True,\) names no layers"),
+    ({"check_layers": (True,)}, r"check_layers=\(True,\) of 'todre' is not a tuple of whole numbers or finite numbers"),
     ({"diversity": False, "relevance": False}, "leave nothing to do; turn one of the stages on"),
 ]
 

@@ -183,7 +183,7 @@ def test_plans() -> None:
 def test_defaults_and_refusals() -> None:
     assert dataclasses.asdict(vtc.create("visionzip")) == {"share": 54 / 64, "before": "llm", "layout": "raster"}
     for options, message in (
-        ({"share": 0}, r"share=0 is outside \(0, 1\]; it is the dominant part, the paper's is 54/64"),
+        ({"share": 0}, r"share=0.0 is outside \(0, 1\]; it is the dominant part, the paper's is 54/64"),
         ({"before": "projektor"}, r"unknown before 'projektor'; did you mean .*'projector'"),
         ({"layout": "rastr"}, r"unknown layout 'rastr'; did you mean .*'raster'"),
     ):

@@ -43,7 +43,9 @@ def test_plans_and_published_defaults() -> None:
 def test_bad_values() -> None:
     with pytest.raises(UnknownName, match="unknown queries 'row'"):
         vtc.create("vqtoken", queries="row")
-    with pytest.raises(VTCError, match="residual='true' is neither True nor False; write residual=True"):
+    with pytest.raises(
+        VTCError, match="residual='true' of 'vqtoken' is not True or False; write for example residual=F"
+    ):
         vtc.create("vqtoken", residual="true")
     with pytest.raises(VTCError, match=r"grid=\(12, 0\).* describe no attention block"):
         vtc.create("vqtoken", grid=[12, 0])

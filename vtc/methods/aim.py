@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.merging import groups, merge_items
 from vtc.ops.importance import pagerank
@@ -109,15 +109,10 @@ class AIM(Compressor):
     name: ClassVar[str] = "aim"
 
     def __post_init__(self) -> None:
-        for field, kind in (("metric", Metric), ("scope", Scope), ("order", Order), ("votes", Votes)):
-            if getattr(self, field) not in get_args(kind):
-                raise VTCError(str(unknown_name(field, str(getattr(self, field)), get_args(kind))))
-        for field in ("schedule", "steps"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, tuple(getattr(self, field)))
+        super().__post_init__()
         if not (self.merge or self.prune):
             raise VTCError("merge=False and prune=False leave nothing to do; switch one of them on")
-        if self.schedule is not None and not (len(self.schedule) == 2 and 0 <= self.schedule[0] < self.schedule[1]):
+        if self.schedule is not None and not 0 <= self.schedule[0] < self.schedule[1]:
             raise VTCError(
                 f"schedule={self.schedule} is no pair of layers l1 < l2 from 0 on; write for example (14, 22)"
             )

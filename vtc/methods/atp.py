@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.learned import LearnedCompressor
 from vtc.ops import thresholds
 from vtc.registry import register
@@ -45,9 +45,7 @@ class ATPScores(Compressor):
     causal_correction: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("layers", "strides"):  # lists come from files and the command line
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
             raise VTCError(f"layers={self.layers!r} are no ascending layer numbers; write for example (4, 14, 24)")
         if self.layers is not None and self.layers[0] < 0:
@@ -56,8 +54,6 @@ class ATPScores(Compressor):
             raise VTCError(f"strides={self.strides!r} hold no step of at least 1; write for example (2, 4, 8)")
         if self.lambda_sample < 0:
             raise VTCError(f"lambda_sample={self.lambda_sample} is negative; the published value is 3.0")
-        if self.score_norm not in get_args(Norm):
-            raise unknown_name("score_norm", self.score_norm, get_args(Norm))
 
     def module_layers(self, model: ModelSpec) -> tuple[int, ...]:
         """The LLM layers after which the modules sit: `layers`, or the published ones scaled to the model's depth."""
@@ -202,10 +198,6 @@ class ATP(LearnedCompressor, ATPScores):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.feature not in get_args(Feature):
-            raise unknown_name("feature", self.feature, get_args(Feature))
-        if self.average not in get_args(Average):
-            raise unknown_name("average", self.average, get_args(Average))
         for name in ("bins", "hidden", "temperature", "target_tokens"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from vtc import weights as store
 from vtc.compressor import ModelSpec, Plan, Selection, StageView
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.learned import check_settings, load_tensors
 from vtc.methods.atp import ATPScores, ThresholdModules
 from vtc.ops import thresholds
@@ -53,21 +54,18 @@ class ATPTrainingFree(ATPScores):
     mode: Mode = "budget"
     spatial_share: float = 0.25
     shares: tuple[float, ...] | None = None
-    weights: str | None = None
+    weights: str | os.PathLike[str] | None = None
 
     name: ClassVar[str] = "atp_training_free"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.shares, list):
-            object.__setattr__(self, "shares", tuple(self.shares))
         if self.shares is not None:
-            if list(self.shares) != sorted(self.shares, reverse=True) or not 0 < self.shares[-1] <= self.shares[0] <= 1:
+            falling = list(self.shares) == sorted(self.shares, reverse=True)
+            if not self.shares or not falling or not 0 < self.shares[-1] <= self.shares[0] <= 1:
                 raise VTCError(f"shares={self.shares} do not fall within (0, 1]; write for example (0.5, 0.2, 0.1)")
             if self.mode != "budget":
                 raise VTCError("shares fix the counts, a calibration the thresholds; leave one of them out")
-        if self.mode not in get_args(Mode):
-            raise unknown_name("mode", self.mode, get_args(Mode))
         if not 0 <= self.spatial_share <= 1:
             raise VTCError(f"spatial_share={self.spatial_share} is outside [0, 1]; the default is 0.25")
         if self.mode == "calibrated" and self.weights is None:
@@ -117,8 +115,8 @@ class ATPTrainingFree(ATPScores):
             return None
         module = self.build(model)
         tensors, metadata = store.read(self.weights)
-        check_settings(self.weights, metadata, self.settings(model))
-        load_tensors(self.weights, module, tensors)
+        check_settings(str(self.weights), metadata, self.settings(model))
+        load_tensors(str(self.weights), module, tensors)
         return module
 
     def select(self, view: StageView) -> Selection | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, Scope, Selection, StageView
-from vtc.errors import VTCError, unknown_name
+from vtc.errors import VTCError
 from vtc.groups import Groups
 from vtc.ops.greedy import alignment, greedy_map, total
 from vtc.registry import register
@@ -46,8 +46,7 @@ class CDPruner(Compressor):
     name: ClassVar[str] = "cdpruner"
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise VTCError(str(unknown_name("scope", self.scope, get_args(Scope))))
+        super().__post_init__()
         if self.theta is not None and not 0 <= self.theta < 1:
             raise VTCError(
                 f"theta={self.theta!r} is outside [0, 1); write for example 0.5 for equal weights, or None for "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from vtc.compressor import Compressor, Scope, Selection, StageView
-from vtc.errors import VTCError, unknown_name
 from vtc.groups import Groups
 from vtc.ops.greedy import k_center, most_isolated
 from vtc.registry import register
@@ -33,10 +32,6 @@ class DivPrune(Compressor):
     scope: Scope = field(default="item", kw_only=True)
 
     name: ClassVar[str] = "divprune"
-
-    def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise VTCError(str(unknown_name("scope", self.scope, get_args(Scope))))
 
     def select(self, view: StageView) -> Selection:
         groups = Groups.of(view, self.scope)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import VTCError, unknown_name
+from vtc.errors import VTCError
 from vtc.ops.select import top_k
 from vtc.registry import register
 
@@ -43,14 +43,13 @@ class FastV(Compressor):
     name = "fastv"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layer < 1:
             raise VTCError(
                 f"layer={self.layer!r} leaves no layer in front to rank by; pass at least 1, the paper uses 2 and 3"
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise VTCError(f"ratio={self.ratio!r} is no fraction to remove; pass a number between 0 and 1, as 0.5")
-        if self.scope not in get_args(Scope):
-            raise unknown_name("scope", str(self.scope), get_args(Scope))
 
     @property
     def needs_budget(self) -> bool:

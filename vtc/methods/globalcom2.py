@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.layout import VisualItem
 from vtc.ops import crops
 from vtc.ops.select import take_rows, top_k_of_groups
@@ -64,11 +64,8 @@ class GlobalCom2(Compressor):
     name: ClassVar[str] = "globalcom2"
 
     def __post_init__(self) -> None:
-        if self.score not in get_args(Score):
-            raise VTCError(str(unknown_name("score", self.score, get_args(Score))))
-        if self.layout not in get_args(Order):
-            raise VTCError(str(unknown_name("layout", self.layout, get_args(Order))))
-        if not self.tau > 0:
+        super().__post_init__()
+        if self.tau <= 0:
             raise VTCError(f"tau={self.tau} is no temperature; pass a positive number, the paper uses 10")
         if not 0 <= self.alpha <= 1:
             raise VTCError(f"alpha={self.alpha} is outside [0, 1]; it weighs the thumbnail's view, the paper uses 0.5")

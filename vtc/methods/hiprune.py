@@ -9,14 +9,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.ops.neighbours import Border, hierarchical, neighbours, tile_places
 from vtc.ops.select import apportion
 from vtc.registry import register
@@ -24,7 +24,6 @@ from vtc.registry import register
 Collision = Literal["exact", "official"]
 Split = Literal["exact", "floor"]
 Newlines = Literal["drop", "rows", "keep"]
-CHOICES = {"border": Border, "collision": Collision, "split": Split, "newlines": Newlines}
 DEPTH, DEPTH_MROPE = 3 / 8, 1 / 2
 """Depth of the object layer: 9 of 24 layers in CLIP ViT-L, 16 of 32 in the encoder of Qwen2.5-VL."""
 
@@ -75,6 +74,7 @@ class HiPrune(Compressor):
     name = "hiprune"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise VTCError(
                 f"alpha={self.alpha!r} is no share of the budget; pass a number from 0 (registers only) to 1, the "
@@ -85,9 +85,6 @@ class HiPrune(Compressor):
                 f"object_layer={self.object_layer!r} is no layer; they are counted from 1 as in the paper, which uses "
                 "9 of 24 and 16 of 32"
             )
-        for field, kind in CHOICES.items():
-            if (value := getattr(self, field)) not in get_args(kind):
-                raise unknown_name(f"{field} value", str(value), get_args(kind))
 
     def layers(self, model: ModelSpec) -> tuple[int, int]:
         """0-based object layer and deep layer of this encoder."""

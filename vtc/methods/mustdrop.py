@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.ops.dual import (
     attention_sum_and_max,
     dual_filter,
@@ -43,7 +43,6 @@ from vtc.window_merge import Windows, by_token
 Merge = Literal["threshold", "count", "off"]
 Filter = Literal["budget", "threshold", "off"]
 Average = Literal["true", "official"]
-CHOICES = {"merge": Merge, "filter": Filter, "average": Average}
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,7 @@ class MustDrop(Compressor):
     name = "mustdrop"
 
     def __post_init__(self) -> None:
-        for field in ("window", "layers"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from files and stay hashable so
-        for field, kind in CHOICES.items():
-            if (value := getattr(self, field)) not in get_args(kind):
-                raise unknown_name(f"{field} value", str(value), get_args(kind))
+        super().__post_init__()
         problem = self._problem()
         if problem:
             raise VTCError(problem)
@@ -144,7 +139,7 @@ class MustDrop(Compressor):
         """What is wrong with the hyper-parameters."""
         if (self.merge, self.filter, self.cache) == ("off", "off", False):
             return "merge, filter and cache are all off, so nothing would happen; switch one of them on"
-        if len(self.window) != 2 or min(self.window) < 1 or math.prod(self.window) < 2:
+        if min(self.window) < 1 or math.prod(self.window) < 2:
             return f"window={self.window!r} holds nothing to merge; pass (rows, columns), the code uses (3, 3)"
         if not -1 <= self.tau <= 1:
             return f"tau={self.tau!r} is no mean cosine; pass a number from -1 to 1, the code uses 0.8"

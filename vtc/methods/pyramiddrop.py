@@ -53,9 +53,7 @@ class PyramidDrop(Compressor):
     version = 2
 
     def __post_init__(self) -> None:
-        for field in ("layers", "ratios"):  # lists, as configuration files have them
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, tuple(getattr(self, field)))
+        super().__post_init__()
         if self.layers is not None and (not self.layers or self.layers[0] < 1 or not _rising(self.layers)):
             raise VTCError(
                 f"layers={self.layers!r} must rise and begin at 1 or later, since these stages lie inside the LLM; the "

@@ -9,12 +9,9 @@ from typing import ClassVar, Literal
 import torch
 
 from vtc.compressor import Compressor, Selection, StageView
-from vtc.errors import VTCError, unknown_name
 from vtc.layout import Grid
 from vtc.ops.grid import split_budget, strided
 from vtc.registry import register
-
-LAYOUTS = ("grid", "sequence")
 
 
 @register
@@ -32,10 +29,6 @@ class Stride(Compressor):
     layout: Literal["grid", "sequence"] = "grid"
 
     name: ClassVar[str] = "stride"
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise VTCError(str(unknown_name("layout", self.layout, LAYOUTS)))
 
     def select(self, view: StageView) -> Selection:
         items = view.items

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.budget import Budget
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.ops.greedy import best, chosen, cosine_to_mean, k_center, max_sum
 from vtc.ops.hashing import uniform
 from vtc.registry import register
@@ -61,11 +61,7 @@ class ToDRE(Compressor):
     name: ClassVar[str] = "todre"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "check_layers", tuple(self.check_layers))
-        if self.variant not in get_args(Variant):
-            raise VTCError(str(unknown_name("variant", self.variant, get_args(Variant))))
-        if self.pivot is not None and self.pivot not in get_args(Pivot):
-            raise VTCError(str(unknown_name("pivot", self.pivot, get_args(Pivot))))
+        super().__post_init__()
         if not 0 < self.tau <= 1:
             raise VTCError(f"tau={self.tau!r} is no share of attention; pass a value in (0, 1], the paper uses 0.1")
         wrong = [each for each in self.check_layers if not _is_layer(each)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.compressor import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.merging import merge_items
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
 from vtc.ops.select import front_pack, take_rows
@@ -64,11 +64,7 @@ class ToMe(Compressor):
     name: ClassVar[str] = "tome"
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
-        for field, kind in (("metric", Metric), ("scope", Scope)):
-            if getattr(self, field) not in get_args(kind):
-                raise VTCError(str(unknown_name(field, str(getattr(self, field)), get_args(kind))))
+        super().__post_init__()
         if self.r is not None and not self.inside:
             raise VTCError(f"r={self.r} counts tokens per encoder block; pass inside=True, or leave r out")
         if self.r is not None and min(self.r if isinstance(self.r, tuple) else (self.r,), default=0) < 0:

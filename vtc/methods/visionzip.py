@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.layout import VisualItem
 from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
 from vtc.ops.select import apportion, in_groups, take_rows
@@ -67,11 +67,9 @@ class VisionZip(Compressor):
     name: ClassVar[str] = "visionzip"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise VTCError(f"share={self.share} is outside (0, 1]; it is the dominant part, the paper's is 54/64")
-        for field, value, known in (("before", self.before, get_args(Place)), ("layout", self.layout, get_args(Order))):
-            if value not in known:
-                raise VTCError(str(unknown_name(field, value, known)))
 
     @staticmethod
     def layer(model: ModelSpec) -> int:

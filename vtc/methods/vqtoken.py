@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,24 +82,15 @@ class VQToken(Clustering, LearnedCompressor):
 
     name: ClassVar[str] = "vqtoken"
 
-    def _choices(self) -> dict[str, Sequence[str]]:
-        return super()._choices() | {
-            "codebook_space": get_args(Space),
-            "queries": ("frame", "line", "cluster"),
-            "ablation": ("none", "random_map", "random_codebook"),
-        }
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "grid", tuple(self.grid))  # lists come from configuration files
-        for name in ("resample", "residual", "canonical_ids"):
-            if not isinstance(getattr(self, name), bool):
-                raise VTCError(f"{name}={getattr(self, name)!r} is neither True nor False; write {name}=True")
-        if len(self.grid) != 2 or min(self.grid) < 1 or min(self.heads, self.inner) < 1:
+        if min(*self.grid, self.heads, self.inner) < 1:
             raise VTCError(
                 f"grid={self.grid}, heads={self.heads}, inner={self.inner} describe no attention block; write for "
                 "example grid=(27, 27), heads=8, inner=2048"
             )
+        if not 0 <= self.dropout < 1:
+            raise VTCError(f"dropout={self.dropout} is outside [0, 1); it is a share of zeros, the paper uses 0.1")
 
     # --- the block and its weights
     @property

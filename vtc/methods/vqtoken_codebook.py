@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.compressor import Compressor, ModelSpec, Plan, Selection, StageView
-from vtc.errors import VTCError, unknown_name
+from vtc.errors import VTCError
 from vtc.ops import cluster
 from vtc.ops.cluster import Members
 from vtc.ops.hashing import fingerprint
@@ -43,9 +43,7 @@ class Clustering(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in self._choices().items():
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
+        super().__post_init__()
         if self.k_min < 1 or self.k_max < self.k_min + 2:
             raise VTCError(
                 f"k_min={self.k_min}, k_max={self.k_max} leave no kink to find; the elbow needs at least three numbers "
@@ -53,13 +51,6 @@ class Clustering(Compressor):
             )
         if self.iterations is not None and self.iterations < 1:
             raise VTCError(f"iterations={self.iterations} assigns no token; pass at least 1, the paper uses 50")
-
-    def _choices(self) -> dict[str, Sequence[str]]:
-        return {
-            "clusters": ("budget", "elbow"),
-            "elbow_rule": ("official", "corrected"),
-            "empty": ("split", "drop"),
-        }
 
     @property
     def needs_budget(self) -> bool:
@@ -137,13 +128,6 @@ class VQTokenCodebook(Clustering):
     order: Literal["first", "cluster_id", "size", "place"] = "first"
 
     name: ClassVar[str] = "vqtoken_codebook"
-
-    def _choices(self) -> dict[str, Sequence[str]]:
-        return super()._choices() | {
-            "codebook_space": get_args(Space),
-            "representative": ("mean", "medoid"),
-            "order": ("first", "cluster_id", "size", "place"),
-        }
 
     def plan(self, model: ModelSpec) -> Plan:
         placed = model.mrope and (self.representative, self.order) == ("medoid", "place")
