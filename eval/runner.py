@@ -24,6 +24,7 @@ from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
 from vtc.preparation import prepare
+from vtc.prompt import system_length
 
 Conversation = Sequence[Mapping[str, Any]]
 SMALL = 50_000_000  # parameters
@@ -31,10 +32,14 @@ SMALL = 50_000_000  # parameters
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of B prompts on the model's device, left-padded; `visual_tokens` (B) counts their image placeholders."""
+    """Inputs of B prompts on the model's device, left-padded.
+
+    `visual_tokens` (B) counts their image placeholders, `system_lengths` (B) the tokens in front of the user's words.
+    """
 
     inputs: Mapping[str, Any]
     visual_tokens: tuple[int, ...]
+    system_lengths: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
@@ -81,7 +86,8 @@ class Runner:
         """
         inputs = prepare(self.loaded, conversations)
         visual = torch.isin(inputs["input_ids"].cpu(), self._visual_token_ids()).sum(1)
-        return Batch(inputs, tuple(visual.tolist()))
+        heads = tuple(system_length(self.processor, conversation) for conversation in conversations)
+        return Batch(inputs, tuple(visual.tolist()), heads)
 
     def _visual_token_ids(self) -> Tensor:
         names = ("image_token_id", "video_token_id")
@@ -119,6 +125,7 @@ class Runner:
             new = self._generate(batch, generation, seed)
         else:
             with self._compressed(cell.compressor, cell) as handle:
+                handle.system_length = batch.system_lengths
                 new = self._generate(batch, generation, seed)
                 if any(batch.visual_tokens):
                     call = handle.stats.calls[-1]

@@ -17,6 +17,7 @@ from vtc.compressor import Compressor
 from vtc.images import open_image
 from vtc.loading import Loaded
 from vtc.preparation import Chat, on_device, prepare
+from vtc.prompt import system_length
 
 if TYPE_CHECKING:
     from vtc.eval.media import Video
@@ -56,9 +57,11 @@ def answer(
     model, processor = loaded.model, loaded.processor
     media = [{"type": "image", "image": image} for image in images] + [{"type": "video", "video": v} for v in videos]
     content = [*media, {"type": "text", "text": prompt}]
-    inputs = prepare(loaded, [Chat([{"role": "user", "content": content}])])
+    chat = Chat([{"role": "user", "content": content}])
+    inputs = prepare(loaded, [chat])
     attached = None
     if method is not None:
+        options = {"system_length": system_length(processor, chat), **options}
         attached = compress(model, method, retention=retention, keep=keep, **options)
     start = time.perf_counter()
     with attached or nullcontext():

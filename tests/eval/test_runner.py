@@ -178,3 +178,23 @@ def test_a_sweep_and_generate_show_the_same(runner: Runner, monkeypatch: pytest.
     answer(runner.loaded, [upright], question, max_new_tokens=2)
     for name in ("input_ids", "attention_mask", "pixel_values"):
         assert all(torch.equal(given[0][name], other[name]) for other in given[1:]), name
+
+
+def test_the_head_of_the_template_is_no_question(runner: Any, blobs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods read the words of the user alone, system messages and role words left out."""
+    told_first = {"role": "system", "content": [{"type": "text", "text": "answer briefly"}]}
+    batch = runner.prepare([blobs.conversation(0), [told_first, *blobs.conversation(1)]])
+    short, long = batch.system_lengths
+    assert 0 < short < long
+    told = []
+    original = vtc.compress
+
+    def compress(*args: Any, **kwargs: Any) -> Any:
+        handle = original(*args, **kwargs)
+        told.append(handle)
+        return handle
+
+    monkeypatch.setattr(vtc, "compress", compress)
+    (cell,) = [c for c in make_cells(make_spec({"methods": ["random"], "retentions": [0.5]}), {}) if c.compressor]
+    runner.answer(batch, cell, make_generation({"max_new_tokens": 1}, source="test"))
+    assert told[-1].system_length == (short, long)

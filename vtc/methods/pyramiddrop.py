@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError, unknown_name
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.ops.select import top_k
 from vtc.readings import LLMReading
 from vtc.registry import register
@@ -59,8 +59,6 @@ class PyramidDrop(Compressor):
                 f"layers={self.layers!r} must rise and begin at 1 or later, since these stages lie inside the LLM; the "
                 "paper uses (8, 16, 24) of 32"
             )
-        if self.rank_by not in get_args(RankBy):
-            raise unknown_name("rank_by value", str(self.rank_by), get_args(RankBy))
         if self.ratios is not None:
             falling = all(first >= second for first, second in pairwise(self.ratios))
             if not self.ratios or not falling or not 0 < self.ratios[-1] <= self.ratios[0] < 1:
