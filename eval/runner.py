@@ -108,7 +108,7 @@ class Runner:
     def _compressed(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
         return vtc.compress(self.model, compressor, retention=cell.retention, positions=cell.positions, trace=False)
 
-    def sharing(self, cells: Sequence[Cell]) -> vtc.vision.SharedEncoder:
+    def sharing(self, cells: Sequence[Cell]) -> vtc.sharing.SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
         return vtc.share_encoder(self.model, [cell.compressor for cell in cells if cell.compressor is not None])
 

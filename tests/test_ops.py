@@ -25,8 +25,10 @@ from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
 from vtc.ops.select import (
     apportion,
     apportion_host,
+    first_best,
     front_pack,
     left_pack,
+    settle,
     take_last,
     take_rows,
     top_k,
@@ -360,6 +362,21 @@ def test_fingerprints_are_keys_of_the_bits(dtype: torch.dtype) -> None:
     assert bool((fingerprint(swapped) != keys).all())
 
 
+def test_noise_breaks_no_tie() -> None:
+    """Whatever the last bits say, equal scores go to the lower index; what differs by more keeps its order."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randint(1, 6, (50, 40), generator=generator).float() * torch.tensor([[1e-6], [1.0]]).repeat(25, 1)
+    noisy = exact * (1 + 2e-7 * torch.rand(exact.shape, generator=generator))
+    mask = torch.rand(exact.shape, generator=generator) < 0.8
+    noisy = torch.where(mask, noisy, torch.nan)
+    keep = torch.randint(1, 30, (50,), generator=generator)
+    assert torch.equal(top_k(noisy, keep, mask), top_k(exact, keep, mask))
+    assert torch.equal(first_best(noisy.nan_to_num(0.0) * 1e6, 2.0), first_best(exact.where(mask, 0.0) * 1e6, 2.0))
+    settled = settle(noisy, mask)
+    assert all(len(row.unique()) <= 6 for row in settled)
+    assert bool((settled - noisy.masked_fill(~mask, -torch.inf)).nan_to_num(0.0).abs().le(1e-5).all())
+
+
 def test_fingerprints_of_large_images_differ() -> None:
     images = torch.randn(3, 3, 336, 336, generator=torch.Generator().manual_seed(0))
     images[1], images[2] = images[0].flip(-1), images[0] * (1 + 1e-6)
@@ -471,6 +488,8 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "fingerprint": lambda: fingerprint(example(2, 3, 5)),
     "joint_fingerprint": lambda: joint_fingerprint(example(5, high=3), [2, 3]),
     "uniform": lambda: uniform(example(2, high=9), example(2, 4, high=4), 3),
+    "settle": lambda: settle(example(2, 4), MARKS),
+    "first_best": lambda: first_best(example(2, 4)),
     "top_k": lambda: top_k(example(2, 4), torch.tensor([1, 3]), MARKS),
     "apportion": lambda: apportion(torch.tensor([3, 5]), torch.tensor([[4, 2], [3, 3]])),
     "top_k_in_groups": lambda: top_k_in_groups(example(2, 4), example(2, 4, high=2), 2, torch.tensor([1, 2]), MARKS),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,12 +13,14 @@ import pytest
 import torch
 
 import vtc
+from vtc import adapters, taps
 from vtc.adapters.compat import EXPANDS_IN_ORDER
 from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedCall
 from vtc.ops.select import top_k
 from vtc.readings import VisionReading
-from vtc.testing import FixedKeep, snapshot, tiny_inputs
+from vtc.sharing import checksum
+from vtc.testing import FixedKeep, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
 
 NAME = "llava-clip"
@@ -206,3 +212,185 @@ def test_methods_inside_the_encoder_encode_for_themselves(clip: Any) -> None:
         assert torch.equal(generate(clip, inputs, vtc.compress(clip, InsideEncoder()), 3)[1], alone)
         assert torch.equal(generate(clip, inputs, nullcontext(), 3)[1], plain)
     assert len(calls) == 2
+
+
+# --- what changes is noticed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool])
+def test_checksums_change_with_every_entry(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    before, found = int(checksum(values)), set()
+    for place in range(values.numel()):
+        changed = values.clone()
+        changed.view(-1)[place] = not changed.view(-1)[place] if dtype == torch.bool else changed.view(-1)[place] + 1
+        found.add(int(checksum(changed)))
+    assert before not in found
+    assert int(checksum(values[1:, 1:])) == int(checksum(values[1:, 1:].contiguous()))
+    assert int(checksum(values[1])) == int(checksum(values[1].clone()))
+
+
+def shared_and_plain(model: Any, inputs: dict[str, Any], change: Any) -> tuple[bool, bool]:
+    """Whether a change made after an encoding is noticed in the block, and whether it changes anything outside."""
+    with vtc.share_encoder(model):
+        before = model(**inputs).logits
+        change()
+        inside = model(**inputs).logits
+    outside = model(**inputs).logits
+    return torch.equal(inside, outside), not torch.equal(before, outside)
+
+
+def _step(clip: Any) -> None:
+    weights = list(clip.model.vision_tower.parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    torch.optim.SGD(weights, lr=0.1).step()
+
+
+def _load(clip: Any) -> None:
+    clip.model.multi_modal_projector.load_state_dict(tiny_model(NAME, seed=7).model.multi_modal_projector.state_dict())
+
+
+def _merge(clip: Any) -> None:
+    layer = adapters.of(clip).vision_layers[1].self_attn.q_proj
+    layer.weight.data += 0.1 * torch.ones(len(layer.weight), 1) @ torch.ones(1, layer.weight.shape[1])
+
+
+def _replace(clip: Any) -> None:
+    tower = adapters.of(clip).vision_layers[1].self_attn
+    tower.q_proj.weight = torch.nn.Parameter(tower.q_proj.weight * 2)
+
+
+@pytest.mark.parametrize("change", [_step, _load, _merge, _replace])
+def test_changed_weights_encode_anew(clip: Any, change: Any) -> None:
+    with torch.no_grad():
+        assert shared_and_plain(clip, tiny_inputs(NAME, LAYOUT), lambda: change(clip)) == (True, True)
+
+
+def test_weights_of_the_language_model_do_not_count(clip: Any) -> None:
+    inputs = tiny_inputs(NAME, LAYOUT)
+    calls = counting(clip)
+    with torch.no_grad(), vtc.share_encoder(clip):
+        clip(**inputs)
+        clip.lm_head.weight.mul_(2)
+        adapters.of(clip).layers[0].mlp.up_proj.weight.mul_(2)
+        clip(**inputs)
+    assert len(calls) == 1
+
+
+def test_changed_pixels_that_keep_no_count(clip: Any) -> None:
+    """NumPy writes into memory that a tensor shares, and inference tensors count no writes."""
+    inputs = tiny_inputs(NAME, LAYOUT)
+    memory = inputs["pixel_values"].numpy()
+
+    def write() -> None:
+        memory[0, 0, 0, 0] += 50
+
+    with torch.no_grad():
+        assert shared_and_plain(clip, inputs, write) == (True, True)
+    with torch.inference_mode():
+        inputs["pixel_values"] = inputs["pixel_values"].clone()
+        assert shared_and_plain(clip, inputs, lambda: inputs["pixel_values"].mul_(-1)) == (True, True)
+
+
+def test_another_mode_encodes_anew(clip: Any) -> None:
+    """Features made under no_grad or inference_mode are of no use to a training step; a graph serves one."""
+    inputs = tiny_inputs(NAME, LAYOUT)
+    calls = counting(clip)
+    with vtc.share_encoder(clip):
+        with torch.inference_mode():
+            clip(**inputs)
+        with torch.no_grad():
+            clip(**inputs)
+            clip(**inputs)
+        for _ in range(2):
+            clip(**inputs).logits.mean().backward()
+    assert len(calls) == 4
+
+
+# --- copies
+COPIES: dict[str, Any] = {"deepcopy": copy.deepcopy}
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES["torch.save"] = _saved
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_made_inside_is_a_model_of_its_own(clip: Any, how: str) -> None:
+    inputs, other = tiny_inputs(NAME, LAYOUT), tiny_model(NAME)
+    hidden = ByClass(Rows.HIDDEN)
+    with torch.no_grad():
+        expected = other(**inputs).logits
+        with vtc.share_encoder(clip, [*METHODS, hidden]):
+            if how == "deepcopy":  # a model that ran carries hooks of transformers that cannot be saved
+                assert torch.equal(clip(**inputs).logits, expected)
+            made = COPIES[how](clip)
+            again = COPIES[how](made)
+            calls = counting(clip)
+            for model in (made, again):
+                assert torch.equal(model(**inputs).logits, expected)
+        for model in (made, again, other):
+            for weight in model.model.vision_tower.parameters():
+                weight.zero_()
+        zeroed = other(**inputs).logits
+        for model in (made, again):
+            assert torch.equal(model(**inputs).logits, zeroed)
+            with vtc.share_encoder(model), vtc.compress(model, "random", retention=0.5) as handle:
+                model(**inputs)
+            assert handle.stats.retention == 0.5
+            assert torch.equal(model(**inputs).logits, zeroed)
+        assert calls == []
+        assert torch.equal(clip(**inputs).logits, expected)
+
+
+# --- nothing is held
+def held(model: Any) -> int:
+    gc.collect()
+    return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", [NAME, "llava-next", "llava-onevision", "qwen2.5-vl", "internvl"])
+def test_feature_calls_without_a_forward_pile_nothing_up(name: str) -> None:
+    model, inputs = tiny_model(name), tiny_inputs(name, LAYOUT)
+    given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    with torch.no_grad(), vtc.compress(model, "hiprune", retention=0.5):
+        model(**inputs)
+        model.get_image_features(**given)
+        before = held(model)
+        for _ in range(20):
+            model.get_image_features(**given)
+        assert held(model) <= before
+        broken = model.model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        broken.remove()
+        before = held(model)
+        for _ in range(20):
+            model.get_image_features(**given)
+        assert held(model) <= before
+
+
+@pytest.mark.parametrize("what", ["shared", "attached", "attached inside the encoder", "both"])
+def test_a_dropped_model_is_freed(what: str) -> None:
+    model = tiny_model(NAME)
+    inputs = tiny_inputs(NAME, LAYOUT)
+    if what in ("shared", "both"):
+        vtc.share_encoder(model, [METHODS[0], ByClass(Rows.HIDDEN)]).__enter__()
+    if what in ("attached", "both"):
+        vtc.compress(model, "vtc_cls", retention=0.5)
+    if what == "attached inside the encoder":
+        vtc.compress(model, "mustdrop", retention=0.5)
+    with torch.no_grad():
+        model(**inputs)
+        model.get_image_features(inputs["pixel_values"])
+    alive = weakref.ref(model)
+    assert taps._taps
+    del model
+    gc.collect()
+    assert alive() is None
+    assert (taps._taps, taps._users, taps._saved) == ({}, {}, {})

@@ -19,7 +19,7 @@ from vtc.trace import CallRecord, Stats
 
 if TYPE_CHECKING:
     from vtc.engine import Engine
-    from vtc.vision import SharedEncoder
+    from vtc.sharing import SharedEncoder
 
 
 class Handle:
@@ -225,6 +225,9 @@ def _budget(method: Compressor, retention: Any, keep: Any) -> Budget | None:
 def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> SharedEncoder:
     """Keep encoder outputs by pixel tensor, so that several methods and the untouched model share one encoding.
 
+    Pixels or weights outside the language model that change (in place, by an optimizer, by loading or merging weights),
+    another training or gradient mode and another autocast dtype are noticed, and the images encoded anew. Features that
+    carry a gradient are not shared. A copy of the model made inside the block encodes for itself.
     methods: everything that will be attached inside the block; the union of the attention rows they need is recorded.
     Methods with encoder stages still encode for themselves.
 
@@ -238,7 +241,7 @@ def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> Share
                 shared.clear()
     """
     from vtc import adapters
-    from vtc.vision import SharedEncoder
+    from vtc.sharing import SharedEncoder
 
     check_model(model)
     return SharedEncoder(adapters.of(model), check_methods(methods))

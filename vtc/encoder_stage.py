@@ -8,7 +8,6 @@ before the LLM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from vtc.budget import Budget
 from vtc.compressor import Compressor, EncoderStage, Needs, StageView
+from vtc.encoder_call import EncoderCall, Left
 from vtc.errors import UnsupportedMethod
+from vtc.installed import Hook
 from vtc.items import ItemTable
 from vtc.layout import Kind, VisionContext, VisualItem
 from vtc.ops.select import front_pack, take_rows
@@ -26,23 +27,12 @@ if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
 
 
-@dataclass(frozen=True, eq=False)
-class _Left:
-    """What a stage left: [crops, M] raster index of each patch (the raster's size behind a crop's last one).
-
-    layer: the stage's. valid: [crops, M] bool, None where all crops kept the same number. counts: per crop.
-    """
-
-    layer: int
-    places: Tensor
-    valid: Tensor | None
-    counts: tuple[int, ...]
-
-
 class EncoderStages:
     """Runs a method's encoder stages. Each crop is an item; shorter ones are padded and masked inside the encoder.
 
-    recorded: what the encoder layers that already ran left, by layer and reading.
+    current: the calling thread's encoder call, None outside of one: then the encoder runs untouched. Whatever belongs
+    to a call lies in it, so that threads do not meet. recorded: what the layers of a call that already ran left, by
+    layer and reading.
     """
 
     def __init__(
@@ -64,13 +54,10 @@ class EncoderStages:
             raise UnsupportedMethod(self._joined(adapter, method, "image"))
         self.adapter, self.method, self.budget, self.needs, self.module = adapter, method, budget, needs, module
         self.stages = {stage.layer: stage for stage in stages}
-        self.recorded: Callable[[], dict[tuple[int, VisionReading], Tensor]] = dict
+        self.current: Callable[[], EncoderCall | None] = lambda: None
+        self.recorded: Callable[[EncoderCall], dict[tuple[int, VisionReading], Tensor]] = lambda call: {}
         self._behind = adapter.spec.feature_layer + 1  # the layer number that means "before the projector"
         self._handles: list[Any] = []
-        self._left: list[_Left] = []
-        self._before: list[_Left] = []
-        self._patches = 0
-        self._memory: dict[Any, Any] = {}
         for layer in self.stages:
             if not 1 <= layer <= self._behind:
                 raise UnsupportedMethod(
@@ -84,23 +71,22 @@ class EncoderStages:
         first = min(self.stages)
         for layer, module in enumerate(self.adapter.vision_layers):
             if first <= layer:
-                self._handles.append(module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._shorten, layer), with_kwargs=True))
         projector = self.adapter.projector
         if self._behind in self.stages:
-            self._handles.append(projector.register_forward_pre_hook(self._before_projector))
-        self._handles.append(projector.register_forward_hook(self._spread))
+            self._handles.append(projector.register_forward_pre_hook(Hook(self._before_projector)))
+        self._handles.append(projector.register_forward_hook(Hook(self._spread)))
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._left, self._before = [], [], []
+        self._handles = []
 
-    def begin(self, kind: Kind) -> None:
-        """Open one encoder call; refuses modalities in which removing single patches has no meaning."""
+    def check(self, kind: Kind) -> None:
+        """Refuse modalities in which removing single patches has no meaning."""
         if kind in self.adapter.joined:
             raise UnsupportedMethod(self._joined(self.adapter, self.method, kind))
-        self._memory = {}
 
     @staticmethod
     def _joined(adapter: Adapter, method: Compressor, kind: Kind) -> str:
@@ -109,49 +95,44 @@ class EncoderStages:
             "several patches, so stages inside it are not supported. Choose a method that acts before or inside the LLM"
         )
 
-    def end(self) -> None:
-        """Close one encoder call; what `alive` and `expand` need stays until the next one."""
-        self._before, self._left = self._left, []
-
-    def alive(self, context: VisionContext) -> tuple[Tensor, tuple[int, ...]] | None:
+    def alive(self, call: EncoderCall, context: VisionContext) -> tuple[Tensor, tuple[int, ...]] | None:
         """[I, Nmax] bool of tokens that an encoder patch survived for, and their counts. Synchronises once."""
-        if not self._before:
+        if not call.left:
             return None
-        places = self._before[-1].places
+        places = call.left[-1].places
         prefix = self.adapter.prefix_tokens(places)
         marks = torch.ones(places.shape[0], prefix + places.shape[1], device=places.device)
-        share = context.pack(_spread(marks, places, prefix, self._patches))
+        share = context.pack(_spread(marks, places, prefix, call.patches))
         alive = share > 0
         *counts, mixed = torch.cat([alive.sum(1), (alive & (share < 0.999)).any()[None]]).tolist()
         if mixed:
             raise UnsupportedMethod(self._joined(self.adapter, self.method, context.kind))
         return alive, tuple(counts)
 
-    def expand(self, layer: int, values: Tensor) -> Tensor:
+    def expand(self, call: EncoderCall, layer: int, values: Tensor) -> Tensor:
         """Rows recorded at `layer`, [crops, prefix + M, ...] -> [crops, prefix + P, ...]; zero for missing patches."""
-        stages = self._left or self._before
-        seen = [left.places for left in stages if left.layer <= layer and left.layer != self._behind]
+        seen = [left.places for left in call.left if left.layer <= layer and left.layer != self._behind]
         if not seen:
             return values
-        return _spread(values, seen[-1], values.shape[1] - seen[-1].shape[1], self._patches)
+        return _spread(values, seen[-1], values.shape[1] - seen[-1].shape[1], call.patches)
 
     # --- hooks
-    def _hook(self, layer: int) -> Any:
-        def shorten(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if layer in self.stages and layer != self._behind:
-                hidden = self._select(self.stages[layer], hidden, self.adapter.prefix_tokens(hidden))
-            mask = self._mask(hidden)
-            if len(args) > 1:
-                return (hidden, args[1] if mask is None else mask, *args[2:]), kwargs
-            kwargs = kwargs if mask is None else {**kwargs, "attention_mask": mask}
-            return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    def _shorten(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.current()
+        if call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if layer in self.stages and layer != self._behind:
+            hidden = self._select(call, self.stages[layer], hidden, self.adapter.prefix_tokens(hidden))
+        mask = self._mask(call, hidden)
+        if len(args) > 1:
+            return (hidden, args[1] if mask is None else mask, *args[2:]), kwargs
+        kwargs = kwargs if mask is None else {**kwargs, "attention_mask": mask}
+        return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-        return shorten
-
-    def _mask(self, hidden: Tensor) -> Tensor | None:
+    def _mask(self, call: EncoderCall, hidden: Tensor) -> Tensor | None:
         """[crops, 1, 1, T] bool, or additive under eager attention, where crops are of different length."""
-        valid = self._left[-1].valid if self._left else None
+        valid = call.left[-1].valid if call.left else None
         if valid is None:
             return None
         attention: Any = self.adapter.vision_attention[0]
@@ -170,16 +151,19 @@ class EncoderStages:
         )
 
     def _before_projector(self, module: Any, args: tuple[Any, ...]) -> Any:
+        call = self.current()
+        if call is None:
+            return None
         strategy = getattr(self.adapter.model.config, "vision_feature_select_strategy", "full")
         prefix = self.adapter.prefix_tokens(args[0]) if strategy == "full" else 0
-        return (self._select(self.stages[self._behind], args[0], prefix), *args[1:])
+        return (self._select(call, self.stages[self._behind], args[0], prefix), *args[1:])
 
-    def _select(self, stage: EncoderStage, hidden: Tensor, prefix: int) -> Tensor:
+    def _select(self, call: EncoderCall, stage: EncoderStage, hidden: Tensor, prefix: int) -> Tensor:
         if stage.layer == min(self.stages):
-            self._left, self._patches = [], hidden.shape[1] - prefix
-        if self.method.keeps_all(self.budget, self._patches):
+            call.left, call.patches = [], hidden.shape[1] - prefix
+        if self.method.keeps_all(self.budget, call.patches):
             return hidden
-        view = self._view(stage, hidden, prefix)
+        view = self._view(call, stage, hidden, prefix)
         with exact(hidden.device):
             selection = self.method.select(view)
         if selection is None:
@@ -194,43 +178,44 @@ class EncoderStages:
         if min(counts) < width:
             steps = torch.arange(width, device=hidden.device)
             valid = steps < torch.tensor(counts, device=hidden.device)[:, None]
-            places = torch.where(valid, places, self._patches)
-        self._left.append(_Left(stage.layer, places, valid, counts))
+            places = torch.where(valid, places, call.patches)
+        call.left.append(Left(stage.layer, places, valid, counts))
         front = torch.arange(prefix, device=hidden.device).expand(len(counts), -1)
         return take_rows(hidden, torch.cat([front, order + prefix], dim=1))
 
-    def _view(self, stage: EncoderStage, hidden: Tensor, prefix: int) -> StageView:
+    def _view(self, call: EncoderCall, stage: EncoderStage, hidden: Tensor, prefix: int) -> StageView:
         crops, length, _ = hidden.shape
         count, device = length - prefix, hidden.device
         every = torch.arange(count, device=device).expand(crops, -1)
-        left = self._left[-1] if self._left else _Left(0, every, None, (count,) * crops)
+        left = call.left[-1] if call.left else Left(0, every, None, (count,) * crops)
         mask = torch.ones_like(every, dtype=torch.bool) if left.valid is None else left.valid
         number = torch.arange(crops, device=device)
         numbers = tuple(range(crops))
         table = ItemTable(
             row=number, index=torch.where(mask, prefix + every, 0), token=torch.where(mask, left.places, 0), mask=mask,
             source=number, positions=left.places, rows=numbers, sources=numbers, counts=left.counts,
-            fixed=(0,) * crops, input_counts=(self._patches,) * crops, entered=left.counts,
-            layouts=(_crop(self._patches, device),) * crops,
+            fixed=(0,) * crops, input_counts=(call.patches,) * crops, entered=left.counts,
+            layouts=(_crop(call.patches, device),) * crops,
         )  # fmt: skip
         visual = torch.nn.functional.pad(mask, (prefix, 0))
         valid = torch.nn.functional.pad(mask, (prefix, 0), value=True)
         rows = {
-            (layer, reading): self.expand(layer, values)[:, -self._patches :]
-            for (layer, reading), values in self.recorded().items()
+            (layer, reading): self.expand(call, layer, values)[:, -call.patches :]
+            for (layer, reading), values in self.recorded(call).items()
         }
         return StageView(
             stage=stage, model=self.adapter.spec, budget=self.budget, items=table, separators=table.split()[1],
             hidden=hidden, visual=visual, valid=valid, prompt=visual, text=torch.zeros_like(valid),
-            fingerprint=torch.zeros_like(number), vision_rows=rows, needs=self.needs, memory=self._memory,
+            fingerprint=torch.zeros_like(number), vision_rows=rows, needs=self.needs, memory=call.memory,
             module=self.module,
         )  # fmt: skip
 
     def _spread(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
-        if not self._left:
+        call = self.current()
+        if call is None or not call.left:
             return None
-        places = self._left[-1].places
-        return _spread(output, places, output.shape[1] - places.shape[1], self._patches)
+        places = call.left[-1].places
+        return _spread(output, places, output.shape[1] - places.shape[1], call.patches)
 
 
 def _spread(values: Tensor, places: Tensor, prefix: int, patches: int) -> Tensor:

@@ -59,6 +59,12 @@ class _State(threading.local):
     seconds: float = 0.0
 
 
+class _Loss(threading.local):
+    """What the method added to the loss in one thread's last forward pass; it outlives the block."""
+
+    value: Tensor | None = None
+
+
 def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Count the hook's host time and remember what it raised, for callers that swallow exceptions."""
 
@@ -95,7 +101,7 @@ class Engine:
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
         self.spec = adapter.spec
         self.stats, self.trace, self.errors = Stats(), list[CallRecord](), list[Exception]()
-        self.auxiliary_loss: Tensor | None = None
+        self._loss, self._noting = _Loss(), threading.Lock()
         self.module = method.module(self.spec)
         if self.module is not None:
             self.module.to(adapter.model.device)
@@ -148,6 +154,11 @@ class Engine:
             self.taps.remove()
             del self.adapter.model.__dict__[OWNER]
         self._state = _State()
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """Of the calling thread's last forward pass."""
+        return self._loss.value
 
     # --- hooks
     @_guarded
@@ -235,14 +246,15 @@ class Engine:
                 call.cache.release(call.adopted)
             return None
         if call is not None and call.losses:
-            self.auxiliary_loss = torch.stack(call.losses).sum()
+            self._loss.value = torch.stack(call.losses).sum()
         if call is not None and call.items is not None:
             self.stages.evict(call, output.last_hidden_state, state.contexts)
-        if noted is not None and noted.items is not None:
-            self._note(noted, output.past_key_values)
-        else:
-            self.stats.other_calls += 1
-        self.stats.seconds += state.seconds
+        with self._noting:
+            if noted is not None and noted.items is not None:
+                self._note(noted, output.past_key_values)
+            else:
+                self.stats.other_calls += 1
+            self.stats.seconds += state.seconds
         state.seconds = 0.0
         if call is not None and call.pruned and self.pad_output:
             check_labels(call, labels)

@@ -9,7 +9,9 @@ causality and padding silently.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +24,9 @@ Tap = Callable[[AttentionCall], None]
 
 _lock = threading.Lock()
 _looking = threading.local()
-_taps: dict[int, list[Tap]] = {}
+_taps: dict[int, tuple[weakref.ref[TapSet], ...]] = {}
+"""By id of the attention module. Weak, so that a model dropped while tapped is freed, its taps with it."""
+_dropped: deque[tuple[weakref.ref[TapSet], Sequence[tuple[int, str]]]] = deque()
 _users: dict[str, int] = {}
 _saved: dict[str, tuple[bool, Callable[..., Any]]] = {}
 
@@ -31,7 +35,8 @@ def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
     def tapped(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        taps = _taps.get(id(module))
+        sets = _taps.get(id(module))
+        taps = [tap for ref in sets if (found := ref()) for tap in found.of(module)] if sets else ()
         if taps:
             scaling = kwargs.get("scaling")
             causal = kwargs.get("is_causal")
@@ -45,7 +50,7 @@ def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
             )
             if getattr(_looking, "ahead", False):
                 raise _Seen(call)
-            for tap in tuple(taps):
+            for tap in taps:
                 tap(call)
         return base(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -78,48 +83,77 @@ def look_ahead(attention: Any, hidden: Tensor, rotary: Any) -> AttentionCall:
 
 
 class TapSet:
-    """Taps on several attention modules, installed and removed together.
+    """Taps on several attention modules, installed and removed together; to be kept by whoever installed it.
 
-    Raises UnsupportedModel for eager attention, whose function is not looked up in the registry.
+    A set that is dropped with its model goes without being removed. Raises UnsupportedModel for eager attention, whose
+    function is not looked up in the registry.
     """
 
     def __init__(self, taps: Iterable[tuple[Any, Tap]]) -> None:
         self._entries = list(taps)
-        self._names: list[str] = []
-        for module, _ in self._entries:
+        self._by_module: dict[int, list[Tap]] = {}
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+        for module, tap in self._entries:
+            self._by_module.setdefault(id(module), []).append(tap)
             if module.config._attn_implementation in (None, "eager"):
                 raise UnsupportedModel(
                     f"{type(module).__name__} runs eager attention, whose rows cannot be read beside the computation; "
                     "load the model with attn_implementation='sdpa'"
                 )
 
+    def of(self, module: Any) -> list[Tap]:
+        """The taps on one module."""
+        return self._by_module.get(id(module), [])
+
     def install(self) -> None:
         """Put the taps in place."""
+        if not self._entries:
+            return
+        mine, modules = weakref.ref(self), {id(module): module for module, _ in self._entries}
+        places = [(key, str(module.config._attn_implementation)) for key, module in modules.items()]
         with _lock:
-            for module, tap in self._entries:
-                _taps.setdefault(id(module), []).append(tap)
-                name = module.config._attn_implementation
+            _sweep()
+            for key, name in places:
+                _taps[key] = (*_taps.get(key, ()), mine)
                 if _users.get(name, 0) == 0:
                     base = ALL_ATTENTION_FUNCTIONS[name]
                     _saved[name] = (name in ALL_ATTENTION_FUNCTIONS._local_mapping, base)
                     ALL_ATTENTION_FUNCTIONS[name] = _wrap(base)
                 _users[name] = _users.get(name, 0) + 1
-                self._names.append(name)
+        self._finalizer = weakref.finalize(self, _drop, mine, places)
+        self._finalizer.atexit = False
 
     def remove(self) -> None:
         """Take them away again; the last user of an implementation restores the registry."""
-        with _lock:
-            for (module, tap), name in zip(self._entries, self._names, strict=False):
-                taps = _taps[id(module)]
-                taps.remove(tap)
-                if not taps:
-                    del _taps[id(module)]
-                _users[name] -= 1
-                if _users[name] == 0:
-                    del _users[name]
-                    was_local, base = _saved.pop(name)
-                    if was_local:
-                        ALL_ATTENTION_FUNCTIONS[name] = base
-                    else:
-                        del ALL_ATTENTION_FUNCTIONS[name]
-            self._names = []
+        if self._finalizer is not None:
+            self._finalizer()
+            with _lock:
+                _sweep()
+
+
+def _drop(mine: weakref.ref[TapSet], places: Sequence[tuple[int, str]]) -> None:
+    """Give a set up. The garbage collector may call this anywhere, also while this thread holds the lock."""
+    _dropped.append((mine, places))
+    if _lock.acquire(blocking=False):
+        try:
+            _sweep()
+        finally:
+            _lock.release()
+
+
+def _sweep() -> None:
+    """Forget the sets given up; the caller holds the lock."""
+    while _dropped:
+        mine, places = _dropped.popleft()
+        for key, name in places:
+            _taps[key] = tuple(ref for ref in _taps[key] if ref is not mine)
+            if not _taps[key]:
+                del _taps[key]
+            _users[name] -= 1
+            if _users[name] == 0:
+                del _users[name]
+                was_local, base = _saved.pop(name)
+                if was_local:
+                    ALL_ATTENTION_FUNCTIONS[name] = base
+                else:
+                    del ALL_ATTENTION_FUNCTIONS[name]

@@ -12,6 +12,7 @@ from vtc.compressor import Compressor, Scope, Selection, StageView
 from vtc.errors import VTCError
 from vtc.groups import Groups
 from vtc.ops.greedy import alignment, greedy_map, total
+from vtc.ops.select import settle
 from vtc.registry import register
 
 
@@ -76,7 +77,7 @@ def relevance(
     values become 1. theta: as in `CDPruner`.
     """
     towards = torch.nn.functional.normalize(texts.detach().float(), dim=2).mean(1)
-    like = alignment(tokens, -towards if inverse else towards)
+    like = settle(alignment(tokens, -towards if inverse else towards), mask)
     lowest = like.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     span = like.masked_fill(~mask, -torch.inf).amax(1, keepdim=True) - lowest
     quality = torch.where(span > 0, (like - lowest + 1e-6) / span, 1.0)

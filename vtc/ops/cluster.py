@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.hashing import fingerprint, uniform
-from vtc.ops.select import take_rows
+from vtc.ops.select import first_best, take_rows
 
 _LIMIT = 2**24  # numbers in one block of a streamed pass
 _EPSILON = 1e-12
@@ -65,7 +65,7 @@ def seed_centres(
         picked = take_rows(tokens, drawn[-1]).float() * scale.gather(1, drawn[-1])[..., None]
         inner = _project(tokens, picked) * scale[..., None]  # [I, N, R]
         distance = squares + picked.square().sum(-1)[..., None] - 2 * inner.transpose(1, 2)
-        nearest = torch.minimum(nearest, distance.clamp(min=0))
+        nearest = torch.minimum(nearest, torch.where(distance > _TIE, distance, 0))  # rounding is no distance
     found = torch.stack(drawn, -1)
     return torch.where(steps < counts[..., None], found, found[..., :1])
 
@@ -110,7 +110,7 @@ def nearest_centre(tokens: Tensor, centres: Tensor, live: Tensor) -> Tensor:
     def choose(block: Tensor) -> Tensor:
         block = block / block.norm(dim=-1, keepdim=True).clamp(min=_EPSILON)
         inner = torch.bmm(block, flat).view(*block.shape[:2], *live.shape[1:])
-        return (1 - inner).masked_fill(blocked, torch.inf).argmin(-1)
+        return first_best(inner.masked_fill(blocked, -torch.inf), _TIE)
 
     return _stream(choose, tokens, live[0].numel()).transpose(1, 2)
 

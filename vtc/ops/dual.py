@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.attention import CHUNK, attention_rows
-from vtc.ops.select import group_sizes, top_k_of_groups
+from vtc.ops.select import group_sizes, settle, top_k_of_groups
 
 LIMIT = 2**24
 """Attention weights held at once: 64 MiB, so that the text of a long video's question fits beside the model."""
@@ -84,7 +84,7 @@ def keep_with_keys(utility: Tensor, key: Tensor, keep: Tensor, mask: Tensor) -> 
     ...                torch.ones(1, 3, dtype=torch.bool)).tolist()
     [[True, False, True]]
     """
-    order = utility.argsort(dim=1, descending=True, stable=True)
+    order = settle(utility, mask).argsort(dim=1, descending=True, stable=True)
     tier = torch.where(mask, torch.where(key, 0, 1), 2)
     order = order.gather(1, tier.gather(1, order).argsort(dim=1, stable=True))
     rank = torch.arange(mask.shape[1], device=mask.device).expand_as(order)

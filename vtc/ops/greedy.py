@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.select import TIE, first_best
+
 CHUNK = 4096
 PAIRS = 2**24
 RANK = 1e-5
@@ -21,7 +23,7 @@ def best(scores: Tensor, mask: Tensor) -> Tensor:
     >>> best(torch.tensor([[1.0, 3.0, 3.0, 9.0]]), torch.tensor([[True, True, True, False]])).tolist()
     [1]
     """
-    return scores.masked_fill(~mask, -torch.inf).argmax(1)
+    return first_best(scores.masked_fill(~mask, -torch.inf))
 
 
 def chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
         nearest.append(cosine.masked_fill(~other, -torch.inf).amax(2))
     rated = torch.where(mask, torch.cat(nearest, dim=1), torch.inf)
     # Two that are each other's nearest are equals, whichever of them the rounding of their product favours.
-    return (rated <= rated.amin(1, keepdim=True) + 1e-6).to(torch.uint8).argmax(1)
+    return first_best(-rated)
 
 
 def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> Tensor:
@@ -111,14 +113,16 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
     """
     unit, quality = _unit(features), quality.detach().float().nan_to_num()
     item = torch.arange(len(unit), device=unit.device)
-    left, residual = mask, unit.norm(dim=2).square()
+    left, residual, worth = mask, unit.norm(dim=2).square(), quality.square()
     basis = unit.new_zeros(len(unit), min(steps, unit.shape[2]), unit.shape[2])
     order = item.new_zeros(len(unit), steps)
     for step in range(steps):
         new = left & (residual > RANK)
         some = new.any(1, keepdim=True) & (step < basis.shape[1])
-        gain = torch.where(some, quality.square() * residual, quality)
-        token = gain.masked_fill(~torch.where(some, new, left), -torch.inf).argmax(1)
+        gain = torch.where(some, worth * residual, quality)
+        gain = gain.masked_fill(~torch.where(some, new, left), -torch.inf)
+        # A residual is known to about TIE, so that a gain is known to TIE times the square of its quality.
+        token = first_best(gain, TIE * worth.gather(1, gain.argmax(1, keepdim=True)))
         order[:, step] = token
         left = left.scatter(1, token[:, None], False)
         if step < basis.shape[1]:
@@ -139,7 +143,7 @@ def _walk(unit: Tensor, start: Tensor, steps: int, mask: Tensor, *, farthest: bo
     token = start
     for step in range(steps):
         if step:
-            token = rated.argmin(1)
+            token = first_best(-rated, TIE if farthest else TIE * step)
         order[:, step] = token
         cosine = _products(unit, unit[item, token])
         rated = torch.maximum(rated, cosine) if farthest else rated + cosine

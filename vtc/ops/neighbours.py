@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtc.ops.select import settle
+
 Border = Literal["clamp", "drop"]
 STRIDE = 2**40
 """More than the places of any tile."""
@@ -116,6 +118,7 @@ def hierarchical(
     lowered by so much and share minus their number chosen from all tokens, so that some may be chosen twice and fewer
     than `share` stay.
     """
+    object_scores, deep_scores = settle(object_scores, mask), settle(deep_scores, mask)
     share, anchors = (torch.cat([each, each.new_zeros(len(each), 1)], dim=1) for each in (share, anchors))
     group = torch.where(mask, group, share.shape[1] - 1)
     limit = share.gather(1, group)

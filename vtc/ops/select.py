@@ -7,9 +7,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TIE = 1e-6
+"""Scores that differ by no more than this share of their magnitude are equal: rounding told them apart."""
+
+
+def settle(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scores [I, N] in which those that only rounding tells apart are equal, so that ties do not depend on the batch.
+
+    Products of another shape round differently, and the batch decides the shape. In sorted order, each entry takes the
+    value of the one before it where the gap between them is at most TIE of their magnitude. mask: [I, N] bool, what is
+    outside plays no part and becomes -inf. Integers are exact and stay.
+
+    >>> settle(torch.tensor([[2.0, 2.0 - 5e-7, 0.5, 1.0, 2.0]])).tolist()
+    [[2.0, 2.0, 0.5, 1.0, 2.0]]
+    """
+    if not scores.is_floating_point() or not scores.shape[1]:
+        return scores
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    apart = torch.ones_like(ordered, dtype=torch.bool)
+    higher, lower = ordered[:, :-1], ordered[:, 1:]
+    apart[:, 1:] = ~(higher - lower <= TIE * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0))
+    place = torch.arange(ordered.shape[1], device=ordered.device)
+    first = torch.where(apart, place, 0).cummax(1).values
+    return torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, first))
+
+
+def first_best(scores: Tensor, slack: Tensor | float = TIE) -> Tensor:
+    """Along the last axis, the lowest index of a score that is at most `slack` below the best; [..., N] -> [...].
+
+    >>> first_best(torch.tensor([[0.5, 1.0, 1.0 + 1e-7]])).tolist()
+    [1]
+    """
+    return (scores >= scores.amax(-1, keepdim=True) - slack).to(torch.uint8).argmax(-1)
+
 
 def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mark the `keep` best entries of each row; ties go to the lower index.
+    """Mark the `keep` best entries of each row; ties (see `settle`) go to the lower index.
 
     scores: [I, N], higher is kept. keep: [I] counts, may differ by row. mask: [I, N] bool, False is never kept.
     Returns bool [I, N] with min(keep, available) entries per row set.
@@ -17,6 +52,7 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([2])).tolist()
     [[False, True, True, False]]
     """
+    scores = settle(scores, mask)
     if mask is not None:
         # Two stable sorts instead of a -inf fill: a real score may be -inf as well.
         by_score = scores.argsort(dim=1, descending=True, stable=True)
@@ -86,7 +122,7 @@ def top_k_of_groups(scores: Tensor, group: Tensor, shares: Tensor, mask: Tensor)
     groups = shares.shape[1]
     starts = torch.nn.functional.pad(group_sizes(group, groups, mask).cumsum(1), (1, 0))
     group = torch.where(mask, group, groups)
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = settle(scores, mask).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # groups side by side, best first
     ordered = group.gather(1, order)
     rank = torch.arange(group.shape[1], device=group.device) - starts.gather(1, ordered)

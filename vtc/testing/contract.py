@@ -34,6 +34,7 @@ from vtc.testing.measures import (
     only_the_prompt,
     reference,
     right_padding,
+    ties,
     two_turns,
 )
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
@@ -121,6 +122,10 @@ class _Check:
             for policy in policies:
                 worst = two_turns(self.model, self.name, kind, self._attach(policy))
                 cells.append(self._cell(f"{kind}: two turns, {policy}", worst))
+        if "image" in TINY_MODELS[self.name].kinds:
+            for policy in policies:
+                worst = ties(self.model, self.name, self._attach(policy))
+                cells.append(self._cell(f"image: batch = singles on ties, {policy}", worst))
         text: list[list[Part]] = [[9], [5]]
         inputs = tiny_inputs(self.name, text, model=self.model)
         cells.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -47,6 +48,7 @@ def modes(model: Any) -> dict[str, dict[str, Any]]:
 
 
 Attach = Callable[[Any], Handle]
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @torch.no_grad()
@@ -103,15 +105,44 @@ def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps:
     return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
 
 
-def batch_against_singles(model: Any, name: str, layout: list[list[Part]], attach: Attach, steps: int = 8) -> float:
-    """Largest logit difference between a left-padded batch and its rows one by one."""
-    inputs = tiny_inputs(name, layout, seed=3, model=model)
+def batch_against_singles(
+    model: Any, name: str, layout: list[list[Part]], attach: Attach, steps: int = 8, change: Change = dict
+) -> float:
+    """Largest logit difference between a left-padded batch and its rows one by one. change: applied to all inputs."""
+    inputs = change(tiny_inputs(name, layout, seed=3, model=model))
     _, batched = generate(model, inputs, attach(model), steps)
     worst = 0.0
     for row in range(len(layout)):
-        _, alone = generate(model, tiny_inputs(name, layout, seed=3, only=row, model=model), attach(model), steps)
+        single = change(tiny_inputs(name, layout, seed=3, only=row, model=model))
+        _, alone = generate(model, single, attach(model), steps)
         worst = max(worst, float((batched[:, row] - alone[:, 0]).abs().max()))
     return worst
+
+
+def blank(inputs: dict[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
+    """Inputs whose pictures have one colour in their upper `share`, so that all patches there tie."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return inputs
+    if "image_grid_thw" in inputs:  # [patches, C] of all pictures one behind the other
+        parts = list(torch.split(pixels, inputs["image_grid_thw"].prod(1).tolist()))
+    else:  # rows in front: [rows, columns, channels] of every crop
+        parts = list(pixels.flatten(0, -4).permute(0, 2, 3, 1))
+    for place, part in enumerate(parts):
+        count, colour = int(len(part) * share), part[:1] if part.ndim == 2 else part[:1, :1]
+        parts[place] = torch.cat([colour.expand_as(part)[:count], part[count:]])
+    if "image_grid_thw" in inputs:
+        return {**inputs, "pixel_values": torch.cat(parts)}
+    return {**inputs, "pixel_values": torch.stack(parts).permute(0, 3, 1, 2).reshape(pixels.shape)}
+
+
+def ties(model: Any, name: str, attach: Attach) -> float:
+    """Largest logit difference between a batch and its rows, on pictures that are blank and half blank."""
+    layout: list[list[Part]] = [[4, "image", 3, "image", 5], [2, "image", 12], [3, "image", 6]]
+    return max(
+        batch_against_singles(model, name, layout, attach, 1, functools.partial(blank, share=share))
+        for share in (1.0, 0.5)
+    )
 
 
 @torch.no_grad()
