@@ -29,6 +29,7 @@ from vtc.errors import UnsupportedCall, VTCError
 from vtc.inputs import (
     by_name,
     carries_media,
+    check_router,
     given_contexts,
     logical_positions,
     mask_2d,
@@ -181,6 +182,7 @@ class Engine:
             if self.stages.keeps_all(visuals.items, self._state.contexts):
                 self._pass(kwargs, visuals)
                 return None
+            check_router(kwargs)
         hidden: Tensor = kwargs["inputs_embeds"]
         call = self._state.call = self._begin(kwargs, visuals)
         call.deepstack = Deepstack.pop(kwargs)
