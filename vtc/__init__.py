@@ -8,7 +8,7 @@ True
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
 
 from vtc.attach import Handle, compress, share_encoder
 from vtc.budget import Budget, tokens_to_keep
@@ -30,7 +30,7 @@ from vtc.errors import VTCError
 from vtc.readings import LLMReading, VisionReading
 from vtc.registry import create, list_methods, register
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from vtc import adapters as adapters
     from vtc import learned as learned
     from vtc import testing as testing
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Parts that cost time to import are there as attributes as well, from their first use on."""
     if name in ("adapters", "learned", "testing", "weights"):
         return importlib.import_module(f"vtc.{name}")
