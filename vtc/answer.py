@@ -59,7 +59,7 @@ def answer(
     inputs = prepare(loaded, [Chat([{"role": "user", "content": content}])])
     attached = None
     if method is not None:
-        attached = compress(model, method, retention=retention, keep=keep, **options)
+        attached = compress(model, method, retention=retention, keep=keep, processor=processor, **options)
     start = time.perf_counter()
     with attached or nullcontext():
         ids = on_device(model, lambda: model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
