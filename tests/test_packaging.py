@@ -118,7 +118,7 @@ def test_the_distribution_is_not_somebody_elses(project: dict[str, Any]) -> None
 
     assert project["project"]["name"] == DISTRIBUTION
     assert versions()[DISTRIBUTION] == vtc.__version__
-    assert set(importlib.metadata.packages_distributions()["vtc"]) == {DISTRIBUTION}
+    assert DISTRIBUTION in importlib.metadata.packages_distributions()["vtc"]
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS.values(), ROOT / "tests", ROOT / "docs", ROOT / "notebooks"])
