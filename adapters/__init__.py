@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "Qwen2VLForConditionalGeneration": "vtc.adapters.qwen2_vl:Qwen2VLAdapter",
     "Qwen2_5_VLForConditionalGeneration": "vtc.adapters.qwen2_5_vl:Qwen25VLAdapter",
     "Qwen3VLForConditionalGeneration": "vtc.adapters.qwen3_vl:Qwen3VLAdapter",
+    "Qwen3VLMoeForConditionalGeneration": "vtc.adapters.qwen3_vl:Qwen3VLAdapter",
 }
 """Model class name -> adapter, as "module:Class"."""
 

@@ -111,10 +111,16 @@ class Adapter(ABC):
         """True when visual rows are also added inside the LLM's first layers."""
         return False
 
-    def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
+    def learn(self, processor: Any) -> None:  # noqa: B027 - most families tell their items without it
+        """Take from the checkpoint's processor what prompts are written with, where `regroup` has to know it."""
+
+    def regroup(
+        self, contexts: tuple[VisionContext, ...], placeholders: Tensor, ids: Tensor | None = None
+    ) -> tuple[VisionContext, ...]:
         """Join encoder entries to items where only the prompt shows which belong together.
 
-        placeholders: [K, B, S] bool per kind. The default leaves the contexts as they are.
+        placeholders: [K, B, S] bool per kind. ids: [B, S] of the prompt, None where embeddings were given instead. The
+        default leaves the contexts as they are.
         """
         return contexts
 

@@ -1,8 +1,9 @@
-"""InternVL: tiles of one size and an overview behind them, pixel shuffle, no separators."""
+"""InternVL: tiles of one size and an overview behind them, videos of counted frames, pixel shuffle, no separators."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,10 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
+from vtc.adapters.frames import FrameText, Run, frame_text, group, listed, numbered, runs
 from vtc.compressor import ModelSpec
 from vtc.errors import UnsupportedCall
 from vtc.layout import Kind, VisionContext, VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
+
+MARKS = 2
+"""Ids between two images that no text separates: </img> and <img>."""
 
 
 class InternVLAdapter(Adapter):
@@ -30,7 +35,10 @@ class InternVLAdapter(Adapter):
     The encoder sees tiles. Which of them are one image only the prompt tells: an image is an unbroken run of
     placeholders, as its processor writes it between <img> and </img>; images whose placeholders touch count as one.
     The last tile of an image of several is the overview; rows and columns of the others are unknown to the model.
-    A video reaches the model as one image per frame: every frame is an item and gets the budget of one.
+    A video reaches the model as one image of one tile per frame, with a counting text between them ("Frame2: "). Its
+    frames are one item if the ids of that text are known: from the processor, or from `model.config.video_frame_texts`,
+    a list of those before frame 2, 3, ... with the marks around them. Otherwise counted images of one tile are refused,
+    since they may be frames.
     """
 
     family = "internvl"
@@ -40,6 +48,14 @@ class InternVLAdapter(Adapter):
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec("internvl", 24, 23, True, tuple(range(24)), 28),  # InternVL3-8B-hf, InternViT-300M
     )
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        texts = getattr(self.model.config, "video_frame_texts", None)
+        self.frame_text: FrameText | None = listed(texts) if texts else None
+
+    def learn(self, processor: Any) -> None:
+        self.frame_text = frame_text(processor)
 
     @property
     def vision_layers(self) -> Sequence[nn.Module]:
@@ -90,7 +106,7 @@ class InternVLAdapter(Adapter):
             return shuffled.reshape(count, -1, merged, width).mean(2)  # type: ignore[no-any-return]
 
         place = pack(torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()[None])[0]
-        item = _image(1, place.to(pixels.device), (rows, cols), (round(rows * ratio), round(cols * ratio)))
+        item = _item("image", 1, place.to(pixels.device), (rows, cols), (round(rows * ratio), round(cols * ratio)))
         return VisionContext(
             kind="image",
             items=[item] * len(pixels),
@@ -98,8 +114,10 @@ class InternVLAdapter(Adapter):
             to_tokens=lambda values: list(pack(values[:, first:])),
         )
 
-    def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
-        """Join tiles to images by the runs of placeholders; copies their mask to the host."""
+    def regroup(
+        self, contexts: tuple[VisionContext, ...], placeholders: Tensor, ids: Tensor | None = None
+    ) -> tuple[VisionContext, ...]:
+        """Join tiles to images and frames to videos by the prompt, of which placeholders and few ids go to the host."""
         if not contexts:
             return contexts
         (context,) = contexts
@@ -108,27 +126,51 @@ class InternVLAdapter(Adapter):
         placed, encoded = sum(map(sum, rows)), context.total
         if not placed or not encoded or placed % encoded:
             return contexts  # the engine refuses placeholders that do not match what was encoded
-        tile = context.items[0]
-        lengths = [length for row in rows[:: placed // encoded] for length in _runs(row)]
-        if any(length % tile.n_tokens for length in lengths):
+        tile, expand = context.items[0].n_tokens, placed // encoded
+        images = [runs(row) for row in rows[::expand]]
+        lengths = [run.length for row in images for run in row]
+        if any(length % tile for length in lengths):
             raise UnsupportedCall(
-                f"a run of image placeholders is no multiple of the {tile.n_tokens} tokens of a tile ({lengths}); keep "
+                f"a run of image placeholders is no multiple of the {tile} tokens of a tile ({lengths}); keep "
                 "the prompt as the processor writes it"
             )
-        return (_join(context, [length // tile.n_tokens for length in lengths]),)
+        grouped = self._grouped(images, tile, None if ids is None else ids[::expand])
+        tiles = iter(length // tile for length in lengths)
+        items: list[tuple[Kind, int]] = [
+            ("video" if count > 1 else "image", sum(itertools.islice(tiles, count))) for count in grouped
+        ]
+        return (_join(context, items),)
+
+    def _grouped(self, images: Sequence[Sequence[Run]], tile: int, ids: Tensor | None) -> list[int]:
+        """Runs of placeholders of each item, prompt by prompt; UnsupportedCall where images may be frames."""
+        neighbours = [(one, two) for row in images for one, two in itertools.pairwise(row)]
+        apart = [two.start - one.end for one, two in neighbours if one.length == two.length == tile]
+        if not any(places > MARKS for places in apart):  # nothing that could be two frames
+            return [1] * sum(map(len, images))
+        if ids is None:
+            raise UnsupportedCall(
+                "images of one tile may be frames of a video, which only the ids between them tell; pass input_ids "
+                "instead of inputs_embeds"
+            )
+        prompts: list[list[int]] = ids.tolist()
+        if self.frame_text is not None:
+            text = self.frame_text
+            rows = zip(prompts, images, strict=True)
+            return [count for prompt, row in rows for count in group(prompt, row, tile, text)]
+        if any(numbered(prompt, row, tile) for prompt, row in zip(prompts, images, strict=True)):
+            raise UnsupportedCall(
+                "the prompt counts images of one tile, which are the frames of a video if the processor wrote it; pass "
+                "processor=processor to vtc.compress, so that a video is told from images and gets one budget"
+            )
+        return [1] * sum(map(len, images))
 
 
-def _runs(row: Sequence[bool]) -> list[int]:
-    """Lengths of the unbroken runs of True."""
-    return [len(run) for run in "".join("01"[placeholder] for placeholder in row).split("0") if run]
-
-
-def _join(context: VisionContext, counts: Sequence[int]) -> VisionContext:
-    """The context of images that are made of `counts` consecutive tiles each."""
-    tile = context.items[0]
+def _join(context: VisionContext, items: Sequence[tuple[Kind, int]]) -> VisionContext:
+    """The context of images and videos that are made of so many consecutive tiles each."""
+    tile, counts = context.items[0], [count for _, count in items]
     assert tile.grid is not None
     place = torch.stack([tile.row, tile.col], dim=1)
-    images = {count: _image(count, place, tile.crop_grid, tile.grid[1:]) for count in set(counts)}
+    layouts = {item: _item(*item, place, tile.crop_grid, tile.grid[1:]) for item in set(items)}
 
     def join(values: Tensor) -> Tensor:
         """[tiles, N, ...] -> [I, Nmax, ...]"""
@@ -141,7 +183,7 @@ def _join(context: VisionContext, counts: Sequence[int]) -> VisionContext:
         alive = join(alive[0]), kept
     return dataclasses.replace(
         context,
-        items=[images[count] for count in counts],
+        items=[layouts[item] for item in items],
         fingerprint=joint_fingerprint(context.fingerprint, counts),
         to_tokens=lambda values: [
             part.flatten(0, 1) for part in torch.split(torch.stack(context.to_tokens(values)), list(counts))
@@ -151,11 +193,14 @@ def _join(context: VisionContext, counts: Sequence[int]) -> VisionContext:
     )
 
 
-def _image(tiles: int, place: Tensor, crop_grid: tuple[int, int], tokens: tuple[int, int]) -> VisualItem:
-    """Geometry of an image; place: [n, 2] row and column of the tokens of one tile, tokens: their rows and columns."""
+def _item(kind: Kind, tiles: int, place: Tensor, crop_grid: tuple[int, int], tokens: tuple[int, int]) -> VisualItem:
+    """Geometry of an image of so many tiles, the last of which is its overview, or of a video of so many frames.
+
+    place: [n, 2] row and column of the tokens of one tile. tokens: their rows and columns.
+    """
     crop = torch.arange(tiles, device=place.device).repeat_interleave(len(place))
     return VisualItem(
-        kind="image",
+        kind=kind,
         n_tokens=len(crop),
         crop=crop,
         row=place[:, 0].repeat(tiles),
@@ -164,5 +209,5 @@ def _image(tiles: int, place: Tensor, crop_grid: tuple[int, int], tokens: tuple[
         n_crops=tiles,
         crop_grid=crop_grid,
         grid=(tiles, *tokens),
-        thumbnail=tiles - 1 if tiles > 1 else None,
+        thumbnail=tiles - 1 if tiles > 1 and kind == "image" else None,
     )

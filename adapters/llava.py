@@ -92,7 +92,9 @@ class LlavaAdapter(Adapter):
                 f"{own}; set model.config.vision_feature_layer before vtc.compress instead"
             )
 
-    def regroup(self, contexts: tuple[VisionContext, ...], placeholders: Tensor) -> tuple[VisionContext, ...]:
+    def regroup(
+        self, contexts: tuple[VisionContext, ...], placeholders: Tensor, ids: Tensor | None = None
+    ) -> tuple[VisionContext, ...]:
         for context in contexts:
             refuse_wrong_order(context, placeholders[list(self.placeholders).index(context.kind)])
         return contexts

@@ -1,4 +1,4 @@
-"""Qwen3-VL: features of inner encoder layers are also added to the visual rows inside the first LLM layers."""
+"""Qwen3-VL, dense and with experts: features of inner encoder layers are also added to the first LLM layers' rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vtc.errors import UnsupportedModel
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Qwen3VLForConditionalGeneration.
+    """Qwen3VLForConditionalGeneration and Qwen3VLMoeForConditionalGeneration.
 
     model
     ├── visual .blocks[i].attn, .merger, .deepstack_merger_list[j]
@@ -19,10 +19,14 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
     Output j of the deepstack mergers is added behind LLM layer j; a token that others were merged into gets the rows
     of its own place. A video's frames are separated by timestamps in the prompt, they are one item all the same.
+    Experts are chosen token by token, so that a token's absence changes nothing for the others but what they attend to.
     """
 
     family = "qwen3-vl"
-    model_classes: ClassVar[tuple[str, ...]] = ("Qwen3VLForConditionalGeneration",)
+    model_classes: ClassVar[tuple[str, ...]] = (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    )
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec("qwen3-vl", 27, 26, False, tuple(range(27)), 36, mrope=True),  # Qwen3-VL-8B
     )

@@ -15,7 +15,7 @@ from vtc.eval.cells import Cell
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store
 
-PACKAGES = ("vtc", "torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy", "pillow")
+PACKAGES = ("visual-token-compression", "torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy", "pillow")
 
 
 def documents(spec: SweepSpec, task: SweepTask) -> int:

@@ -106,7 +106,8 @@ class Runner:
             return dataclasses.replace(cell, positions=handle.positions)
 
     def _compressed(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
-        return vtc.compress(self.model, compressor, retention=cell.retention, positions=cell.positions, trace=False)
+        settings: dict[str, Any] = {"retention": cell.retention, "positions": cell.positions, "trace": False}
+        return vtc.compress(self.model, compressor, processor=self.processor, **settings)
 
     def sharing(self, cells: Sequence[Cell]) -> vtc.sharing.SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""

@@ -11,7 +11,7 @@ import torch
 
 import vtc
 from vtc import adapters
-from vtc.compressor import CacheStage, Compressor, Selection, StageView
+from vtc.compressor import CacheStage, Compressor, Needs, Plan, Rows, Selection, StageView
 from vtc.engine import Engine
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k
@@ -49,7 +49,7 @@ def verify(
     for policy in policies:
         assert {f"oracle, {policy}, {mode}" for mode in set(modes(tiny_model(name))) & set(generation)} <= checks
         assert {f"{what}, {policy}" for what in ("batch = singles", "right = left padding", "two turns")} <= checks
-    assert {"text only, bit-identical", "nothing left behind", "bfloat16 runs"} <= checks
+    assert {"text only, bit-identical", "reads no padding", "nothing left behind", "bfloat16 runs"} <= checks
     assert all(cell.passed and cell.limit <= LIMIT and cell.model == name for cell in cells)
 
 
@@ -109,9 +109,9 @@ class Neighbourly(Compressor):
         return Selection(top_k(draw, torch.tensor(counts), view.items.mask), counts=counts)
 
 
-def failures(method: Compressor) -> str:
+def failures(method: Compressor, model: str = "llava-clip", retention: float = 0.5) -> str:
     with pytest.raises(AssertionError, match="contract broken") as caught:
-        check_method(method, models=["llava-clip"], steps=2)
+        check_method(method, models=[model], steps=2, retention=retention)
     return str(caught.value)
 
 
@@ -139,3 +139,45 @@ def test_the_contract_notices_what_is_left_behind(clip: Any) -> None:
         return vtc.compress(model, FixedKeep())
 
     assert no_trace(clip, tiny_inputs("llava-clip", [[3, "image", 5]]), untidy) > 0
+
+
+@dataclass(frozen=True)
+class ReadsPadding(vtc.ScoringCompressor):
+    """Wrong on purpose: what is taken over axis 1 is taken over the padding of smaller items as well."""
+
+    what: str = "mean"
+
+    name: ClassVar[str] = "reads_padding"
+
+    def score(self, view: StageView) -> torch.Tensor:
+        found = getattr(view.tokens, self.what)(1, keepdim=True)
+        return (view.tokens - (found if isinstance(found, torch.Tensor) else found.values)).norm(dim=-1)
+
+
+@pytest.mark.parametrize("what", ["mean", "amax", "amin", "median"])
+def test_the_contract_names_methods_that_read_padding(what: str) -> None:
+    message = failures(ReadsPadding(what=what), "llava-next")
+    assert "image: reads no padding" in message
+    check_method(
+        ReadsPadding(what=what), models=["llava-clip"], steps=2, generation=["greedy"]
+    )  # nothing is padded here
+
+
+@dataclass(frozen=True)
+class ReadsPaddedRows(Compressor):
+    """Wrong on purpose: the last attention row is compared with a mean over the padding of smaller items."""
+
+    name: ClassVar[str] = "reads_padded_rows"
+
+    def plan(self, model: Any) -> Plan:
+        return Plan((2,), Needs(llm={1: Rows.LAST}), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        score = view.llm_attention(1)
+        counts = view.keep_from_layer(2)
+        score = (score - score.mean(1, keepdim=True)).abs()
+        return Selection(top_k(score, torch.tensor(counts), view.items.mask), counts=counts)
+
+
+def test_attention_rows_have_padding_too() -> None:
+    assert "reads no padding" in failures(ReadsPaddedRows(), "internvl", retention=0.7)

@@ -14,7 +14,7 @@ import vtc.adapters
 import vtc.eval
 
 OPTIONAL = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "matplotlib", "pydantic", "scipy", "sklearn", "ray"}
-"""What `pip install vtc[eval]` brings; modules that need it are skipped where it is missing."""
+"""What `pip install visual-token-compression[eval]` brings; modules that need it are skipped where it is missing."""
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import json
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,6 +25,7 @@ import vtc.testing
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vtc": ROOT / "vtc", "vtc.adapters": ROOT / "adapters", "vtc.eval": ROOT / "eval"}
+DISTRIBUTION = "visual-token-compression"
 HEAVY = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "ray", "open_clip"}
 
 
@@ -105,11 +109,29 @@ def test_every_file_beside_the_code_is_shipped(project: dict[str, Any]) -> None:
 
 
 def test_the_version_is_written_once_and_matches(project: dict[str, Any]) -> None:
-    assert vtc.__version__ == project["project"]["version"] == importlib.metadata.version("vtc")
+    assert vtc.__version__ == project["project"]["version"] == importlib.metadata.version(DISTRIBUTION)
+
+
+def test_the_distribution_is_not_somebody_elses(project: dict[str, Any]) -> None:
+    """The package index has a `vtc` that is another project: what is installed and recorded bears a name of its own."""
+    from vtc.eval.header import versions
+
+    assert project["project"]["name"] == DISTRIBUTION
+    assert versions()[DISTRIBUTION] == vtc.__version__
+    assert DISTRIBUTION in importlib.metadata.packages_distributions()["vtc"]
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS.values(), ROOT / "tests", ROOT / "docs", ROOT / "notebooks"])
+def test_nobody_is_told_to_install_another_project(folder: Path) -> None:
+    told = re.compile(r"install[^\n]*[ '\"`]vtc\b(?!\.)")
+    files = [file for file in folder.rglob("*") if file.suffix in (".py", ".md", ".ipynb", ".html", ".yaml")]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
+    wrong = [f"{file.name}: {line}" for file in files for line in file.read_text().splitlines() if told.search(line)]
+    assert wrong == []
 
 
 def test_entry_points_can_be_loaded(project: dict[str, Any]) -> None:
-    points = importlib.metadata.distribution("vtc").entry_points
+    points = importlib.metadata.distribution(DISTRIBUTION).entry_points
     wanted = {("console_scripts", name, value) for name, value in project["project"]["scripts"].items()}
     for group, entries in project["project"]["entry-points"].items():
         wanted |= {(group, name, value) for name, value in entries.items()}
@@ -191,3 +213,41 @@ def test_nothing_is_asserted_about_callers() -> None:
             if isinstance(node, ast.Assert):
                 test = ast.unparse(node.test)
                 assert "is not None" in test or test.startswith("isinstance("), f"{name}: assert {test}"
+
+
+# --- what is published
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The source distribution, and the wheel that is made of it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".whl", ".tar.gz"])
+def test_an_installed_distribution_works_outside_the_repository(
+    suffix: str, built: list[Path], tmp_path: Path, project: dict[str, Any]
+) -> None:
+    """In an environment of its own, whose other packages are those of the running one."""
+    (file,) = (file for file in built if file.name.endswith(suffix))
+    assert file.name.startswith(f"visual_token_compression-{project['project']['version']}")
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    others = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    variables = {**os.environ, "PYTHONPATH": others}
+
+    def ask(program: str, *words: str) -> str:
+        command = [str(environment / "bin" / program), *words]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, check=False)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    ask("python", "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", str(file))
+    code = f"import vtc, importlib.metadata as m; print(vtc.__file__, m.version({DISTRIBUTION!r}))"
+    where, version = ask("python", "-c", code).split()
+    assert Path(where).is_relative_to(environment)
+    assert version == vtc.__version__
+    assert json.loads(ask("vtc", "models", "--json"))[0]["name"] == "tiny-llava"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import vtc
 from vtc.compressor import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
-from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs
+from vtc.errors import VTCError
+from vtc.testing import TINY_MODELS, FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
 from vtc.trace import CallStats, StageStats, Stats
 
@@ -81,9 +82,58 @@ def test_maps_show_the_raster(clip: Any) -> None:
     item = record.items[0]
     assert item.map().int().tolist() == [[[1, 0, 1, 0]] * 4]
     assert item.map(2).int().tolist() == [[[1, 0, 1, 0], [1, 0, 1, 0], [0] * 4, [0] * 4]]
-    bare = type(item)(0, "image", item.positions, None, item.kept)
-    with pytest.raises(ValueError, match="no full raster; use `kept`"):
-        bare.map()
+    assert [part.tolist() for part in item.maps(2)] == [item.map(2).tolist()]
+
+
+def test_maps_of_tiled_images_show_every_raster() -> None:
+    """The overview and the stitched map of a tiled image, without the newline behind each of its rows."""
+    model = tiny_model("llava-next")
+    inputs = tiny_inputs("llava-next", [[4, "image", 5], [2, "image", 12]], seed=3, model=model)
+    with vtc.compress(model, Listed()) as handle, torch.no_grad():
+        model(**inputs)
+    for item in handle.trace[0].items:
+        layout, (overview, tiles) = item.layout, item.maps()
+        assert (overview.shape, tiles.shape[0]) == ((1, *layout.crop_grid), 1)
+        number = torch.arange(layout.n_tokens)
+        kept = torch.isin(number, item.kept[0])
+        assert bool(kept[layout.newline].all())
+        assert torch.equal(overview.flatten(), kept[: overview.numel()])
+        rows = kept[overview.numel() :].reshape(tiles.shape[1], -1)
+        assert torch.equal(tiles[0], rows[:, :-1])
+        inside = ~layout.newline & (layout.crop > 0) & kept
+        assert int(inside.sum()) == int(tiles.sum())
+        with pytest.raises(VTCError, match=r"form 2 full rasters and \d+ newlines, not one raster; write `maps\(\)`"):
+            item.map()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_kept_token_of_every_family_is_on_a_map(name: str) -> None:
+    model = tiny_model(name)
+    for kind in TINY_MODELS[name].kinds:
+        inputs = tiny_inputs(name, [[4, kind, 3, kind, 5], [2, kind, 12]], seed=1, model=model)
+        with vtc.compress(model, "random", retention=0.4) as handle, torch.no_grad():
+            model(**inputs)
+        for item in handle.trace[0].items:
+            kept = sum(int(part.sum()) for part in item.maps())
+            assert kept == len(item.kept[0]) - item.layout.newlines
+            assert item.kind == item.layout.kind == kind or item.layout.n_crops == 1
+            if item.grid is not None:
+                assert torch.equal(item.map(), item.maps()[0])
+
+
+def test_tokens_in_no_raster_are_said_so(clip: Any) -> None:
+    """With the strategy "full" the class token is one of the image's tokens."""
+    clip.config.vision_feature_select_strategy = "full"
+    inputs = tiny_inputs(NAME, [[4, "image", 5]])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :5], inputs["input_ids"][:, 4:]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with vtc.compress(clip, Listed()) as handle, torch.no_grad():
+        clip(**inputs)
+    (item,) = handle.trace[0].items
+    assert len(item.positions) == 17
+    for ask in (item.map, item.maps):
+        with pytest.raises(VTCError, match="use `kept` and `layout`"):
+            ask()
 
 
 def test_beams_repeat_the_rows(clip: Any) -> None:

@@ -61,7 +61,7 @@ def answer(
     inputs = prepare(loaded, [chat])
     attached = None
     if method is not None:
-        options = {"system_length": system_length(processor, chat), **options}
+        options = {"system_length": system_length(processor, chat), "processor": processor, **options}
         attached = compress(model, method, retention=retention, keep=keep, **options)
     start = time.perf_counter()
     with attached or nullcontext():

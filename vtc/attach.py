@@ -127,6 +127,7 @@ def compress(
     trace: bool = True,
     prompt_length: Lengths | None = None,
     system_length: Lengths | None = None,
+    processor: Any = None,
     **hyper_parameters: Any,
 ) -> Handle:
     """Attach a compression method to an unmodified Hugging Face model.
@@ -141,7 +142,9 @@ def compress(
     with labels needs. trace: record kept positions. prompt_length: how many tokens of each row (padding not counted)
     are the prompt, where the input goes on with an answer and neither labels nor generate() tell; one number, or one
     for each prompt of the batch. system_length: how many of them are the system prompt, which no method takes for the
-    question; by default it ends with the last control token in front of a row's first visual token.
+    question; by default it ends with the last control token in front of a row's first visual token. processor: the
+    checkpoint's, where the model's inputs do not show what is one item: InternVL needs it to tell the frames of a video
+    from images.
 
     Raises VTCError (BudgetError, UnknownName, UnsupportedModel, UnsupportedMethod) before the model is touched.
 
@@ -169,6 +172,8 @@ def compress(
         method = _single(method, hyper_parameters)
         budget = _budget(method, retention, keep)
     adapter = adapters.of(model)
+    if processor is not None:
+        adapter.learn(processor)
     plan = method.plan(adapter.spec)
     if isinstance(method, Composite):
         for part, own in zip(method.parts, method.budgets, strict=True):

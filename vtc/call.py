@@ -252,7 +252,7 @@ class Call:
     def _new_record(self) -> CallRecord:
         assert self.items is not None
         columns = zip(self.items.rows, self.items.layouts, self.items.positions, strict=True)
-        items = [ItemRecord(row, each.kind, positions[: each.n_tokens], each.grid) for row, each, positions in columns]
+        items = [ItemRecord(row, positions[: each.n_tokens], each) for row, each, positions in columns]
         return CallRecord({}, items)
 
     def _note_merge(self, stage: Stage, selection: Selection, keep: Tensor) -> None:

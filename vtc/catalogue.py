@@ -134,6 +134,8 @@ def _classes(name: str) -> list[str]:
 
     config = tiny.model_path(name) / "config.json"
     if not config.exists():
-        raise VTCError(f"the embedded model {name!r} is missing from this installation; reinstall vtc")
+        raise VTCError(
+            f"the embedded model {name!r} is missing from this installation; reinstall visual-token-compression"
+        )
     architectures: list[str] = json.loads(config.read_text())["architectures"]
     return architectures

@@ -190,7 +190,8 @@ def main() -> None:
     except ImportError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"vtc: error: {error}; this command needs the evaluation extra: pip install 'vtc[eval]'\n")
+        extra = "this command needs the evaluation extra: pip install 'visual-token-compression[eval]'"
+        sys.stderr.write(f"vtc: error: {error}; {extra}\n")
         raise SystemExit(2) from None
     except Exception as error:
         if debug:

@@ -29,6 +29,7 @@ from vtc.errors import UnsupportedCall, VTCError
 from vtc.inputs import (
     by_name,
     carries_media,
+    check_router,
     given_contexts,
     logical_positions,
     mask_2d,
@@ -53,6 +54,7 @@ class _State(threading.local):
     labels: Tensor | None = None
     placeholders: Tensor | None = None
     control: Tensor | None = None
+    ids: Tensor | None = None
     contexts: tuple[VisionContext, ...] = ()
     call: Call | None = None
     untouched: Call | None = None
@@ -174,11 +176,12 @@ class Engine:
     @_guarded
     def _enter_backbone(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._state
-        state.call, state.untouched, state.placeholders, state.contexts = None, None, None, ()
+        state.call, state.untouched, state.placeholders, state.ids, state.contexts = None, None, None, None, ()
         self.recorder.contexts = []
         given = by_name(module, args, kwargs)
         if carries_media(given):
             state.contexts = given_contexts(given, self.recorder.recall)
+            state.ids = given.get("input_ids")
             table = self.adapter.model.get_input_embeddings()
             state.placeholders = placeholder_masks(given, self.placeholders.values(), table)
             state.control = placeholder_masks(given, self.controls, table).any(0) if self.controls else None
@@ -192,6 +195,7 @@ class Engine:
             if self.stages.keeps_all(visuals.items, self._state.contexts):
                 self._pass(kwargs, visuals)
                 return None
+            check_router(kwargs)
         hidden: Tensor = kwargs["inputs_embeds"]
         call = self._state.call = self._begin(kwargs, visuals)
         call.deepstack = Deepstack.pop(kwargs)
@@ -276,7 +280,7 @@ class Engine:
         counts = host_counts(state.placeholders, prompt)
         if not any(counts.kinds):
             return None
-        state.contexts = self.adapter.regroup(state.contexts, state.placeholders)
+        state.contexts = self.adapter.regroup(state.contexts, state.placeholders, state.ids)
         return Visuals.find(state.placeholders, state.contexts, list(self.placeholders), counts, prompt)
 
     def _begin(self, kwargs: dict[str, Any], visuals: Visuals | None) -> Call:

@@ -68,6 +68,19 @@ def mask_2d(kwargs: dict[str, Any]) -> Tensor | None:
     )
 
 
+def check_router(kwargs: dict[str, Any]) -> None:
+    """Refuse the statistics of experts: the model weighs them by the mask of the whole prompt, once tokens are gone.
+
+    Without a mask the padding that packing adds would count as well.
+    """
+    if kwargs.get("output_router_logits"):
+        raise UnsupportedCall(
+            "output_router_logits=True asks for the load-balancing loss of a mixture of experts, which the model "
+            "weighs by the attention mask of the whole prompt, while visual tokens are removed; pass "
+            "output_router_logits=False, or set it so in model.config.text_config"
+        )
+
+
 def open_cache(kwargs: dict[str, Any], config: Any, starts: Sequence[int]) -> CompressedCache | None:
     """The call's cache, adopted for compression and open for writing; None when the call uses none."""
     cache, mask, wanted = kwargs.get("past_key_values"), mask_2d(kwargs), kwargs.get("use_cache")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vtc.compressor import Stage
-from vtc.layout import Kind
+from vtc.errors import VTCError
+from vtc.layout import Grid, Kind, VisualItem
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,55 @@ class Stats:
 class ItemRecord:
     """One image or video of one call.
 
-    row: batch row. positions: [n] its placeholders in the input. kept: stage -> [k] token numbers inside the item that
-    passed it. merged_into: stage -> [n] token number that absorbed each token (its own if kept, -1 if dropped), only
-    for stages that replaced rows. grid: (frames, rows, columns) of its tokens, None without a full raster.
+    row: batch row. positions: [n] its placeholders in the input. layout: crop, row and column of every token, newlines,
+    rasters. kept: stage -> [k] token numbers inside the item that passed it. merged_into: stage -> [n] token number
+    that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows.
     """
 
     row: int
-    kind: Kind
     positions: Tensor
-    grid: tuple[int, int, int] | None
+    layout: VisualItem
     kept: dict[Stage, Tensor] = field(default_factory=dict)
     merged_into: dict[Stage, Tensor] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Kind:
+        """Image or video."""
+        return self.layout.kind
+
+    @property
+    def grid(self) -> Grid | None:
+        """(frames, rows, columns) of its tokens, None where they form several rasters or none."""
+        return self.layout.grid
+
     def map(self, stage: Stage = 0) -> Tensor:
-        """[frames, rows, columns] bool of the tokens that passed `stage`; needs a full raster."""
+        """[frames, rows, columns] bool of the tokens that passed `stage`.
+
+        Raises VTCError for an item of several rasters or none.
+        """
         if self.grid is None:
-            raise ValueError("this item's tokens form no full raster; use `kept` and the item's layout")
-        flat = torch.zeros(self.positions.shape[0], dtype=torch.bool, device=self.positions.device)
-        return flat.index_fill(0, self.kept[stage], True).reshape(self.grid)
+            raise VTCError(
+                f"the tokens of this {self.kind} form {len(self.layout.regions) or 'no'} full rasters and "
+                f"{self.layout.newlines} newlines, not one raster; write `maps()`, or use `kept` and `layout`"
+            )
+        return self.maps(stage)[0]
+
+    def maps(self, stage: Stage = 0) -> list[Tensor]:
+        """[frames, rows, columns] bool of the tokens that passed `stage`, one tensor per entry of `layout.regions`.
+
+        Of a tiled image these are its overview and the stitched map of its tiles, each of which shows the whole
+        picture. Newlines are left out. Raises VTCError where some token lies in no raster.
+        """
+        sizes = [frames * rows * columns for frames, rows, columns in self.layout.regions]
+        if sum(sizes) != self.layout.n_tokens - self.layout.newlines:
+            raise VTCError(
+                f"some tokens of this {self.kind} lie in no raster, such as a class token; use `kept` and `layout`"
+            )
+        marks = torch.zeros(self.layout.n_tokens, dtype=torch.bool, device=self.positions.device)
+        marks = marks.index_fill(0, self.kept[stage].to(marks.device), True)[~self.layout.newline.to(marks.device)]
+        return [
+            part.reshape(region) for part, region in zip(torch.split(marks, sizes), self.layout.regions, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vtc.budget import Budget
@@ -123,6 +124,14 @@ class StageView:
         """[..., I, N] what was recorded of LLM layer `layer`, at the items' tokens. reading: which of several."""
         rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
         return rows[..., self.items.row[:, None], self.items.index]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[I, N, ...] one value per token -> [I, ...] mean over the real tokens of each item, in float32.
+
+        Items are padded to the largest of the batch: `values.mean(1)` would average the padding too.
+        """
+        mask = self.items.mask.reshape(*self.items.mask.shape, *(1,) * (values.ndim - 2))
+        return torch.where(mask, values, 0).sum(1, dtype=torch.float32) / mask.sum(1).clamp(min=1)
 
 
 def _only(some: R | tuple[R, ...]) -> R:

@@ -41,7 +41,9 @@ def _digits() -> tuple[Array, NDArray[np.int64]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError("scenes draw the digits of scikit-learn: install vtc[eval]") from error
+        raise InputError(
+            "scenes draw the digits of scikit-learn: pip install 'visual-token-compression[eval]'"
+        ) from error
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     return np.asarray(data.images, dtype=np.float64)[order] / 16, np.asarray(data.target, dtype=np.int64)[order]

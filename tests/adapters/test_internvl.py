@@ -18,7 +18,7 @@ from vtc.layout import VisionContext
 from vtc.testing import FixedKeep, tiny_model
 from vtc.testing.contract import against_oracle, generate
 from vtc.testing.family import IMAGE, VISION_END, VISION_START
-from vtc.testing.tiny_internvl import PATCH, SIDE, TILE_TOKENS
+from vtc.testing.tiny_internvl import LINE, NUMBERS, PATCH, SIDE, TILE_TOKENS, _counted
 
 NAME = "internvl"
 GRID, TOKENS, WIDTH = SIDE // PATCH, SIDE // PATCH // 2, 32  # patches, tokens along a tile's side; encoder width
@@ -204,14 +204,73 @@ def test_the_budget_of_an_image_is_spread_over_its_tiles(method: str) -> None:
     assert handle.stats.calls[0].visual_tokens_in == (4 * TILE_TOKENS, 2 * TILE_TOKENS, 0)
 
 
-def test_frames_of_a_video_are_images_of_one_tile(limits: Any) -> None:
+@pytest.mark.parametrize("counted", [True, False])
+def test_frames_that_the_processor_counts_are_one_video(counted: bool, limits: Any) -> None:
     model = tiny_model(NAME)
-    inputs = batch(prompt(1, 1, 1, 1), pixels=tiles(4))
+    inputs = video_batch([4]) if counted else batch(prompt(1, 1, 1, 1), pixels=tiles(4))
     handle = vtc.compress(model, "random", keep=5)
     generate(model, inputs, handle, 1)
-    assert [(item.kind, len(item.kept[0])) for item in handle.trace[0].items] == [("image", 5)] * 4
+    found = [(item.kind, item.grid, len(item.kept[0])) for item in handle.trace[0].items]
+    frame = (TOKENS, TOKENS)
+    assert found == ([("video", (4, *frame), 5)] if counted else [("image", (1, *frame), 5)] * 4)
     attach = lambda model: vtc.compress(model, "vtc_cls", retention=0.3)  # noqa: E731
     assert against_oracle(model, inputs, attach, 4) <= limits.logits
+
+
+def video_batch(*rows: list[int]) -> dict[str, Tensor]:
+    """One prompt per row: 5, then videos of so many frames with text between any two, then 6 and 7."""
+    prompts = []
+    for row in rows:
+        ids = [5]
+        for count in row:
+            for frame in range(1, count + 1):
+                ids += [LINE, *_counted(frame), *[IMAGE] * TILE_TOKENS, VISION_END]
+        prompts.append([*ids, 6, 7])
+    return batch(*prompts, pixels=tiles(sum(map(sum, rows))))
+
+
+def test_where_a_video_ends() -> None:
+    """At the next frame 1, at an image between frames, and where the count does not go on."""
+    model = tiny_model(NAME)
+    inputs = video_batch([3, 2], [], [1, 4])
+    with vtc.compress(model, "random", keep=6) as handle, torch.no_grad():
+        model(**inputs)
+    kinds = [(item.row, item.kind, item.layout.n_crops) for item in handle.trace[0].items]
+    assert kinds == [(0, "video", 3), (0, "video", 2), (2, "image", 1), (2, "video", 4)]
+    second = (inputs["input_ids"][0] == NUMBERS + 2).nonzero()[0]
+    inputs["input_ids"][0, second] = NUMBERS + 7
+    with vtc.compress(model, "random", keep=6) as handle, torch.no_grad():
+        model(**inputs)
+    assert [(item.row, item.layout.n_crops) for item in handle.trace[0].items][:4] == [(0, 1), (0, 1), (0, 1), (0, 2)]
+    big = [LINE, *_counted(2), *[IMAGE] * (3 * TILE_TOKENS), VISION_END]
+    ids = [5, *prompt(1)[1:-2], *big, 6]
+    with vtc.compress(model, "random", keep=6) as handle, torch.no_grad():
+        model(**batch(ids, pixels=tiles(4)))
+    assert [(item.kind, item.layout.n_crops) for item in handle.trace[0].items] == [("image", 1), ("image", 3)]
+
+
+def test_embeddings_do_not_tell_frames_from_images() -> None:
+    model = tiny_model(NAME)
+    for inputs, refused in ((video_batch([2]), True), (batch(prompt(1, 1, 3), pixels=tiles(5)), False)):
+        ids = inputs.pop("input_ids")
+        rows = model.get_input_embeddings()(ids)
+        with vtc.compress(model, "random", keep=6) as handle, torch.no_grad():
+            if refused:
+                with pytest.raises(UnsupportedCall, match="pass input_ids instead of inputs_embeds"):
+                    model(inputs_embeds=rows, **inputs)
+            else:
+                model(inputs_embeds=rows, **inputs)
+                assert len(handle.trace[0].items) == 3
+
+
+@pytest.mark.skipif(not EXPANDS_IN_ORDER, reason="transformers < 5.20 gives the tiles to the wrong beams")
+def test_beams_share_the_videos_of_their_prompt() -> None:
+    model = tiny_model(NAME)
+    handle = vtc.compress(model, FixedKeep(at=(0,)))
+    generate(model, video_batch([2, 3], [4]), handle, 2, num_beams=2)
+    assert [(item.row, item.layout.n_crops) for item in handle.trace[0].items] == [
+        (0, 2), (0, 3), (1, 2), (1, 3), (2, 4), (3, 4)
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not EXPANDS_IN_ORDER, reason="transformers < 5.20 gives the tiles to the wrong beams")

@@ -26,7 +26,7 @@ from vtc.testing.contract import generate
 from vtc.testing.tiny_qwen import MERGE
 from vtc.vision import VisionRecorder
 
-NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
+NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"]
 LAYOUTS: dict[str, Any] = {
     "image": [[3, "image", 5, "image", 2], [2, "image", 9]],
     "video": [[3, "video", 5], [2, "video", 9, "video"]],

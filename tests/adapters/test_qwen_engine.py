@@ -13,10 +13,11 @@ from transformers import DynamicCache
 import vtc
 from vtc.compressor import Compressor, Positions
 from vtc.deepstack import Deepstack
-from vtc.testing import FixedKeep, Oracle, tiny_inputs, tiny_model
+from vtc.errors import UnsupportedCall
+from vtc.testing import FixedKeep, Oracle, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, generate, identical, reference
 
-NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
+NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"]
 BOTH: list[Any] = [[3, "image", 2, "video", 4], [2, "video", 6, "image", 3, "image", 1], [9]]
 POLICIES: list[Positions] = ["preserve", "compact"]
 METHODS: list[tuple[Compressor, float | None]] = [
@@ -201,6 +202,35 @@ def test_embeddings_instead_of_ids(name: str, limits: Any) -> None:
             logits.append(model(**start, **given).logits[:, -1])
         assert handle.stats.calls[0].visual_tokens_in == tuple((inputs["input_ids"] == 120).sum(1).tolist())
     assert float((logits[0] - logits[1]).abs().max()) <= limits.logits
+
+
+# --- experts
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("where", ["call", "configuration"])
+def test_statistics_of_experts_are_refused_while_tokens_are_removed(where: str, mask: bool) -> None:
+    """The model counts rows by the prompt's mask: an unclear error of torch with it, padding counted without."""
+    name = "qwen3-vl-moe"
+    model = tiny_model(name)
+    inputs = tiny_inputs(name, [[3, "image", 5], [2, "video", 9]], model=model)
+    inputs |= {"labels": torch.full_like(inputs["input_ids"], -100)}
+    inputs["labels"][:, -2:] = inputs["input_ids"][:, -2:]
+    asked = {"output_router_logits": True} if where == "call" else {}
+    model.config.text_config.output_router_logits = where == "configuration"
+    given = {key: value for key, value in inputs.items() if mask or key != "attention_mask"}
+    text = {key: value for key, value in tiny_inputs(name, [[7], [7]], model=model).items() if key in inputs}
+    plain, plain_text = model(**given, **asked), model(**text, **asked)
+    before = snapshot(model)
+    with vtc.compress(model, FixedKeep(at=(2,)), pad_output=True) as handle:
+        with pytest.raises(UnsupportedCall, match="output_router_logits=False"):
+            model(**given, **asked)
+        assert torch.equal(model(**text, **asked).aux_loss, plain_text.aux_loss)  # nothing is removed here
+        model.config.text_config.output_router_logits = False
+        assert model(**given).loss.isfinite()
+        assert len(handle.errors) == 1
+    assert snapshot(model) == before
+    model.config.text_config.output_router_logits = where == "configuration"
+    with vtc.compress(model, "random", retention=1.0, pad_output=True):
+        assert torch.equal(model(**given, **asked).aux_loss, plain.aux_loss)
 
 
 # --- deepstack rows

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 import vtc
 from vtc import adapters, loading
-from vtc.testing import tiny_internvl, tiny_llava, tiny_llava_next, tiny_llava_onevision, tiny_model
+from vtc.errors import UnsupportedCall, VTCError
+from vtc.testing import snapshot, tiny_internvl, tiny_llava, tiny_llava_next, tiny_llava_onevision, tiny_model
 from vtc.testing.contract import against_oracle, generate
 from vtc.testing.family import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
 
@@ -173,17 +174,34 @@ def runs(ids: torch.Tensor) -> list[tuple[int, str, int]]:
     return found
 
 
+def joined(images: list[tuple[int, str, int]], conversations: list[Any]) -> list[tuple[int, str, int]]:
+    """The runs of an InternVL prompt, those of a video's frames as one."""
+    found, left = [], list(images)
+    for row, (turn,) in enumerate(conversations):
+        for part in turn["content"]:
+            if part["type"] != "text":
+                count = len(part["video"]) if part["type"] == "video" else 1
+                found.append((row, part["type"], sum(length for _, _, length in left[:count])))
+                del left[:count]
+    assert not left
+    return found
+
+
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_chat_template_to_answer(name: str, case: str, limits: Any) -> None:
     model, processor = tiny_model(name), build_processor(name)
     inputs = prepare(processor, name, case)
     for method in ("vtc_cls", "random", "pool"):
-        worst = against_oracle(model, inputs, lambda model, m=method: vtc.compress(model, m, retention=0.5), 4)
-        assert worst <= limits.logits
-    handle = vtc.compress(model, "vtc_cls", retention=0.5)
+
+        def attach(model: Any, method: str = method) -> vtc.Handle:
+            return vtc.compress(model, method, retention=0.5, processor=processor)
+
+        assert against_oracle(model, inputs, attach, 4) <= limits.logits
+    handle = vtc.compress(model, "vtc_cls", retention=0.5, processor=processor)
     ids, _ = generate(model, inputs, handle, 4)
     found = [(item.row, item.kind, len(item.positions)) for item in handle.trace[0].items]
-    assert sorted(found) == sorted(runs(inputs["input_ids"]))
+    expected = runs(inputs["input_ids"])
+    assert sorted(found) == sorted(joined(expected, cases(name)[case]) if name == "internvl" else expected)
     assert all(len(item.kept[0]) == math.floor(len(item.positions) / 2 + 0.5) for item in handle.trace[0].items)
     answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len(answers) == len(cases(name)[case])
@@ -226,6 +244,68 @@ def test_frames_of_an_internvl_video_lie_between_marks() -> None:
     inputs = prepare(processor, "internvl", "a video")
     assert [length for _, _, length in runs(inputs["input_ids"])] == [tiny_internvl.TILE_TOKENS] * 3
     assert processor.decode(inputs["input_ids"][0]).count("Frame") == 3
+
+
+def test_a_budget_is_that_of_an_internvl_video() -> None:
+    """Not of each of its frames; a budget per frame would keep so many times more."""
+    model, processor = tiny_model("internvl"), build_processor("internvl")
+    inputs = prepare(processor, "internvl", "images and videos")
+    with vtc.compress(model, "random", keep=5, processor=processor) as handle, torch.no_grad():
+        model(**inputs)
+    items = handle.trace[0].items
+    assert [(item.row, item.kind) for item in items] == [
+        (0, "image"),
+        (0, "image"),
+        (1, "video"),
+        (3, "video"),
+        (3, "image"),
+    ]
+    assert [len(item.kept[0]) for item in items] == [5] * 5
+    assert [item.grid[0] for item in items if item.kind == "video" and item.grid] == [3, 3]
+
+
+def test_an_internvl_prompt_that_counts_images_needs_the_processor() -> None:
+    """Frames, and images that the user counts: the ids show which they are once the processor says how it counts."""
+    model, processor = tiny_model("internvl"), build_processor("internvl")
+    del model.config.video_frame_texts
+    pictures = [picture(16, 16, seed) for seed in range(3)]
+    text = "".join(f"Image-{number}: <IMG_CONTEXT>\n" for number in (1, 2, 3)) + "Which is brightest?"
+    counted = dict(processor(text=[text], images=[pictures], return_tensors="pt"))
+    plain = dict(processor(text=["<IMG_CONTEXT>\n" * 3 + "Which?"], images=[pictures], return_tensors="pt"))
+    video = prepare(processor, "internvl", "a video")
+    model(**plain)
+    before = snapshot(model)
+    for inputs, kinds in ((counted, ["image"] * 3), (video, ["video"])):
+        with vtc.compress(model, "random", keep=5) as handle, torch.no_grad():
+            with pytest.raises(UnsupportedCall, match=r"counts images of one tile.*pass processor=processor"):
+                model(**inputs)
+            model(**plain)  # nothing is counted here
+        assert [item.kind for item in handle.trace[0].items] == ["image"] * 3
+        with vtc.compress(model, "random", keep=5, processor=processor) as handle, torch.no_grad():
+            model(**inputs)
+        assert [item.kind for item in handle.trace[0].items] == kinds
+    assert snapshot(model) == before
+
+
+def test_videos_that_follow_one_another_stay_apart() -> None:
+    model, processor = tiny_model("internvl"), build_processor("internvl")
+    clips = [[picture(16, 16, 10 * clip + number) for number in range(count)] for clip, count in enumerate((12, 12))]
+    text = "<video>\n<video><IMG_CONTEXT>What changes?"
+    inputs = dict(processor(text=[text], videos=clips, images=[picture(16, 16, 99)], return_tensors="pt"))
+    with vtc.compress(model, "random", keep=7, processor=processor) as handle, torch.no_grad():
+        model(**inputs)
+    found = [(item.kind, item.grid and item.grid[0]) for item in handle.trace[0].items]
+    assert found == [("video", 12), ("video", 12), ("image", 1)]
+
+
+def test_the_processor_of_another_family_tells_no_frames() -> None:
+    model = tiny_model("internvl")
+    before = snapshot(model)
+    with pytest.raises(VTCError, match="LlavaNextProcessor is no processor of InternVL"):
+        vtc.compress(model, "random", keep=5, processor=build_processor("llava-next"))
+    assert snapshot(model) == before
+    with vtc.compress(tiny_model("llava-next"), "random", keep=5, processor=object()):  # not asked for there
+        pass
 
 
 @pytest.mark.parametrize(("name", "side"), [("llava-next", 336), ("llava-onevision", 384)])

@@ -1,7 +1,8 @@
 """The contract every method keeps on every model, as checks that return what they measured.
 
-Pruning equals the unpruned model with the dropped tokens masked out; a batch equals its rows alone; padding side and
-generation mode do not matter; text-only prompts and retention 1.0 are bit-identical; nothing is left behind.
+Pruning equals the unpruned model with the dropped tokens masked out; a batch equals its rows alone; what stands behind
+an item's end, padding side and generation mode do not matter; text-only prompts and retention 1.0 are bit-identical;
+nothing is left behind.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from vtc.testing.measures import (
     two_turns,
 )
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
+from vtc.testing.padding import reads_padding
 from vtc.weights import SUFFIX
 
 __all__ = [
@@ -148,6 +150,7 @@ class _Check:
             yield f"batch = singles, {policy}", worst, LIMIT
             yield f"right = left padding, {policy}", right_padding(model, self.name, layout, attach), LIMIT
         yield "answers are no prompt", only_the_prompt(model, inputs, self._attach(policies[-1])), 0.0
+        yield "reads no padding", reads_padding(model, inputs, self._attach(policies[-1])), LIMIT
         if self.method.needs_budget:
             yield "retention 1.0, bit-identical", identical(model, inputs, self._whole), 0.0
         yield "nothing left behind", no_trace(model, inputs, self._attach(policies[-1])), 0.0

@@ -45,7 +45,8 @@ def tiny_model(name: str, *, attn_implementation: str = "sdpa", layers: int = LA
         if "class_embedding" in key or "embed" in key:
             weight.data.copy_(0.5 * draw)
         elif weight.ndim >= 2:
-            weight.data.copy_(draw * (1.6 / weight[0].numel() ** 0.5))
+            inputs = weight[0, 0] if "experts" in key else weight[0]  # experts' matrices are stacked
+            weight.data.copy_(draw * (1.6 / inputs.numel() ** 0.5))
         elif key.endswith(("bias", "newline", "token")):
             weight.data.copy_(0.2 * draw)
         elif "lambda_" in key:

@@ -1,4 +1,4 @@
-"""Tiny InternVL: images of several tiles and of one, between the marks that its processor writes."""
+"""Tiny InternVL: images of several tiles and of one, between the marks that its processor writes; counted frames."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from vtc.testing.family import IMAGE, VISION_END, VISION_START, Piece, TinyModel
 
 SIDE, PATCH, TILES = 32, 4, (3, 1, 5)
 TILE_TOKENS = (SIDE // PATCH // 2) ** 2
+FRAMES, MOST_FRAMES = (2, 4, 3), 8
+LINE, FRAME, COLON, NUMBERS = 110, 111, 112, 20  # ids of "\n", "Frame", ": " and of the number 0
 
 
 def _build(layers: int) -> nn.Module:
@@ -32,14 +34,25 @@ def _build(layers: int) -> nn.Module:
         image_seq_length=TILE_TOKENS,
         tie_word_embeddings=False,
     )
+    config.video_frame_texts = [[VISION_END, LINE, *_counted(number)] for number in range(2, MOST_FRAMES + 1)]
     return InternVLForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
+def _counted(number: int) -> list[int]:
+    return [FRAME, NUMBERS + number, COLON, VISION_START]
+
+
 def _piece(model: Any, kind: Kind, generator: torch.Generator, number: int, total: int) -> Piece:
+    if kind == "video":
+        frames = FRAMES[int(torch.randint(len(FRAMES), (), generator=generator))]
+        pixels = torch.randn(frames, 3, SIDE, SIDE, generator=generator)
+        texts = [[*_counted(frame), *[IMAGE] * TILE_TOKENS, VISION_END] for frame in range(1, frames + 1)]
+        ids = [i for frame, text in enumerate(texts) for i in ([LINE, *text] if frame else text)]
+        return Piece(kind, ids, {"pixel_values": pixels})
     tiles = TILES[int(torch.randint(len(TILES), (), generator=generator))]
     pixels = torch.randn(tiles, 3, SIDE, SIDE, generator=generator)
     ids = [VISION_START, *[IMAGE] * (tiles * TILE_TOKENS), VISION_END]
     return Piece(kind, ids, {"pixel_values": pixels})
 
 
-MODELS = {"internvl": TinyModel("internvl", _build, ("image",), _piece, concatenate)}
+MODELS = {"internvl": TinyModel("internvl", _build, ("image", "video"), _piece, concatenate)}

@@ -1,4 +1,4 @@
-"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: items of different grids, videos of several frames."""
+"""Tiny Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE: items of different grids, videos of several frames."""
 
 from __future__ import annotations
 
@@ -73,20 +73,34 @@ def _qwen25(layers: int) -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
+QWEN3_TOWER: dict[str, Any] = {
+    **TOWER,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": HIDDEN,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
+
+
+def _qwen3_text(layers: int) -> dict[str, Any]:
+    return {**text_settings(layers), "head_dim": 16, **_rope([4, 2, 2], mrope_interleaved=True)}
+
+
 def _qwen3(layers: int) -> nn.Module:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = {
-        **TOWER,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": HIDDEN,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1, 2],
-    }
-    text = {**text_settings(layers), "head_dim": 16, **_rope([4, 2, 2], mrope_interleaved=True)}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    config = Qwen3VLConfig(text_config=_qwen3_text(layers), vision_config=QWEN3_TOWER, **TOKENS)
     return Qwen3VLForConditionalGeneration(config)  # type: ignore[no-any-return]
+
+
+def _qwen3_moe(layers: int) -> nn.Module:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    text = {**_qwen3_text(layers), **experts, "mlp_only_layers": [1]}  # one layer has no experts
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=QWEN3_TOWER, tie_word_embeddings=False, **TOKENS)
+    return Qwen3VLMoeForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
 def _piece(model: Any, kind: Kind, generator: torch.Generator, number: int, total: int) -> Piece:
@@ -99,7 +113,7 @@ def _piece(model: Any, kind: Kind, generator: torch.Generator, number: int, tota
         ids = [VISION_START, *[IMAGE] * tokens, VISION_END]
         return Piece(kind, ids, {"pixel_values": pixels, "image_grid_thw": grid})
     tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid}
-    if model.config.model_type == "qwen3_vl":  # every frame follows its time, written out
+    if model.config.model_type in ("qwen3_vl", "qwen3_vl_moe"):  # every frame follows its time, written out
         times = torch.randint(5, 110, (frames, 2), generator=generator).tolist()
         return Piece(kind, [i for t in times for i in (*t, VISION_START, *[VIDEO] * tokens, VISION_END)], tensors)
     if model.config.model_type == "qwen2_5_vl":
@@ -115,4 +129,5 @@ MODELS = {
     "qwen2-vl": _tiny("qwen2-vl", _qwen2),
     "qwen2.5-vl": _tiny("qwen2.5-vl", _qwen25),
     "qwen3-vl": _tiny("qwen3-vl", _qwen3),
+    "qwen3-vl-moe": _tiny("qwen3-vl", _qwen3_moe),
 }
