@@ -100,7 +100,8 @@ class Runner:
             return dataclasses.replace(cell, positions=handle.positions)
 
     def _compressed(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
-        return vtc.compress(self.model, compressor, retention=cell.retention, positions=cell.positions, trace=False)
+        retention = cell.retention if compressor.needs_budget else None  # several together hold theirs
+        return vtc.compress(self.model, compressor, retention=retention, positions=cell.positions, trace=False)
 
     def sharing(self, cells: Sequence[Cell]) -> vtc.vision.SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""

@@ -1,0 +1,5 @@
+"""`python -m vtc` is the command `vtc`."""
+
+from vtc.cli import main
+
+main()
