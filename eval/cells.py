@@ -13,7 +13,8 @@ import vtc
 from vtc.composite import Composite
 from vtc.compressor import Compressor, Positions
 from vtc.errors import BudgetError, InputError
-from vtc.eval.spec import MethodSpec, SweepSpec
+from vtc.eval.method_spec import MethodSpec
+from vtc.eval.spec import SweepSpec
 from vtc.method_text import together
 from vtc.plugins import load_plugin
 from vtc.registry import METHODS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -233,15 +234,15 @@ def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult 
         print(json.dumps(summary, indent=1))
         return
     console = Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     for task in results.tasks:
         if results.metrics(task):
-            console.print(console_title(results, task), highlight=False, soft_wrap=True)
-            console.print(console_table(results, task))
-            console.print(NOTE, highlight=False, soft_wrap=True)
+            say(console_title(results, task))
+            console.print(console_table(results, task, console.width), crop=False, no_wrap=True, overflow="ignore")
+            say(NOTE)
     for entry in results.incomplete:
         cell = f"{entry.task}, {entry.method} at {nominal(entry.retention)}"
-        text = f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}")
     if result is not None:
-        console.print(f"{result.answered} answers in {result.seconds:.0f} s", highlight=False)
-    console.print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)
+        say(f"{result.answered} answers in {result.seconds:.0f} s")
+    say(f"{folder / 'report.html'} is written; figure.png and metrics.csv lie beside it")
