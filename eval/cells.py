@@ -15,7 +15,7 @@ from vtc.compressor import Compressor, Positions
 from vtc.errors import BudgetError, InputError
 from vtc.eval.method_spec import MethodSpec
 from vtc.eval.spec import SweepSpec
-from vtc.method_text import together
+from vtc.method_text import seeded, together
 from vtc.plugins import load_plugin
 from vtc.registry import METHODS
 
@@ -109,10 +109,7 @@ def _shares(entry: MethodSpec, spec: SweepSpec) -> tuple[float, ...]:
 def _single(entry: MethodSpec, spec: SweepSpec) -> Compressor:
     if entry.compressor is not None:
         return _not_taken(entry.compressor)
-    method = vtc.create(entry.name, **entry.parameters)
-    if "seed" not in entry.parameters and "seed" in {f.name for f in dataclasses.fields(method)}:
-        method = vtc.create(entry.name, **entry.parameters, seed=spec.seed)
-    return method
+    return seeded(entry.name, entry.parameters, spec.seed)
 
 
 def _not_taken(method: Compressor) -> Compressor:

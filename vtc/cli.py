@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vtc.errors import BudgetError, InputError, VTCError
+from vtc.errors import InputError, VTCError
 from vtc.options import JsonOption, PluginOption, SetOption, use_plugins
 
 app = typer.Typer(
@@ -131,14 +131,14 @@ def generate(
     """Answer a question about images or videos, with or without compression."""
     from vtc.answer import answer, open_image
     from vtc.loading import load
-    from vtc.method_text import pairs
+    from vtc.method_text import attachable, pairs
 
     use_plugins(plugin or [])
     options = pairs(set_ or [], "--set")
     if method is None and (retention is not None or keep is not None or options or positions is not None):
         raise InputError("retention, keep, positions and --set belong to a method; name one with --method")
     limits: dict[str, Any] = {"retention": retention, "keep": keep}
-    chosen, granted = (None, limits) if method is None else _method(method, options, limits)
+    chosen, granted = (None, limits) if method is None else attachable(method, options, **limits)
     if not image and not video:
         raise InputError("no --image and no --video given; compression needs something to look at")
     images = [open_image(path) for path in image or []]
@@ -162,34 +162,6 @@ def _read_video(path: str, frames: int, fps: float | None) -> Any:
     if fps is None:
         return read_video(path, frames=frames)
     return read_video(path, "fps", frames=frames, fps=fps)
-
-
-def _method(text: str, options: dict[str, Any], limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The method that `text` and `options` of --set describe, and the limits that are left for `vtc.compress`."""
-    from vtc.budget import Budget
-    from vtc.method_text import parse, together
-    from vtc.registry import create
-
-    entries = parse(text)
-    if len(entries) != 1:
-        raise InputError(
-            f"--method {text!r} names {len(entries)} methods; name one, or several that act together as a+b"
-        )
-    parts = entries[0]
-    if options and len(parts) > 1:
-        raise InputError(f"--set with several methods; write their hyper-parameters as {parts[0].name}(name=value)")
-    own = [part.retention for part in parts]
-    if any(share is not None for share in own) and any(limit is not None for limit in limits.values()):
-        raise BudgetError(
-            f"--method {text!r} has a retention of its own beside --retention or --keep; write one of them"
-        )
-    methods = [create(part.name, **{**part.parameters, **options}) for part in parts]
-    if len(methods) > 1:
-        return together(methods, own, **limits), {"retention": None, "keep": None}
-    limits = limits if own[0] is None else {"retention": own[0], "keep": None}
-    if methods[0].needs_budget:
-        Budget(**limits)
-    return methods[0], limits
 
 
 def _mount() -> None:

@@ -7,14 +7,17 @@ hyper-parameters in parentheses where they differ from the defaults, and behind 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtc.budget import Budget
 from vtc.composite import Composite, combine
 from vtc.compressor import Compressor
 from vtc.errors import BudgetError, InputError
+from vtc.registry import create
 
 PART = re.compile(r"(?P<name>[^()@=]+?)\s*(\((?P<parameters>.*)\))?\s*(@(?P<retention>[^@()]*))?", re.DOTALL)
 WORDS = {"true": True, "false": False, "null": None}
@@ -108,6 +111,51 @@ def together(
             f"{' and '.join(map(repr, wanting))} take a retention each; write one behind each name, such as {written}"
         )
     return combine(methods, retention, keep)
+
+
+def attachable(
+    text: str,
+    options: Mapping[str, Any],
+    *,
+    retention: float | None = None,
+    keep: int | None = None,
+    seed: int | None = None,
+) -> tuple[Compressor, dict[str, Any]]:
+    """The one method, or the several together, that `text` names, and the limits that `vtc.compress` takes with it.
+
+    options: further hyper-parameters of a single method. seed: of parts that have one and do not set it.
+    Raises InputError for a list of methods, UnknownName for names, BudgetError for a budget that is missing or double.
+    """
+    entries = parse(text)
+    if len(entries) != 1:
+        raise InputError(f"method {text!r} is a list of {len(entries)}; name one, or several that act together as a+b")
+    parts = entries[0]
+    if options and len(parts) > 1:
+        raise InputError(
+            f"{', '.join(options)} given beside several methods; write hyper-parameters as {parts[0].name}(name=value)"
+        )
+    own = [part.retention for part in parts]
+    if any(share is not None for share in own) and (retention is not None or keep is not None):
+        raise BudgetError(f"method {text!r} has its own retention beside another retention or keep; write one of them")
+    methods = [seeded(part.name, {**part.parameters, **options}, seed) for part in parts]
+    nothing = {"retention": None, "keep": None}
+    if len(methods) > 1:
+        return together(methods, own, retention, keep), nothing
+    share = retention if own[0] is None else own[0]
+    limits = {"retention": share, "keep": keep}
+    if methods[0].needs_budget:
+        Budget(share, keep)
+    elif limits != nothing:
+        raise BudgetError(f"{text!r} takes no retention or keep; its hyper-parameters decide how much it keeps")
+    return methods[0], limits
+
+
+def seeded(name: str, parameters: Mapping[str, Any], seed: int | None) -> Compressor:
+    """The method `name`; one that has a `seed` gets this one unless its own is given."""
+    method = create(name, **parameters)
+    if seed is not None and "seed" not in parameters and "seed" in {f.name for f in dataclasses.fields(method)}:
+        method = create(name, **parameters, seed=seed)
+    return method
 
 
 def _part(text: str, entry: str) -> Named:
