@@ -52,7 +52,8 @@ class MethodSpec(BaseModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         given = serialise(self)
-        return {name: value for name, value in given.items() if value is not None and (name, value) != ("parts", [])}
+        unused = {name for name in ("retention", "parts") if not given.get(name)}
+        return {name: value for name, value in given.items() if name not in unused}
 
     @property
     def parameters(self) -> dict[str, Any]:

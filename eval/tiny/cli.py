@@ -73,7 +73,9 @@ def check(
 
 
 @app.command()
-def questions(out: Annotated[Path, typer.Option(help="File to write, one JSON object per line.")]) -> None:
+def questions(
+    out: Annotated[str, typer.Option(metavar="PATH", help="File to write, one JSON object per line.")],
+) -> None:
     """Make the questions of the benchmark task tiny_image."""
     from vtc.eval.tiny.benchmark import benchmark_rows, write_rows
 
