@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -247,3 +249,39 @@ def test_nothing_is_asserted_about_callers() -> None:
             if isinstance(node, ast.Assert):
                 test = ast.unparse(node.test)
                 assert "is not None" in test or test.startswith("isinstance("), f"{name}: assert {test}"
+
+
+# --- types
+CONSUMER = """
+import vtc
+import vtc.adapters
+from vtc.eval.spec import SweepSpec
+
+handle: int = vtc.compress
+adapter: int = vtc.adapters.of
+folder: int = SweepSpec().folder
+"""
+
+
+@pytest.mark.slow
+def test_a_strict_editable_installation_has_types(tmp_path: Path) -> None:
+    """Other editable installations find vtc.adapters and vtc.eval by an import hook, which type checkers cannot run."""
+    copy, consumer, environment = tmp_path / "copy", tmp_path / "consumer", tmp_path / "environment"
+    for folder in ("vtc", "adapters", "eval"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy / file)
+    consumer.mkdir()
+    (consumer / "use.py").write_text(CONSUMER)
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    others = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    how = ["--no-index", "--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=strict"]
+    install = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *how, "--editable", str(copy)]
+    variables = {**os.environ, "PYTHONPATH": others}
+    done = subprocess.run(install, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    python = str(environment / "bin" / "python")
+    check = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", str(tmp_path), "use.py"]
+    found = subprocess.run(check, capture_output=True, text=True, cwd=consumer, check=False).stdout
+    assert all(told in found for told in ("-> Handle", "Adapter]", '"Path"')), found
+    assert "import-not-found" not in found
