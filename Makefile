@@ -31,6 +31,14 @@ $(OLD_READY):
 
 demo: $(READY)
 	$(BIN)/vtc sweep --out results/demo
+	@echo
+	@echo 'results/demo/report.html   tables, figure and settings on one page'
+	@echo 'results/demo/metrics.csv   one line per metric of each method and retention'
+	@echo 'results/demo/figure.png    the figure alone; the other files there are the store of answers'
+	@echo
+	@echo 'The command is $(BIN)/vtc; after ". $(BIN)/activate" it is vtc. For example:'
+	@echo '  $(BIN)/vtc methods'
+	@echo '  $(BIN)/vtc sweep --methods random,vtc_cls --retentions 0.5,0.25 --out results/mine'
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto

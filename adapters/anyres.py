@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.image_processing_utils import select_best_resolution
 
 from vtc.adapters.compat import media
 from vtc.adapters.llava import LlavaAdapter
@@ -90,6 +89,8 @@ class AnyResAdapter(LlavaAdapter):
         return VisionContext(kind="video", items=[item] * videos, fingerprint=fingerprint(pixels), to_tokens=to_tokens)
 
     def _tiling(self, size: Size) -> Size:
+        from transformers.image_processing_utils import select_best_resolution
+
         crop = self.model.config.vision_config.image_size
         height, width = select_best_resolution(size, self.model.config.image_grid_pinpoints)
         return height // crop, width // crop

@@ -1,21 +1,24 @@
-"""Differences between the supported transformers versions, 5.17 and later, in one place."""
+"""Differences between the supported transformers versions, 5.17 and later, in one place.
+
+transformers is imported where a model is at hand: tables of families and methods are made without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
 
-import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationMixin
 
 from vtc.errors import UnsupportedCall
 from vtc.layout import Kind, VisionContext
 
-EXPANDS_IN_ORDER = Version(transformers.__version__) >= Version("5.20.0.dev0")
+TRANSFORMERS = version("transformers")
+EXPANDS_IN_ORDER = Version(TRANSFORMERS) >= Version("5.20.0.dev0")
 """generate() repeats a prompt's images as a group for its beams; before, it repeated them one by one."""
 
 
@@ -29,6 +32,8 @@ def media(kind: Kind, arguments: dict[str, Any]) -> Tensor:
 
 def expands_in_order(model: Any) -> bool:
     """True when beams get a prompt's images in their order; some families always had an expansion of their own."""
+    from transformers import GenerationMixin
+
     own = type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation
     return EXPANDS_IN_ORDER or own
 
@@ -55,7 +60,7 @@ def refuse_wrong_order(context: VisionContext, placeholders: Tensor) -> None:
         repeated = len(rows) % expand == len(keys) % expand == 0 and _in_groups(keys, expand)
         if repeated and _in_groups(sizes, expand) and not _in_groups(held, expand):
             raise UnsupportedCall(
-                f"generate() of transformers {transformers.__version__} gives the {context.kind}s of one prompt to the "
+                f"generate() of transformers {TRANSFORMERS} gives the {context.kind}s of one prompt to the "
                 "wrong beams or returned sequences, with or without compression; use transformers 5.20 or later, or "
                 f"one {context.kind} (one tile) per prompt"
             )
@@ -73,7 +78,7 @@ def check_checkpointing(layer: Any) -> None:
     """Raise UnsupportedCall where the backward pass would run this layer without what its hook does."""
     if layer.training and getattr(layer, "gradient_checkpointing", False) and repeats_hooks():
         raise UnsupportedCall(
-            f"gradient checkpointing of transformers {transformers.__version__} recomputes a layer together with its "
+            f"gradient checkpointing of transformers {TRANSFORMERS} recomputes a layer together with its "
             "hooks, after the call they belong to has ended; use a later version, a method that acts only before the "
             "LLM, or no checkpointing"
         )

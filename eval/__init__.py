@@ -2,7 +2,7 @@
 
 The modules, in the order in which a sweep uses them::
 
-    spec.py        what the user asks for, from options or a YAML file
+    spec.py        what the user asks for, from options or a YAML file; method_spec.py: its methods
     cells.py       one cell = one method with its hyper-parameters at one retention, and its key
     catalogue.py   lmms-eval tasks: documents and messages; fingerprint.py and generation.py go with it
     runner.py      messages -> processor -> model.generate, with or without compression

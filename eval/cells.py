@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vtc
+from vtc.composite import Composite
 from vtc.compressor import Compressor, Positions
-from vtc.eval.spec import MethodSpec, SweepSpec
+from vtc.errors import BudgetError, InputError
+from vtc.eval.method_spec import MethodSpec
+from vtc.eval.spec import SweepSpec
+from vtc.method_text import seeded, together
+from vtc.plugins import load_plugin
+from vtc.registry import METHODS
 
 BASELINE = "none"
 
@@ -20,11 +26,13 @@ BASELINE = "none"
 class Cell:
     """One column of answers.
 
-    `label` is what tables and figures show, `method` the registered name, or ``none`` for the untouched model.
+    `label` is what tables and figures show, `method` the registered name, ``none`` for the untouched model, and names
+    with ``+`` between them for methods that act together.
     `parameters` are all hyper-parameters after defaults, so that a changed default is another cell. `positions` is the
     position policy, None for the method's own. `retention` is None for methods that decide themselves how much they
-    keep. `model` is the fingerprint of the loaded model. `compressor` is the
-    method to run, None for the baseline; it takes no part in comparisons because the other fields determine it.
+    keep, and where several together have retentions of their own. `model` is the fingerprint of the loaded model.
+    `compressor` is the method to run, None for the baseline; it takes no part in comparisons because the other fields
+    determine it.
     """
 
     label: str
@@ -60,48 +68,80 @@ class Cell:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def make_methods(spec: SweepSpec) -> list[tuple[MethodSpec, Compressor]]:
-    """The method objects of `spec`, in its order; one that has a `seed` gets the sweep's unless its own is given.
+def make_methods(spec: SweepSpec) -> list[tuple[MethodSpec, list[tuple[float | None, Compressor]]]]:
+    """The entries of `spec` in its order, each with the retentions it runs at and the method object for each of them.
+
+    A method that has a `seed` gets the sweep's unless its own is given. The retention is None for one that takes no
+    budget and for several together that have their own; of several of which one takes a budget, it is that one's.
 
     Raises:
         UnknownName: a method that is not registered.
-        VTCError: a hyper-parameter that the method does not have or refuses.
+        VTCError: a hyper-parameter that the method does not have or refuses, a retention that is missing or too many.
     """
-    methods = []
-    for entry in spec.methods:
-        if entry.name == BASELINE:
-            continue
-        method = vtc.create(entry.name, **entry.parameters)
-        if "seed" not in entry.parameters and "seed" in {f.name for f in dataclasses.fields(method)}:
-            method = vtc.create(entry.name, **entry.parameters, seed=spec.seed)
-        methods.append((entry, method))
-    return methods
+    for plugin in spec.plugins:
+        load_plugin(plugin)
+    return [(entry, _runs(entry, spec)) for entry in spec.methods if entry.name != BASELINE]
+
+
+def _runs(entry: MethodSpec, spec: SweepSpec) -> list[tuple[float | None, Compressor]]:
+    if isinstance(entry.compressor, Composite):
+        for part in entry.compressor.parts:
+            _not_taken(part)
+        return [(None, entry.compressor)]
+    if not entry.parts:
+        method = _single(entry, spec)
+        if not method.needs_budget:
+            if entry.retention is not None:
+                raise BudgetError(f"{entry.label!r} takes no retention; its hyper-parameters decide how much it keeps")
+            return [(None, method)]
+        return [(share, method) for share in _shares(entry, spec)]
+    parts = [_single(part, spec) for part in entry.parts]
+    own = [part.retention for part in entry.parts]
+    if not any(part.needs_budget for part in parts) or any(share is not None for share in own):
+        return [(None, together(parts, own, None))]
+    return [(share, together(parts, own, share)) for share in _shares(entry, spec)]
+
+
+def _shares(entry: MethodSpec, spec: SweepSpec) -> tuple[float, ...]:
+    return spec.retentions if entry.retention is None else (entry.retention,)
+
+
+def _single(entry: MethodSpec, spec: SweepSpec) -> Compressor:
+    if entry.compressor is not None:
+        return _not_taken(entry.compressor)
+    return seeded(entry.name, entry.parameters, spec.seed)
+
+
+def _not_taken(method: Compressor) -> Compressor:
+    """Refuse an object under the name of another method: their answers would be stored as one cell's."""
+    if method.name in vtc.list_methods() and METHODS.get(method.name) is not type(method):
+        raise InputError(
+            f"{type(method).__qualname__} has the name {method.name!r} of a registered method; give it another name"
+        )
+    return method
 
 
 def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
     """The cells of `spec` for a model with this fingerprint: the baseline, then method by method; no cell twice.
 
-    A method that takes no budget is one cell, whatever the retentions.
+    A method that takes no budget is one cell, whatever the retentions; so are several together with their own.
     """
     common: dict[str, Any] = {"seed": spec.seed, "generation": dict(spec.generation), "model": dict(model)}
-    baseline = Cell(BASELINE, BASELINE, 1, {}, 1.0, None, **common)
+    baseline = make_cell(BASELINE, None, 1.0, None, **common)
     cells = {baseline.key(): baseline}
-    for entry, method in make_methods(spec):
-        for retention in spec.retentions if method.needs_budget else (None,):
-            cell = Cell(
-                label=_label(entry),
-                method=method.name,
-                version=method.version,
-                parameters=method.described(),
-                retention=retention,
-                positions=spec.positions,
-                compressor=method,
-                **common,
-            )
+    for entry, runs in make_methods(spec):
+        for retention, method in runs:
+            cell = make_cell(entry.label, method, retention, spec.positions, **common)
             cells.setdefault(cell.key(), cell)
     return list(cells.values())
 
 
-def _label(entry: MethodSpec) -> str:
-    given = ", ".join(f"{name}={value}" for name, value in entry.parameters.items())
-    return f"{entry.name}({given})" if given else entry.name
+def make_cell(
+    label: str, method: Compressor | None, retention: float | None, positions: Positions | None, **common: Any
+) -> Cell:
+    """The cell of `method`, None for the untouched model; `common` are seed, generation and model."""
+    if method is None:
+        return Cell(BASELINE, BASELINE, 1, {}, 1.0, positions, **common)
+    name = "+".join(part.name for part in method.parts) if isinstance(method, Composite) else method.name
+    described = method.described()
+    return Cell(label, name, method.version, described, retention, positions, compressor=method, **common)

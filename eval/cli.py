@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vtc.options import JsonOption, PluginOption, SetOption, output_path, use_plugins
+
 if TYPE_CHECKING:
     from vtc.eval.results import Results
     from vtc.eval.sweep import SweepResult
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 IncludePath = Annotated[
     list[Path] | None, typer.Option("--include-path", help="Folder with lmms-eval tasks of your own; repeatable.")
 ]
@@ -28,20 +30,28 @@ def sweep(
         Path | None, typer.Argument(help="YAML file, or a shipped one: default, quick. Options override it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="tiny-llava, a local folder or a hub name.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
-    retentions: Annotated[str | None, typer.Option(help="Fractions kept, in (0, 1], separated by commas.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Task names, separated by commas; see `vtc tasks`.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as 'random,fastv(layer=1),hiprune@0.5+mustdrop': separated by commas, or repeated."),
+    ] = None,
+    retentions: Annotated[
+        list[str] | None, typer.Option(help="Fractions kept, in (0, 1]: separated by commas, or repeated.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Names, see `vtc tasks`: separated by commas, or repeated.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts per batch.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="PATH", help="Folder of the results.")] = None,
     include_path: IncludePath = None,
+    plugin: PluginOption = None,
     positions: Annotated[str | None, typer.Option(help="Position policy: preserve, compact or compact_input.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random methods and sampling tasks.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, ...")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    as_json: JsonFlag = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare methods x retentions with the untouched model, and draw a table, a figure and a report.
 
@@ -52,13 +62,14 @@ def sweep(
 
     given: dict[str, Any] = {
         "model": model,
-        "methods": _split(methods),
+        "methods": methods or None,
         "retentions": _split(retentions),
         "tasks": _split(tasks),
         "limit": limit,
         "batch_size": batch_size,
         "out": out,
         "include_path": include_path or None,
+        "plugins": plugin or None,
         "positions": positions,
         "seed": seed,
         "device": device,
@@ -69,6 +80,7 @@ def sweep(
     settings = read_settings(config) if config is not None else {}
     settings |= {name: value for name, value in given.items() if value is not None}
     spec = make_spec(settings, source=str(config) if config is not None else "vtc sweep")
+    use_plugins(spec.plugins)
     with _free_stdout():
         progress = ConsoleProgress()
         progress.note("importing torch, transformers and lmms-eval")
@@ -87,7 +99,7 @@ def sweep(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
-    as_json: JsonFlag = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Redraw metrics.csv, figure.png and report.html of a sweep from its stored answers and scores."""
     from vtc.eval.report import write_report
@@ -103,9 +115,15 @@ def tasks(
     everything: Annotated[
         bool, typer.Option("--all", help="Also lmms-eval's own generate_until tasks; most need data from the hub.")
     ] = False,
-    as_json: JsonFlag = False,
+    path: Annotated[
+        bool, typer.Option("--path", help="Print the folder of the built-in tasks, for lmms-eval's --include_path.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the tasks that a sweep can name."""
+    if path:
+        print(Path(__file__).parent / "tasks")
+        return
     with _free_stdout():
         from vtc.eval.catalogue import list_tasks
 
@@ -121,8 +139,11 @@ def tasks(
 @app.command()
 def train(
     method: Annotated[str, typer.Option(help="Method to train, atp for example.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run: scenes, checkpoint, log and weights.safetensors.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value; repeatable.")] = None,
+    out: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder of the run: scenes, checkpoint, log and weights.safetensors.")
+    ],
+    set_: SetOption = None,
+    plugin: PluginOption = None,
     retention: Annotated[float | None, typer.Option(help="For methods that are trained at one retention.")] = None,
     model: Annotated[str, typer.Option(help="Embedded model.")] = "tiny-llava",
     steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
@@ -139,10 +160,12 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Train a learned method on an embedded model and its scenes; the same command goes on after an interruption."""
-    from vtc.cli import _hyper_parameters
     from vtc.eval.training.settings import TrainingSettings
     from vtc.eval.training.trainer import train as run
+    from vtc.method_text import pairs
 
+    folder = output_path(out)
+    use_plugins(plugin or [])
     given: dict[str, Any] = {
         "retention": retention,
         "steps": steps,
@@ -154,10 +177,10 @@ def train(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    settings = TrainingSettings(method, _hyper_parameters(set_ or [], method), model=model, **given)
+    settings = TrainingSettings(method, pairs(set_ or [], "--set", method), model=model, **given)
     with _free_stdout():
         path = run(
-            out,
+            folder,
             settings,
             device=device,
             threads=threads,
@@ -170,27 +193,26 @@ def train(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="Safetensors file to write.")],
     retention: Annotated[float, typer.Option(help="Wanted mean over LLM layers and prompts, in (0, 1].")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value; repeatable.")] = None,
+    set_: SetOption = None,
     model: Annotated[str, typer.Option(help="Embedded model.")] = "tiny-llava",
     prompts: Annotated[int, typer.Option(min=1, help="Questions, each about a training scene of its own.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure the constant thresholds of atp_training_free with mode=calibrated on an embedded model."""
-    from vtc.cli import _hyper_parameters
     from vtc.eval.training.constants import calibrate_embedded
+    from vtc.method_text import pairs
 
+    file, options = output_path(out), pairs(set_ or [], "--set", "atp_training_free")
     with _free_stdout():
-        path = calibrate_embedded(
-            out, retention, _hyper_parameters(set_ or [], "atp_training_free"), model, prompts, seed, device
-        )
+        path = calibrate_embedded(file, retention, options, model, prompts, seed, device)
     print(path)
 
 
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+def _split(texts: list[str] | None) -> list[str] | None:
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()] if texts else None
 
 
 def _free_stdout() -> contextlib.AbstractContextManager[Any]:
@@ -212,15 +234,15 @@ def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult 
         print(json.dumps(summary, indent=1))
         return
     console = Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     for task in results.tasks:
         if results.metrics(task):
-            console.print(console_title(results, task), highlight=False, soft_wrap=True)
-            console.print(console_table(results, task))
-            console.print(NOTE, highlight=False, soft_wrap=True)
+            say(console_title(results, task))
+            console.print(console_table(results, task, console.width), crop=False, no_wrap=True, overflow="ignore")
+            say(NOTE)
     for entry in results.incomplete:
         cell = f"{entry.task}, {entry.method} at {nominal(entry.retention)}"
-        text = f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}")
     if result is not None:
-        console.print(f"{result.answered} answers in {result.seconds:.0f} s", highlight=False)
-    console.print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)
+        say(f"{result.answered} answers in {result.seconds:.0f} s")
+    say(f"{folder / 'report.html'} is written; figure.png and metrics.csv lie beside it")

@@ -7,7 +7,6 @@ One process answers one cell; `vtc sweep` compares many and resumes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,27 +15,33 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.utils import Collator
 
-import vtc
 from vtc import loading
-from vtc.compressor import Positions
+from vtc.composite import combine
+from vtc.compressor import Compressor, Positions
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import conversation
-from vtc.eval.cells import BASELINE, Cell
+from vtc.eval.cells import BASELINE, make_cell
 from vtc.eval.generation import make_generation
 from vtc.eval.runner import Answer, Runner, batch_seed
 from vtc.images import pillow_defaults
+from vtc.method_text import attachable, read
 from vtc.preparation import Chat
+
+AUTO = 8
+"""Prompts per batch where lmms-eval is told `--batch_size auto`."""
 
 
 class VTC(lmms):  # type: ignore[misc]
     """A model under one compression method at one retention, for lmms-eval.
 
-    `pretrained` is what `vtc.loading.load` takes. `method` is ``none`` for the untouched model. Further arguments are
-    hyper-parameters of the method; one that it does not have is refused. `answers` holds token counts by task and
-    document, which lmms-eval has no place for.
+    `pretrained` is what `vtc.loading.load` takes. `method` is ``none`` for the untouched model, else a method as a
+    sweep takes it as text; one that takes a budget needs `retention` or `keep`. Further arguments are hyper-parameters
+    of the method; one that it does not have is refused. `batch_size` may be ``auto``, which is `max_batch_size` or 8,
+    whichever is smaller: memory is not probed. `answers` holds token counts by task and document, which lmms-eval has
+    no place for.
 
     Raises:
-        VTCError: an unknown method, hyper-parameter or model.
+        VTCError: an unknown method, hyper-parameter or model, a budget that is missing or makes no sense.
     """
 
     is_simple = False
@@ -46,7 +51,8 @@ class VTC(lmms):  # type: ignore[misc]
         self,
         pretrained: str = "tiny-llava",
         method: str = BASELINE,
-        retention: float | str = 1.0,
+        retention: float | str | None = None,
+        keep: int | str | None = None,
         positions: Positions | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
@@ -54,15 +60,26 @@ class VTC(lmms):  # type: ignore[misc]
         attn_implementation: str | None = None,
         revision: str | None = None,
         seed: int | str = 0,
-        max_batch_size: int | None = None,
+        max_batch_size: int | str | None = None,
         **hyper_parameters: Any,
     ) -> None:
         super().__init__()
-        if method == BASELINE and hyper_parameters:
-            raise InputError(f"unknown model_args: {', '.join(hyper_parameters)}; hyper-parameters need a method")
-        compressor = None if method == BASELINE else vtc.create(method, **hyper_parameters)
-        if compressor is not None and "seed" in {f.name for f in dataclasses.fields(compressor)}:
-            compressor = vtc.create(method, **hyper_parameters, seed=int(seed))
+        self.batch_size = _batch_size(batch_size, max_batch_size)
+        number = _number("seed", seed, int)
+        limits: dict[str, Any] = {
+            "retention": _number("retention", retention, float),
+            "keep": _number("keep", keep, int),
+        }
+        compressor: Compressor | None = None
+        if method == BASELINE:
+            given = [*hyper_parameters, *(name for name, limit in limits.items() if limit not in (None, 1))]
+            if given:
+                raise InputError(f"unknown model_args: {', '.join(given)}; they need a method, such as method=vtc_cls")
+        else:
+            options = {name: read(method, name, v) if isinstance(v, str) else v for name, v in hyper_parameters.items()}
+            compressor, limits = attachable(method, options, seed=number, **limits)
+            if limits["keep"] is not None:  # a cell holds retentions; the composite of one method holds its count
+                compressor = combine([compressor], None, limits["keep"])
         loaded = loading.load(
             pretrained,
             device=device or "auto",
@@ -71,20 +88,9 @@ class VTC(lmms):  # type: ignore[misc]
             revision=revision,
         )
         self.runner = Runner(loaded)
-        cell = Cell(
-            label=method,
-            method=method,
-            version=1 if compressor is None else compressor.version,
-            parameters={} if compressor is None else dataclasses.asdict(compressor),
-            retention=float(retention),
-            positions=positions,
-            seed=int(seed),
-            generation={},
-            model=loaded.fingerprint(),
-            compressor=compressor,
-        )
+        common: dict[str, Any] = {"seed": number, "generation": {}, "model": loaded.fingerprint()}
+        cell = make_cell(method, compressor, limits["retention"], positions, **common)
         self.cell = self.runner.check(cell)
-        self.batch_size = int(batch_size)
         self.device = loaded.model.device
         self.answers: dict[tuple[str, int], Answer] = {}
 
@@ -134,6 +140,25 @@ class VTC(lmms):  # type: ignore[misc]
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         """Not offered."""
         raise NotImplementedError("vtc answers generate_until tasks")
+
+
+def _batch_size(given: int | str, most: int | str | None) -> int:
+    """Prompts per batch; of ``auto`` and ``auto:N`` the smaller of AUTO and `most`."""
+    if str(given).partition(":")[0] == "auto":
+        return min(AUTO, _batch_size(most, None)) if most else AUTO
+    number: int | None = _number("batch_size", given, int)
+    if number is None or number < 1:
+        raise InputError(f"batch_size={given!r} is no number of prompts; write 8, for example, or auto")
+    return number
+
+
+def _number(name: str, given: Any, kind: type) -> Any:
+    """A number that lmms-eval hands on as text; None stays."""
+    try:
+        return given if given is None else kind(given)
+    except (TypeError, ValueError) as error:
+        example = {"retention": "0.25", "keep": "64", "seed": "0"}.get(name, "8")
+        raise InputError(f"{name}={given!r} is no number; write for example {name}={example}") from error
 
 
 def _log(answers: Sequence[Answer]) -> None:

@@ -55,13 +55,24 @@ def render(results: Results, picture: bytes) -> str:
         run=results.run,
         sweep=results.run["sweeps"][-1],
         picture=base64.b64encode(picture).decode(),
+        caption=_caption(results),
         tasks=[_task(results, task) for task in results.tasks],
     )
+
+
+def _caption(results: Results) -> str:
+    """The captions of all panels, each task named where they differ."""
+    words = {task: figure.caption(grid(results, task, results.main_metric(task))) for task in results.tasks}
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    return " ".join(f"{task}: {text}" for task, text in words.items())
 
 
 def _plain(value: Any) -> str:
     """A setting as text: lists and mappings without brackets and quotes."""
     if isinstance(value, dict):
+        if value.get("parts"):
+            return str(value["name"])
         rest = ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items() if key != "name")
         return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
     if isinstance(value, list):

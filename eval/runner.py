@@ -106,7 +106,8 @@ class Runner:
             return dataclasses.replace(cell, positions=handle.positions)
 
     def _compressed(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
-        settings: dict[str, Any] = {"retention": cell.retention, "positions": cell.positions, "trace": False}
+        settings: dict[str, Any] = {"positions": cell.positions, "trace": False}
+        settings["retention"] = cell.retention if compressor.needs_budget else None  # several together hold theirs
         return vtc.compress(self.model, compressor, processor=self.processor, **settings)
 
     def sharing(self, cells: Sequence[Cell]) -> vtc.sharing.SharedEncoder:

@@ -6,7 +6,7 @@ Everything that can be refused without loading a model is refused here, in one l
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from vtc.compressor import Positions
 from vtc.errors import BudgetError, InputError
+from vtc.eval.method_spec import MethodSpec, fraction, method_entries, sequence
+from vtc.options import output_path
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-class MethodSpec(BaseModel):
-    """A method by name, with the hyper-parameters that differ from its defaults.
-
-    >>> MethodSpec.model_validate({"name": "random", "seed": 1}).parameters
-    {'seed': 1}
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The hyper-parameters as given."""
-        return dict(self.model_extra or {})
 
 
 TRAINING_FREE = (
@@ -52,7 +37,9 @@ def _default_methods(model: str) -> tuple[MethodSpec, ...]:
 class SweepSpec(BaseModel):
     """One sweep: a model, methods x retentions, and the tasks to answer.
 
-    The untouched model is always part of a sweep and need not be listed. `retentions` are fractions of the visual
+    The untouched model is always part of a sweep and need not be listed. `methods` are names with hyper-parameters as
+    text (`vtc.method_text`), mappings or Compressor objects; an entry that is itself a list acts together on one model.
+    `plugins` are modules or files that register methods (`vtc.plugins`). `retentions` are fractions of the visual
     tokens, in (0, 1]. `limit` is the number of questions per task, from its beginning; None means all of them.
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
@@ -69,6 +56,7 @@ class SweepSpec(BaseModel):
     batch_size: int = Field(default=24, ge=1)
     out: Path | None = None
     include_path: tuple[Path, ...] = ()
+    plugins: tuple[str, ...] = ()
     seed: int = 0
     positions: Positions | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
@@ -81,13 +69,12 @@ class SweepSpec(BaseModel):
     @field_validator("methods", mode="before")
     @classmethod
     def _name_is_enough(cls, given: Any) -> Any:
-        entries = [given] if isinstance(given, str | Mapping) else given
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in _sequence(entries)]
+        return method_entries(given)
 
-    @field_validator("retentions", "tasks", "include_path", mode="before")
+    @field_validator("retentions", "tasks", "include_path", "plugins", mode="before")
     @classmethod
     def _one_is_a_list(cls, given: Any) -> Any:
-        return _sequence([given] if isinstance(given, str | int | float | Path) else given)
+        return sequence([given] if isinstance(given, str | int | float | Path) else given)
 
     @field_validator("methods", "retentions", "tasks")
     @classmethod
@@ -99,22 +86,24 @@ class SweepSpec(BaseModel):
     @field_validator("retentions")
     @classmethod
     def _a_fraction(cls, given: tuple[float, ...]) -> tuple[float, ...]:
-        for retention in given:
-            if not 0.0 < retention <= 1.0:
-                raise BudgetError(
-                    f"retention {retention:g} is outside (0, 1]; it is the fraction of visual tokens that is kept,"
-                    f" so 25 % is written 0.25"
-                )
+        return tuple(map(fraction, given))
+
+    @field_validator("model")
+    @classmethod
+    def _a_name(cls, given: str) -> str:
+        if not given.strip():
+            raise InputError("model is empty; write an embedded model, a folder or a hub name")
         return given
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _a_path(cls, given: Any) -> Any:
+        return output_path(given) if isinstance(given, str | Path) else given
 
     @property
     def folder(self) -> Path:
         """Where the sweep is stored: `out`, or ``results/`` and the last part of the model's name."""
         return self.out if self.out is not None else Path("results") / Path(self.model).name
-
-
-def _sequence(given: Any) -> Any:
-    return list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else given
 
 
 def make_spec(settings: Mapping[str, Any], *, source: str = "sweep") -> SweepSpec:

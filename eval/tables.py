@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from vtc.eval.cells import BASELINE
 from vtc.eval.results import Results
@@ -75,24 +80,57 @@ def console_title(results: Results, task: str) -> str:
     return f"{task}: {data.metric}{unit}, {n} questions, {results.run['model']['name']}"
 
 
-NOTE = "beside each value: visual tokens entering an LLM layer, achieved; *: differs from the untouched model, p < 0.05"
+NOTE = "with each value: visual tokens entering an LLM layer, achieved; *: differs from the untouched model, p < 0.05"
 
 
-def console_table(results: Results, task: str) -> Table:
-    """Methods x retentions of a task's main metric, the achieved tokens beside each value."""
+def short_names(methods: Sequence[str]) -> dict[str, str]:
+    """Each method as narrow tables and legends show it: without its hyper-parameters where the name alone tells it.
+
+    >>> short_names(["random(seed=1)", "random", "atp(weights=atp-tiny-llava)"])
+    {'random(seed=1)': 'random(seed=1)', 'random': 'random', 'atp(weights=atp-tiny-llava)': 'atp'}
+    """
+    bare = {method: method.split("(")[0] for method in methods}
+    shared = Counter(bare.values())
+    return {method: name if shared[name] == 1 and "+" not in method else method for method, name in bare.items()}
+
+
+def console_table(results: Results, task: str, width: int = 0) -> Table:
+    """Methods x retentions of a task's main metric with the achieved tokens, which stand below each value where `width`
+    columns do not take them beside it. Nothing is cut off: what is still too wide exceeds `width`.
+    """
     data = grid(results, task, results.main_metric(task))
-    table = Table()
-    table.add_column("method")
+    wide = _table(data, " ", box.HEAVY_HEAD)
+    needed = _needed(wide)
+    if needed > width > 0:
+        wide = _table(data, "\n", box.SIMPLE_HEAD)
+        needed = _needed(wide)
+    wide.width = needed
+    return wide
+
+
+def _needed(table: Table) -> int:
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, table).maximum
+
+
+def _table(data: Grid, between: str, look: box.Box) -> Table:
+    table = Table(box=look, padding=(0, 1) if between == " " else (0, 1, 0, 0), show_edge=between == " ")
+    table.add_column("method", no_wrap=True)
     for retention in data.retentions:
-        table.add_column(nominal(retention), justify="right")
+        table.add_column(nominal(retention), justify="right", no_wrap=True)
+
+    def cell(line: Record | None, tokens: str, mark: str = "") -> Text:
+        if line is None:
+            return Text("-")
+        return Text.assemble(data.show(line["value"]), mark, between, (f"{line[tokens]:.4g}", "dim"))
+
     if data.baseline:
-        whole = f"{data.show(data.baseline['value'])} [dim]{data.baseline['visual_tokens_in']:.4g}[/dim]"
-        table.add_row("untouched", whole, *[""] * (len(data.retentions) - 1), end_section=True)
+        rest = [Text()] * (len(data.retentions) - 1)
+        table.add_row("untouched", cell(data.baseline, "visual_tokens_in"), *rest, end_section=True)
+    names = short_names(data.methods)
     for method in data.methods:
-        row = []
-        for retention in data.retentions:
-            line = data.entries.get((method, retention))
-            mark = "*" if line and significant(line) else ""
-            row.append(f"{data.show(line['value'])}{mark} [dim]{line['visual_tokens_kept']:.4g}[/dim]" if line else "-")
-        table.add_row(method.replace("[", r"\["), *row)
+        lines = [data.entries.get((method, retention)) for retention in data.retentions]
+        marks = ["*" if line and significant(line) else "" for line in lines]
+        cells = [cell(line, "visual_tokens_kept", mark) for line, mark in zip(lines, marks, strict=True)]
+        table.add_row(Text(names[method]), *cells)
     return table

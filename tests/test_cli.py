@@ -96,6 +96,13 @@ def test_generate_takes_several_images(image: Path) -> None:
     assert json.loads(result.stdout)["visual_tokens_kept"] == 20
 
 
+def test_generate_takes_methods_together(image: Path) -> None:
+    method = "hiprune@0.5+mustdrop(merge=off,filter=off)"
+    result = vtc("generate", "--image", str(image), "--prompt", "is there a red star?", "--method", method, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["visual_tokens_kept"] == 72
+
+
 def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
     refused(vtc("generate", "--image", str(tmp_path / "none.png"), "--prompt", "x"), "none.png", "does not exist")
     broken = tmp_path / "broken.png"
@@ -125,6 +132,12 @@ def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
         (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers"], ["name=value"]),
         (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers=two"], ["'two'", "is not a whole number"]),
         (["--retention", "0.5"], ["--method"]),
+        (["--method", "random@0.5", "--retention", "0.5"], ["own retention"]),
+        (["--method", "random,stride", "--retention", "0.5"], ["list of 2"]),
+        (["--method", "hiprune+aim(merge=false)", "--retention", "0.5"], ["hiprune@0.5+aim@0.5"]),
+        (["--method", "random@0.5+mustdrop(merge=off,filter=off)", "--set", "seed=1"], ["random(name=value)"]),
+        (["--plugin", "nowhere.py", "--method", "random", "--keep", "3"], ["nowhere.py"]),
+        (["--model", "x" * 300], ["too long"]),
         (["--method", "random", "--retention", "0.5", "--positions", "keep"], ["'keep'", "preserve"]),
         (["--model", "no/such-model"], ["no/such-model"]),
         (["--dtype", "float99"], ["float99"]),

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 import vtc
 from vtc import adapters, learned, weights
-from vtc.cli import _hyper_parameters
 from vtc.composite import Composite, combine
 from vtc.compressor import Compressor, ModelSpec, ScoringCompressor, Selection, StageView
 from vtc.errors import BudgetError, InputError, UnknownName, UnsupportedModel, VTCError
 from vtc.hyper_parameters import parse
+from vtc.method_text import pairs as read_pairs
 from vtc.registry import METHODS
 from vtc.testing import snapshot, tiny_inputs, tiny_model
 
@@ -282,7 +282,7 @@ def test_a_method_without_defaults() -> None:
 
 # --- the command line
 def typed(method: str, *pairs: str) -> dict[str, Any]:
-    return _hyper_parameters(list(pairs), method)
+    return read_pairs(list(pairs), "--set", method)
 
 
 @pytest.mark.parametrize(
@@ -318,8 +318,8 @@ def test_words_are_read_as_the_field_says(method: str, pair: str, value: Any) ->
         ("random", ["seed={[]: 1}"], "seed='{.*' of 'random' is not a whole number"),
         ("random", ["seed=" + "9" * 5000], "seed=.* of 'random'"),
         ("random", ["sed=1"], "unknown hyper-parameter of 'random' 'sed'; did you mean 'seed'"),
-        ("random", ["seed=1", "scope=item", "seed=2"], "--set seed is given twice, the second time as 'seed=2'"),
-        ("random", ["seed"], "--set 'seed' is no name=value pair"),
+        ("random", ["seed=1", "scope=item", "seed=2"], "--set: seed is given twice; write it once"),
+        ("random", ["seed"], "--set: 'seed' is no name=value pair"),
         ("randm", ["seed=1"], "unknown method 'randm'"),
     ],
 )
@@ -533,7 +533,7 @@ def test_a_sweep_names_the_hyper_parameter() -> None:
         make_methods(make_spec({"methods": [{"name": "vtc_cls", "layers": "two"}]}))
 
 
-def test_pairs_without_a_method_are_refused_elsewhere() -> None:
-    assert _hyper_parameters(["a=1"], None) == {"a=1": None}
+def test_pairs_of_methods_that_are_not_known_yet() -> None:
+    assert read_pairs(["a=1", "b=none", "c=x"], "--set", "of a plugin") == {"a": 1, "b": None, "c": "x"}
     with pytest.raises(InputError):
         typed("random", "=1")

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -159,7 +160,62 @@ def test_public_names_say_what_they_are() -> None:
             assert (value.__doc__ or "").strip(), name
 
 
+# --- dependencies
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {normal(re.split(r"[\s<>=!~\[;]", each)[0]) for each in requirements}
+
+
+def distributions(names: set[str]) -> set[str]:
+    """Distributions that provide the top-level modules among `names`, without the standard library and vtc."""
+    providers = importlib.metadata.packages_distributions()
+    top = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"vtc", ""}
+    return {normal(min(providers.get(name, [f"nothing provides {name}"]))) for name in top}
+
+
+def test_every_import_is_declared(project: dict[str, Any]) -> None:
+    core = declared(project["project"]["dependencies"])
+    extra = declared(project["project"]["optional-dependencies"]["eval"])
+    for package, allowed in (("vtc", core), ("vtc.adapters", core), ("vtc.eval", core | extra)):
+        for name, file in sources(package):
+            assert distributions(imports(file)) <= allowed, name
+
+
+def test_every_declared_package_is_imported(project: dict[str, Any]) -> None:
+    """Tools run as commands stand in the extras notebooks and dev."""
+    extras = project["project"]["optional-dependencies"]
+    assert set(extras) == {"eval", "notebooks", "dev"}
+    used = {each for package in FOLDERS for _, file in sources(package) for each in distributions(imports(file))}
+    assert declared(project["project"]["dependencies"]) | declared(extras["eval"]) <= used
+
+
 # --- imports
+LIGHT = ["--help", "--version", "methods", "models", "generate --help", "tasks --path"]
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_a_light_command_imports_nothing_heavy(words: str) -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        f"sys.argv = ['vtc', *{words.split()!r}]\n"
+        "from vtc.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): main()\n"
+        "print(len(out.getvalue()), *sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    printed, *loaded = run.stdout.split()
+    assert int(printed) > 3 and run.stderr == ""
+    assert under(set(loaded), "transformers", "PIL", *HEAVY) == set()
+
+
+def test_python_minus_m_is_the_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "vtc", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == vtc.__version__
+
+
 def test_an_import_stays_light() -> None:
     code = "import sys, vtc, vtc.adapters; vtc.list_methods(); print('\\n'.join(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -251,3 +307,39 @@ def test_an_installed_distribution_works_outside_the_repository(
     assert Path(where).is_relative_to(environment)
     assert version == vtc.__version__
     assert json.loads(ask("vtc", "models", "--json"))[0]["name"] == "tiny-llava"
+
+
+# --- types
+CONSUMER = """
+import vtc
+import vtc.adapters
+from vtc.eval.spec import SweepSpec
+
+handle: int = vtc.compress
+adapter: int = vtc.adapters.of
+folder: int = SweepSpec().folder
+"""
+
+
+@pytest.mark.slow
+def test_a_strict_editable_installation_has_types(tmp_path: Path) -> None:
+    """Other editable installations find vtc.adapters and vtc.eval by an import hook, which type checkers cannot run."""
+    copy, consumer, environment = tmp_path / "copy", tmp_path / "consumer", tmp_path / "environment"
+    for folder in ("vtc", "adapters", "eval"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy / file)
+    consumer.mkdir()
+    (consumer / "use.py").write_text(CONSUMER)
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    others = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    how = ["--no-index", "--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=strict"]
+    install = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *how, "--editable", str(copy)]
+    variables = {**os.environ, "PYTHONPATH": others}
+    done = subprocess.run(install, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    python = str(environment / "bin" / "python")
+    check = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", str(tmp_path), "use.py"]
+    found = subprocess.run(check, capture_output=True, text=True, cwd=consumer, check=False).stdout
+    assert all(told in found for told in ("-> Handle", "Adapter]", '"Path"')), found
+    assert "import-not-found" not in found

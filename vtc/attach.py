@@ -194,15 +194,14 @@ def compress(
 
 def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) -> None:
     """Raise BudgetError for a retention that the LLM layers in front of the method's first stage exceed already."""
-    stages = method.plan(model).stages
-    inside = [stage for stage in stages if isinstance(stage, int) and stage > 0]
-    if budget is None or budget.retention in (None, 1) or len(inside) < len(stages):
+    if budget is None or budget.retention in (None, 1):
         return
-    first, layers = min(inside), model.llm_layers
-    if first < layers and budget.retention <= first / layers:
+    least = method.least_retention(model)
+    if budget.retention <= least:
         raise BudgetError(
-            f"retention={budget.retention} cannot be met by {method.name!r} here: {first} of {layers} LLM layers see "
-            f"every token before it drops the first; ask for more than {first / layers:.3f}, or prune earlier"
+            f"retention={budget.retention} cannot be met by {method.name!r} here: {round(least * model.llm_layers)} of "
+            f"{model.llm_layers} LLM layers see every token before it drops the first; ask for more than {least:.3f}, "
+            "or prune earlier"
         )
 
 

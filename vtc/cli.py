@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 import traceback
@@ -10,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from vtc.errors import InputError, VTCError
+from vtc.options import JsonOption, PluginOption, SetOption, use_plugins
 
 app = typer.Typer(
     name="vtc",
@@ -23,11 +26,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
-
 
 def _print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import vtc
+
+        print(vtc.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -35,12 +53,14 @@ def methods(
     as_json: JsonOption = False,
     long: Annotated[bool, typer.Option("--long", help="Print each method's whole description.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the descriptions as one document.")] = False,
+    plugin: PluginOption = None,
 ) -> None:
     """List compression methods: where they act, what they need, on which families they run."""
     from vtc import adapters
     from vtc.catalogue import describe_methods
     from vtc.method_pages import method_pages
 
+    use_plugins(plugin or [])
     entries = describe_methods()
     if as_json:
         _print_json(entries)
@@ -51,7 +71,7 @@ def methods(
     console = Console()
     if long:
         for entry in entries:
-            console.print(f"[bold]{entry['name']}[/bold] (version {entry['version']})")
+            console.print(f"[bold]{escape(entry['name'])}[/bold] (version {entry['version']})", highlight=False)
             console.print(f"{entry['description']}\n", markup=False, highlight=False)
         return
     families = len(adapters.families())
@@ -60,7 +80,7 @@ def methods(
         cells = [", ".join(entry[key]) or "-" for key in ("stages", "needs")]
         where = "all" if len(entry["families"]) == families else ", ".join(entry["families"])
         name = entry["name"] + ("*" if entry["trained"] else "")
-        table.add_row(name, *cells, where, entry["summary"])
+        table.add_row(*map(escape, (name, *cells, where, entry["summary"])))
     table.caption = "* runs on learned weights"
     console.print(table)
 
@@ -81,7 +101,7 @@ def models(as_json: JsonOption = False) -> None:
         classes = ", ".join(name.removesuffix("ForConditionalGeneration") for name in entry["classes"])
         mark = "*" if entry["kind"] == "embedded" else ""
         cells = [", ".join(entry[key]) or "-" for key in ("towers", "modalities", "vision_attention")]
-        table.add_row(entry["name"] + mark, classes, *cells)
+        table.add_row(*map(escape, (entry["name"] + mark, classes, *cells)))
     Console().print(table)
 
 
@@ -93,10 +113,13 @@ def generate(
     frames: Annotated[int, typer.Option(min=1, help="Frames read of each video, at most.")] = 8,
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead of even distances.")] = None,
     model: Annotated[str, typer.Option(help="Embedded model, checkpoint folder or hub name.")] = "tiny-llava",
-    method: Annotated[str | None, typer.Option(help="Compression method; none leaves the model untouched.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Compression method, such as vtc_cls, or several, such as hiprune@0.5+mustdrop.")
+    ] = None,
     retention: Annotated[float | None, typer.Option(help="Fraction of visual tokens kept, in (0, 1].")] = None,
     keep: Annotated[int | None, typer.Option(help="Visual tokens kept per image, instead of a retention.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Hyper-parameter as name=value; repeatable.")] = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
     positions: Annotated[str | None, typer.Option(help="preserve, compact or compact_input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -107,25 +130,23 @@ def generate(
 ) -> None:
     """Answer a question about images or videos, with or without compression."""
     from vtc.answer import answer, open_image
-    from vtc.budget import Budget
     from vtc.loading import load
-    from vtc.registry import create
+    from vtc.method_text import attachable, pairs
 
-    options = _hyper_parameters(set_ or [], method)
+    use_plugins(plugin or [])
+    options = pairs(set_ or [], "--set", method)
     if method is None and (retention is not None or keep is not None or options or positions is not None):
         raise InputError("retention, keep, positions and --set belong to a method; name one with --method")
-    chosen = create(method, **options) if method is not None else None
-    if chosen is not None and chosen.needs_budget:
-        Budget(retention, keep)
+    limits: dict[str, Any] = {"retention": retention, "keep": keep}
+    chosen, granted = (None, limits) if method is None else attachable(method, options, **limits)
     if not image and not video:
         raise InputError("no --image and no --video given; compression needs something to look at")
     images = [open_image(path) for path in image or []]
     videos = [_read_video(path, frames, fps) for path in video or []]
     loaded = load(model, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
-    limits: dict[str, Any] = {"retention": retention, "keep": keep}
     extra: dict[str, Any] = {"positions": positions} if positions is not None else {}
     extra |= {"videos": videos, "method": chosen, "max_new_tokens": max_new_tokens}
-    result = answer(loaded, images, prompt, **limits, **extra)
+    result = answer(loaded, images, prompt, **granted, **extra)
     if as_json:
         _print_json({"model": model, "method": method, **limits, **dataclasses.asdict(result)})
         return
@@ -141,24 +162,6 @@ def _read_video(path: str, frames: int, fps: float | None) -> Any:
     if fps is None:
         return read_video(path, frames=frames)
     return read_video(path, "fps", frames=frames, fps=fps)
-
-
-def _hyper_parameters(pairs: list[str], method: str | None) -> dict[str, Any]:
-    """Values of `name=value` pairs for a method, read as its fields are annotated."""
-    from vtc.hyper_parameters import parse
-    from vtc.registry import METHODS
-
-    if method is None:
-        return dict.fromkeys(pairs)
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError(f"--set {pair!r} is no name=value pair; write for example --set layers=3")
-        if name in options:
-            raise InputError(f"--set {name} is given twice, the second time as {pair!r}; write it once")
-        options[name] = parse(METHODS.get(method), name, value)
-    return options
 
 
 def _mount() -> None:
@@ -187,6 +190,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("vtc: interrupted\n")
         raise SystemExit(130) from None
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        named = error.errno == errno.ENAMETOOLONG
+        problem = f"the name {str(error.filename)[:60]!r}... is too long for a file; write a shorter one"
+        kind = f"unexpected {type(error).__name__}: {error} (run again with --debug for a traceback)"
+        sys.stderr.write(f"vtc: {f'error: {problem}' if named else kind}\n")
+        raise SystemExit(2 if named else 1) from None
     except ImportError as error:
         if debug:
             traceback.print_exc()

@@ -64,6 +64,14 @@ class Composite(Compressor):
     def needs_budget(self) -> bool:
         return False
 
+    def described(self) -> dict[str, Any]:
+        return {
+            "parts": [
+                {"method": part.name, "version": part.version, **part.described(), "budget": budget and vars(budget)}
+                for part, budget in zip(self.parts, self.budgets, strict=True)
+            ]
+        }
+
     @property
     def combined(self) -> Budget | None:
         """The retention of all parts together; None unless each part with a budget has a retention."""

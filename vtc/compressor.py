@@ -105,6 +105,15 @@ class Compressor(ABC):
         inside = any(isinstance(stage, int) and stage > 0 for stage in self.stages)
         return Plan(self.stages, Needs(), "preserve" if inside or model.mrope else "compact")
 
+    def least_retention(self, model: ModelSpec) -> float:
+        """What a retention has to exceed on this model: the share of LLM layers in front of the first stage.
+
+        Zero for methods that act before the LLM. Override it where other layers than the stages decide.
+        """
+        spending = [stage for stage in self.plan(model).stages if not isinstance(stage, CacheStage)]
+        inside = [stage for stage in spending if isinstance(stage, int) and 0 < stage < model.llm_layers]
+        return min(inside) / model.llm_layers if inside and len(inside) == len(spending) else 0.0
+
     @abstractmethod
     def select(self, view: StageView) -> Selection | None:
         """Choose the tokens that pass `view.stage`; None keeps everything."""

@@ -80,8 +80,8 @@ def _numbers(view: StageView, window: tuple[int, int]) -> Tensor:
 
 
 def by_token(view: StageView, values: Tensor) -> Tensor:
-    """[I, N] values of the tokens there are -> [I, Nin] by the number of the token in its item; zero for the others."""
+    """[I, N] values of the tokens there are -> [I, Nmax] by the token's number in its item; zero for the others."""
     items = view.items
-    width = max(items.input_counts)
+    width = max(layout.n_tokens for layout in items.layouts)  # input_counts may be what another method left
     table = values.new_zeros(len(items), width + 1)
     return table.scatter(1, torch.where(items.mask, items.token, width), values)[:, :width]

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from vtc.eval.tiny import NAMES, model_path
+from vtc.options import output_path
 
 app = typer.Typer(help="Train and check the embedded model; make the questions of its benchmark.", no_args_is_help=True)
 
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run: scenes, checkpoint, log and the exported model.")],
+    out: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder of the run: scenes, checkpoint, log and the exported model.")
+    ],
     steps_tower: Annotated[int | None, typer.Option(help="Steps of the vision tower alone.")] = None,
     steps_joint: Annotated[int | None, typer.Option(help="Steps of the whole model.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Scenes per step.")] = None,
@@ -34,7 +37,7 @@ def train(
         "scenes": scenes,
     }
     settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
-    typer.echo(str(run(out, settings, device=device, threads=threads)))
+    typer.echo(str(run(output_path(out), settings, device=device, threads=threads)))
 
 
 @app.command()
@@ -70,10 +73,12 @@ def check(
 
 
 @app.command()
-def questions(out: Annotated[Path, typer.Option(help="File to write, one JSON object per line.")]) -> None:
+def questions(
+    out: Annotated[str, typer.Option(metavar="PATH", help="File to write, one JSON object per line.")],
+) -> None:
     """Make the questions of the benchmark task tiny_image."""
     from vtc.eval.tiny.benchmark import benchmark_rows, write_rows
 
-    rows = benchmark_rows()
-    write_rows(rows, out)
+    file, rows = output_path(out), benchmark_rows()
+    write_rows(rows, file)
     typer.echo(f"{len(rows)} questions about {len({row.seed for row in rows})} scenes")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 import vtc
-from vtc.errors import UnknownName, VTCError
+from vtc.errors import BudgetError, InputError, UnknownName, VTCError
 from vtc.eval.cells import BASELINE, Cell, make_cells
 from vtc.eval.spec import make_spec
 
@@ -79,3 +81,98 @@ def test_unknown_methods_and_hyper_parameters_are_refused() -> None:
 def test_a_method_that_takes_no_budget_is_one_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(vtc.create("stride")), "needs_budget", False)
     assert [(c.method, c.retention) for c in cells(methods=["stride"])] == [(BASELINE, 1.0), ("stride", None)]
+
+
+def test_a_retention_of_its_own_is_one_cell_in_the_methods_row() -> None:
+    made = cells(methods=["random@0.3", "random"], retentions=[0.5, 0.3])
+    assert [(c.label, c.retention) for c in made[1:]] == [("random", 0.3), ("random", 0.5)]
+
+
+def test_methods_together_are_one_cell_where_each_has_its_retention() -> None:
+    made = cells(methods=["hiprune@0.5+aim(merge=false)@0.6+mustdrop(merge=off,filter=off)"], retentions=[0.5, 0.25])[
+        1:
+    ]
+    assert [(c.method, c.retention) for c in made] == [("hiprune+aim+mustdrop", None)]
+    parts = made[0].parameters["parts"]
+    assert [(p["method"], p["budget"] and p["budget"]["retention"]) for p in parts] == [
+        ("hiprune", 0.5),
+        ("aim", 0.6),
+        ("mustdrop", None),
+    ]
+    assert parts[1]["merge"] is False
+
+
+def test_methods_together_are_swept_where_one_takes_a_budget() -> None:
+    made = cells(methods=[["random", {"name": "mustdrop", "merge": "off", "filter": "off"}]], retentions=[0.5, 0.25])[
+        1:
+    ]
+    assert [c.retention for c in made] == [0.5, 0.25]
+    assert len({c.key() for c in made}) == 2
+    assert [c.compressor.budgets[0] for c in made] == [vtc.Budget(0.5), vtc.Budget(0.25)]  # type: ignore[union-attr]
+
+
+def test_the_keys_of_combinations_follow_every_part() -> None:
+    def key(text: str, **more: Any) -> str:
+        return cells(methods=[text], **more)[1].key()
+
+    base = key("random@0.5+mustdrop(merge=off,filter=off)")
+    assert base == key("random@0.5+mustdrop(merge=off,filter=off)", retentions=[0.1])
+    others = {
+        key("random@0.4+mustdrop(merge=off,filter=off)"),
+        key("random(scope=item)@0.5+mustdrop(merge=off,filter=off)"),
+        key("random@0.5+mustdrop(merge=off,filter=off,layers=[1])"),
+        key("random@0.5+mustdrop(merge=off,filter=off)", seed=1),
+        key("stride@0.5+mustdrop(merge=off,filter=off)"),
+    }
+    assert len(others - {base}) == 5
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        (["hiprune+aim(merge=false)"], "take a retention each"),
+        (["hiprune@0.5+aim(merge=false)"], r"write aim@0\.5"),
+        (["fastv(ratio=0.5)@0.5"], "takes no retention"),
+        (["random@0.5+mustdrop(merge=off,filter=off)@0.5"], "takes no retention"),
+    ],
+)
+def test_budgets_that_do_not_fit_are_refused(methods: list[str], words: str) -> None:
+    with pytest.raises(BudgetError, match=words):
+        cells(methods=methods)
+
+
+@dataclass(frozen=True)
+class Own(vtc.ScoringCompressor):
+    """Not registered."""
+
+    power: float = 1.0
+    name: ClassVar[str] = "own"
+
+    def score(self, view: vtc.StageView) -> Any:
+        return view.tokens.norm(dim=-1) ** self.power
+
+
+@dataclass(frozen=True)
+class Thief(Own):
+    """Takes a name that is registered."""
+
+    name: ClassVar[str] = "random"
+
+
+def test_an_object_is_a_cell_without_being_registered() -> None:
+    made = cells(methods=[Own(power=2.0), Own()], retentions=[0.5])[1:]
+    assert [(c.label, c.method, c.parameters["power"]) for c in made] == [
+        ("own(power=2.0)", "own", 2.0),
+        ("own", "own", 1),
+    ]
+    assert made[0].compressor == Own(power=2.0)
+    assert cells(methods=[[Own(), vtc.create("mustdrop", merge="off", filter="off")]])[1].method == "own+mustdrop"
+    with pytest.raises(InputError, match="Thief has the name 'random' of a registered method"):
+        cells(methods=[Thief()])
+
+
+def test_plugins_of_a_spec_are_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "nothing.py"
+    file.write_text("")
+    with pytest.raises(InputError, match="registers no method"):
+        cells(plugins=[str(file)])

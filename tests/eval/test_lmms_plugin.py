@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +57,50 @@ def test_unknown_arguments_are_refused(plugin: Any, model_folder: Path) -> None:
         plugin(pretrained=str(model_folder), method="randm")
     with pytest.raises(VTCError, match="retention_rate"):
         plugin(pretrained=str(model_folder), retention_rate=0.5)
+
+
+def test_a_method_with_a_budget_does_not_run_without_one(plugin: Any, model_folder: Path) -> None:
+    with pytest.raises(VTCError, match=r"retention=0\.25 or keep=64"):
+        plugin(pretrained=str(model_folder), method="random")
+    with pytest.raises(VTCError, match="retention; they need a method"):
+        plugin(pretrained=str(model_folder), retention=0.5)
+    with pytest.raises(VTCError, match="keep='many' is no number"):
+        plugin(pretrained=str(model_folder), method="random", keep="many")
+
+
+def test_budgets_of_every_kind(plugin: Any, model_folder: Path, blobs: Any) -> None:
+    def kept(**given: Any) -> float:
+        lm = plugin(pretrained=str(model_folder), device="cpu", **given)
+        batch = lm.runner.prepare([blobs.conversation(0)])
+        return float(lm.runner.answer(batch, lm.cell, blobs.generation({}))[0].visual_tokens_kept)
+
+    assert kept(method="random", keep="10") == 10
+    assert kept(method="fastv", ratio=0.5, layer=1) == (144 + 72) / 2  # two layers
+    assert kept(method="random@0.25+mustdrop(merge=off,filter=off,layers=[0],depth=null)") == 36
+    assert kept(method="mustdrop", merge="off", filter="off", layers="[0]", depth="null") == 144
+
+
+@pytest.mark.parametrize(
+    ("given", "most", "expected"), [("3", None, 3), (2, 1, 2), ("auto", None, 8), ("auto:4", 5, 5), ("auto", "64", 8)]
+)
+def test_batch_sizes(plugin: Any, model_folder: Path, given: Any, most: Any, expected: int) -> None:
+    assert plugin(pretrained=str(model_folder), batch_size=given, max_batch_size=most).batch_size == expected
+
+
+@pytest.mark.parametrize("given", [0, "-1", "many", "1.5"])
+def test_batch_sizes_that_make_no_sense(plugin: Any, given: Any) -> None:
+    with pytest.raises(VTCError, match="batch_size="):
+        plugin(batch_size=given)
+
+
+def test_lmms_eval_finds_the_package_tasks_in_the_folder_that_tasks_prints() -> None:
+    command = [sys.executable, "-m", "vtc", "tasks", "--path"]
+    folder = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with muted():
+        from lmms_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=folder, include_defaults=False, model_name="vtc")
+    assert "tiny_image" in manager.all_tasks
 
 
 def test_the_untouched_model_is_the_default(plugin: Any, model_folder: Path) -> None:

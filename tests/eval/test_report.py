@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html.parser
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from vtc.errors import InputError
+from vtc.eval import figure
 from vtc.eval.report import write_report
 from vtc.eval.results import COLUMNS, Results, json_summary, read_results, to_csv
 from vtc.eval.store import Store
-from vtc.eval.tables import console_table, console_title, grid
+from vtc.eval.tables import console_table, console_title, grid, short_names
 
+SHORT = (
+    "random", "stride", "pool", "vtc_cls", "globalcom2", "hiprune", "todre", "atp_training_free", "mustdrop", "aim",
+    "vqtoken_codebook",
+)  # fmt: skip
 CELLS = {
     "k0": ("none", 1.0, {}),
     "k1": ("random", 0.5, {"seed": 0}),
@@ -123,8 +131,6 @@ def test_a_grid_shows_shares_in_percent_and_other_numbers_as_they_are(folder: Pa
 
 
 def test_the_console_table_shows_values_marks_and_achieved_tokens(folder: Path) -> None:
-    from rich.console import Console
-
     results = read_results(folder)
     console = Console(file=io.StringIO(), width=100)
     console.print(console_table(results, "t"))
@@ -133,6 +139,76 @@ def test_the_console_table_shows_values_marks_and_achieved_tokens(folder: Path) 
     assert re.search(r"random +│ +80.0 72 │ 40.0\* 36 │ +-", text)
     assert re.search(r"own +│ +- │ +- │ 70.0 43.2", text)
     assert console_title(results, "t") == "t: accuracy (%), 4 questions, tiny"
+
+
+RETENTIONS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
+
+
+def many(methods: Sequence[str], retentions: Sequence[float | None] = RETENTIONS) -> Results:
+    """Every method at every retention, and the untouched model."""
+    line = {"task": "t", "metric": "accuracy", "ci_low": 0.1, "ci_high": 0.9, "n": 720, "p": 0.01, "value": 1.0}
+    cells: list[tuple[str, float | None]] = [("none", 1.0), *((m, r) for m in methods for r in retentions)]
+    lines = [
+        {**line, "method": m, "retention": r, "visual_tokens_in": 144.0, "visual_tokens_kept": 144.0 * (r or 0.3)}
+        for m, r in cells
+    ]
+    return Results(run(), lines, [])
+
+
+THIRTEEN = [*SHORT, "vqtoken(weights=vqtoken-tiny-llava)", "[red]own[/red]"]
+
+
+def printed(results: Results, width: int) -> list[str]:
+    stream = io.StringIO()
+    table = console_table(results, "t", width)
+    Console(file=stream, width=width).print(table, crop=False, no_wrap=True, overflow="ignore")
+    return stream.getvalue().splitlines()
+
+
+def test_thirteen_methods_fit_eighty_columns_with_their_whole_names() -> None:
+    lines = printed(many(THIRTEEN), 80)
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    names = [line.split()[0] for line in lines if line[:1].strip() and line[0] not in "─━"]
+    assert names == ["method", "untouched", *(name.split("(")[0] for name in THIRTEEN)]
+    assert sum("100.0*" in line for line in lines) == 13
+    assert any(line.split() == ["144", "72", "47.52", "31.68", "15.84", "7.2"] for line in lines)
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_no_table_loses_anything(width: int) -> None:
+    text = "\n".join(printed(many(THIRTEEN, [r / 20 for r in range(1, 20)]), width))
+    assert "…" not in text and text.count("100.0*") == 13 * 19
+    assert all(name.split("(")[0] in text for name in THIRTEEN)
+
+
+def test_names_that_alone_do_not_tell_methods_apart_stay_whole() -> None:
+    names = ["random(seed=1)", "random(seed=2)", "a@0.5+b(c=1)"]
+    assert list(short_names(names).values()) == names
+
+
+def test_no_two_lines_of_a_figure_look_alike() -> None:
+    looks = [figure.style(number) for number in range(100)]
+    assert len({tuple(look.values()) for look in looks}) == 100
+    assert len({(look["color"], look["marker"]) for look in looks}) == 100  # dashes do not show on short lines
+
+
+def test_the_caption_says_what_is_drawn() -> None:
+    def words(count: int, **changes: Any) -> str:
+        data = grid(many(THIRTEEN[:count]), "t", "accuracy")
+        return figure.caption(dataclasses.replace(data, **changes))
+
+    dashed = "Dashed and black: the untouched model."
+    assert words(3) == f"{dashed} Bands: 95 % intervals of the methods and the untouched model."
+    assert words(13) == f"{dashed} Bands: 95 % intervals of the untouched model."
+    assert words(3, baseline=None) == "Bands: 95 % intervals of the methods."
+    assert words(13, baseline=None) == ""
+
+
+@pytest.mark.parametrize("retentions", [RETENTIONS, [None]])
+def test_names_are_drawn_as_they_are(retentions: Sequence[float | None]) -> None:
+    """Dollars would begin a formula, which fails to draw."""
+    with Image.open(io.BytesIO(figure.draw(many(["own$x_^$", "[red]"], retentions)))) as image:
+        assert image.format == "PNG"
 
 
 def test_methods_that_differ_only_in_settings_get_different_names(folder: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from vtc.errors import BudgetError, InputError
+import vtc
+from vtc.composite import combine
+from vtc.errors import BudgetError, InputError, VTCError
 from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
 
 
@@ -74,3 +78,66 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str, w
 def test_a_missing_file_names_the_shipped_ones() -> None:
     with pytest.raises(InputError, match=r"no sweep file 'nope\.yaml'.*default, quick"):
         read_settings(Path("nope.yaml"))
+
+
+def test_methods_may_be_text_lists_and_objects() -> None:
+    written = make_spec({"methods": ["random(seed=1), hiprune@0.5+mustdrop(merge=off, filter=off)"]})
+    mapped = make_spec(
+        {
+            "methods": [
+                {"name": "random", "seed": 1},
+                [{"name": "hiprune", "retention": 0.5}, {"name": "mustdrop", "merge": "off", "filter": "off"}],
+            ]
+        }
+    )
+    assert written == mapped
+    assert [m.label for m in written.methods] == ["random(seed=1)", "hiprune@0.5+mustdrop(merge=off, filter=off)"]
+    objects = make_spec({"methods": [vtc.create("random", seed=1)]}).methods[0]
+    assert (objects.label, objects.compressor) == ("random(seed=1)", vtc.create("random", seed=1))
+
+
+def test_a_spec_with_objects_and_combinations_survives_a_file() -> None:
+    pair = combine([vtc.create("hiprune"), vtc.create("aim", merge=False)], [0.5, 0.6], None)
+    spec = make_spec({"methods": [vtc.create("random", seed=1), pair]})
+    again = make_spec(json.loads(json.dumps(spec.model_dump(mode="json"))))
+    assert [m.label for m in again.methods] == ["random(seed=1)", "hiprune@0.5+aim(merge=False)@0.6"]
+    assert again.methods[0].model_dump() == {"name": "random", "seed": 1}
+
+
+@dataclass(frozen=True)
+class Odd(vtc.ScoringCompressor):
+    """Holds what no file can hold."""
+
+    rule: Any = None
+
+    name: ClassVar[str] = "odd"
+
+    def score(self, view: vtc.StageView) -> Any:
+        return view.tokens[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ([Odd(rule=print)], "'odd' has rule=<built-in function print>, which the files of a sweep cannot hold"),
+        ([Odd], "Odd is a class; write Odd\\(\\)"),
+        ("random(", "cannot be read"),
+        ([{"name": "random", "retention": 2}], "retention 2 is outside"),
+        ([[]], "methods.0.name: string should have at least 1 character"),
+        (3, "3 is no list of methods"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused(methods: Any, words: str) -> None:
+    with pytest.raises(VTCError, match=words):
+        make_spec({"methods": methods})
+
+
+@pytest.mark.parametrize("setting", ["model", "out"])
+def test_an_empty_name_is_refused(setting: str) -> None:
+    with pytest.raises(InputError, match="is empty"):
+        make_spec({setting: " "})
+
+
+def test_a_name_too_long_for_a_folder_is_refused() -> None:
+    with pytest.raises(InputError, match="a name of 300 bytes"):
+        make_spec({"out": Path("results") / ("x" * 300)})

@@ -527,3 +527,28 @@ def test_pairs_of_thresholds_matter(clip: Any) -> None:
             clip(**inputs)
         counts.append(handle.stats.calls[0].layer_rows[-1])
     assert counts == sorted(set(counts), reverse=True)
+
+
+def test_a_retention_out_of_reach_is_refused_on_attaching() -> None:
+    """Without merging the layers in front of the first filter see every token, whatever the cache drops later."""
+    model = tiny_model("llava-clip")
+    layers = len(model.model.language_model.layers)
+    method = vtc.create("mustdrop", merge="off", layers=(0,), depth=None)
+    with pytest.raises(BudgetError, match=rf"'mustdrop' here: 1 of {layers} LLM layers see every token"):
+        vtc.compress(model, method, retention=0.9 / layers)
+    with pytest.raises(BudgetError, match="'mustdrop' here"):
+        vtc.compress(model, ["random", method], retention=[0.5, 0.9 / layers])
+    vtc.compress(model, method, retention=1.2 / layers).detach()
+    early = vtc.create("mustdrop", merge="off", layers=(0,), depth=None, average="official")
+    vtc.compress(model, early, retention=0.9 / layers).detach()
+    vtc.compress(model, vtc.create("mustdrop", layers=(0,), depth=None), retention=0.9 / layers).detach()
+
+
+@pytest.mark.parametrize("first", ["random", "vtc_cls"])
+def test_the_filter_runs_behind_a_method_that_drops_tokens_in_front_of_the_llm(first: str) -> None:
+    """Tokens keep their numbers among all the image had, however few reach the filter."""
+    model = tiny_model("llava-clip")
+    method = vtc.create("mustdrop", merge="off", layers=(0,), depth=None)
+    with vtc.compress(model, [first, method], retention=[0.5, 0.7]) as handle:
+        model.generate(**tiny_inputs("llava-clip", LAYOUT, seed=1, model=model), max_new_tokens=2)
+    assert 0.5 * 0.6 < handle.stats.retention < 0.5 * 0.8

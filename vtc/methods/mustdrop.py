@@ -180,6 +180,9 @@ class MustDrop(Compressor):
         starts = [0, *(layer + (self.average == "true") for layer in self.after(model)), model.llm_layers]
         return [end - start for start, end in pairwise(starts)]
 
+    def least_retention(self, model: ModelSpec) -> float:
+        return self.spans(model)[0] / model.llm_layers if self.merge == "off" else 0.0
+
     def salience(self, model: ModelSpec) -> tuple[int, VisionReading]:
         """The encoder layer and the reading that tell the key set."""
         return (

@@ -1,0 +1,140 @@
+"""The methods of a sweep as its user writes them: text, mappings, objects, and lists of those that act together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
+
+from vtc.composite import Composite
+from vtc.compressor import Compressor
+from vtc.errors import BudgetError, InputError
+from vtc.method_text import Named, parse
+
+
+class MethodSpec(BaseModel):
+    """A method by name with the hyper-parameters that differ from its defaults, or several that act together.
+
+    retention: its own, instead of the sweep's. parts: methods that act together on one model; `name` is then only a
+    label. compressor: the object itself, where one was given instead of a name.
+
+    >>> MethodSpec.model_validate({"name": "random", "seed": 1}).parameters
+    {'seed': 1}
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, arbitrary_types_allowed=True)
+
+    name: str = Field(min_length=1)
+    retention: float | None = None
+    parts: tuple[MethodSpec, ...] = ()
+    compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _entries(cls, given: Any) -> Any:
+        return method_entries(given)
+
+    @field_validator("retention")
+    @classmethod
+    def _a_fraction(cls, given: float | None) -> float | None:
+        return given if given is None else fraction(given)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        given = serialise(self)
+        unused = {name for name in ("retention", "parts") if not given.get(name)}
+        return {name: value for name, value in given.items() if name not in unused}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The hyper-parameters as given."""
+        return dict(self.model_extra or {})
+
+    @property
+    def label(self) -> str:
+        """The name with the hyper-parameters, as tables show it."""
+        given = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        return f"{self.name}({given})" if given else self.name
+
+
+def method_entries(given: Any) -> list[Any]:
+    """What may stand under `methods` as mappings: text, mappings, objects, and lists of methods that act together."""
+    entries = [given] if isinstance(given, str | Mapping | Compressor) else sequence(given)
+    if not isinstance(entries, list):
+        raise InputError(f"methods: {given!r} is no list of methods; write for example [random, vtc_cls]")
+    return [made for entry in entries for made in _made(entry)]
+
+
+def _made(entry: Any) -> list[Any]:
+    if isinstance(entry, str):
+        return [_joined([_as_written(part) for part in parts]) for parts in parse(entry)]
+    if isinstance(entry, list | tuple):
+        return [_joined(method_entries(entry))]
+    if isinstance(entry, Composite):
+        budgets = [budget.retention if budget else None for budget in entry.budgets]
+        parts = [
+            {**_described(part), **({} if share is None else {"retention": share})}
+            for part, share in zip(entry.parts, budgets, strict=True)
+        ]
+        return [{**_joined(parts), "compressor": entry}]
+    if isinstance(entry, Compressor):
+        return [_described(entry)]
+    if isinstance(entry, type) and issubclass(entry, Compressor):
+        raise InputError(f"methods: {entry.__name__} is a class; write {entry.__name__}() for a method with defaults")
+    return [entry]
+
+
+def _as_written(part: Named) -> dict[str, Any]:
+    share = {} if part.retention is None else {"retention": part.retention}
+    return {"name": part.name, **share, **part.parameters}
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One entry for methods that act together; a single one stands for itself."""
+    if len(parts) == 1:
+        return parts[0]
+    made = [MethodSpec.model_validate(part) for part in parts]
+    shares = ["" if part.retention is None else f"@{part.retention:g}" for part in made]
+    return {"name": "+".join(part.label + share for part, share in zip(made, shares, strict=True)), "parts": parts}
+
+
+def _described(method: Compressor) -> dict[str, Any]:
+    """A method object as an entry: its name, what differs from the defaults, and the object."""
+    changed = {}
+    for each in dataclasses.fields(method):
+        value = getattr(method, each.name)
+        default = each.default if each.default is not dataclasses.MISSING else each.default_factory
+        if value == (default() if callable(default) else default):
+            continue
+        try:
+            json.dumps(value, default=list)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"methods: {method.name!r} has {each.name}={value!r}, which the files of a sweep cannot hold; use "
+                "numbers, text, lists and mappings as hyper-parameters"
+            ) from error
+        changed[each.name] = value
+    return {"name": method.name, **changed, "compressor": method}
+
+
+def sequence(given: Any) -> Any:
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else given
+
+
+def fraction(retention: float) -> float:
+    if not 0.0 < retention <= 1.0:
+        raise BudgetError(
+            f"retention {retention:g} is outside (0, 1]; it is the fraction of visual tokens that is kept,"
+            f" so 25 % is written 0.25"
+        )
+    return retention
