@@ -30,7 +30,7 @@ VALUES = {
 
 @pytest.mark.parametrize("text", VALUES)
 def test_values(text: str) -> None:
-    assert parse(f"mine(power={text})")[0][0].parameters == {"power": VALUES[text]}
+    assert parse(f"mine(value={text})")[0][0].parameters == {"value": VALUES[text]}
 
 
 def test_a_hyper_parameter_is_a_pair_and_given_once() -> None:

@@ -156,7 +156,7 @@ def test_options_repeat_and_take_commas(command: Command, arguments: list[object
         ("none", 1.0),
         *((m, r) for m in ("random", "stride", "pool") for r in (0.1, 0.3)),
         ("random", 0.2),
-        *(("stride+mustdrop(merge=off, filter=off, layers=[0], depth=None)", r) for r in (0.1, 0.3)),
+        *(("stride+mustdrop(merge=off, filter=off, layers=(0,), depth=None)", r) for r in (0.1, 0.3)),
     }
 
 
