@@ -228,6 +228,7 @@ class Engine:
                 self._pass(kwargs, visuals)
                 return None
         hidden: Tensor = kwargs["inputs_embeds"]
+        self.stages.check_checkpointing()
         check_attentions(kwargs, self.adapter.language_model.config, self.pad_output and visuals is not None)
         call = state.call = self._begin(kwargs, visuals)
         call.deepstack = Deepstack.pop(kwargs)
