@@ -187,7 +187,7 @@ class Engine:
         state = self._state
         state.labels, state.rows, state.media = labels, asks_rows(given), carries_media(given)
         if state.media:
-            check_compiled(self._hooked, None, inside=False)
+            check_compiled(self._hooked, self.adapter.language_model, inside=False)
 
     @_guarded
     def _leave_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
