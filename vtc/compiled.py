@@ -21,7 +21,8 @@ def _compiled_forward(module: Any) -> bool:
 def check_compiled(hooked: Sequence[Any], language_model: Any, *, inside: bool) -> None:
     """Raise UnsupportedModel for modules whose hooks are compiled; warn where compiling does not pay.
 
-    hooked: modules the engine puts hooks on, those around the language model first. inside: the method acts at layers inside the LLM.
+    hooked: modules the engine puts hooks on, those around the language model first. inside: the method acts at
+    layers inside the LLM.
     """
     for module in hooked:
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -33,8 +34,8 @@ def check_compiled(hooked: Sequence[Any], language_model: Any, *, inside: bool) 
     for module in itertools.takewhile(lambda module: module is not language_model, hooked):
         if _compiled_forward(module):
             raise UnsupportedModel(
-                f"the forward method of {type(module).__name__} was compiled, and with it the hooks of the compression on "
-                "the modules inside; compile the forward method of every LLM layer instead: "
+                f"the forward method of {type(module).__name__} was compiled, and with it the hooks of the compression "
+                "on the modules inside; compile the forward method of every LLM layer instead: "
                 "layer.forward = torch.compile(layer.forward, dynamic=True)"
             )
     if inside and _compiled_forward(language_model):

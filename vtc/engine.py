@@ -27,7 +27,7 @@ from vtc.compressor import Compressor, Plan, Positions
 from vtc.copies import CopyGuard
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall, VTCError
-from vtc.guards import BatchingBlock, check_without_media, hooks_skipped
+from vtc.guards import BatchingBlock, check_without_media, refuse_skipped
 from vtc.inputs import (
     adopt_cache,
     by_name,
@@ -194,7 +194,7 @@ class Engine:
         state = self._state
         state.rows, media, state.media = False, state.media, False
         if media:
-            raise hooks_skipped("the language model")
+            refuse_skipped("the language model")
 
     @_guarded
     def _enter_backbone(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ class Engine:
             self._open.interrupt(state.call)
             state.call = None
         if state.media and state.placeholders is None:
-            raise hooks_skipped("the module around the language model")
+            refuse_skipped("the module around the language model")
         state.media = False
         if not isinstance(kwargs.get("past_key_values"), CompressedCache):
             if visuals is None:
@@ -293,7 +293,7 @@ class Engine:
         """Evict, note what happened, and put the output's rows where the caller looks for them."""
         state = self._state
         if call is not None and len(call.groups) != len(self.stages.starts):
-            raise hooks_skipped("every LLM layer")
+            refuse_skipped("every LLM layer")
         aligned = call is not None and call.pruned and (self.pad_output or state.rows)
         if call is not None and aligned and self.pad_output:
             check_labels(call, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,9 +48,9 @@ def check_without_media(given: Mapping[str, Any], tokens: Iterable[int], warned:
     return True
 
 
-def hooks_skipped(where: str) -> UnsupportedModel:
-    """The error for a call in which a hook of the engine did not run."""
-    return UnsupportedModel(
+def refuse_skipped(where: str) -> NoReturn:
+    """Raise UnsupportedModel for a call in which a hook of the engine did not run."""
+    raise UnsupportedModel(
         f"pixels went in but the hooks of the compression did not run on {where}, so the result would not be what was "
         "asked for; code compiled around them leaves them out: compile the forward method of every LLM layer instead, "
         "layer.forward = torch.compile(layer.forward, dynamic=True)"

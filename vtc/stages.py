@@ -107,8 +107,8 @@ class StageRunner:
             return
         if checkpoints(self.adapter.language_model):
             raise UnsupportedCall(
-                f"{self.method.name!r} trains on what it reads of LLM layers, and gradient checkpointing recomputes these "
-                "without it; switch checkpointing off: model.gradient_checkpointing_disable()"
+                f"{self.method.name!r} trains on what it reads of LLM layers, and gradient checkpointing recomputes "
+                "these without it; switch checkpointing off: model.gradient_checkpointing_disable()"
             )
 
     def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
