@@ -51,7 +51,7 @@ def _clean(module: nn.Module) -> dict[str, Any]:
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy without what this library put on the module."""
     made = memo[id(module)] = type(module).__new__(type(module))
-    made.__setstate__(copy.deepcopy(_clean(module), memo))
+    made.__setstate__(copy.deepcopy(_clean(module), memo))  # type: ignore[no-untyped-call]
     return made
 
 
