@@ -74,6 +74,11 @@ def repeats_hooks() -> bool:
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
+def checkpoints(language_model: Any) -> bool:
+    """True when gradient checkpointing is at work in the LLM: then its layers run without a cache."""
+    return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in language_model.layers)
+
+
 def check_checkpointing(layer: Any) -> None:
     """Raise UnsupportedCall where the backward pass would run this layer without what its hook does."""
     if layer.training and getattr(layer, "gradient_checkpointing", False) and repeats_hooks():

@@ -333,7 +333,7 @@ seen: list[StageView] = []
 )
 def test_crops_may_keep_different_numbers(name: str, rows: Any, stages: Any, attention: str, limits: Any) -> None:
     """Each crop comes out as it does alone: padding is masked inside the encoder."""
-    method = Unequal(tuple(EncoderStage(layer) for layer in stages), rows)
+    method = Unequal(tuple(EncoderStage(layer) for layer in stages), rows=rows)
     if attention == "eager":
         method = dataclasses.replace(method, rows=Rows.HIDDEN)  # attention cannot be read beside eager attention
     layout: list[list[Any]] = [[3, "image", 5], [2, "image", 9], [4, "image", 4]]

@@ -141,6 +141,49 @@ def decode(subject: Any, cache: Any) -> None:
     subject(input_ids=torch.tensor([[7], [7]]), past_key_values=cache, use_cache=True)
 
 
+def continue_with(method: Any, cache: Any) -> None:
+    subject = model()
+    with vtc.compress(subject, method):
+        decode(subject, cache)
+
+
+def other_settings() -> None:
+    continue_with(FixedKeep(rate=0.25), compressed_cache())
+
+
+def interrupted_cache() -> CompressedCache:
+    cache = compressed_cache()
+    cache.begin()
+    cache.interrupt()
+    return cache
+
+
+def checkpointed_decode() -> None:
+    cache, subject = compressed_cache(), model().train()
+    for layer in subject.model.language_model.layers:
+        layer.gradient_checkpointing = True
+    with vtc.compress(subject, FixedKeep()):
+        decode(subject, cache)
+
+
+def checkpointed_learning() -> None:
+    subject = model().train()
+    for layer in subject.model.language_model.layers:
+        layer.gradient_checkpointing = True
+    with vtc.compress(subject, "atp", training=True):
+        subject(**tiny_inputs(NAME, PAIR))
+
+
+def attentions() -> None:
+    subject = model(attn_implementation="eager")
+    with vtc.compress(subject, FixedKeep(), pad_output=True):
+        subject(**tiny_inputs(NAME, PAIR), output_attentions=True)
+
+
+def compile_backbone(subject: Any) -> None:
+    subject.model.forward = torch.compile(subject.model.forward, backend="eager")
+
+
 def sliding() -> Any:
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = MistralConfig(sliding_window=8, vocab_size=128, num_key_value_heads=2, **size)
@@ -396,7 +439,35 @@ CASES: dict[str, Case] = {
         lambda: run(FixedKeep(), static_cache),
         UnsupportedCall, "got StaticCache", "needs a plain DynamicCache", "drop cache_implementation",
     ),
+    "another maker": Case(
+        other_settings,
+        UnsupportedCall, "filled by FixedKeep(at=(0,), rate=0.5", "the attached method is", "start a new cache",
+    ),
+    "interrupted cache": Case(
+        lambda: decode(model(), interrupted_cache()),
+        UnsupportedCall, "this KV cache was interrupted", "may hold different tokens", "start a new cache",
+    ),
+    "interrupted cache, attached": Case(
+        lambda: continue_with(FixedKeep(), interrupted_cache()),
+        UnsupportedCall, "this KV cache was interrupted", "may hold different tokens", "start a new cache",
+    ),
+    "filled cache under checkpointing": Case(
+        checkpointed_decode,
+        UnsupportedCall, "the KV cache that was passed", "its tokens would be missing", "pass no past_key_values",
+    ),
+    "attentions": Case(
+        attentions,
+        UnsupportedCall, "output_attentions=True", "among kept tokens only", "attach without pad_output",
+    ),
+    "learning under checkpointing": Case(
+        checkpointed_learning,
+        UnsupportedCall, "'atp'", "recomputes these without it", "gradient_checkpointing_disable()",
+    ),
     # compiled
+    "compiled backbone": Case(
+        lambda: vtc.compress(compiled(compile_backbone), INNER),
+        UnsupportedModel, "the forward method of LlavaModel", "and with it the hooks", "layer.forward = torch.compile",
+    ),
     "compiled layer": Case(
         lambda: vtc.compress(compiled(lambda m: m.model.language_model.layers[2].compile(backend="eager")), INNER),
         UnsupportedModel, "LlamaDecoderLayer", "compiles the hooks", "layer.forward = torch.compile(layer.forward",

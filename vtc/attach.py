@@ -33,6 +33,7 @@ class Handle:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._depth = 0
 
     @property
     def method(self) -> Compressor:
@@ -95,8 +96,8 @@ class Handle:
 
     @property
     def errors(self) -> list[Exception]:
-        """What the engine raised so far."""
-        return self._engine.errors
+        """The last exceptions the engine raised, without their tracebacks."""
+        return list(self._engine.errors)
 
     def detach(self) -> None:
         """Remove every hook; harmless when already detached."""
@@ -105,12 +106,15 @@ class Handle:
     def __enter__(self) -> Handle:
         if not self._engine.attached:
             raise VTCError("this handle was detached, its block would compress nothing; call vtc.compress again")
+        self._depth += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        self._depth -= 1
+        if self._depth == 0:  # a block inside another of the same handle ends nothing
+            self.detach()
 
     def __repr__(self) -> str:
         return f"Handle({self.method!r}, {self.budget}, positions={self.positions!r})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,23 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vtc.errors import UnsupportedCall
+from vtc.maker import Maker
 from vtc.ops.select import left_pack
+
+BROKEN = (
+    "a forward pass over this KV cache was interrupted (Ctrl-C, or the method was detached while it ran), so its "
+    "layers may hold different tokens; start a new cache"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """A cache before a forward pass: tokens seen, rows of each group's layers, masks and shifts."""
+
+    seen: int
+    rows: dict[int, int]
+    masks: dict[int, Tensor | None]
+    shifts: dict[int, Tensor | None]
 
 
 class CompressedCache(DynamicCache):
@@ -21,6 +39,9 @@ class CompressedCache(DynamicCache):
 
     Layers form groups that begin at `starts`. Per group, `masks` holds the [B, rows] validity of its rows (None when
     all are valid) and `shifts` the [B, 1] distance between original and renumbered positions (None under `preserve`).
+
+    maker: what fills it. open: a forward pass is writing. before: what `restore` goes back to, None once rows were
+    evicted. broken: a forward pass ended without a sign, so that layers may hold different tokens.
     """
 
     seen: int
@@ -28,40 +49,79 @@ class CompressedCache(DynamicCache):
     masks: dict[int, Tensor | None]
     shifts: dict[int, Tensor | None]
     open: bool
+    broken: bool
+    maker: Maker | None
+    before: _Before | None
 
     @classmethod
-    def adopt(cls, cache: Any, starts: Sequence[int], mask: Tensor | None) -> CompressedCache:
+    def adopt(
+        cls, cache: Any, starts: Sequence[int], mask: Tensor | None, maker: Maker | None = None
+    ) -> CompressedCache:
         """Turn a plain DynamicCache into a compressed one in place, so that callers who hold it see it filled.
 
         starts: first layer of each group. mask: [B, rows] validity of what the cache already holds, None if all valid.
+        maker: what will fill it; a cache that something else has filled is refused, unless nothing was seen yet.
         """
+        if isinstance(cache, cls) and not cache.seen and not cache.broken:
+            cache._set(starts, None, maker)
+            return cache
         if isinstance(cache, cls):
+            if cache.broken:
+                raise UnsupportedCall(BROKEN)
             if cache.starts != tuple(starts):
                 raise UnsupportedCall(
                     f"this KV cache was compressed at layers {cache.starts}, the attached method acts at "
                     f"{tuple(starts)}; "
                     "continue it with the same method or start a new cache"
                 )
+            if cache.maker != maker:
+                raise UnsupportedCall(
+                    f"this KV cache was filled by {cache.maker}, the attached method is {maker}; continue it with the "
+                    "settings that filled it, or start a new cache"
+                )
             return cache
         check_plain(cache)
         seen = cache.get_seq_length()
         cache.__class__ = cls
-        cache.seen, cache.starts, cache.open = seen, tuple(starts), False
-        cache.masks = {start: mask if seen else None for start in starts}
-        cache.shifts = {start: None for start in starts}
+        cache.seen, cache.open, cache.broken, cache.before = seen, False, False, None
+        cache._set(starts, mask if seen else None, maker)
         return cache  # type: ignore[no-any-return]
 
-    def release(self, rows: int) -> None:
-        """Back to a plain cache with the first `rows` rows, for a caller whose forward pass raised."""
-        for layer in self.layers:
-            if rows and layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:, :, :rows], layer.values[:, :, :rows]
-            elif layer.is_initialized:
-                layer.keys = layer.values = None
-                layer.is_initialized = False
-        for name in ("seen", "starts", "open", "masks", "shifts"):
-            delattr(self, name)
-        self.__class__ = DynamicCache
+    def _set(self, starts: Sequence[int], mask: Tensor | None, maker: Maker | None) -> None:
+        self.starts, self.maker = tuple(starts), maker
+        self.masks = dict.fromkeys(starts, mask)
+        self.shifts = dict.fromkeys(starts)
+
+    # --- one forward pass
+    def begin(self) -> None:
+        """Open for a forward pass."""
+        rows = {start: self.physical_length(start) for start in self.starts}
+        self.before = _Before(self.seen, rows, dict(self.masks), dict(self.shifts))
+        self.open = True
+
+    def end(self) -> None:
+        """The forward pass has written every layer."""
+        self.open, self.before = False, None
+
+    def interrupt(self) -> None:
+        """The forward pass ended nobody knows where: refuse to go on."""
+        if self.open:
+            self.open, self.before, self.broken = False, None, True
+
+    def restore(self, *, plain: bool) -> None:
+        """Back to what it was before the forward pass, which raised; plain: to a plain cache."""
+        before = self.before
+        if before is None:
+            return self.interrupt()
+        self.open, self.before = False, None
+        self.seen, self.masks, self.shifts = before.seen, before.masks, before.shifts
+        for start, end in itertools.pairwise([*self.starts, max(len(self.layers), *self.starts)]):
+            for layer in self.layers[start:end]:
+                _shorten(layer, before.rows[start])
+        if plain:
+            for name in ("seen", "starts", "open", "broken", "masks", "shifts", "maker", "before"):
+                delattr(self, name)
+            self.__class__ = DynamicCache
 
     def physical_length(self, layer_idx: int = 0) -> int:
         """Rows that layer `layer_idx` holds, padding included."""
@@ -79,7 +139,10 @@ class CompressedCache(DynamicCache):
         """Append keys and values; refused unless an engine conducts the call."""
         if not self.open:
             raise UnsupportedCall(
-                "this KV cache was filled with compressed visual tokens; attach the same method again to continue it"
+                BROKEN
+                if self.broken
+                else f"this KV cache was filled with compressed visual tokens by {self.maker}; attach the same method "
+                "again to continue it"
             )
         return super().update(*args, **kwargs)  # type: ignore[no-any-return]
 
@@ -97,7 +160,7 @@ class CompressedCache(DynamicCache):
 
     def evict(self, group: int, keep: Tensor) -> None:
         """Drop rows of every layer in `group`; keep: [B, rows] bool over its physical rows. Synchronises once."""
-        mask = self.masks[group]
+        mask, self.before = self.masks[group], None
         keep = keep if mask is None else keep & mask
         counts = keep.sum(1).tolist()
         length = max(counts)
@@ -144,13 +207,24 @@ class CompressedCache(DynamicCache):
         for layer in self.layers:  # older versions only zero the rows
             layer.keys = layer.values = None
             layer.is_initialized = False
-        self.seen = 0
+        self.seen, self.broken = 0, False
         self.masks = dict.fromkeys(self.starts)
         self.shifts = dict.fromkeys(self.starts)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.masks = {group: None if mask is None else change(mask) for group, mask in self.masks.items()}
         self.shifts = {group: None if shift is None else change(shift) for group, shift in self.shifts.items()}
+
+
+def _shorten(layer: Any, rows: int) -> None:
+    """Keep a layer's first `rows` rows."""
+    if not layer.is_initialized:
+        return
+    if rows:
+        layer.keys, layer.values = layer.keys[:, :, :rows], layer.values[:, :, :rows]
+    else:
+        layer.keys = layer.values = None
+        layer.is_initialized = False
 
 
 def check_plain(cache: Any) -> None:

@@ -27,8 +27,7 @@ class Call:
     seen: [B, L] bool, rows that later layers may attend to, None for all of them; weights: [B, L] how much their keys
     count, None for one. memory: what the method carries from stage to stage.
     staged: a stage was reached, whether it dropped something or not, so that renumbering does not depend on what else
-    is in the batch; pruned: something was dropped. adopted: rows that the cache held as a plain one before this call
-    made it compressed, None if it was so already.
+    is in the batch; pruned: something was dropped. adopted: the cache was a plain one before this call.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class Call:
         cache: CompressedCache | None,
         visuals: Visuals | None = None,
         trace: bool = False,
-        adopted: int | None = None,
+        adopted: bool = False,
     ) -> None:
         self.batch, self.length = logical.shape[-2:]
         self.device = logical.device

@@ -6,17 +6,23 @@ Hooks must stay outside the compiled code: `module.forward = torch.compile(modul
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from vtc.errors import UnsupportedModel
 
 
-def check_compiled(hooked: Iterable[Any], language_model: Any, *, inside: bool) -> None:
+def _compiled_forward(module: Any) -> bool:
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
+def check_compiled(hooked: Sequence[Any], language_model: Any, *, inside: bool) -> None:
     """Raise UnsupportedModel for modules whose hooks are compiled; warn where compiling does not pay.
 
-    hooked: modules the engine puts hooks on. inside: the method acts at layers inside the LLM.
+    hooked: modules the engine puts hooks on, those around the language model first. inside: the method acts at
+    layers inside the LLM.
     """
     for module in hooked:
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -25,7 +31,14 @@ def check_compiled(hooked: Iterable[Any], language_model: Any, *, inside: bool) 
                 "well; compile the forward method instead: "
                 "layer.forward = torch.compile(layer.forward, dynamic=True) for every LLM layer"
             )
-    if inside and hasattr(language_model.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+    for module in itertools.takewhile(lambda module: module is not language_model, hooked):
+        if _compiled_forward(module):
+            raise UnsupportedModel(
+                f"the forward method of {type(module).__name__} was compiled, and with it the hooks of the compression "
+                "on the modules inside; compile the forward method of every LLM layer instead: "
+                "layer.forward = torch.compile(layer.forward, dynamic=True)"
+            )
+    if inside and _compiled_forward(language_model):
         warnings.warn(
             "the language model's forward is compiled as a whole and the method acts inside it: exact, but the graph "
             "breaks at every stage; compile each layer's forward instead",

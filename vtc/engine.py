@@ -24,21 +24,26 @@ from vtc.cache import CompressedCache
 from vtc.call import Call
 from vtc.compiled import check_compiled
 from vtc.compressor import Compressor, Plan, Positions
+from vtc.copies import CopyGuard
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall, VTCError
+from vtc.guards import BatchingBlock, check_without_media, refuse_skipped
 from vtc.inputs import (
+    adopt_cache,
     by_name,
     carries_media,
     check_router,
     given_contexts,
     logical_positions,
     mask_2d,
-    open_cache,
     placeholder_masks,
 )
 from vtc.layout import VisionContext
+from vtc.maker import Maker
+from vtc.notes import bounded, without_frames
+from vtc.open_calls import OpenCalls
 from vtc.ops.attention import soft_mask
-from vtc.outputs import check_labels, spread
+from vtc.outputs import align, asks_rows, check_attentions, check_labels
 from vtc.prompt import Bounds, GenerateWatch, Prompt, control_tokens
 from vtc.stages import StageRunner
 from vtc.trace import CallRecord, Stats
@@ -59,6 +64,8 @@ class _State(threading.local):
     call: Call | None = None
     untouched: Call | None = None
     seconds: float = 0.0
+    media: bool = False  # pixels went into the model and have not reached the language model yet
+    rows: bool = False  # the caller numbers output rows as in its input
 
 
 class _Loss(threading.local):
@@ -76,7 +83,7 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:
-            self.errors.append(error)
+            self.errors.append(without_frames(error))
             raise
         finally:
             self._state.seconds += time.perf_counter() - start
@@ -102,7 +109,7 @@ class Engine:
         self.adapter, self.method, self.plan, self.budget = adapter, method, plan, budget
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
         self.spec = adapter.spec
-        self.stats, self.trace, self.errors = Stats(), list[CallRecord](), list[Exception]()
+        self.stats, self.trace, self.errors = Stats(), list[CallRecord](), bounded()
         self._loss, self._noting = _Loss(), threading.Lock()
         self.module = method.module(self.spec)
         if self.module is not None:
@@ -112,8 +119,9 @@ class Engine:
         self.taps = self.stages.taps(adapter, functools.partial(lambda: self._state.call))
         self.placeholders, self.controls = adapter.placeholders, control_tokens(adapter.model)
         self.watch, self.bounds = GenerateWatch(adapter.model), bounds or Bounds()
-        self._state = _State()
+        self._state, self._open, self._warned = _State(), OpenCalls(), False
         self._handles: list[Any] = []
+        self._blocks = (BatchingBlock(adapter.model), CopyGuard(adapter.model))
 
     # --- life cycle
     def attach(self) -> None:
@@ -125,20 +133,23 @@ class Engine:
         # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
         layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or "flash" in self._attention()]
         language_model = adapter.language_model
-        hooked = [adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers)]
-        check_compiled(hooked, language_model, inside=bool(layers))
+        self._hooked = (adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers))
+        check_compiled(self._hooked, language_model, inside=bool(layers))
         adapter.model.__dict__[OWNER] = self
         self.watch.install()
         self.recorder.install()
         self.taps.install()
         handles = self._handles
         handles.append(adapter.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+        handles.append(adapter.model.register_forward_hook(self._leave_model, with_kwargs=True))
         handles.append(adapter.backbone.register_forward_pre_hook(self._enter_backbone, with_kwargs=True))
         handles.append(language_model.register_forward_pre_hook(self._enter_llm, with_kwargs=True))
         handles.append(language_model.register_forward_hook(self._leave_llm, with_kwargs=True, always_call=True))
         for index, layer in layers:
             hook = functools.partial(self._enter_layer, index)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for block in self._blocks:
+            block.install()
 
     @property
     def attached(self) -> bool:
@@ -150,6 +161,9 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._open.interrupt_all()
+        for block in self._blocks:
+            block.remove()
         if self.attached:
             self.watch.remove()
             self.recorder.remove()
@@ -165,17 +179,30 @@ class Engine:
     # --- hooks
     @_guarded
     def _enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = by_name(module, args, kwargs).get("labels")
+        given = by_name(module, args, kwargs)
+        labels = given.get("labels")
         if labels is not None and not self.pad_output:
             raise UnsupportedCall(
                 "labels were given while visual tokens are removed, so logits and labels would not line up; "
                 "attach with pad_output=True"
             )
-        self._state.labels = labels
+        state = self._state
+        state.labels, state.rows, state.media = labels, asks_rows(given), carries_media(given)
+        if state.media:
+            check_compiled(self._hooked, self.adapter.language_model, inside=False)
+
+    @_guarded
+    def _leave_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        state = self._state
+        state.rows, media, state.media = False, state.media, False
+        if media:
+            refuse_skipped("the language model")
 
     @_guarded
     def _enter_backbone(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._state
+        if state.call is not None:
+            self._open.interrupt(state.call)
         state.call, state.untouched, state.placeholders, state.ids, state.contexts = None, None, None, None, ()
         self.recorder.contexts = []
         given = by_name(module, args, kwargs)
@@ -185,10 +212,18 @@ class Engine:
             table = self.adapter.model.get_input_embeddings()
             state.placeholders = placeholder_masks(given, self.placeholders.values(), table)
             state.control = placeholder_masks(given, self.controls, table).any(0) if self.controls else None
+        else:
+            self._warned = check_without_media(given, self.placeholders.values(), self._warned)
 
     @_guarded
     def _enter_llm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        visuals = self._visuals(kwargs)
+        state, visuals = self._state, self._visuals(kwargs)
+        if state.call is not None:
+            self._open.interrupt(state.call)
+            state.call = None
+        if state.media and state.placeholders is None:
+            refuse_skipped("the module around the language model")
+        state.media = False
         if not isinstance(kwargs.get("past_key_values"), CompressedCache):
             if visuals is None:
                 return None
@@ -197,7 +232,9 @@ class Engine:
                 return None
             check_router(kwargs)
         hidden: Tensor = kwargs["inputs_embeds"]
-        call = self._state.call = self._begin(kwargs, visuals)
+        self.stages.check_checkpointing()
+        check_attentions(kwargs, self.adapter.language_model.config, self.pad_output and visuals is not None)
+        call = state.call = self._begin(kwargs, visuals)
         call.deepstack = Deepstack.pop(kwargs)
         if visuals is not None:
             hidden = self.stages.run(0, call, hidden, self._state.contexts)
@@ -243,12 +280,27 @@ class Engine:
         labels, state.labels = state.labels, None
         call, state.call = state.call, None
         noted, state.untouched = call or state.untouched, None
-        if call is not None and call.cache is not None:
-            call.cache.open = False
-        if output is None:  # the forward pass raised
-            if call is not None and call.cache is not None and call.adopted is not None:
-                call.cache.release(call.adopted)
-            return None
+        state.placeholders = None
+        try:
+            if output is not None:
+                self._finish(call, noted, labels, output)
+        except BaseException:
+            output = None
+            raise
+        finally:
+            state.contexts, state.control = (), None
+            if call is not None:
+                (self._open.fail if output is None else self._open.end)(call)
+        return output
+
+    def _finish(self, call: Call | None, noted: Call | None, labels: Tensor | None, output: Any) -> None:
+        """Evict, note what happened, and put the output's rows where the caller looks for them."""
+        state = self._state
+        if call is not None and len(call.groups) != len(self.stages.starts):
+            refuse_skipped("every LLM layer")
+        aligned = call is not None and call.pruned and (self.pad_output or state.rows)
+        if call is not None and aligned and self.pad_output:
+            check_labels(call, labels)
         if call is not None and call.losses:
             self._loss.value = torch.stack(call.losses).sum()
         if call is not None and call.items is not None:
@@ -260,10 +312,8 @@ class Engine:
                 self.stats.other_calls += 1
             self.stats.seconds += state.seconds
         state.seconds = 0.0
-        if call is not None and call.pruned and self.pad_output:
-            check_labels(call, labels)
-            output.last_hidden_state = spread(call, output.last_hidden_state)
-        return output
+        if call is not None and aligned:
+            align(call, output)
 
     # --- one call
     def _visuals(self, kwargs: dict[str, Any]) -> Visuals | None:
@@ -287,15 +337,22 @@ class Engine:
         hidden = kwargs["inputs_embeds"]
         batch, length = hidden.shape[:2]
         mask, before = mask_2d(kwargs), kwargs.get("past_key_values")
-        adopted = None if isinstance(before, CompressedCache) else 0 if before is None else before.get_seq_length()
-        cache = open_cache(kwargs, self.adapter.language_model.config, self.stages.starts)
-        kwargs["past_key_values"] = cache
+        plain = not isinstance(before, CompressedCache)  # asked before it is adopted in place
+        seen, ids = 0 if before is None else before.get_seq_length(), kwargs.get("position_ids")
+        logical = logical_positions(ids, batch, length, seen, hidden.device, mrope=self.spec.mrope)
         valid = mask[:, -length:].bool() if mask is not None and length > 1 else None
         if visuals is not None:
             valid = None if all(total == length for total in visuals.row_counts) else valid
-        seen, ids = cache.seen if cache is not None else 0, kwargs.get("position_ids")
-        logical = logical_positions(ids, batch, length, seen, hidden.device, mrope=self.spec.mrope)
-        return Call(logical, valid, self.positions, cache, visuals, self.tracing, adopted)
+        cache = adopt_cache(kwargs, self.adapter.language_model, self.stages.starts, self.maker)
+        kwargs["past_key_values"] = cache
+        call = Call(logical, valid, self.positions, cache, visuals, self.tracing, plain)
+        self._open.begin(call)
+        return call
+
+    @functools.cached_property
+    def maker(self) -> Maker:
+        """What the caches of this engine say filled them."""
+        return Maker.of(self.method, self.plan, self.budget, self.positions)
 
     def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         """A 2D mask as the model takes it; for one new token under SDPA the finished 4D mask, which saves a sync."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from vtc.adapters.compat import checkpoints
 from vtc.cache import CompressedCache, check_plain
 from vtc.errors import UnsupportedCall
 from vtc.layout import VisionContext
+from vtc.maker import Maker
 
 MEDIA = ("pixel_values", "pixel_values_videos")
 
@@ -81,21 +83,32 @@ def check_router(kwargs: dict[str, Any]) -> None:
         )
 
 
-def open_cache(kwargs: dict[str, Any], config: Any, starts: Sequence[int]) -> CompressedCache | None:
-    """The call's cache, adopted for compression and open for writing; None when the call uses none."""
+def adopt_cache(
+    kwargs: dict[str, Any], language_model: Any, starts: Sequence[int], maker: Maker
+) -> CompressedCache | None:
+    """The call's cache, adopted for compression; None when the call uses none.
+
+    Under gradient checkpointing no layer writes one: a fresh one is left out, one that holds tokens is refused.
+    """
     cache, mask, wanted = kwargs.get("past_key_values"), mask_2d(kwargs), kwargs.get("use_cache")
+    if checkpoints(language_model):
+        if cache is not None and cache.get_seq_length():
+            raise UnsupportedCall(
+                "gradient checkpointing ignores the KV cache that was passed, so its tokens would be missing; pass no "
+                "past_key_values, or switch checkpointing off"
+            )
+        kwargs["use_cache"] = False
+        return None
     if cache is None:
-        if not (config.use_cache if wanted is None else wanted):
+        if not (language_model.config.use_cache if wanted is None else wanted):
             return None
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=language_model.config)
     past = None
     if not isinstance(cache, CompressedCache):
         check_plain(cache)
         seen = cache.get_seq_length()
         past = mask[:, :seen].bool() if mask is not None and seen else None
-    adopted = CompressedCache.adopt(cache, starts, past)
-    adopted.open = True
-    return adopted
+    return CompressedCache.adopt(cache, starts, past, maker)
 
 
 def logical_positions(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
+from vtc.adapters.compat import checkpoints
 from vtc.budget import Budget
 from vtc.call import Call
 from vtc.compressor import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.encoder_stage import EncoderStages
-from vtc.errors import UnsupportedMethod
+from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.items import ItemTable
 from vtc.layout import VisionContext
 from vtc.readings import AttentionCall, LLMReading, QueryRows, exact
@@ -34,6 +35,7 @@ class StageRunner:
     ) -> None:
         self.adapter, self.method, self.plan, self.budget, self.spec = adapter, method, plan, budget, adapter.spec
         self.module = module
+        self.learns = module is not None and any(weight.requires_grad for weight in module.parameters())
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
         if len(after) > 1:
@@ -82,7 +84,7 @@ class StageRunner:
         mask = attention.mask
         if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say so too
             mask = call.valid if call.cache is None else call.cache.masks[call.group]
-        call.llm_rows[layer, reading] = _read(reading, attention, call, mask)
+        call.llm_rows[layer, reading] = _read(reading, attention, call, mask, graph=self.learns)
 
     def _read_ahead(self, layer: int, reading: LLMReading, call: Call, hidden: Tensor) -> Tensor:
         """[..., B, L] what `reading` says of layer `layer`, which `hidden` is about to enter."""
@@ -97,7 +99,17 @@ class StageRunner:
             if mask is not None or before is not None:
                 ones = torch.ones(call.batch, old, dtype=torch.bool, device=hidden.device)
                 mask = torch.cat([ones if before is None else before.to(hidden.device), call.valid_rows()], dim=1)
-        return _read(reading, attention, call, mask)
+        return _read(reading, attention, call, mask, graph=self.learns)
+
+    def check_checkpointing(self) -> None:
+        """Raise UnsupportedCall where recomputed layers would lack the gradients of what was read of them."""
+        if not self.learns or not any(reading.differentiable for _, reading in self.plan.needs.llm_pairs):
+            return
+        if checkpoints(self.adapter.language_model):
+            raise UnsupportedCall(
+                f"{self.method.name!r} trains on what it reads of LLM layers, and gradient checkpointing recomputes "
+                "these without it; switch checkpointing off: model.gradient_checkpointing_disable()"
+            )
 
     def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
         """True when the budget keeps every token of every item: then the model must stay untouched, bit for bit."""
@@ -196,14 +208,14 @@ class _LLMRows(dict[tuple[int, LLMReading], Tensor]):
         return self[pair]
 
 
-def _read(reading: LLMReading, attention: AttentionCall, call: Call, mask: Tensor | None) -> Tensor:
-    """[..., B, L] for the rows of the current chunk; mask: as `attention_rows` takes it."""
+def _read(reading: LLMReading, attention: AttentionCall, call: Call, mask: Tensor | None, *, graph: bool) -> Tensor:
+    """[..., B, L] for the rows of the current chunk; mask: as `attention_rows` takes it. graph: something learns."""
     assert call.visual is not None and call.prompt is not None and call.text is not None
     valid = call.valid_rows()
     prompt = call.prompt & valid
     last = (torch.arange(call.rows, device=valid.device) * prompt).amax(1, keepdim=True)
     rows = QueryRows(prompt, call.visual & valid, call.text & valid, call.text_count, last, mask)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
         return reading.read(attention, rows)[..., -call.rows :]
 
 
