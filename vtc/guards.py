@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedCall, UnsupportedModel
+from vtc.installed import MethodWrapper
 
 BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Entry points of continuous batching: it packs prompts into one row and keeps a paged cache of its own."""
@@ -69,24 +70,16 @@ class BatchingBlock:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._before: dict[str, Any] = {}
-        self._placed: dict[str, Any] = {}
+        self._wrappers: list[MethodWrapper] = []
 
     def install(self) -> None:
         """Cover the entry points that the model has."""
-        own = self._model.__dict__
         for name in BATCHING:
             if hasattr(self._model, name):
-                self._before[name] = own.get(name)
-                own[name] = self._placed[name] = functools.partial(_refuse, name)
+                self._wrappers.append(MethodWrapper(self._model, name, functools.partial(_refuse, name)))
 
     def remove(self) -> None:
-        """Uncover them again, those that nobody replaced meanwhile."""
-        own = self._model.__dict__
-        for name, placed in self._placed.items():
-            if own.get(name) is placed:
-                if self._before[name] is None:
-                    del own[name]
-                else:
-                    own[name] = self._before[name]
-        self._placed = {}
+        """Uncover them again."""
+        for wrapper in self._wrappers:
+            wrapper.remove()
+        self._wrappers = []

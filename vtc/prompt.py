@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError, UnsupportedCall, shown
+from vtc.installed import MethodWrapper
 
 Lengths = int | Sequence[int] | Tensor
 """Tokens of every row, padding not counted: one number for all rows, or one for each prompt of the batch."""
@@ -146,27 +147,18 @@ class GenerateWatch:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._state = threading.local()
-        self._before: Any = None
-        self._wrapper: Any = None
+        self._wrapper: MethodWrapper | None = None
 
     def install(self) -> None:
         """Wrap generate() on the instance; models without one are left alone."""
         function = getattr(self._model, "generate", None)
-        if function is None:
-            return
-        self._before = self._model.__dict__.get("generate")
-        self._wrapper = self._wrap(function)
-        self._model.__dict__["generate"] = self._wrapper
+        if function is not None:
+            self._wrapper = MethodWrapper(self._model, "generate", self._noting(function))
 
     def remove(self) -> None:
-        """Restore the instance, unless somebody wrapped it again meanwhile: then ours passes through."""
-        wrapper, self._wrapper = self._wrapper, None
-        if wrapper is None or self._model.__dict__.get("generate") is not wrapper:
-            return
-        if self._before is None:
-            del self._model.__dict__["generate"]
-        else:
-            self._model.__dict__["generate"] = self._before
+        """Restore the instance."""
+        if self._wrapper is not None:
+            self._wrapper.remove()
 
     def limit(self, seen: int) -> int | None:
         """Columns of the coming chunk that are prompt, behind `seen` cached tokens; None outside generate()."""
@@ -176,15 +168,17 @@ class GenerateWatch:
         length, whole = noted
         return max(0, length - seen) if whole else length
 
-    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        state = self._state
+
         @functools.wraps(function)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            outer = getattr(self._state, "noted", None)
-            self._state.noted = outer if outer is not None else _given(*args[:1], **kwargs)
+            outer = getattr(state, "noted", None)
+            state.noted = outer if outer is not None else _given(*args[:1], **kwargs)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._state.noted = outer
+                state.noted = outer
 
         return generate
 
