@@ -35,13 +35,31 @@ def row_key(row: Record) -> RowKey:
     return row["cell"], row["task"], row["task_fp"], row["doc_id"], row["repeat"]
 
 
-FIELDS = {
-    "cells": {"cell", "label", "retention", "parameters"},
-    "rows": {"cell", "task", "task_fp", "doc_id", "repeat", "text"},
-    "metrics": {"cell", "task", "task_fp", "documents", "metrics"},
-    "failures": {"stage", "task", "task_fp", "cells", "doc_ids", "error", "reason"},
+TEXT, COUNT, SHARE, MAP, LIST = (str,), (int,), (int, float, type(None)), (dict,), (list,)
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "cells": {"cell": TEXT, "label": TEXT, "version": COUNT, "parameters": MAP, "retention": SHARE, "seed": COUNT},
+    "rows": {"cell": TEXT, "task": TEXT, "task_fp": TEXT, "doc_id": COUNT, "repeat": COUNT, "text": TEXT},
+    "metrics": {"cell": TEXT, "task": TEXT, "task_fp": TEXT, "documents": COUNT, "metrics": LIST},
+    "failures": {"stage": TEXT, "task": TEXT, "task_fp": TEXT, "cells": LIST, "doc_ids": LIST, "reason": TEXT},
 }
-"""What every line of a file has at least."""
+"""What every line of a file has at least, and of which type."""
+TASK: dict[str, tuple[type, ...]] = {
+    "fingerprint": TEXT, "documents": COUNT, "repeats": COUNT, "main_metric": TEXT, "cells": LIST,
+}  # fmt: skip
+RUN: dict[str, tuple[type, ...]] = {"model": MAP, "tasks": MAP, "sweeps": LIST}
+"""The same of a task in `run.json`, and of the whole of it."""
+
+
+def misfit(record: Any, fields: dict[str, tuple[type, ...]]) -> str:
+    """What keeps `record` from being one with these fields; empty if nothing does."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}, no mapping"
+    for name, types in fields.items():
+        if name not in record:
+            return f"it lacks {name!r}"
+        if not isinstance(record[name], types) or isinstance(record[name], bool):
+            return f"{name!r} is a {type(record[name]).__name__}"
+    return ""
 
 
 def read_lines(path: Path) -> Iterator[Record]:
@@ -58,9 +76,10 @@ def read_lines(path: Path) -> Iterator[Record]:
                     record = json.loads(line)
                 except ValueError as error:
                     raise InputError(f"{path}: line {number} is damaged ({error}); remove it and go on") from error
-                if not isinstance(record, dict) or not wanted <= record.keys():
-                    lacks = f"it lacks {min(wanted - record.keys())!r}" if isinstance(record, dict) else "no mapping"
-                    raise InputError(f"{path}: line {number} is no record of a sweep ({lacks}); remove it and go on")
+                wrong = misfit(record, wanted)
+                if wrong or not all(isinstance(entry, dict) for entry in record.get("metrics", ())):
+                    wrong = wrong or "a metric is no mapping"
+                    raise InputError(f"{path}: line {number} is no record of a sweep ({wrong}); remove it and go on")
                 yield record
 
 
@@ -90,8 +109,9 @@ class Store:
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not readable: {error}") from error
-        if not isinstance(content, dict) or not {"model", "tasks", "sweeps"} <= set(content):
-            raise InputError(f"{path} was not written by a sweep; choose another --out")
+        wrong = misfit(content, RUN) or next(filter(None, (misfit(t, TASK) for t in content["tasks"].values())), "")
+        if wrong:
+            raise InputError(f"{path} was not written by a sweep ({wrong}); choose another --out")
         return content
 
     def rows(self) -> Iterator[Record]:

@@ -58,7 +58,12 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path, half: str) -> None:
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     line = json.dumps(row(0))
-    for wrong, words in (('{"a":', "damaged"), ("[1]", "no record of a sweep"), ('{"cell": "c"}', "it lacks 'doc_id'")):
+    for wrong, words in (
+        ('{"a":', "damaged"),
+        ("[1]", "a list, no mapping"),
+        ('{"cell": "c"}', "it lacks 'task'"),
+        (line.replace('"doc_id": 0', '"doc_id": [0]'), "'doc_id' is a list"),
+    ):
         (tmp_path / "rows.jsonl").write_text(f"{line}\n{wrong}\n{line}\n")
         with pytest.raises(InputError, match=rf"rows\.jsonl: line 2 is .*{words}.*remove it and go on"):
             list(Store(tmp_path).rows())
@@ -148,7 +153,8 @@ def test_cells_are_recorded_once_and_the_last_metric_wins(tmp_path: Path) -> Non
     store = Store(tmp_path)
     metric = {"cell": "a", "task": "t", "task_fp": "f", "documents": 3, "metric": "m"}
     for value in (1, 2):
-        cells = [{"cell": key, "label": key, "retention": 1, "parameters": {}} for key in "aab"]
+        about = {"version": 1, "retention": 1, "parameters": {}, "seed": 0}
+        cells = [{"cell": key, "label": key, **about} for key in "aab"]
         with writing(store) as writer:
             writer.add_cells(cells)
             writer.add_metrics([{**metric, "value": value}])
