@@ -52,7 +52,7 @@ from vtc.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 
 CORE = ["arguments", "attach", "budget", "cache", "call", "compiled", "composite", "compressor", "encoder_stage"]
-CORE += ["engine", "inputs", "items", "outputs", "prompt", "registry", "stages", "taps", "vision", "visuals"]
+CORE += ["engine", "inputs", "items", "masks", "outputs", "prompt", "registry", "stages", "taps", "vision", "visuals"]
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
 INNER = FixedKeep(at=(2,))
@@ -232,6 +232,13 @@ def unread() -> None:
             return Selection(view.llm_attention(1, Rows.LAST) > 0)
 
     run(Asks((2,)))
+
+
+def router_statistics() -> None:
+    """A mixture of experts asked for its load-balancing loss."""
+    subject = tiny_model("qwen3-vl-moe")
+    with vtc.compress(subject, FixedKeep()), torch.no_grad():
+        subject(**tiny_inputs("qwen3-vl-moe", PAIR, model=subject), output_router_logits=True)
 
 
 def without_registry() -> None:
@@ -527,6 +534,10 @@ CASES: dict[str, Case] = {
     "mask": Case(
         lambda: run(FixedKeep(), four_dimensions),
         UnsupportedCall, "custom 4D masks", "are not supported", "needs a 2D attention mask [batch, length]",
+    ),
+    "router statistics": Case(
+        router_statistics,
+        UnsupportedCall, "output_router_logits=True", "weighs by the attention mask", "pass output_router_logits=False",
     ),
     # items
     "no pixels": Case(

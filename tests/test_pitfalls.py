@@ -33,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtc
 import vtc.engine
 import vtc.items
+import vtc.masks
 from vtc import adapters
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import EXPANDS_IN_ORDER
@@ -236,9 +237,9 @@ def test_phases_move_even_where_the_length_stays(clip: Any, limits: Any) -> None
 
 
 def test_masks_are_built_for_the_layer_they_serve(clip: Any, limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe, build = FixedKeep(at=(0, 2)), vtc.engine.create_causal_mask
+    probe, build = FixedKeep(at=(0, 2)), vtc.masks.create_causal_mask
     assert worst(clip, attaching(probe)) <= limits.logits
-    monkeypatch.setattr(vtc.engine, "create_causal_mask", lambda **given: build(**{**given, "layer_idx": 0}))
+    monkeypatch.setattr(vtc.masks, "create_causal_mask", lambda **given: build(**{**given, "layer_idx": 0}))
     with pytest.raises(RuntimeError, match="must match the size"):
         worst(clip, attaching(probe))
 
@@ -409,7 +410,7 @@ def test_a_generated_placeholder_is_text(clip: Any, limits: Any, monkeypatch: py
     logits = run(handle)
     assert float((logits - run(reference(clip, handle))).abs().max()) <= limits.logits
     monkeypatch.setattr(vtc.engine, "carries_media", lambda given: True)
-    with pytest.raises(UnsupportedCall, match="placeholders but no image"):
+    with pytest.raises(UnsupportedCall, match="visual tokens of a row lie outside the prompt"):
         run(vtc.compress(clip, FixedKeep(at=(0, 2))))
 
 

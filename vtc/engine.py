@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
@@ -38,40 +37,19 @@ from vtc.inputs import (
     mask_2d,
     placeholder_masks,
 )
-from vtc.layout import VisionContext
 from vtc.maker import Maker
+from vtc.masks import attention_of, group_mask, model_mask
 from vtc.notes import bounded, without_frames
 from vtc.open_calls import OpenCalls
-from vtc.ops.attention import soft_mask
 from vtc.outputs import align, asks_rows, check_attentions, check_labels
 from vtc.prompt import Bounds, GenerateWatch, Prompt, control_tokens
 from vtc.stages import StageRunner
+from vtc.thread_state import ThreadLoss, ThreadState
 from vtc.trace import CallRecord, Stats
 from vtc.vision import VisionRecorder
 from vtc.visuals import Visuals, host_counts
 
 OWNER = "_vtc_engine"
-
-
-class _State(threading.local):
-    """What one thread's current forward pass knows."""
-
-    labels: Tensor | None = None
-    placeholders: Tensor | None = None
-    control: Tensor | None = None
-    ids: Tensor | None = None
-    contexts: tuple[VisionContext, ...] = ()
-    call: Call | None = None
-    untouched: Call | None = None
-    seconds: float = 0.0
-    media: bool = False  # pixels went into the model and have not reached the language model yet
-    rows: bool = False  # the caller numbers output rows as in its input
-
-
-class _Loss(threading.local):
-    """What the method added to the loss in one thread's last forward pass; it outlives the block."""
-
-    value: Tensor | None = None
 
 
 def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +88,7 @@ class Engine:
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
         self.spec = adapter.spec
         self.stats, self.trace, self.errors = Stats(), list[CallRecord](), bounded()
-        self._loss, self._noting = _Loss(), threading.Lock()
+        self._loss, self._noting = ThreadLoss(), threading.Lock()
         self.module = method.module(self.spec)
         if self.module is not None:
             self.module.to(adapter.model.device)
@@ -119,7 +97,7 @@ class Engine:
         self.taps = self.stages.taps(adapter, functools.partial(lambda: self._state.call))
         self.placeholders, self.controls = adapter.placeholders, control_tokens(adapter.model)
         self.watch, self.bounds = GenerateWatch(adapter.model), bounds or Bounds()
-        self._state, self._open, self._warned = _State(), OpenCalls(), False
+        self._state, self._open, self._warned = ThreadState(), OpenCalls(), False
         self._handles: list[Any] = []
         self._blocks = (BatchingBlock(adapter.model), CopyGuard(adapter.model))
 
@@ -130,9 +108,10 @@ class Engine:
         if OWNER in adapter.model.__dict__:
             raise VTCError("this model already has a method attached; detach it first (leave its `with` block)")
         first = min([*self.stages.starts[1:], 1 if adapter.deepstack else len(adapter.layers)])
-        # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
-        layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or "flash" in self._attention()]
         language_model = adapter.language_model
+        # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
+        flash = "flash" in attention_of(language_model.config)
+        layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or flash]
         self._hooked = (adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers))
         check_compiled(self._hooked, language_model, inside=bool(layers))
         adapter.model.__dict__[OWNER] = self
@@ -169,7 +148,7 @@ class Engine:
             self.recorder.remove()
             self.taps.remove()
             del self.adapter.model.__dict__[OWNER]
-        self._state = _State()
+        self._state = ThreadState()
 
     @property
     def auxiliary_loss(self) -> Tensor | None:
@@ -233,7 +212,8 @@ class Engine:
             check_router(kwargs)
         hidden: Tensor = kwargs["inputs_embeds"]
         self.stages.check_checkpointing()
-        check_attentions(kwargs, self.adapter.language_model.config, self.pad_output and visuals is not None)
+        config = self.adapter.language_model.config
+        check_attentions(kwargs, config, self.pad_output and visuals is not None)
         call = state.call = self._begin(kwargs, visuals)
         call.deepstack = Deepstack.pop(kwargs)
         if visuals is not None:
@@ -242,7 +222,11 @@ class Engine:
         if mask is None and call.cache is None:
             # Without cache and mask, gapped position ids would be taken for several packed sequences.
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        kwargs |= {"inputs_embeds": hidden, "position_ids": positions, "attention_mask": self._mask(mask, hidden)}
+        kwargs |= {
+            "inputs_embeds": hidden,
+            "position_ids": positions,
+            "attention_mask": model_mask(config, mask, hidden),
+        }
         if call.cache is not None:
             call.cache.seen += call.length
         return args, kwargs
@@ -263,7 +247,7 @@ class Engine:
                 hidden = self.stages.run(index, call, hidden, self._state.contexts)
             positions, mask = call.enter(index, hidden.device)
             call.group_inputs = (
-                self._causal_mask(call, index, mask, hidden),
+                group_mask(self.adapter.language_model.config, call, index, mask, hidden),
                 self.adapter.language_model.rotary_emb(hidden, positions),
             )
         kwargs["position_ids"] = None  # rotary phases come from position_embeddings; ids only feed packing detection
@@ -353,32 +337,6 @@ class Engine:
     def maker(self) -> Maker:
         """What the caches of this engine say filled them."""
         return Maker.of(self.method, self.plan, self.budget, self.positions)
-
-    def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-        """A 2D mask as the model takes it; for one new token under SDPA the finished 4D mask, which saves a sync."""
-        if mask is None or hidden.shape[1] > 1 or self._attention() != "sdpa":
-            return mask
-        return mask[:, None, None, :]
-
-    def _causal_mask(self, call: Call, index: int, mask: Tensor | None, hidden: Tensor) -> Any:
-        """What the layers from `index` on take as attention mask; additive [B, 1, L, L] under soft masks."""
-        if call.weights is not None and self._attention() not in ("sdpa", "eager"):
-            raise UnsupportedCall(
-                f"soft masks need attention that takes an additive mask, not {self._attention()!r}; load the model "
-                "with attn_implementation='sdpa'"
-            )
-        causal = create_causal_mask(
-            config=self.adapter.language_model.config,
-            inputs_embeds=hidden,
-            attention_mask=self._mask(mask, hidden),
-            past_key_values=call.cache,
-            position_ids=None,
-            layer_idx=index,
-        )
-        return causal if call.weights is None else soft_mask(call.weights, causal, hidden.dtype)
-
-    def _attention(self) -> str:
-        return self.adapter.language_model.config._attn_implementation or ""
 
     def _pass(self, kwargs: dict[str, Any], visuals: Visuals) -> None:
         """Note a call whose budget keeps everything; the model runs it untouched."""
