@@ -23,8 +23,7 @@ from vtc.compressor import Compressor
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
-from vtc.logits import FiniteLogits
-from vtc.ops.checks import checking
+from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import prepare
 from vtc.prompt import system_length
 

@@ -16,8 +16,7 @@ from vtc.attach import compress
 from vtc.compressor import Compressor
 from vtc.images import open_image
 from vtc.loading import Loaded
-from vtc.logits import FiniteLogits
-from vtc.ops.checks import checking
+from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import Chat, on_device, prepare
 from vtc.prompt import system_length
 

@@ -22,9 +22,8 @@ from vtc.eval.scoring import NotFinite, NotScored, score
 from vtc.eval.spec import make_spec
 from vtc.eval.store import Store
 from vtc.eval.sweep import SweepResult, run_sweep
-from vtc.logits import FiniteLogits
+from vtc.nonsense import FiniteLogits, checking
 from vtc.ops import greedy, select
-from vtc.ops.checks import checking
 from vtc.registry import METHODS
 from vtc.view import StageView
 
@@ -156,11 +155,13 @@ def test_nobody_looks_at_scores_after_the_first_batch(
 ) -> None:
     from vtc.ops import checks
 
-    names: list[str | None] = []
+    looked: list[bool] = []
     original = select.numbers
-    monkeypatch.setattr(select, "numbers", lambda *given: names.append(checks._checked.get()) or original(*given))
+    monkeypatch.setattr(
+        select, "numbers", lambda *given: looked.append(checks.looking.get() is not None) or original(*given)
+    )
     sweep()
-    assert names == ["random", None]
+    assert looked == [True, False]
 
 
 @pytest.mark.parametrize(
