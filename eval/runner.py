@@ -23,6 +23,7 @@ from vtc.compressor import Compressor
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
+from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import prepare
 from vtc.prompt import system_length
 
@@ -75,6 +76,7 @@ class Runner:
         self.loaded = loaded
         self.model = loaded.model
         self.processor = loaded.processor
+        self._checked: set[str] = set()  # cells whose method has ranked by numbers once
         if not getattr(self.processor, "chat_template", None):
             raise UnsupportedModel(f"{loaded.name!r} has no chat template, so its prompts cannot be written")
 
@@ -118,7 +120,9 @@ class Runner:
         """The B answers of `cell`. `seed` is used by sampling only.
 
         Raises:
-            Exception: whatever the method or the model raises; nothing is answered in its place.
+            VTCError: the next token was picked by scores that are NaN, or the method ranks by NaN, which is looked for
+                in the first batch of each cell.
+            Exception: whatever else the method or the model raises; nothing is answered in its place.
         """
         start = time.perf_counter()
         kept: Sequence[float] = batch.visual_tokens
@@ -126,7 +130,7 @@ class Runner:
         if cell.compressor is None:
             new = self._generate(batch, generation, seed)
         else:
-            with self._compressed(cell.compressor, cell) as handle:
+            with self._compressed(cell.compressor, cell) as handle, self._checking_once(cell):
                 handle.system_length = batch.system_lengths
                 new = self._generate(batch, generation, seed)
                 if any(batch.visual_tokens):
@@ -152,11 +156,21 @@ class Runner:
             )
         ]
 
+    @contextlib.contextmanager
+    def _checking_once(self, cell: Cell) -> Iterator[None]:
+        """Looks for NaN among what the method ranks by, in the first call for `cell` that succeeds."""
+        key = cell.key()
+        with contextlib.nullcontext() if key in self._checked else checking(cell.label):
+            yield
+        self._checked.add(key)
+
     @torch.inference_mode()
     def _generate(self, batch: Batch, generation: Generation, seed: int) -> Tensor:
         """The new token ids, (B, S)."""
         with _seeded(seed, self.model.device) if generation.samples else contextlib.nullcontext():
-            output = self.model.generate(**batch.inputs, **generation.arguments)
+            logits = FiniteLogits()
+            output = self.model.generate(**batch.inputs, **generation.arguments, logits_processor=[logits])
+        logits.check(f"{len(batch)} questions")
         new: Tensor = output[:, batch.inputs["input_ids"].shape[1] :]
         if new.shape[0] != len(batch):
             raise InputError(f"{new.shape[0]} answers to {len(batch)} questions; set num_return_sequences to 1")

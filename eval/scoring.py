@@ -6,15 +6,18 @@ are those of a plain lmms-eval run. Answering and scoring are separate: a new me
 
 from __future__ import annotations
 
-import argparse
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vtc.errors import InputError, VTCError
+from vtc.eval.aggregation import Aggregation, aggregations, arguments, collecting
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.quiet import muted
 from vtc.eval.statistics import Outcomes, Paired, interval, paired
@@ -30,27 +33,41 @@ class Scored:
     outcomes: Outcomes
 
 
-def score(task: SweepTask, rows: Sequence[Record], documents: int) -> dict[str, Scored]:
+class NotScored(InputError):
+    """A task without a metric that is a number."""
+
+
+class NotFinite(VTCError):
+    """A metric that is NaN or infinite."""
+
+
+def score(task: SweepTask, rows: Sequence[Record], documents: int, side_files: Path | None = None) -> dict[str, Scored]:
     """The metrics of one cell from its answers to the first `documents` documents, by name.
 
     A metric under a filter other than lmms-eval's default is called ``metric,filter``. Metrics whose aggregate is not a
-    number (predictions written to a file for a server, for instance) are left out.
+    number (predictions written to a file for a server, for instance) are left out. What the task's code writes beside
+    its numbers replaces the folder `side_files`; without one it is thrown away.
 
     Raises:
+        NotScored: no metric is a number.
+        NotFinite: a metric is NaN or infinite.
         Exception: whatever the task's scoring code raises.
     """
     replay = _replay({(row["doc_id"], row["repeat"]): row["text"] for row in rows})
     with muted():
         from lmms_eval.evaluator import evaluate
 
-        result = evaluate(
-            lm=replay,
-            task_dict={task.name: task.lmms},
-            limit=documents,
-            bootstrap_iters=0,
-            process_docs_parallel=1,
-            cli_args=argparse.Namespace(process_with_media=False, reasoning_tags=None),
-        )
+    with collecting(side_files) as output, muted():
+        given = arguments(task.name, output)
+        with aggregations(task.lmms, given) as aggregated:
+            result = evaluate(
+                lm=replay,
+                task_dict={task.name: task.lmms},
+                limit=documents,
+                bootstrap_iters=0,
+                process_docs_parallel=1,
+                cli_args=given,
+            )
     samples = result["samples"][task.name]
     values = {k: v for k, v in result["results"][task.name].items() if "," in k and "_stderr" not in k}
     filters = list(dict.fromkeys(key.split(",", 1)[1] for key in values))
@@ -63,9 +80,29 @@ def score(task: SweepTask, rows: Sequence[Record], documents: int) -> dict[str, 
             having = [sample for sample in samples[start : start + documents] if metric in sample]
             label = metric if name == "none" else key
             scored[label] = Scored(
-                float(value), tuple(s["doc_id"] for s in having), _outcomes(task, metric, having, float(value))
+                float(value),
+                tuple(s["doc_id"] for s in having),
+                _outcomes(task, aggregated[metric], metric, having, float(value)),
             )
+    _check(task, values, scored)
     return scored
+
+
+def _check(task: SweepTask, values: Mapping[str, Any], scored: Mapping[str, Scored]) -> None:
+    if not scored:
+        declared = task.lmms.aggregation()
+        found = {key.split(",")[0]: type(value).__name__ for key, value in values.items()}
+        kinds = ", ".join(f"{metric} is {kind}" for metric, kind in found.items() if metric in declared)
+        raise NotScored(
+            f"task {task.name!r} has no metric that is a number ({kinds or 'no metric has a value'}), so cells "
+            "cannot be compared on it; choose a split whose answers are public"
+        )
+    wrong = [f"{metric} is {entry.value}" for metric, entry in scored.items() if not math.isfinite(entry.value)]
+    if wrong:
+        raise NotFinite(
+            f"task {task.name!r}: {', '.join(wrong)}, which cannot be compared; ask more questions of it, or mend the "
+            "metric"
+        )
 
 
 def _position(declared: Sequence[str], metric: str) -> int:
@@ -106,11 +143,13 @@ def _replay(texts: Mapping[tuple[int, int], str]) -> Any:
     return replay
 
 
-def _outcomes(task: SweepTask, metric: str, samples: Sequence[Mapping[str, Any]], value: float) -> Outcomes:
+def _outcomes(
+    task: SweepTask, aggregation: Aggregation, metric: str, samples: Sequence[Mapping[str, Any]], value: float
+) -> Outcomes:
     """The documents' outcomes in `metric`, which aggregate to `value`."""
-    aggregate = task.lmms.aggregation()[metric]
     score_key, cluster_key = task.lmms.config.score_key, task.lmms.config.cluster_key
     items = [sample[metric] for sample in samples]
+    aggregate = aggregation.known(items, value)
     numbers = [item.get(score_key) if isinstance(item, Mapping) else item for item in items]
     scores, scale = None, 1.0
     if all(isinstance(number, Real) for number in numbers):
@@ -144,22 +183,29 @@ def _cluster(item: Any, sample: Mapping[str, Any], cluster_key: str) -> Hashable
 
 
 def metric_records(
-    task: SweepTask, cell: str, documents: int, rows: Sequence[Record], baseline: Mapping[str, Scored] | None
+    task: SweepTask,
+    cell: str,
+    documents: int,
+    rows: Sequence[Record],
+    baseline: Mapping[str, Scored] | None,
+    folder: Path | None = None,
 ) -> tuple[dict[str, Scored], list[Record]]:
     """Score one cell and describe each metric as a line of `metrics.jsonl`.
 
     `rows` are the cell's answers to the first `documents` documents; `baseline` the scored baseline to compare with,
-    None for the baseline itself or where it is incomplete.
+    None for the baseline itself or where it is incomplete. Side files of the task's scoring, such as submissions to a
+    server, go to ``folder/submissions/CELL/TASK``.
     """
-    scored = score(task, rows, documents)
+    scored = score(task, rows, documents, folder and folder / "submissions" / cell / task.name)
     better = task.lmms.higher_is_better()
     tokens = {row["doc_id"]: (row["visual_tokens_in"], row["visual_tokens_kept"]) for row in rows}
     records = []
     for metric, result in scored.items():
         if not result.doc_ids:
             continue
-        ends = interval(result.outcomes)
-        against = _against(result, baseline.get(metric)) if baseline is not None else None
+        with muted():  # the task's code may speak on every resample
+            ends = interval(result.outcomes)
+            against = _against(result, baseline.get(metric)) if baseline is not None else None
         visual = np.array([tokens[doc_id] for doc_id in result.doc_ids], dtype=np.float64).mean(axis=0)
         scores = result.outcomes.scores
         records.append(

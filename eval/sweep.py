@@ -15,6 +15,7 @@ from vtc.eval.execute import Item, Worker, missing, plan, run_local
 from vtc.eval.failures import FAULTS, failed_alone, failure_record, unanswered
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
 from vtc.eval.progress import SilentProgress
+from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
 from vtc.eval.results import Results
 from vtc.eval.runner import Runner, few_threads
@@ -53,6 +54,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     for task in tasks:
         task.generation(spec.generation)
         task.probe()
+        rehearse(task, progress.note)
     progress.note(f"loading {spec.model}")
     loaded = loading.load(
         spec.model,
@@ -153,7 +155,7 @@ def _score(task: SweepTask, n: int, baseline: str, writer: Writer, progress: Sil
     reference: dict[str, Scored] | None = None
     for key in todo:
         try:
-            scored, records = metric_records(scoring, key, len(doc_ids), rows[key], reference)
+            scored, records = metric_records(scoring, key, len(doc_ids), rows[key], reference, writer.store.folder)
         except FAULTS as error:
             failures.append(failure_record("score", task.key, (key,), (), root_cause(error)))
             writer.add_failure(failures[-1])

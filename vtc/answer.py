@@ -16,6 +16,7 @@ from vtc.attach import compress
 from vtc.compressor import Compressor
 from vtc.images import open_image
 from vtc.loading import Loaded
+from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import Chat, on_device, prepare
 from vtc.prompt import system_length
 
@@ -52,7 +53,8 @@ def answer(
     """Answer `prompt` about `images` and `videos`, greedily; method None runs the untouched model.
 
     videos: decoded clips, see `vtc.eval.media.read_video`. options: further arguments of `vtc.compress`, with
-    hyper-parameters. Raises InputError for what the model's processor refuses, see `vtc.preparation`.
+    hyper-parameters. Raises InputError for what the model's processor refuses, see `vtc.preparation`, and VTCError
+    where the model or the method computes NaN.
     """
     model, processor = loaded.model, loaded.processor
     media = [{"type": "image", "image": image} for image in images] + [{"type": "video", "video": v} for v in videos]
@@ -64,8 +66,11 @@ def answer(
         options = {"system_length": system_length(processor, chat), "processor": processor, **options}
         attached = compress(model, method, retention=retention, keep=keep, **options)
     start = time.perf_counter()
-    with attached or nullcontext():
-        ids = on_device(model, lambda: model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False))
+    logits = FiniteLogits()
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "logits_processor": [logits]}
+    with attached or nullcontext(), checking(getattr(method, "name", str(method))):
+        ids = on_device(model, lambda: model.generate(**inputs, **settings))
+    logits.check("the question")
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     reply = processor.batch_decode(ids[:, length:], skip_special_tokens=True)[0].strip()

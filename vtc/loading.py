@@ -14,6 +14,7 @@ import torch
 
 from vtc import adapters
 from vtc.checkpoint import digests
+from vtc.completeness import check_weights
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
 from vtc.eval import tiny
 
@@ -77,7 +78,10 @@ def load(
             warnings.simplefilter("ignore")  # advice about image-processor back ends
             processor = AutoProcessor.from_pretrained(path, revision=revision)
             _check_processor(name, processor)
-            model = AutoModelForImageTextToText.from_pretrained(path, config=config, **options)
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                path, config=config, output_loading_info=True, **options
+            )
+            check_weights(name, model, report)
             if device_map is None:
                 model = model.to(device)
     except VTCError:

@@ -37,7 +37,9 @@ def mean(items):
 
 
 def broken(doc, results):
-    raise RuntimeError("no judge")
+    if results[0] not in ("", "yes"):  # a rehearsal with made-up answers passes
+        raise RuntimeError("no judge")
+    return {"accuracy": {"score": 0.0, "scene": "0", "guess": ""}}
 """
 
 TASK_YAML = """

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vtc.ops.checks import numbers
 from vtc.ops.hashing import fingerprint, uniform
 from vtc.ops.select import first_best, take_rows
 
@@ -80,6 +81,7 @@ def kmeans(
     centres its labels were computed from; one that never does ends with centres one update newer. A cluster without
     members keeps its centre; equal distances go to the lower cluster.
     """
+    tokens = numbers(tokens, mask)
     scale = _scale(tokens, mask)
     flat = start.flatten(1)
     centres = (take_rows(tokens, flat).float() * scale.gather(1, flat)[..., None]).view(*start.shape, -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.attention import CHUNK, attention_rows
+from vtc.ops.checks import numbers
 from vtc.ops.select import group_sizes, settle, top_k_of_groups
 
 LIMIT = 2**24
@@ -60,6 +61,7 @@ def dual_filter(total: Tensor, peak: Tensor, gamma: float, alpha: float, mask: T
     than the share `gamma` of what all tokens of its item draw, and no text token pays it `alpha` or more.
     """
     total = total.float().masked_fill(~mask, 0.0)
+    total, peak = numbers(total, mask), numbers(peak, mask)
     return mask & ((total >= gamma * total.sum(1, keepdim=True)) | (peak.float() >= alpha))
 
 

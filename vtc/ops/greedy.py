@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.checks import numbers
 from vtc.ops.select import TIE, first_best
 
 CHUNK = 4096
@@ -23,7 +24,7 @@ def best(scores: Tensor, mask: Tensor) -> Tensor:
     >>> best(torch.tensor([[1.0, 3.0, 3.0, 9.0]]), torch.tensor([[True, True, True, False]])).tolist()
     [1]
     """
-    return first_best(scores.masked_fill(~mask, -torch.inf))
+    return first_best(numbers(scores, mask).masked_fill(~mask, -torch.inf))
 
 
 def chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor
     >>> max_sum(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
     [[0, 1, 3]]
     """
-    return _walk(_unit(features), start, steps, mask, farthest=False)
+    return _walk(_unit(numbers(features, mask)), start, steps, mask, farthest=False)
 
 
 def k_center(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def k_center(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tenso
     >>> k_center(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
     [[0, 1, 2]]
     """
-    return _walk(_unit(features), start, steps, mask, farthest=True)
+    return _walk(_unit(numbers(features, mask)), start, steps, mask, farthest=True)
 
 
 def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
 
     Arguments as in `max_sum`. Streams over the tokens, N^2 D operations in all.
     """
-    unit = _unit(features)
+    unit = _unit(numbers(features, mask))
     items, length = mask.shape
     steps = torch.arange(length, device=mask.device)
     nearest = []
@@ -111,7 +112,8 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
     directions are kept as an orthonormal basis, [D, D] at most, instead of the Cholesky rows [steps, N]. Returns the
     order as `max_sum` does.
     """
-    unit, quality = _unit(features), quality.detach().float().nan_to_num()
+    unit = _unit(numbers(features, mask))
+    quality = numbers(quality, mask).detach().float().nan_to_num()
     item = torch.arange(len(unit), device=unit.device)
     left, residual, worth = mask, unit.norm(dim=2).square(), quality.square()
     basis = unit.new_zeros(len(unit), min(steps, unit.shape[2]), unit.shape[2])

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vtc.ops.checks import numbers
+
 Order = Literal["similarity", "index"]
 BLOCK = 2**25
 """Numbers of a similarity block or of a channel slice held at once (128 MiB in float32)."""
@@ -67,7 +69,8 @@ def best_match(metric: Tensor, counts: Tensor, *, protected: int = 0) -> tuple[T
         partner.append(index)
         similarity.append(value)
     proposes = (2 * places < counts[:, None]) & (2 * places >= protected)
-    return torch.cat(partner, 1), torch.cat(similarity, 1).masked_fill(~proposes, -torch.inf)
+    rated = numbers(torch.cat(similarity, 1), proposes).masked_fill(~proposes, -torch.inf)
+    return torch.cat(partner, 1), rated
 
 
 def _unit(rows: Tensor) -> Tensor:

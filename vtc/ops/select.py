@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtc.ops.checks import numbers
+
 TIE = 1e-6
 """Scores that differ by no more than this share of their magnitude are equal: rounding told them apart."""
 
@@ -23,6 +25,7 @@ def settle(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if not scores.is_floating_point() or not scores.shape[1]:
         return scores
+    scores = numbers(scores, mask)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True, stable=True)

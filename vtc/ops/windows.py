@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtc.ops.checks import numbers
 from vtc.ops.select import take_rows
 
 EPSILON = 1e-8
@@ -86,7 +87,7 @@ def window_similarity(x: Tensor, members: Tensor, whole: Tensor) -> Tensor:
         row = take_rows(x, member).float()
         row = row / row.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
         total, own = total + row, own + row.square().sum(-1)
-    return ((total.square().sum(-1) - own) / (size * (size - 1))).masked_fill(~whole, APART)
+    return numbers((total.square().sum(-1) - own) / (size * (size - 1)), whole).masked_fill(~whole, APART)
 
 
 def merge_windows(x: Tensor, members: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
