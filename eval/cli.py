@@ -240,6 +240,8 @@ def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult 
             say(console_title(results, task))
             console.print(console_table(results, task, console.width), crop=False, no_wrap=True, overflow="ignore")
             say(NOTE)
+    for lost in results.unanswered:
+        say(f"left out: {lost.task}, document {lost.doc_id}: {lost.reason}")
     for entry in results.incomplete:
         cell = f"{entry.task}, {entry.method} at {nominal(entry.retention)}"
         say(f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}")

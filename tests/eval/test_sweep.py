@@ -20,7 +20,7 @@ from vtc.compressor import ScoringCompressor, StageView
 from vtc.errors import InputError, UnknownName, UnsupportedMethod
 from vtc.eval.progress import SilentProgress
 from vtc.eval.spec import make_spec
-from vtc.eval.store import Store, row_key
+from vtc.eval.store import Store, Writer, row_key
 from vtc.eval.sweep import SweepResult, run_sweep
 from vtc.registry import METHODS
 
@@ -231,6 +231,48 @@ def test_a_store_of_another_sweep_is_not_mixed_in(
     with pytest.raises(InputError, match="task 'blobs' as it was before its settings, code or data changed"):
         sweep(include_path=[folder], limit=2)
     assert answers(tmp_path / "out") == before and len(Store(tmp_path / "out").run()["sweeps"]) == 1
+
+
+def test_one_bad_document_costs_no_other(
+    sweep: Callable[..., SweepResult], tmp_path: Path, write_task: WriteTask
+) -> None:
+    """It is named, left out of every metric, and asked once more by every later run."""
+    folder = write_task(tmp_path / "tasks")
+    lines = (folder / "blobs.jsonl").read_text().splitlines()
+    lines[5] = lines[5].replace("Where is", "Where is the <image> of")
+    (folder / "blobs.jsonl").write_text("\n".join(lines) + "\n")
+    settings: dict[str, Any] = {"include_path": [folder], "methods": ["random"], "retentions": [0.1]}
+    result = sweep(**settings)
+    assert [(f["stage"], f["doc_ids"]) for f in result.failures] == [("prepare", [5])]
+    assert {row[3] for row in answers(result.folder)} == set(range(10)) - {5} and result.answered == 18
+    assert [(entry.task, entry.doc_id) for entry in result.results.unanswered] == [("blobs", 5)]
+    assert "'<image>'" in result.results.unanswered[0].reason and not result.results.incomplete
+    accuracy = [line for line in result.results.lines if line["metric"] == "accuracy"]
+    assert [(line["method"], line["n"]) for line in accuracy] == [("none", 9), ("random", 9)]
+    again = sweep(**settings)
+    assert again.answered == 0 and len(again.failures) == 1 and again.results.lines == result.results.lines
+    grown = sweep(**settings | {"methods": ["random", "stride"]})
+    assert grown.answered == 9 and len({line["n"] for line in grown.results.lines if line["metric"] == "accuracy"}) == 1
+
+
+def test_killed_before_the_first_answer_another_seed_is_refused(
+    sweep: Callable[..., SweepResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is written first says whose it is, and the untouched model never goes missing."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("add_cells", "save_run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                sweep(limit=2)
+    assert Store(tmp_path / "out").exists
+    with pytest.raises(InputError, match="holds a sweep with seed 0, not 1"):
+        sweep(limit=2, seed=1)
+    result = sweep(limit=2)
+    assert {line["method"] for line in result.results.lines} == {"none", "random", "vtc_cls"}
 
 
 def test_sampling_tasks_resume_to_the_same_draws(
