@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vtc.ops
 from vtc.ops.attention import attention_received, attention_rows
+from vtc.ops.checks import numbers
 from vtc.ops.grid import absorbing_cell, cell_centres, output_grid, output_raster, pool_grid, split_budget, strided
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
 from vtc.ops.select import (
@@ -489,6 +490,7 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "fingerprint": lambda: fingerprint(example(2, 3, 5)),
     "joint_fingerprint": lambda: joint_fingerprint(example(5, high=3), [2, 3]),
     "uniform": lambda: uniform(example(2, high=9), example(2, 4, high=4), 3),
+    "numbers": lambda: numbers(example(2, 4), MARKS),
     "settle": lambda: settle(example(2, 4), MARKS),
     "first_best": lambda: first_best(example(2, 4)),
     "top_k": lambda: top_k(example(2, 4), torch.tensor([1, 3]), MARKS),
