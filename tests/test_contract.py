@@ -72,8 +72,9 @@ def test_every_model_serves_every_kind_of_stage(probe: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_every_model_passes_the_whole_check(name: str) -> None:
+@pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl"])
+def test_the_whole_check_of_an_adapter_passes(name: str) -> None:
+    """What authors of adapters run; its stages are those of the tests above, which run on every model."""
     cells = check_adapter(name, steps=STEPS)
     verify(cells, name)
     assert {cell.method for cell in cells} == {"fixed_keep", "last_row_top_k"}
