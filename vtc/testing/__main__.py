@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -32,16 +34,23 @@ Limit {limit:.0e}.
 """
 
 
-def main(models: Sequence[str]) -> None:
-    """Check every method and every stage on `models`; one table by method, one by check."""
+def check(model: str) -> list[Deviation]:
+    """Every method and every stage on one model."""
     torch.set_num_threads(1)
     cells: list[Deviation] = []
-    for model in models:
-        for name in list_methods():
-            method = create(name, **OPTIONS.get(name, {}))
-            cells += check_method(method, models=[model], steps=STEPS, retention=RETENTION)
-        cells += check_adapter(model, steps=STEPS)
-        print(f"{model}: {len(cells)} comparisons so far", file=sys.stderr, flush=True)
+    for name in list_methods():
+        method = create(name, **OPTIONS.get(name, {}))
+        cells += check_method(method, models=[model], steps=STEPS, retention=RETENTION)
+    return cells + check_adapter(model, steps=STEPS)
+
+
+def main(models: Sequence[str]) -> None:
+    """Check every method and every stage on `models`, one in each process; one table by method, one by check."""
+    cells: list[Deviation] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for model, found in zip(models, pool.map(check, models), strict=True):
+            cells += found
+            print(f"{model}: {len(cells)} comparisons so far", file=sys.stderr, flush=True)
     facts = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
     limit = max(cell.limit for cell in cells)
     print(HEAD.format(count=len(cells), retention=RETENTION, steps=STEPS, limit=limit, **facts))
