@@ -25,8 +25,8 @@ from vtc.testing import (
     tiny_inputs,
     tiny_model,
 )
-from vtc.testing.__main__ import OPTIONS
 from vtc.testing.contract import LIMIT, MODES, modes, no_trace
+from vtc.testing.everything import OPTIONS
 
 STEPS = 3  # generated tokens: a wrong mask shows at the first, a wrong cache or position at the second
 

@@ -15,8 +15,8 @@ from vtc.compressor import Compressor, StageView
 from vtc.items import ItemTable
 from vtc.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model
-from vtc.testing.__main__ import OPTIONS
 from vtc.testing.contract import with_fresh_weights
+from vtc.testing.everything import OPTIONS
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
 READS = {

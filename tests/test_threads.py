@@ -15,8 +15,8 @@ import vtc
 from vtc import adapters
 from vtc.compressor import Compressor, EncoderStage
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
-from vtc.testing.__main__ import OPTIONS
 from vtc.testing.contract import with_fresh_weights
+from vtc.testing.everything import OPTIONS
 
 CLIP, QWEN = "llava-clip", "qwen2.5-vl"
 LAYOUTS: list[list[list[Any]]] = [

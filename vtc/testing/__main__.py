@@ -6,20 +6,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 import transformers
 
-from vtc.registry import create, list_methods
-from vtc.testing.contract import Deviation, check_adapter, check_method
+from vtc.testing.contract import Deviation
+from vtc.testing.everything import RETENTION, STEPS, check
 from vtc.testing.models import TINY_MODELS
-
-STEPS, RETENTION = 4, 0.7
-
-
-OPTIONS: dict[str, dict[str, Any]] = {"vqtoken": {"resample": True}}
-"""What methods need on rasters as small as these."""
 
 HEAD = """# Contract: worst difference of logits per cell
 
@@ -32,16 +25,6 @@ command fail. torch {torch}, transformers {transformers}.
 
 Limit {limit:.0e}.
 """
-
-
-def check(model: str) -> list[Deviation]:
-    """Every method and every stage on one model."""
-    torch.set_num_threads(1)
-    cells: list[Deviation] = []
-    for name in list_methods():
-        method = create(name, **OPTIONS.get(name, {}))
-        cells += check_method(method, models=[model], steps=STEPS, retention=RETENTION)
-    return cells + check_adapter(model, steps=STEPS)
 
 
 def main(models: Sequence[str]) -> None:
