@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from types import FunctionType
+from collections import OrderedDict
+from types import FunctionType, NoneType
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,14 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+PLAIN = frozenset((dict, OrderedDict, set, bool, int, float, str, tuple, NoneType))
+"""Types of what most attributes of a module are, so that marking a large model takes no time."""
+
+
 def _ours(value: Any) -> bool:
     """True for a hook, a wrapper or an object of this library."""
+    if type(value) in PLAIN:
+        return False
     while True:
         inner = getattr(value, "func", None) if isinstance(value, functools.partial) else None
         inner = getattr(value, "__func__", None) if inner is None else inner
