@@ -6,19 +6,32 @@ from typing import Any
 
 import torch
 
+from vtc import adapters
+from vtc.compressor import CacheStage
 from vtc.registry import create, list_methods
-from vtc.testing.contract import Deviation, check_adapter, check_method
+from vtc.testing.contract import Deviation, check_method
+from vtc.testing.models import tiny_model
+from vtc.testing.probes import FixedKeep, LastRowTopK
 
-STEPS, RETENTION = 4, 0.7
+STEPS, RETENTION = 3, 0.7
+MODES = ("greedy", "beam 3", "no cache")
 OPTIONS: dict[str, dict[str, Any]] = {"vqtoken": {"resample": True}}
 """What methods need on rasters as small as those of the tiny models."""
+PROBES = (FixedKeep(at=(0, 1, 3)), FixedKeep(at=(1, CacheStage(2))), LastRowTopK())
+"""Methods that act at every kind of stage, for what no registered method does on some model."""
 
 
 def check(model: str) -> list[Deviation]:
-    """Every method and every stage on one model, on one thread."""
+    """Every method with its own position policy and in `MODES`, and `PROBES` with all of both; on one thread."""
     torch.set_num_threads(1)
+    spec = adapters.of(tiny_model(model)).spec
     cells: list[Deviation] = []
     for name in list_methods():
         method = create(name, **OPTIONS.get(name, {}))
-        cells += check_method(method, models=[model], steps=STEPS, retention=RETENTION)
-    return cells + check_adapter(model, steps=STEPS)
+        policies = [method.plan(spec).positions]
+        cells += check_method(
+            method, models=[model], steps=STEPS, retention=RETENTION, policies=policies, generation=MODES
+        )
+    for probe in PROBES:
+        cells += check_method(probe, models=[model], steps=STEPS, retention=RETENTION)
+    return cells
