@@ -17,9 +17,10 @@ from vtc.testing.models import TINY_MODELS
 HEAD = """# Contract: worst difference of logits per cell
 
 Made by `python -m vtc.testing`: {count} comparisons on tiny random models of every family, float32, one CPU thread,
-retention {retention}, {steps} decode steps, images and videos; learned methods with fresh weights. Methods run with their
-own position policy, greedy, with beams and without a cache; the probes `fixed_keep` and `last_row_top_k`, which act at
-every kind of stage, with all policies and modes. A cell above its limit makes the command fail. torch {torch}, transformers {transformers}.
+retention {retention}, {steps} decode steps, images and videos; learned methods with fresh weights. Methods run with
+their own position policy, greedy, with beams and without a cache; the probes `fixed_keep` and `last_row_top_k`, which
+act at every kind of stage, with all policies and modes. A cell above its limit makes the command fail.
+torch {torch}, transformers {transformers}.
 
 ## By method
 
