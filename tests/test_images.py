@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from vtc.errors import InputError
-from vtc.images import name_of, open_image, pillow_defaults
+from vtc.images import PIXELS, name_of, open_image, pillow_defaults
 
 RAW = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 ORIENTATION = 0x0112
@@ -46,9 +46,8 @@ def gradient(kind: type) -> Any:
 @pytest.fixture(params=[False, True], ids=["strict", "lenient"])
 def process_state(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pillow as shipped, and as lmms-eval and its tasks leave it."""
-    if request.param:
-        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", request.param)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None if request.param else PIXELS)
     yield
     assert request.param == ImageFile.LOAD_TRUNCATED_IMAGES
     assert request.param == (Image.MAX_IMAGE_PIXELS is None)

@@ -74,7 +74,7 @@ class Compressor(ABC):
 
     def described(self) -> dict[str, Any]:
         """What results depend on beside the version: the hyper-parameters, and the contents of files they name."""
-        return dataclasses.asdict(self)
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self) if field.compare}
 
     @property
     def needs_budget(self) -> bool:
@@ -117,6 +117,13 @@ class Compressor(ABC):
     @abstractmethod
     def select(self, view: StageView) -> Selection | None:
         """Choose the tokens that pass `view.stage`; None keeps everything."""
+
+
+def _plain(value: Any) -> Any:
+    """A hyper-parameter without dataclasses in it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
 Scope = Literal["item", "crop"]
