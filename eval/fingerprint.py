@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vtc.checkpoint import content_digest
+
 
 def task_fingerprint(config: Mapping[str, Any], documents: Any, profile: str) -> str:
     """16 hexadecimal digits of a task's settings, the source files of its functions, its data and its prompt profile.
@@ -19,7 +21,7 @@ def task_fingerprint(config: Mapping[str, Any], documents: Any, profile: str) ->
     settings = dict(config)
     kwargs = dict(settings.pop("dataset_kwargs") or {})
     files = list(_paths(kwargs.pop("data_files", None)))
-    data = [_file_digest(file) for file in files] or _cached_data(documents)
+    data = [content_digest(file) for file in files] or _cached_data(documents)
     content = {"settings": settings, "dataset_kwargs": kwargs, "data": data, "n": len(documents), "profile": profile}
     canonical = json.dumps(content, sort_keys=True, default=_stable)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -44,11 +46,6 @@ def _cached_data(documents: Any) -> list[str]:
     return sorted(f"{file.parent.name}:{file.stat().st_size}" for file in files)
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _stable(value: Any) -> str:
     """A function by the content of the file it is defined in; any other object by its type and attributes."""
     while isinstance(value, partial):
@@ -56,7 +53,7 @@ def _stable(value: Any) -> str:
     if callable(value):
         source = inspect.getsourcefile(value) if inspect.isfunction(value) or inspect.ismethod(value) else None
         name = getattr(value, "__qualname__", type(value).__qualname__)
-        return f"{name}:{_file_digest(Path(source)) if source else ''}"
+        return f"{name}:{content_digest(Path(source)) if source else ''}"
     return (
         f"{type(value).__qualname__}:{json.dumps(getattr(value, '__dict__', str(value)), default=str, sort_keys=True)}"
     )

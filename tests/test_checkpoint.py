@@ -69,9 +69,9 @@ def test_every_file_of_the_embedded_model_is_in_a_part() -> None:
 
 def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = vtc.checkpoint._read
+    original = vtc.checkpoint.content_digest
     monkeypatch.setattr(vtc.checkpoint, "REMEMBERED", 10)
-    monkeypatch.setattr(vtc.checkpoint, "_read", lambda file: (reads.append(file), original(file))[1])
+    monkeypatch.setattr(vtc.checkpoint, "content_digest", lambda file: (reads.append(file), original(file))[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     home = tmp_path / "model"
     home.mkdir()

@@ -41,16 +41,16 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content, remembered if the file is large."""
     state = file.stat()
     if state.st_size < REMEMBERED:
-        return _read(file)
+        return content_digest(file)
     name, about = str(file.resolve()), [state.st_size, state.st_mtime_ns]
     for memory in _memories(file):
         known = _load(memory).get(name)
         if isinstance(known, list) and known[:2] == about:
             return str(known[2])
-    digest = _read(file)
+    digest = content_digest(file)
     for memory in _memories(file):
         with contextlib.suppress(OSError):
             _save(memory, {**_load(memory), name: [*about, digest]})
@@ -58,7 +58,8 @@ def file_digest(file: Path) -> str:
     return digest
 
 
-def _read(file: Path) -> str:
+def content_digest(file: Path) -> str:
+    """SHA-256 of a file's content, read now."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
