@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtc.compressor import ModelSpec
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedModel
-from vtc.layout import Kind, VisionContext
+from vtc.layout import Kind
 
 
 class Adapter(ABC):

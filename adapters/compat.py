@@ -14,8 +14,9 @@ from typing import Any
 from packaging.version import Version
 from torch import Tensor
 
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import Kind, VisionContext
+from vtc.layout import Kind
 
 TRANSFORMERS = version("transformers")
 EXPANDS_IN_ORDER = Version(TRANSFORMERS) >= Version("5.20.0.dev0")

@@ -15,8 +15,9 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
 from vtc.adapters.frames import FrameText, Run, frame_text, group, listed, numbered, runs
 from vtc.compressor import ModelSpec
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.layout import Kind, VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
 
 MARKS = 2

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vtc.adapters.anyres import AnyResAdapter, Size
 from vtc.compressor import ModelSpec
-from vtc.layout import Kind, VisionContext
+from vtc.context import VisionContext
+from vtc.layout import Kind
 
 
 class LlavaNextAdapter(AnyResAdapter):

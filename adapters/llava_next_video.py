@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from vtc.adapters.llava_next import LlavaNextAdapter
 from vtc.compressor import ModelSpec
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedModel
-from vtc.layout import Kind, VisionContext
+from vtc.layout import Kind
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):

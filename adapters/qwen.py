@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import media
 from vtc.compressor import ModelSpec
-from vtc.layout import Grid, Kind, VisionContext, VisualItem
+from vtc.context import VisionContext
+from vtc.layout import Grid, Kind, VisualItem
 from vtc.ops.hashing import fingerprint
 
 

@@ -25,7 +25,7 @@ from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
 from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import prepare
-from vtc.prompt import system_length
+from vtc.template import system_length
 
 Conversation = Sequence[Mapping[str, Any]]
 SMALL = 50_000_000  # parameters

@@ -36,6 +36,7 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
+from vtc.context import VisionContext
 from vtc.errors import (
     BudgetError,
     InputError,
@@ -47,7 +48,7 @@ from vtc.errors import (
     unknown_name,
 )
 from vtc.items import build
-from vtc.layout import VisionContext, VisualItem
+from vtc.layout import VisualItem
 from vtc.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 

@@ -14,7 +14,9 @@ from torch import Tensor
 import vtc
 from vtc.compressor import Compressor, StageView
 from vtc.errors import InputError, UnsupportedCall
-from vtc.prompt import Prompt, control_tokens, system_length, system_rows, unanswered
+from vtc.generating import control_tokens
+from vtc.prompt import Prompt, system_rows, unanswered
+from vtc.template import system_length
 from vtc.testing import snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.measures import only_the_prompt

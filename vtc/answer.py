@@ -18,7 +18,7 @@ from vtc.images import open_image
 from vtc.loading import Loaded
 from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import Chat, on_device, prepare
-from vtc.prompt import system_length
+from vtc.template import system_length
 
 if TYPE_CHECKING:
     from vtc.eval.media import Video

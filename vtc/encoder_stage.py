@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from vtc.budget import Budget
 from vtc.compressor import Compressor, EncoderStage, Needs, StageView
+from vtc.context import VisionContext
 from vtc.encoder_call import EncoderCall, Left
 from vtc.errors import UnsupportedMethod
 from vtc.installed import Hook
 from vtc.items import ItemTable
-from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.layout import Kind, VisualItem
 from vtc.ops.select import front_pack, take_rows
 from vtc.readings import VisionReading, exact
 

@@ -26,6 +26,7 @@ from vtc.compressor import Compressor, Plan, Positions
 from vtc.copies import CopyGuard
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall, VTCError
+from vtc.generating import GenerateWatch, control_tokens
 from vtc.guards import BatchingBlock, check_without_media, refuse_skipped
 from vtc.inputs import (
     adopt_cache,
@@ -42,7 +43,7 @@ from vtc.masks import attention_of, group_mask, model_mask
 from vtc.notes import bounded, without_frames
 from vtc.open_calls import OpenCalls
 from vtc.outputs import align, asks_rows, check_attentions, check_labels
-from vtc.prompt import Bounds, GenerateWatch, Prompt, control_tokens
+from vtc.prompt import Bounds, Prompt
 from vtc.stages import StageRunner
 from vtc.thread_state import ThreadLoss, ThreadState
 from vtc.trace import CallRecord, Stats

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.compat import checkpoints
 from vtc.cache import CompressedCache, check_plain
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import VisionContext
 from vtc.maker import Maker
 
 MEDIA = ("pixel_values", "pixel_values_videos")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import Kind, VisionContext, VisualItem
+from vtc.layout import Kind, VisualItem
 from vtc.ops.select import front_pack
 
 

@@ -1,4 +1,4 @@
-"""What the vision side hands over: visual items and the context of one encoder call.
+"""What one image or video is to a method: its visual item.
 
 An *item* is one image or one video as the user gave it. Its *tokens* are the rows that replace its placeholders in the
 prompt, in prompt order. Adapters fill these values in; engine and methods read them.
@@ -6,14 +6,10 @@ prompt, in prompt order. Adapters fill these values in; engine and methods read 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-
-from vtc.readings import VisionReading
 
 Kind = Literal["image", "video"]
 Grid = tuple[int, int, int]
@@ -64,37 +60,3 @@ class VisualItem:
         if len(frames) == self.n_crops and sum(frames) == real:
             return tuple(frames)
         return tuple(self.crop[self.crop >= 0].bincount(minlength=self.n_crops).tolist())
-
-
-@dataclass
-class VisionContext:
-    """Everything one call of get_image_features or get_video_features tells about its items.
-
-    fingerprint: [I] int64, a key of each item's pixels (the same image gives the same key in any batch).
-    to_tokens: pushes a per-patch quantity [crops, T, C] (T as the encoder emits it, class token included) through the
-    model's own packing, one [n_i, C] tensor per item, NaN on newline tokens.
-    attention: (encoder layer, reading) -> [I, Nmax] or [I, Nmax, C] per token, as the method's Needs asked for it.
-    alive: [I, Nmax] bool where an encoder stage removed tokens, with the surviving counts; None where none did.
-    """
-
-    kind: Kind
-    items: list[VisualItem]
-    fingerprint: Tensor
-    to_tokens: Callable[[Tensor], list[Tensor]]
-    attention: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
-    alive: tuple[Tensor, tuple[int, ...]] | None = None
-
-    @property
-    def total(self) -> int:
-        """Tokens of all items together."""
-        return sum(item.n_tokens for item in self.items)
-
-    def pack(self, values: Tensor) -> Tensor:
-        """[crops, T] or [crops, T, C] per-patch values -> [I, Nmax] or [I, Nmax, C] per token.
-
-        Zero on newlines and behind an item's end.
-        """
-        tokens = self.to_tokens(values if values.ndim == 3 else values[..., None])
-        packed = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        packed = packed.masked_fill(packed.isnan(), 0)
-        return packed if values.ndim == 3 else packed[..., 0]

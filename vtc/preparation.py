@@ -15,7 +15,7 @@ import torch
 from vtc import adapters
 from vtc.errors import InputError, one_line
 from vtc.images import name_of, open_image
-from vtc.prompt import begins_itself
+from vtc.template import begins_itself
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,10 +7,7 @@ the question is told by its length, or ends with the last control token before t
 
 from __future__ import annotations
 
-import functools
-import itertools
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError, UnsupportedCall, shown
-from vtc.installed import MethodWrapper
 
 Lengths = int | Sequence[int] | Tensor
 """Tokens of every row, padding not counted: one number for all rows, or one for each prompt of the batch."""
@@ -124,93 +120,3 @@ def system_rows(visual: Tensor, control: Tensor) -> Tensor:
     """[B, S] bool, all up to the last control token in front of a row's first visual token; nothing in other rows."""
     ahead = control & (visual.cumsum(1) == 0) & visual.any(1, keepdim=True)
     return ahead.flip(1).cumsum(1).flip(1) > 0
-
-
-def control_tokens(model: Any) -> tuple[int, ...]:
-    """Ids that begin a sequence or end a turn, from the configurations of a model."""
-    config = model.config.get_text_config()
-    found: dict[int, None] = {}
-    for source in (config, getattr(model, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id"):
-            ids = getattr(source, name, None)
-            for token in [ids] if isinstance(ids, int) else ids or ():
-                found[token] = None
-    return tuple(found)
-
-
-class GenerateWatch:
-    """Notes, per thread, what generate() of one model was given, so that drafts and answers are told from the prompt.
-
-    Inside a nested call (a model that drafts for itself) the outer call's prompt counts.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._state = threading.local()
-        self._wrapper: MethodWrapper | None = None
-
-    def install(self) -> None:
-        """Wrap generate() on the instance; models without one are left alone."""
-        function = getattr(self._model, "generate", None)
-        if function is not None:
-            self._wrapper = MethodWrapper(self._model, "generate", self._noting(function))
-
-    def remove(self) -> None:
-        """Restore the instance."""
-        if self._wrapper is not None:
-            self._wrapper.remove()
-
-    def limit(self, seen: int) -> int | None:
-        """Columns of the coming chunk that are prompt, behind `seen` cached tokens; None outside generate()."""
-        noted: tuple[int, bool] | None = getattr(self._state, "noted", None)
-        if noted is None:
-            return None
-        length, whole = noted
-        return max(0, length - seen) if whole else length
-
-    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        state = self._state
-
-        @functools.wraps(function)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            outer = getattr(state, "noted", None)
-            state.noted = outer if outer is not None else _given(*args[:1], **kwargs)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                state.noted = outer
-
-        return generate
-
-
-def _given(
-    inputs: Any = None, *, input_ids: Any = None, inputs_embeds: Any = None, **_: Any
-) -> tuple[int, bool] | None:
-    """Columns that generate() was given, and whether they begin with what its cache has seen already."""
-    for value, whole in ((inputs_embeds, False), (inputs, True), (input_ids, True)):
-        if isinstance(value, Tensor):
-            return value.shape[1], whole
-    return None
-
-
-def system_length(processor: Any, conversation: Sequence[Mapping[str, Any]] = ()) -> int:
-    """Tokens that the chat template writes in front of the user's first words, system messages included.
-
-    conversation: messages as `processor.apply_chat_template` takes them; only leading system messages matter. 0 for a
-    processor without a template. It is what two prompts with different questions have in common at their beginning.
-    """
-    if not getattr(processor, "chat_template", None):
-        return 0
-    first = list(itertools.takewhile(lambda message: message["role"] == "system", conversation))
-    tokenizer = getattr(processor, "tokenizer", processor)
-    ids: list[list[int]] = []
-    for word in ("one", "Two"):
-        chat = [*first, {"role": "user", "content": [{"type": "text", "text": word}]}]
-        text = processor.apply_chat_template(chat, tokenize=False)
-        ids.append(tokenizer(text, add_special_tokens=not begins_itself(tokenizer, text))["input_ids"])
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False)))
-
-
-def begins_itself(tokenizer: Any, text: str) -> bool:
-    """True where a chat template wrote the token that begins a sequence, so that the tokenizer must not add another."""
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)

@@ -7,7 +7,7 @@ import threading
 from torch import Tensor
 
 from vtc.call import Call
-from vtc.layout import VisionContext
+from vtc.context import VisionContext
 
 
 class ThreadState(threading.local):

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.compressor import Needs
+from vtc.context import VisionContext
 from vtc.encoder_call import EncoderCall
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.installed import Hook, MethodWrapper
-from vtc.layout import Kind, VisionContext
+from vtc.layout import Kind
 from vtc.readings import AttentionCall, LayerOutput, VisionReading, exact
 from vtc.taps import TapSet
 

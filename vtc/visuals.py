@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.items import ItemTable, build
-from vtc.layout import Kind, VisionContext
+from vtc.layout import Kind
 from vtc.prompt import Prompt
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 import vtc
 from vtc import adapters
 from vtc.adapters import compat
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import VisionContext, VisualItem
+from vtc.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model
 
 TOKENS = 4

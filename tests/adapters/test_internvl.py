@@ -13,8 +13,8 @@ import vtc
 from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
 from vtc.compressor import EncoderStage, Rows
+from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall, UnsupportedMethod
-from vtc.layout import VisionContext
 from vtc.testing import FixedKeep, tiny_model
 from vtc.testing.contract import against_oracle, generate
 from vtc.testing.family import IMAGE, VISION_END, VISION_START

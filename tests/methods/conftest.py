@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vtc.budget import Budget
 from vtc.compressor import ModelSpec, Needs, Rows, Selection, StageView
+from vtc.context import VisionContext
 from vtc.items import build
-from vtc.layout import VisionContext, VisualItem
+from vtc.layout import VisualItem
 from vtc.plan import grouped
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
