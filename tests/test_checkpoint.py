@@ -10,7 +10,7 @@ import pytest
 
 import vtc.checkpoint
 from vtc.checkpoint import NAME, PARTS, digests, file_digest
-from vtc.eval.tiny import model_path
+from vtc.embedded import model_path
 
 
 @pytest.fixture

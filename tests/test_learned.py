@@ -133,7 +133,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="cannot be read"):
         weights.read(tmp_path / "a.safetensors")
-    monkeypatch.setattr(weights, "folder", lambda: tmp_path)
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path)
     weights.save(tmp_path / "own.safetensors", {"a": torch.ones(1)}, {})
     assert weights.embedded_names() == ("a", "own")
     assert weights.find("own") == tmp_path / "own.safetensors"

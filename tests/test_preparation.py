@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vtc import loading
+from vtc import embedded, loading
 from vtc.answer import answer
 from vtc.errors import InputError
-from vtc.eval import tiny
 from vtc.eval.media import Video
 from vtc.images import open_image
 from vtc.preparation import Chat, prepare
@@ -37,7 +36,7 @@ def loaded() -> loading.Loaded:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of its folder, to be spoilt."""
-    return Path(shutil.copytree(tiny.model_path("tiny-llava"), tmp_path / "spoilt"))
+    return Path(shutil.copytree(embedded.model_path("tiny-llava"), tmp_path / "spoilt"))
 
 
 def refused(run: Any, *words: str) -> None:

@@ -7,10 +7,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from vtc import adapters
+from vtc import adapters, embedded
 from vtc.compressor import CacheStage, Compressor, EncoderStage, ModelSpec, Stage
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.eval import tiny
 from vtc.readings import Reading
 from vtc.registry import METHODS, list_methods
 
@@ -99,7 +98,7 @@ def describe_models() -> list[dict[str, Any]]:
     before the LLM.
     """
     by_class = {cls: adapter for adapter in adapters.families().values() for cls in adapter.model_classes}
-    embedded = [
+    shipped = [
         {
             "name": name,
             "kind": "embedded",
@@ -108,7 +107,7 @@ def describe_models() -> list[dict[str, Any]]:
             "modalities": ["image"],
             **_reads(by_class[_classes(name)[0]].references[:1]),
         }
-        for name in tiny.NAMES
+        for name in embedded.NAMES
     ]
     families = [
         {
@@ -121,7 +120,7 @@ def describe_models() -> list[dict[str, Any]]:
         }
         for family, adapter in adapters.families().items()
     ]
-    return embedded + families
+    return shipped + families
 
 
 def _reads(references: Sequence[ModelSpec]) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _reads(references: Sequence[ModelSpec]) -> dict[str, Any]:
 def _classes(name: str) -> list[str]:
     import json
 
-    config = tiny.model_path(name) / "config.json"
+    config = embedded.model_path(name) / "config.json"
     if not config.exists():
         raise VTCError(
             f"the embedded model {name!r} is missing from this installation; reinstall visual-token-compression"

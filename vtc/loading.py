@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from vtc import adapters
+from vtc import adapters, embedded
 from vtc.checkpoint import digests
 from vtc.completeness import check_weights
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
-from vtc.eval import tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +53,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> Loaded:
-    """Load `name`: one of `vtc.eval.tiny.NAMES`, a checkpoint folder or a hub name.
+    """Load `name`: one of `vtc.eval.embedded.NAMES`, a checkpoint folder or a hub name.
 
     device: "auto" takes the GPU if there is one. dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU.
     Raises InputError when nothing can be loaded and UnsupportedModel when no adapter knows the class; the class is
@@ -94,7 +93,7 @@ def load(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(tiny.NAMES)}), a checkpoint "
+            f"cannot load model {name!r}: {reason}. Give an embedded model ({', '.join(embedded.NAMES)}), a checkpoint "
             "folder or a hub name"
         ) from error
     processor.tokenizer.padding_side = "left"
@@ -120,8 +119,8 @@ def _without_bars() -> Iterator[None]:
 
 
 def _resolve(name: str) -> str:
-    if name in tiny.NAMES:
-        return str(tiny.model_path(name))
+    if name in embedded.NAMES:
+        return str(embedded.model_path(name))
     if Path(name).exists() and not Path(name).is_dir():
         raise InputError(f"model {name!r} is a file; give the checkpoint folder that holds config.json")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():

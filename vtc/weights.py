@@ -15,21 +15,15 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from vtc.embedded import WEIGHTS
 from vtc.errors import InputError, shown, unknown_name
 
 SUFFIX = ".safetensors"
 
 
-def folder() -> Path:
-    """Where the embedded weights lie."""
-    from vtc.eval import tiny
-
-    return Path(tiny.__file__).resolve().parent / "weights"
-
-
 def embedded_names() -> tuple[str, ...]:
     """Names of the embedded weights, sorted."""
-    return tuple(sorted(path.stem for path in folder().glob(f"*{SUFFIX}")))
+    return tuple(sorted(path.stem for path in WEIGHTS.glob(f"*{SUFFIX}")))
 
 
 def find(path_or_name: str | os.PathLike[str]) -> Path:
@@ -46,7 +40,7 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
     if os.path.isfile(path):  # False, not an error, for names that no file can have
         return path
     if name in embedded_names():
-        return folder() / f"{name}{SUFFIX}"
+        return WEIGHTS / f"{name}{SUFFIX}"
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"there is no weights file {name!r}; give the path of a {SUFFIX} file or an embedded name")
     raise unknown_name("embedded weight", name, embedded_names())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vtc.embedded import model_path
 from vtc.errors import InputError
-from vtc.eval.tiny import model_path
 from vtc.eval.tiny.benchmark import benchmark_rows
 from vtc.eval.tiny.checking import accuracy, load_model
 from vtc.eval.tiny.questions import FAMILIES

@@ -108,7 +108,7 @@ def test_a_trained_llm_is_saved_too(place: Path) -> None:
     run(place, settings, per_family=1)
     from safetensors.torch import load_file
 
-    from vtc.eval.tiny import model_path
+    from vtc.embedded import model_path
 
     before = load_file(model_path("tiny-llava") / "model.safetensors")
     after = load_file(place / "model" / "model.safetensors")

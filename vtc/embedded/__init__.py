@@ -1,0 +1,26 @@
+"""Data that ships with the library: small trained models and learned weights.
+
+`model_path("tiny-llava")` is a folder that `transformers` loads like any other checkpoint. Importing this package is
+cheap.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vtc.errors import unknown_name
+
+NAMES = ("tiny-llava",)
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+"""Folder of the learned weights."""
+
+
+def model_path(name: str) -> Path:
+    """Folder of an embedded model; raises `UnknownName` for a name that is not in `NAMES`.
+
+    >>> model_path("tiny-llava").name
+    'tiny-llava'
+    """
+    if name not in NAMES:
+        raise unknown_name("embedded model", name, NAMES)
+    return Path(__file__).resolve().parent / "models" / name
