@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc.adapters.compat import media
 from vtc.adapters.llava import LlavaAdapter
 from vtc.context import VisionContext
-from vtc.layout import VisualItem
+from vtc.method.layout import VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
 
 Size = tuple[int, int]

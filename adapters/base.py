@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtc.compressor import ModelSpec
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedModel
-from vtc.layout import Kind
+from vtc.method.base import ModelSpec
+from vtc.method.layout import Kind
 
 
 class Adapter(ABC):

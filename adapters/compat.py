@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 
 TRANSFORMERS = version("transformers")
 EXPANDS_IN_ORDER = Version(TRANSFORMERS) >= Version("5.20.0.dev0")

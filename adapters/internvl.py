@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
 from vtc.adapters.frames import FrameText, Run, frame_text, group, listed, numbered, runs
-from vtc.compressor import ModelSpec
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import Kind, VisualItem
+from vtc.method.base import ModelSpec
+from vtc.method.layout import Kind, VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
 
 MARKS = 2

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
-from vtc.compressor import ModelSpec
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall, UnsupportedModel
-from vtc.layout import Kind, VisualItem
+from vtc.method.base import ModelSpec
+from vtc.method.layout import Kind, VisualItem
 from vtc.ops.hashing import fingerprint
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}

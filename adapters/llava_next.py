@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.anyres import AnyResAdapter, Size
-from vtc.compressor import ModelSpec
 from vtc.context import VisionContext
-from vtc.layout import Kind
+from vtc.method.base import ModelSpec
+from vtc.method.layout import Kind
 
 
 class LlavaNextAdapter(AnyResAdapter):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from vtc.adapters.llava_next import LlavaNextAdapter
-from vtc.compressor import ModelSpec
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedModel
-from vtc.layout import Kind
+from vtc.method.base import ModelSpec
+from vtc.method.layout import Kind
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):

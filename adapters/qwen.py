@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import media
-from vtc.compressor import ModelSpec
 from vtc.context import VisionContext
-from vtc.layout import Grid, Kind, VisualItem
+from vtc.method.base import ModelSpec
+from vtc.method.layout import Grid, Kind, VisualItem
 from vtc.ops.hashing import fingerprint
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.qwen import QwenVLAdapter
-from vtc.compressor import ModelSpec
+from vtc.method.base import ModelSpec
 
 
 class Qwen25VLAdapter(QwenVLAdapter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vtc.adapters.qwen import QwenVLAdapter
-from vtc.compressor import ModelSpec
+from vtc.method.base import ModelSpec
 
 
 class Qwen2VLAdapter(QwenVLAdapter):

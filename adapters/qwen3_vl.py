@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vtc.adapters.qwen import QwenVLAdapter
-from vtc.compressor import ModelSpec
 from vtc.errors import UnsupportedModel
+from vtc.method.base import ModelSpec
 
 
 class Qwen3VLAdapter(QwenVLAdapter):

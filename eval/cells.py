@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vtc
-from vtc.composite import Composite
-from vtc.compressor import Compressor, Positions
 from vtc.errors import BudgetError, InputError
 from vtc.eval.method_spec import MethodSpec
 from vtc.eval.spec import SweepSpec
-from vtc.method_text import seeded, together
-from vtc.plugins import load_plugin
-from vtc.registry import METHODS
+from vtc.method.base import Compressor, Positions
+from vtc.method.composite import Composite
+from vtc.method.plugins import load_plugin
+from vtc.method.registry import METHODS
+from vtc.method.text import seeded, together
 
 BASELINE = "none"
 

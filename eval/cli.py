@@ -162,7 +162,7 @@ def train(
     """Train a learned method on an embedded model and its scenes; the same command goes on after an interruption."""
     from vtc.eval.training.settings import TrainingSettings
     from vtc.eval.training.trainer import train as run
-    from vtc.method_text import pairs
+    from vtc.method.text import pairs
 
     folder = output_path(out)
     use_plugins(plugin or [])
@@ -203,7 +203,7 @@ def calibrate(
 ) -> None:
     """Measure the constant thresholds of atp_training_free with mode=calibrated on an embedded model."""
     from vtc.eval.training.constants import calibrate_embedded
-    from vtc.method_text import pairs
+    from vtc.method.text import pairs
 
     file, options = output_path(out), pairs(set_ or [], "--set", "atp_training_free")
     with _free_stdout():

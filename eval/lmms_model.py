@@ -16,15 +16,15 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.utils import Collator
 
 from vtc import loading
-from vtc.composite import combine
-from vtc.compressor import Compressor, Positions
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import conversation
 from vtc.eval.cells import BASELINE, make_cell
 from vtc.eval.generation import make_generation
 from vtc.eval.runner import Answer, Runner, batch_seed
 from vtc.images import pillow_defaults
-from vtc.method_text import attachable, read
+from vtc.method.base import Compressor, Positions
+from vtc.method.composite import combine
+from vtc.method.text import attachable, read
 from vtc.preparation import Chat
 
 AUTO = 8

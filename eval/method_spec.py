@@ -16,10 +16,10 @@ from pydantic import (
     model_serializer,
 )
 
-from vtc.composite import Composite
-from vtc.compressor import Compressor
 from vtc.errors import BudgetError, InputError
-from vtc.method_text import Named, parse
+from vtc.method.base import Compressor
+from vtc.method.composite import Composite
+from vtc.method.text import Named, parse
 
 
 class MethodSpec(BaseModel):

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import vtc
 import vtc.vision
-from vtc.compressor import Compressor
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
+from vtc.method.base import Compressor
 from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import prepare
 from vtc.template import system_length

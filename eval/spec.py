@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from vtc.compressor import Positions
 from vtc.errors import BudgetError, InputError
 from vtc.eval.method_spec import MethodSpec, fraction, method_entries, sequence
+from vtc.method.base import Positions
 from vtc.options import output_path
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -38,9 +38,9 @@ class SweepSpec(BaseModel):
     """One sweep: a model, methods x retentions, and the tasks to answer.
 
     The untouched model is always part of a sweep and need not be listed. `methods` are names with hyper-parameters as
-    text (`vtc.method_text`), mappings or Compressor objects; an entry that is itself a list acts together on one model.
-    `plugins` are modules or files that register methods (`vtc.plugins`). `retentions` are fractions of the visual
-    tokens, in (0, 1]. `limit` is the number of questions per task, from its beginning; None means all of them.
+    text (`vtc.method.text`), mappings or Compressor objects; an entry that is itself a list acts together on one model.
+    `plugins` are modules or files that register methods (`vtc.method.plugins`). `retentions` are fractions of the
+    visual tokens, in (0, 1]. `limit` is the number of questions per task, from its beginning; None means all of them.
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
     ``qwen2_5_vl``, where a task words its prompts differently for each model family.

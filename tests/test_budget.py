@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtc.budget import Budget, tokens_to_keep
 from vtc.errors import BudgetError
+from vtc.method.budget import Budget, tokens_to_keep
 
 
 def test_every_fraction_is_met_exactly() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vtc
-from vtc.compressor import AFTER_PREFILL
 from vtc.errors import UnsupportedCall
+from vtc.method.base import AFTER_PREFILL
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vtc.registry import METHODS, list_methods
+from vtc.method.registry import METHODS, list_methods
 
 pytestmark = pytest.mark.slow
 

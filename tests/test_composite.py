@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import vtc
-from vtc.composite import Composite
-from vtc.compressor import AFTER_PREFILL, CacheStage, Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, StageView
 from vtc.errors import VTCError
+from vtc.method.base import AFTER_PREFILL, CacheStage, Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, StageView
+from vtc.method.composite import Composite
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, check_method, identical
 

@@ -11,8 +11,8 @@ import torch
 
 import vtc
 from vtc import adapters
-from vtc.compressor import CacheStage, Compressor, Needs, Plan, Rows, Selection, StageView
 from vtc.engine import Engine
+from vtc.method.base import CacheStage, Compressor, Needs, Plan, Rows, Selection, StageView
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k
 from vtc.testing import (

@@ -46,7 +46,7 @@ def test_the_examples_are_found() -> None:
     finder = doctest.DocTestFinder()
     counts = {
         name: sum(len(test.examples) for test in finder.find(importlib.import_module(name)))
-        for name in ("vtc", "vtc.budget", "vtc.errors", "vtc.ops.select", "vtc.ops.grid")
+        for name in ("vtc", "vtc.method.budget", "vtc.errors", "vtc.ops.select", "vtc.ops.grid")
     }
     assert min(counts.values()) > 0
     assert {"vtc.adapters.llava", "vtc.methods.vtc_cls", "vtc.eval.tiny"} <= set(NAMES)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
 from vtc.errors import UnsupportedMethod
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
+from vtc.method.readings import VisionReading
 from vtc.ops.select import top_k
-from vtc.readings import VisionReading
 from vtc.testing import Oracle, tiny_inputs, tiny_model
 from vtc.testing.contract import generate, identical
 

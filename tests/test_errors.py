@@ -20,22 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtc
 import vtc.errors
 from vtc import adapters
-from vtc.budget import Budget
 from vtc.cache import CompressedCache
-from vtc.composite import Composite
-from vtc.compressor import (
-    CacheStage,
-    Compressor,
-    EncoderStage,
-    ModelSpec,
-    Needs,
-    Plan,
-    Rows,
-    ScoringCompressor,
-    Selection,
-    Stage,
-    StageView,
-)
 from vtc.context import VisionContext
 from vtc.errors import (
     BudgetError,
@@ -48,8 +33,23 @@ from vtc.errors import (
     unknown_name,
 )
 from vtc.items import build
-from vtc.layout import VisualItem
-from vtc.registry import MethodRegistry
+from vtc.method.base import (
+    CacheStage,
+    Compressor,
+    EncoderStage,
+    ModelSpec,
+    Needs,
+    Plan,
+    Rows,
+    ScoringCompressor,
+    Selection,
+    Stage,
+    StageView,
+)
+from vtc.method.budget import Budget
+from vtc.method.composite import Composite
+from vtc.method.layout import VisualItem
+from vtc.method.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 
 CORE = ["arguments", "attach", "budget", "cache", "call", "compiled", "composite", "compressor", "encoder_stage"]
@@ -343,7 +343,7 @@ def broken_package() -> None:
             raise ImportError("no module named package")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vtc.registry.entry_points", lambda group: [Point()])
+        patch.setattr("vtc.method.registry.entry_points", lambda group: [Point()])
         MethodRegistry().names()
 
 

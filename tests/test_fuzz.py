@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vtc
-from vtc.compressor import Positions
+from vtc.method.base import Positions
 from vtc.testing import TINY_MODELS, FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import LIMIT, against_oracle
 

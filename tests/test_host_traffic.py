@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import vtc
-from vtc.compressor import Compressor, StageView
 from vtc.items import ItemTable
-from vtc.layout import VisualItem
+from vtc.method.base import Compressor, StageView
+from vtc.method.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.everything import OPTIONS

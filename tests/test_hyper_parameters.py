@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtc
-from vtc import adapters, learned, weights
-from vtc.composite import Composite, combine
-from vtc.compressor import Compressor, ModelSpec, ScoringCompressor, Selection, StageView
+from vtc import adapters
 from vtc.errors import BudgetError, InputError, UnknownName, UnsupportedModel, VTCError
-from vtc.hyper_parameters import parse
-from vtc.method_text import pairs as read_pairs
-from vtc.registry import METHODS
+from vtc.method import learned, weights
+from vtc.method.base import Compressor, ModelSpec, ScoringCompressor, Selection, StageView
+from vtc.method.composite import Composite, combine
+from vtc.method.hyper_parameters import parse
+from vtc.method.registry import METHODS
+from vtc.method.text import pairs as read_pairs
 from vtc.testing import snapshot, tiny_inputs, tiny_model
 
 if TYPE_CHECKING:

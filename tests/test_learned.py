@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import vtc
-from vtc import weights
-from vtc.compressor import ModelSpec, Selection, StageView
 from vtc.errors import InputError, UnknownName, VTCError
-from vtc.learned import LearnedCompressor, load
-from vtc.registry import METHODS, register
+from vtc.method import weights
+from vtc.method.base import ModelSpec, Selection, StageView
+from vtc.method.learned import LearnedCompressor, load
+from vtc.method.registry import METHODS, register
 
 SPEC = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import vtc
-from vtc.composite import Composite
 from vtc.errors import BudgetError, InputError, UnknownName
-from vtc.method_text import attachable, parse
+from vtc.method.composite import Composite
+from vtc.method.text import attachable, parse
 
 
 def test_commas_part_methods_and_plus_joins_them() -> None:

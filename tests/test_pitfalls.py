@@ -39,8 +39,8 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import EXPANDS_IN_ORDER
 from vtc.cache import CompressedCache
 from vtc.call import Call
-from vtc.compressor import Compressor
 from vtc.errors import UnsupportedCall, UnsupportedModel
+from vtc.method.base import Compressor
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs
 from vtc.testing.contract import against_oracle, generate, reference
 from vtc.vision import VisionRecorder

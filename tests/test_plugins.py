@@ -9,8 +9,8 @@ import pytest
 
 import vtc
 from vtc.errors import InputError, VTCError
-from vtc.plugins import load_plugin
-from vtc.registry import METHODS
+from vtc.method.plugins import load_plugin
+from vtc.method.registry import METHODS
 
 CODE = '''
 from dataclasses import dataclass

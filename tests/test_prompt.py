@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import Compressor, StageView
 from vtc.errors import InputError, UnsupportedCall
 from vtc.generating import control_tokens
+from vtc.method.base import Compressor, StageView
 from vtc.prompt import Prompt, system_rows, unanswered
 from vtc.template import system_length
 from vtc.testing import snapshot, tiny_inputs, tiny_model

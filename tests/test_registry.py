@@ -17,9 +17,9 @@ import torch
 
 import vtc
 import vtc.methods
-from vtc.compressor import Compressor, ScoringCompressor, Selection, StageView
 from vtc.errors import UnknownName, VTCError
-from vtc.registry import METHODS, MethodRegistry
+from vtc.method.base import Compressor, ScoringCompressor, Selection, StageView
+from vtc.method.registry import METHODS, MethodRegistry
 from vtc.testing import tiny_inputs
 
 PLUGIN = """

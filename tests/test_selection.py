@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vtc
 from vtc.adapters.compat import expands_in_order
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
 from vtc.ops.hashing import uniform
 from vtc.testing import FixedKeep, Oracle, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, generate

@@ -15,10 +15,10 @@ import torch
 import vtc
 from vtc import adapters, taps
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedCall
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.readings import VisionReading
 from vtc.ops.select import top_k
-from vtc.readings import VisionReading
 from vtc.sharing import checksum
 from vtc.testing import FixedKeep, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import generate

@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import adapters, taps
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedModel
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.taps import AttentionCall, TapSet
 from vtc.testing import LastRowTopK, tiny_inputs, tiny_model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Compressor, EncoderStage
+from vtc.method.base import Compressor, EncoderStage
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.everything import OPTIONS

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
 from vtc.errors import VTCError
+from vtc.method.base import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
 from vtc.testing import TINY_MODELS, FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
 from vtc.trace import CallStats, StageStats, Stats

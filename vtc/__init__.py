@@ -11,8 +11,8 @@ import importlib
 import typing
 
 from vtc.attach import Handle, compress, share_encoder
-from vtc.budget import Budget, tokens_to_keep
-from vtc.compressor import (
+from vtc.errors import VTCError
+from vtc.method.base import (
     AFTER_PREFILL,
     PRE_LLM,
     CacheStage,
@@ -26,15 +26,15 @@ from vtc.compressor import (
     Selection,
     StageView,
 )
-from vtc.errors import VTCError
-from vtc.readings import LLMReading, VisionReading
-from vtc.registry import create, list_methods, register
+from vtc.method.budget import Budget, tokens_to_keep
+from vtc.method.readings import LLMReading, VisionReading
+from vtc.method.registry import create, list_methods, register
 
 if typing.TYPE_CHECKING:
     from vtc import adapters as adapters
-    from vtc import learned as learned
     from vtc import testing as testing
-    from vtc import weights as weights
+    from vtc.method import learned as learned
+    from vtc.method import weights as weights
 
 __version__ = "0.1.0"
 
@@ -65,8 +65,16 @@ __all__ = [
 ]
 
 
+LATER = {
+    "adapters": "vtc.adapters",
+    "learned": "vtc.method.learned",
+    "testing": "vtc.testing",
+    "weights": "vtc.method.weights",
+}
+"""Modules that cost time to import, as attributes of the package from their first use on."""
+
+
 def __getattr__(name: str) -> typing.Any:
-    """Parts that cost time to import are there as attributes as well, from their first use on."""
-    if name in ("adapters", "learned", "testing", "weights"):
-        return importlib.import_module(f"vtc.{name}")
+    if name in LATER:
+        return importlib.import_module(LATER[name])
     raise AttributeError(f"module 'vtc' has no attribute {name!r}")

@@ -13,9 +13,9 @@ from PIL import Image
 
 from vtc import adapters
 from vtc.attach import compress
-from vtc.compressor import Compressor
 from vtc.images import open_image
 from vtc.loading import Loaded
+from vtc.method.base import Compressor
 from vtc.nonsense import FiniteLogits, checking
 from vtc.preparation import Chat, on_device, prepare
 from vtc.template import system_length

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from vtc.compressor import Compressor, Positions
 from vtc.errors import UnsupportedModel, VTCError, shown, unknown_name
-from vtc.hyper_parameters import checked
-from vtc.registry import METHODS, unknown_parameter
+from vtc.method.base import Compressor, Positions
+from vtc.method.hyper_parameters import checked
+from vtc.method.registry import METHODS, unknown_parameter
 
 
 def check_model(model: Any, method: Any = None) -> None:

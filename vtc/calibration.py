@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
-from vtc import weights as store
-from vtc.compressor import ModelSpec, Selection, StageView
 from vtc.errors import BudgetError
+from vtc.method import weights as store
+from vtc.method.base import ModelSpec, Selection, StageView
 from vtc.methods.atp import ThresholdModules
 from vtc.methods.atp_training_free import ATPTrainingFree, Constants
 from vtc.ops import thresholds

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vtc.cache import CompressedCache
-from vtc.compressor import Positions, Selection, Stage
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall
+from vtc.method.base import Positions, Selection, Stage
+from vtc.method.readings import LLMReading
 from vtc.ops.select import left_pack, take_last, take_rows
-from vtc.readings import LLMReading
 from vtc.trace import CallRecord, CallStats, ItemRecord, StageStats
 from vtc.visuals import Visuals
 

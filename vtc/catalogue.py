@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtc import adapters, embedded
-from vtc.compressor import CacheStage, Compressor, EncoderStage, ModelSpec, Stage
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.readings import Reading
-from vtc.registry import METHODS, list_methods
+from vtc.method.base import CacheStage, Compressor, EncoderStage, ModelSpec, Stage
+from vtc.method.readings import Reading
+from vtc.method.registry import METHODS, list_methods
 
 
 def stage_name(stage: Stage) -> str:

@@ -131,7 +131,7 @@ def generate(
     """Answer a question about images or videos, with or without compression."""
     from vtc.answer import answer, open_image
     from vtc.loading import load
-    from vtc.method_text import attachable, pairs
+    from vtc.method.text import attachable, pairs
 
     use_plugins(plugin or [])
     options = pairs(set_ or [], "--set", method)

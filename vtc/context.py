@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vtc.layout import Kind, VisualItem
-from vtc.readings import VisionReading
+from vtc.method.layout import Kind, VisualItem
+from vtc.method.readings import VisionReading
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtc.readings import VisionReading
+from vtc.method.readings import VisionReading
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtc.budget import Budget
-from vtc.compressor import Compressor, EncoderStage, Needs, StageView
 from vtc.context import VisionContext
 from vtc.encoder_call import EncoderCall, Left
 from vtc.errors import UnsupportedMethod
 from vtc.installed import Hook
 from vtc.items import ItemTable
-from vtc.layout import Kind, VisualItem
+from vtc.method.base import Compressor, EncoderStage, Needs, StageView
+from vtc.method.budget import Budget
+from vtc.method.layout import Kind, VisualItem
+from vtc.method.readings import VisionReading, exact
 from vtc.ops.select import front_pack, take_rows
-from vtc.readings import VisionReading, exact
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter

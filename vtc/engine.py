@@ -18,11 +18,9 @@ from torch import Tensor
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
-from vtc.budget import Budget
 from vtc.cache import CompressedCache
 from vtc.call import Call
 from vtc.compiled import check_compiled
-from vtc.compressor import Compressor, Plan, Positions
 from vtc.copies import CopyGuard
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall, VTCError
@@ -40,6 +38,8 @@ from vtc.inputs import (
 )
 from vtc.maker import Maker
 from vtc.masks import attention_of, group_mask, model_mask
+from vtc.method.base import Compressor, Plan, Positions
+from vtc.method.budget import Budget
 from vtc.notes import bounded, without_frames
 from vtc.open_calls import OpenCalls
 from vtc.outputs import align, asks_rows, check_attentions, check_labels

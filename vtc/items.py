@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import Kind, VisualItem
+from vtc.method.layout import Kind, VisualItem
 from vtc.ops.select import front_pack
 
 

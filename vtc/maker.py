@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtc.budget import Budget
-from vtc.compressor import Compressor, Plan, Positions
+from vtc.method.base import Compressor, Plan, Positions
+from vtc.method.budget import Budget
 
 
 @dataclass(frozen=True)

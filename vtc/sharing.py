@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtc.compressor import Compressor, Needs
-from vtc.layout import Kind
+from vtc.method.base import Compressor, Needs
+from vtc.method.layout import Kind
 from vtc.vision import MARK, VisionRecorder, context_of
 
 if TYPE_CHECKING:

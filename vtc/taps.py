@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.errors import UnsupportedModel
-from vtc.readings import AttentionCall
+from vtc.method.readings import AttentionCall
 
 Tap = Callable[[AttentionCall], None]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vtc.compressor import Stage
 from vtc.errors import VTCError
-from vtc.layout import Grid, Kind, VisualItem
+from vtc.method.base import Stage
+from vtc.method.layout import Grid, Kind, VisualItem
 
 
 @dataclass(frozen=True)

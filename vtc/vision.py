@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vtc.compressor import Needs
 from vtc.context import VisionContext
 from vtc.encoder_call import EncoderCall
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.installed import Hook, MethodWrapper
-from vtc.layout import Kind
-from vtc.readings import AttentionCall, LayerOutput, VisionReading, exact
+from vtc.method.base import Needs
+from vtc.method.layout import Kind
+from vtc.method.readings import AttentionCall, LayerOutput, VisionReading, exact
 from vtc.taps import TapSet
 
 if TYPE_CHECKING:

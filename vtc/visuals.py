@@ -12,7 +12,7 @@ from torch import Tensor
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.items import ItemTable, build
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 from vtc.prompt import Prompt
 
 

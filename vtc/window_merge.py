@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.compressor import Selection, StageView
+from vtc.method.base import Selection, StageView
 from vtc.ops.select import take_rows
 from vtc.ops.windows import (
     merge_windows,

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 import vtc
-from vtc import adapters, learned, weights
-from vtc.compressor import Compressor, ModelSpec
+from vtc import adapters
 from vtc.eval.training.constants import calibrate_embedded, scene_prompts
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.settings import TrainingSettings
+from vtc.method import learned, weights
+from vtc.method.base import Compressor, ModelSpec
 from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
 
 WEIGHTS = "atp-tiny-llava"

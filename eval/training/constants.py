@@ -15,8 +15,8 @@ from vtc.errors import VTCError
 from vtc.eval.tiny.batches import normalise
 from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.training.prompts import collate, draw
+from vtc.method.registry import create
 from vtc.methods.atp_training_free import ATPTrainingFree
-from vtc.registry import create
 
 BATCH = 20
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import Compressor
 from vtc.eval.tiny.benchmark import Row, benchmark_rows, scene_image
 from vtc.eval.tiny.checking import CHECK_SEED, answer
+from vtc.method.base import Compressor
 
 BATCH = 30
 

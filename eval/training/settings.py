@@ -8,8 +8,8 @@ from typing import Any
 
 from vtc.errors import InputError, VTCError
 from vtc.eval.tiny.settings import Stage
-from vtc.learned import LearnedCompressor
-from vtc.registry import create
+from vtc.method.learned import LearnedCompressor
+from vtc.method.registry import create
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vtc.eval.tiny.train import pick_device
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.prompts import training_batch
 from vtc.eval.training.settings import TrainingSettings
-from vtc.learned import LearnedCompressor
+from vtc.method.learned import LearnedCompressor
 
 WEIGHTS = "weights.safetensors"
 StepHook = Callable[[int], None]

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from vtc import adapters, create, weights
-from vtc.compressor import Compressor
+from vtc import adapters, create
 from vtc.eval.tiny.layout import VISUAL_TOKENS
 from vtc.eval.training.measure import Measurement, measure
-from vtc.learned import LearnedCompressor
+from vtc.method import weights
+from vtc.method.base import Compressor
+from vtc.method.learned import LearnedCompressor
 
 MODEL, EMBEDDED = "tiny-llava", "vqtoken-tiny-llava"
 BUDGETS = (6, 12, 24)

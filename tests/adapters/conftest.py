@@ -12,8 +12,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, StageView
-from vtc.readings import VisionReading
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, StageView
+from vtc.method.readings import VisionReading
 from vtc.testing import tiny_model
 from vtc.vision import VisionRecorder, context_of
 

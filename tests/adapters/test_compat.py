@@ -13,7 +13,7 @@ from vtc import adapters
 from vtc.adapters import compat
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
-from vtc.layout import VisualItem
+from vtc.method.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model
 
 TOKENS = 4

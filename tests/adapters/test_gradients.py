@@ -12,8 +12,8 @@ from torch import Tensor
 import vtc
 from vtc import adapters
 from vtc.adapters.compat import repeats_hooks
-from vtc.compressor import Compressor, Positions
 from vtc.errors import UnsupportedCall
+from vtc.method.base import Compressor, Positions
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import reference
 

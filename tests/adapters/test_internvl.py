@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import vtc
 from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.compressor import EncoderStage, Rows
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall, UnsupportedMethod
+from vtc.method.base import EncoderStage, Rows
 from vtc.testing import FixedKeep, tiny_model
 from vtc.testing.contract import against_oracle, generate
 from vtc.testing.family import IMAGE, VISION_END, VISION_START

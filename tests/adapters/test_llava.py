@@ -22,8 +22,8 @@ from transformers import (
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Rows
 from vtc.errors import UnsupportedModel
+from vtc.method.base import Rows
 from vtc.testing import TINY_MODELS, FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, generate
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Rows
 from vtc.errors import UnsupportedModel
-from vtc.layout import VisualItem
+from vtc.method.base import Rows
+from vtc.method.layout import VisualItem
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.tiny_llava import SIDE
 from vtc.testing.tiny_llava_next import PINPOINTS, SIZES

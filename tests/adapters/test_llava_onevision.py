@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vtc
 from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.compressor import Compressor, Needs, Rows
+from vtc.method.base import Compressor, Needs, Rows
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, generate, identical
 from vtc.testing.tiny_llava import SIDE

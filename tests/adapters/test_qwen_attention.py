@@ -16,7 +16,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import vtc
 from vtc import adapters
-from vtc.compressor import Needs, Rows
+from vtc.method.base import Needs, Rows
 from vtc.methods.vtc_cls import VTCCLS
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.select import top_k

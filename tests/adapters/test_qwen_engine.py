@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtc
-from vtc.compressor import Compressor, Positions
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall
+from vtc.method.base import Compressor, Positions
 from vtc.testing import FixedKeep, Oracle, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle, batch_against_singles, generate, identical, reference
 

@@ -11,9 +11,9 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 import vtc
 from vtc import adapters
-from vtc.compressor import EncoderStage, Needs, Plan, Rows
 from vtc.context import VisionContext
 from vtc.errors import UnsupportedMethod, UnsupportedModel
+from vtc.method.base import EncoderStage, Needs, Plan, Rows
 from vtc.testing import FixedKeep, tiny_model
 from vtc.testing.tiny_qwen import CHANNELS, MERGE, PAIR, PATCH
 from vtc.vision import VisionRecorder, context_of

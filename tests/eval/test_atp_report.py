@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vtc import learned, weights
 from vtc.eval.training.atp_report import OTHERS, WEIGHTS, advantage, compare, page
 from vtc.eval.training.measure import Measurement
+from vtc.method import learned, weights
 
 FAMILIES = ("existence", "words")
 

@@ -17,7 +17,7 @@ import vtc.cli
 from vtc.errors import VTCError
 from vtc.eval.spec import make_spec
 from vtc.eval.sweep import run_sweep
-from vtc.registry import METHODS
+from vtc.method.registry import METHODS
 
 WriteTask = Callable[..., Path]
 

@@ -22,10 +22,10 @@ from vtc.eval.scoring import NotFinite, NotScored, score
 from vtc.eval.spec import make_spec
 from vtc.eval.store import Store
 from vtc.eval.sweep import SweepResult, run_sweep
+from vtc.method.registry import METHODS
+from vtc.method.view import StageView
 from vtc.nonsense import FiniteLogits, checking
 from vtc.ops import greedy, select
-from vtc.registry import METHODS
-from vtc.view import StageView
 
 WriteTask = Callable[..., Path]
 

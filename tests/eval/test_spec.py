@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import pytest
 
 import vtc
-from vtc.composite import combine
 from vtc.errors import BudgetError, InputError, VTCError
 from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
+from vtc.method.composite import combine
 
 
 def test_the_default_file_says_what_the_defaults_are() -> None:

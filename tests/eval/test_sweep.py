@@ -16,13 +16,13 @@ import pytest
 from torch import Tensor
 
 import vtc
-from vtc.compressor import ScoringCompressor, StageView
 from vtc.errors import InputError, UnknownName, UnsupportedMethod
 from vtc.eval.progress import SilentProgress
 from vtc.eval.spec import make_spec
 from vtc.eval.store import Store, Writer, row_key
 from vtc.eval.sweep import SweepResult, run_sweep
-from vtc.registry import METHODS
+from vtc.method.base import ScoringCompressor, StageView
+from vtc.method.registry import METHODS
 
 WriteTask = Callable[..., Path]
 CLI = [sys.executable, "-c", "from vtc.cli import main; main()"]

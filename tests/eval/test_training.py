@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 import vtc
-from vtc import weights
 from vtc.errors import BudgetError, InputError, VTCError
 from vtc.eval.cli import app
 from vtc.eval.tiny.scenes import make_scene
@@ -21,7 +20,8 @@ from vtc.eval.training.measure import measure
 from vtc.eval.training.prompts import collate, draw
 from vtc.eval.training.settings import TrainingSettings
 from vtc.eval.training.trainer import train
-from vtc.learned import load
+from vtc.method import weights
+from vtc.method.learned import load
 
 PARAMETERS = {"layers": (0, 2), "bins": 4, "hidden": 4, "target_tokens": 40.0, "temperature": 50.0}
 SETTINGS = TrainingSettings("atp", PARAMETERS, steps=4, batch_size=2, scenes=6, rate=0.1, warmup=1)

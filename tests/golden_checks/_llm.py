@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import Compressor, Stage
+from vtc.method.base import Compressor, Stage
 
 IMAGE, TEXT, VOCABULARY = 7, 3, 8
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from vtc.compressor import AFTER_PREFILL, ModelSpec, Needs, Plan, StageView
+from vtc.method.base import AFTER_PREFILL, ModelSpec, Needs, Plan, StageView
 from vtc.methods.aim import AIM
 from vtc.ops.importance import pagerank
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows

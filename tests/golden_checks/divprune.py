@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.budget import tokens_to_keep
+from vtc.method.budget import tokens_to_keep
 from vtc.ops.greedy import chosen, k_center, most_isolated
 
 

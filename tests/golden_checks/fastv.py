@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.compressor import ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.methods.fastv import FastV
 from vtc.ops.attention import attention_rows
-from vtc.readings import AttentionCall, LLMReading, QueryRows
 
 spec = importlib.util.spec_from_file_location("golden_llm", Path(__file__).with_name("_llm.py"))
 assert spec is not None and spec.loader is not None

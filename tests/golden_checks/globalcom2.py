@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.method.readings import AttentionCall, Rows
 from vtc.ops import crops
 from vtc.ops.select import top_k_of_groups
-from vtc.readings import AttentionCall, Rows
 
 SIDE = 24
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import ModelSpec, Rows
+from vtc.method.base import ModelSpec, Rows
+from vtc.method.readings import AttentionCall
 from vtc.methods.hiprune import HiPrune, anchors_of
 from vtc.ops.neighbours import hierarchical, neighbours, tile_places
 from vtc.ops.select import apportion, take_last
-from vtc.readings import AttentionCall
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 QWEN = ModelSpec("qwen2.5-vl", 32, 31, False, (7, 15, 23, 31), 36, mrope=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtc.compressor import CacheStage, ModelSpec, StageView
+from vtc.method.base import CacheStage, ModelSpec, StageView
 from vtc.methods.mustdrop import MustDrop
 from vtc.ops.dual import dual_filter, key_tokens
 from vtc.ops.select import take_rows

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.method.readings import AttentionCall, QueryRows, Rows
 from vtc.methods.todre import parted, shares
 from vtc.ops.greedy import best, chosen, cosine_to_mean, k_center, max_sum
-from vtc.readings import AttentionCall, QueryRows, Rows
 
 INPUTS = ("tokens", "cls_attention", "attention", "token_type")
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.method.readings import AttentionCall
 from vtc.methods.visionzip import MEAN_KEYS
 from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
-from vtc.readings import AttentionCall
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.compressor import ModelSpec
+from vtc.method.base import ModelSpec
 from vtc.methods.vtc_cls import ensemble
 from vtc.ops.select import top_k
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtc.budget import Budget
-from vtc.compressor import ModelSpec, Needs, Rows, Selection, StageView
 from vtc.context import VisionContext
 from vtc.items import build
-from vtc.layout import VisualItem
-from vtc.plan import grouped
+from vtc.method.base import ModelSpec, Needs, Rows, Selection, StageView
+from vtc.method.budget import Budget
+from vtc.method.layout import VisualItem
+from vtc.method.plan import grouped
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vtc
-from vtc.compressor import PRE_LLM, EncoderStage, ModelSpec, Rows
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
-from vtc.merging import groups, share
+from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Rows
+from vtc.method.merging import groups, share
 from vtc.methods.aim import AIM, Importance
 from vtc.ops.merge import merge_plan
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters, calibration
-from vtc.compressor import ModelSpec, Rows, StageView
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import ModelSpec, Rows, StageView
 from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
 from vtc.methods.atp_training_free import schedule
 from vtc.ops import thresholds

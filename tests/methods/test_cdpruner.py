@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
-from vtc.compressor import ModelSpec, Needs
 from vtc.errors import VTCError
+from vtc.method.base import ModelSpec, Needs
 from vtc.methods.cdpruner import relevance
 from vtc.ops.greedy import greedy_map
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
-from vtc.compressor import ModelSpec, Needs
 from vtc.errors import VTCError
-from vtc.groups import Groups, _largest_share
+from vtc.method.base import ModelSpec, Needs
+from vtc.method.groups import Groups, _largest_share
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 SHAPES = [(7, 9), (16, 16), (1, 1), (2, 3), (1, 2)]

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vtc
-from vtc.compressor import ModelSpec, Rows
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import ModelSpec, Rows
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 LLAMA = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)

@@ -18,9 +18,9 @@ from torch import Tensor
 import vtc
 from vtc import adapters
 from vtc.adapters.anyres import anyres_item
-from vtc.compressor import ModelSpec, Needs, Rows
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.layout import VisualItem
+from vtc.method.base import ModelSpec, Needs, Rows
+from vtc.method.layout import VisualItem
 from vtc.methods.globalcom2 import overview
 from vtc.ops.crops import exact_shares, unlike_mean
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model

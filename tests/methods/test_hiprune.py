@@ -14,8 +14,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import ModelSpec, Rows
 from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import ModelSpec, Rows
 from vtc.methods.hiprune import anchors_of
 from vtc.ops.neighbours import hierarchical, neighbours, tile_places
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model

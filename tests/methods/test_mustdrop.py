@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
-from vtc.compressor import CacheStage, EncoderStage, ModelSpec, Needs, Rows, StageView
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import CacheStage, EncoderStage, ModelSpec, Needs, Rows, StageView
+from vtc.method.schedule import geometric_schedule
 from vtc.methods.mustdrop import TEXT
 from vtc.ops.dual import dual_filter, keep_with_keys, key_tokens, utilities
 from vtc.ops.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
-from vtc.schedule import geometric_schedule
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import dual as plain_dual
 from vtc.testing.plain import windows as plain_windows

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import ModelSpec, Needs, Rows
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import ModelSpec, Needs, Rows
 from vtc.methods.todre import parted, shares
 from vtc.ops.greedy import best, chosen, greedy_map, k_center, max_sum, most_isolated
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import PRE_LLM, EncoderStage, ModelSpec
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.merging import share
+from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec
+from vtc.method.merging import share
 from vtc.methods.tome import KEYS, ToMe
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import merge as plain

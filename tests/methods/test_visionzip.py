@@ -14,8 +14,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import EncoderStage, ModelSpec, Needs, Rows
 from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import EncoderStage, ModelSpec, Needs, Rows
 from vtc.methods.visionzip import MEAN_KEYS, longest
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 

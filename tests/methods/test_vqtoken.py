@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc import adapters, weights
-from vtc.compressor import ModelSpec
+from vtc import adapters
 from vtc.errors import BudgetError, UnknownName, UnsupportedMethod, VTCError
+from vtc.method import weights
+from vtc.method.base import ModelSpec
 from vtc.methods.vqtoken import OFFICIAL_PREFIX, VQToken, _raster, occupancy
 from vtc.methods.vqtoken_codebook import VQTokenCodebook
 from vtc.ops import cluster

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
-from vtc.compressor import ModelSpec
 from vtc.errors import UnknownName, VTCError
+from vtc.method.base import ModelSpec
 from vtc.methods.vqtoken_codebook import VQTokenCodebook
 from vtc.ops import cluster
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model

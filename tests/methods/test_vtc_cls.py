@@ -12,8 +12,8 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.compressor import ModelSpec, Rows
 from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import ModelSpec, Rows
 from vtc.methods.vtc_cls import ensemble
 from vtc.testing import tiny_inputs, tiny_model
 

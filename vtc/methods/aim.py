@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.budget import tokens_to_keep
-from vtc.compressor import (
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import (
     PRE_LLM,
     Compressor,
     EncoderStage,
@@ -23,14 +23,14 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError
-from vtc.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
-from vtc.merging import groups, merge_items
+from vtc.method.budget import tokens_to_keep
+from vtc.method.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
+from vtc.method.merging import groups, merge_items
+from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
+from vtc.method.registry import register
 from vtc.ops.importance import pagerank
 from vtc.ops.merge import merge_plan
 from vtc.ops.select import top_k
-from vtc.readings import AttentionCall, LLMReading, QueryRows, Rows
-from vtc.registry import register
 
 Metric = Literal["auto", "keys", "features"]
 Order = Literal["official", "raster"]

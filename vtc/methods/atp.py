@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.learned import LearnedCompressor
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.learned import LearnedCompressor
+from vtc.method.registry import register
 from vtc.ops import thresholds
-from vtc.registry import register
 
 Norm = Literal["minmax", "none"]
 Feature = Literal["pool", "mean"]

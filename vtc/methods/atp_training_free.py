@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from vtc import weights as store
-from vtc.compressor import ModelSpec, Plan, Selection, StageView
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
-from vtc.learned import check_settings, load_tensors
+from vtc.method import weights as store
+from vtc.method.base import ModelSpec, Plan, Selection, StageView
+from vtc.method.learned import check_settings, load_tensors
+from vtc.method.registry import register
 from vtc.methods.atp import ATPScores, ThresholdModules
 from vtc.ops import thresholds
-from vtc.registry import register
 
 Mode = Literal["budget", "calibrated"]
 

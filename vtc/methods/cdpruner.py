@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.compressor import Compressor, Scope, Selection, StageView
 from vtc.errors import VTCError
-from vtc.groups import Groups
+from vtc.method.base import Compressor, Scope, Selection, StageView
+from vtc.method.groups import Groups
+from vtc.method.registry import register
 from vtc.ops.greedy import alignment, greedy_map, total
 from vtc.ops.select import settle
-from vtc.registry import register
 
 
 @register

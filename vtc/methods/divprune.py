@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from vtc.compressor import Compressor, Scope, Selection, StageView
-from vtc.groups import Groups
+from vtc.method.base import Compressor, Scope, Selection, StageView
+from vtc.method.groups import Groups
+from vtc.method.registry import register
 from vtc.ops.greedy import k_center, most_isolated
-from vtc.registry import register
 
 
 @register

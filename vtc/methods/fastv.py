@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import VTCError
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.registry import register
 from vtc.ops.select import top_k
-from vtc.registry import register
 
 Scope = Literal["item", "row"]
 

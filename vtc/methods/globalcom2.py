@@ -10,13 +10,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.layout import VisualItem
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.layout import VisualItem
+from vtc.method.readings import VisionReading
+from vtc.method.registry import register
 from vtc.ops import crops
 from vtc.ops.select import take_rows, top_k_of_groups
-from vtc.readings import VisionReading
-from vtc.registry import register
 
 Score = Literal["auto", "cls", "cosine", "received"]
 Order = Literal["raster", "official"]

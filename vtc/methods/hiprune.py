@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.registry import register
 from vtc.ops.neighbours import Border, hierarchical, neighbours, tile_places
 from vtc.ops.select import apportion
-from vtc.registry import register
 
 Collision = Literal["exact", "official"]
 Split = Literal["exact", "floor"]

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.compressor import (
+from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import (
     CacheStage,
     Compressor,
     EncoderStage,
@@ -25,7 +26,9 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
-from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.readings import AttentionCall, LLMReading, QueryRows, VisionReading
+from vtc.method.registry import register
+from vtc.method.schedule import left_by_stages
 from vtc.ops.dual import (
     attention_sum_and_max,
     dual_filter,
@@ -35,9 +38,6 @@ from vtc.ops.dual import (
 )
 from vtc.ops.select import front_pack, top_k
 from vtc.ops.windows import window_count
-from vtc.readings import AttentionCall, LLMReading, QueryRows, VisionReading
-from vtc.registry import register
-from vtc.schedule import left_by_stages
 from vtc.window_merge import Windows, by_token
 
 Merge = Literal["threshold", "count", "off"]

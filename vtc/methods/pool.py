@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vtc.compressor import Compressor, Selection, StageView
 from vtc.errors import UnsupportedCall
+from vtc.method.base import Compressor, Selection, StageView
+from vtc.method.registry import register
 from vtc.ops.grid import absorbing_cell, cell_centres, output_raster, pool_grid, split_budget
-from vtc.registry import register
 
 
 @register

@@ -10,12 +10,12 @@ from typing import Literal
 
 import torch
 
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.readings import LLMReading
+from vtc.method.registry import register
+from vtc.method.schedule import geometric_schedule
 from vtc.ops.select import top_k
-from vtc.readings import LLMReading
-from vtc.registry import register
-from vtc.schedule import geometric_schedule
 
 LATE, EARLY = (8, 16, 24), (2, 10, 18)
 """Layers before which tokens are dropped, of 32: as published, and for budgets that those cannot meet."""

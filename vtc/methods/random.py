@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.compressor import Scope, ScoringCompressor, StageView
+from vtc.method.base import Scope, ScoringCompressor, StageView
+from vtc.method.registry import register
 from vtc.ops.hashing import uniform
-from vtc.registry import register
 
 
 @register

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vtc.compressor import Compressor, Selection, StageView
-from vtc.layout import Grid
+from vtc.method.base import Compressor, Selection, StageView
+from vtc.method.layout import Grid
+from vtc.method.registry import register
 from vtc.ops.grid import split_budget, strided
-from vtc.registry import register
 
 
 @register

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.budget import Budget
-from vtc.compressor import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
 from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
+from vtc.method.budget import Budget
+from vtc.method.registry import register
 from vtc.ops.greedy import best, chosen, cosine_to_mean, k_center, max_sum
 from vtc.ops.hashing import uniform
-from vtc.registry import register
 
 Variant = Literal["max_sum", "k_center"]
 Pivot = Literal["cls", "random", "center", "farthest"]

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.compressor import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.merging import merge_items
+from vtc.method.base import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
+from vtc.method.merging import merge_items
+from vtc.method.readings import AttentionCall, VisionReading
+from vtc.method.registry import register
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
 from vtc.ops.select import front_pack, take_rows
-from vtc.readings import AttentionCall, VisionReading
-from vtc.registry import register
 
 Metric = Literal["keys", "features"]
 

@@ -11,13 +11,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.compressor import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.layout import VisualItem
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.layout import VisualItem
+from vtc.method.readings import AttentionCall, VisionReading
+from vtc.method.registry import register
 from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
 from vtc.ops.select import apportion, in_groups, take_rows
-from vtc.readings import AttentionCall, VisionReading
-from vtc.registry import register
 
 Place = Literal["llm", "projector"]
 Order = Literal["raster", "official"]

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc import weights as store
-from vtc.compressor import ModelSpec, Plan, Selection, StageView
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
-from vtc.learned import LearnedCompressor, load_tensors
+from vtc.method import weights as store
+from vtc.method.base import ModelSpec, Plan, Selection, StageView
+from vtc.method.learned import LearnedCompressor, load_tensors
+from vtc.method.registry import register
 from vtc.methods.vqtoken_codebook import Clustering, Space, lay
 from vtc.ops import cluster
 from vtc.ops.grid import Grid, cell_centres
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k
 from vtc.ops.vq_attention import VQAttention
-from vtc.registry import register
 
 OFFICIAL_PREFIX = "model.cross_attention."
 

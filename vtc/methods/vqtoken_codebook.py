@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.compressor import Compressor, ModelSpec, Plan, Selection, StageView
 from vtc.errors import VTCError
+from vtc.method.base import Compressor, ModelSpec, Plan, Selection, StageView
+from vtc.method.registry import register
 from vtc.ops import cluster
 from vtc.ops.cluster import Members
 from vtc.ops.hashing import fingerprint
 from vtc.ops.select import front_pack, take_rows
-from vtc.registry import register
 
 Space = Literal["raw", "normalized"]
 

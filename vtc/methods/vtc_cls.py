@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.compressor import ModelSpec, Needs, Plan, Rows, Scope, ScoringCompressor, StageView
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.registry import register
+from vtc.method.base import ModelSpec, Needs, Plan, Rows, Scope, ScoringCompressor, StageView
+from vtc.method.registry import register
 
 REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sum": torch.sum,

@@ -18,9 +18,10 @@ import torch
 
 from vtc import adapters
 from vtc.attach import Handle, compress
-from vtc.compressor import CacheStage, Compressor, ModelSpec, Positions
-from vtc.learned import LearnedCompressor
-from vtc.registry import create
+from vtc.method.base import CacheStage, Compressor, ModelSpec, Positions
+from vtc.method.learned import LearnedCompressor
+from vtc.method.registry import create
+from vtc.method.weights import SUFFIX
 from vtc.testing.measures import (
     MODES,
     against_oracle,
@@ -40,7 +41,6 @@ from vtc.testing.measures import (
 )
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
 from vtc.testing.padding import reads_padding
-from vtc.weights import SUFFIX
 
 __all__ = [
     "LIMIT",
@@ -181,7 +181,7 @@ def with_fresh_weights(method: Compressor, model: ModelSpec, folder: Path | None
 
 def check_adapter(name: str, *, steps: int = 8) -> list[Deviation]:
     """Run the contract on one tiny model with probe methods at every kind of stage."""
-    from vtc.compressor import AFTER_PREFILL
+    from vtc.method.base import AFTER_PREFILL
     from vtc.testing.probes import FixedKeep, LastRowTopK
 
     cells: list[Deviation] = []

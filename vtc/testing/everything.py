@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from vtc import adapters
-from vtc.compressor import CacheStage
-from vtc.registry import create, list_methods
+from vtc.method.base import CacheStage
+from vtc.method.registry import create, list_methods
 from vtc.testing.contract import Deviation, check_method
 from vtc.testing.models import tiny_model
 from vtc.testing.probes import FixedKeep, LastRowTopK

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 
 IMAGE, VIDEO, VISION_START, VISION_END, PAD, BOS, VOCABULARY = 120, 121, 122, 123, 0, 1, 128
 HIDDEN, LAYERS = 64, 4

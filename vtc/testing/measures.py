@@ -13,8 +13,8 @@ from torch import Tensor
 from vtc import adapters
 from vtc.adapters.compat import expands_in_order
 from vtc.attach import Handle
-from vtc.compressor import CacheStage, EncoderStage
-from vtc.layout import Kind
+from vtc.method.base import CacheStage, EncoderStage
+from vtc.method.layout import Kind
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs
 from vtc.testing.oracle import Oracle
 from vtc.testing.snapshot import snapshot

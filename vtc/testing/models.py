@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 from vtc.testing.family import LAYERS, PAD, Piece, TinyModel
 
 Part = int | Kind

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import adapters
-from vtc.compressor import Positions
+from vtc.method.base import Positions
 
 
 class Oracle:

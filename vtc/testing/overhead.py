@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtc.attach import compress, share_encoder
 from vtc.errors import BudgetError
-from vtc.registry import METHODS, list_methods
+from vtc.method.registry import METHODS, list_methods
 from vtc.testing.family import IMAGE, text_settings
 
 SIDE, PATCH, TEXT = 336, 14, 40
@@ -83,7 +83,7 @@ def measure(method: str, batch: int, padding: int, repeats: int) -> dict[str, fl
 
     arms: dict[str, Callable[[], None]] = {"full": full, "compressed": compressed, "native": native}
     times: dict[str, list[float]] = {name: [] for name in arms}
-    from vtc.registry import create
+    from vtc.method.registry import create
 
     with share_encoder(model, [create(method)]):
         for repeat in range(repeats + 2):

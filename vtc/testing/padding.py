@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.readings import LLMReading, VisionReading
+from vtc.method.readings import LLMReading, VisionReading
+from vtc.method.view import Selection, StageView
 from vtc.testing.measures import Attach, generate
-from vtc.view import Selection, StageView
 
 SIZE = 1e3
 """Values behind an item's end, of both signs: a mean, a largest and a smallest value all change with them."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vtc.compressor import (
+from vtc.method.base import (
     AFTER_PREFILL,
     Compressor,
     ModelSpec,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 from vtc.testing.family import IMAGE, VISION_END, VISION_START, Piece, TinyModel, concatenate, text_settings
 
 SIDE, PATCH, TILES = 32, 4, (3, 1, 5)

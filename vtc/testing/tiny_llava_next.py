@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 from vtc.testing.family import IMAGE, VIDEO, Piece, TinyModel, concatenate, text_settings
 from vtc.testing.tiny_llava import SIDE, TOWER
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 from vtc.testing.family import IMAGE, VIDEO, Piece, TinyModel, text_settings
 from vtc.testing.tiny_llava import PATCH, SIDE, TOWER
 from vtc.testing.tiny_llava_next import FRAMES, anyres_tensors, collate, feature_count

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.layout import Kind
+from vtc.method.layout import Kind
 from vtc.testing.family import (
     HIDDEN,
     IMAGE,

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
-from vtc.compressor import Compressor
 from vtc.errors import UnknownName, VTCError, shown, unknown_name
+from vtc.method.base import Compressor
 
 GROUP = "vtc.methods"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.compressor import Scope, StageView
+from vtc.method.base import Scope, StageView
 from vtc.ops.greedy import chosen
 from vtc.ops.select import apportion, in_groups
 

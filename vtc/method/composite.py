@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from vtc.budget import Budget
-from vtc.compressor import (
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError, shown
+from vtc.method.base import (
     CacheStage,
     Compressor,
     EncoderStage,
@@ -23,7 +23,7 @@ from vtc.compressor import (
     Stage,
     StageView,
 )
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError, shown
+from vtc.method.budget import Budget
 
 
 def _order(stage: Stage) -> tuple[int, int]:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vtc.budget import Budget
 from vtc.errors import VTCError
-from vtc.hyper_parameters import check
+from vtc.method.budget import Budget
+from vtc.method.hyper_parameters import check
+from vtc.method.plan import AFTER_PREFILL, PRE_LLM, CacheStage, EncoderStage, ModelSpec, Needs, Plan, Positions, Stage
+from vtc.method.readings import Rows
+from vtc.method.view import Selection, StageView
 from vtc.ops.select import top_k, top_k_in_groups
-from vtc.plan import AFTER_PREFILL, PRE_LLM, CacheStage, EncoderStage, ModelSpec, Needs, Plan, Positions, Stage
-from vtc.readings import Rows
-from vtc.view import Selection, StageView
 
 __all__ = [
     "AFTER_PREFILL",
@@ -45,8 +45,8 @@ __all__ = [
 class Compressor(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the method's hyper-parameters.
 
-    Values are checked and converted by the fields' annotations (`vtc.hyper_parameters`); a subclass with a check of its
-    own calls `super().__post_init__()` first.
+    Values are checked and converted by the fields' annotations (`vtc.method.hyper_parameters`); a subclass with a check
+    of its own calls `super().__post_init__()` first.
 
     name: registered name. version: raised whenever results change. trained: needs learned weights. stages: where it
     acts on every model; override `plan` where that depends on the model.

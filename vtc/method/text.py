@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtc.budget import Budget
-from vtc.composite import Composite, combine
-from vtc.compressor import Compressor
 from vtc.errors import BudgetError, InputError
-from vtc.hyper_parameters import parse as parse_value
-from vtc.registry import METHODS, create
+from vtc.method.base import Compressor
+from vtc.method.budget import Budget
+from vtc.method.composite import Composite, combine
+from vtc.method.hyper_parameters import parse as parse_value
+from vtc.method.registry import METHODS, create
 
 PART = re.compile(r"(?P<name>[^()@=]+?)\s*(\((?P<parameters>.*)\))?\s*(@(?P<retention>[^@()]*))?", re.DOTALL)
 OPEN, CLOSE = "([{", ")]}"

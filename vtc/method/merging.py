@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vtc.compressor import Scope, Selection, StageView
+from vtc.method.base import Scope, Selection, StageView
 from vtc.ops.merge import bipartite_merge, group_places, lay_out, merge_plan, merge_rows
 from vtc.ops.select import apportion_host
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vtc import weights as store
-from vtc.compressor import Compressor, ModelSpec
 from vtc.errors import VTCError
+from vtc.method import weights as store
+from vtc.method.base import Compressor, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def load(weights: str | os.PathLike[str]) -> LearnedCompressor:
         with vtc.compress(model, vtc.learned.load("atp-tiny-llava")) as handle:
             model.generate(**inputs)
     """
-    from vtc.registry import create
+    from vtc.method.registry import create
 
     _, metadata = store.read(weights)
     if "compressor" not in metadata:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vtc.errors import InputError, VTCError
-from vtc.registry import METHODS
+from vtc.method.registry import METHODS
 
 
 def load_plugin(name: str) -> list[str]:

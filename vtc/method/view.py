@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vtc.budget import Budget
 from vtc.errors import VTCError
-from vtc.plan import ModelSpec, Needs, R, Stage, each
-from vtc.readings import LLMReading, VisionReading
+from vtc.method.budget import Budget
+from vtc.method.plan import ModelSpec, Needs, R, Stage, each
+from vtc.method.readings import LLMReading, VisionReading
 
 if TYPE_CHECKING:
     from vtc.items import ItemTable

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vtc.compressor import StageView
 from vtc.errors import BudgetError
+from vtc.method.base import StageView
 
 
 def left_by_stages(view: StageView, least: Sequence[int], spans: Sequence[int]) -> tuple[tuple[int, ...], ...]:
