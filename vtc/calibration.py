@@ -22,9 +22,9 @@ from vtc import adapters
 from vtc.errors import BudgetError
 from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Selection, StageView
-from vtc.methods.atp import ThresholdModules
-from vtc.methods.atp_training_free import ATPTrainingFree, Constants
-from vtc.ops import thresholds
+from vtc.methods.atp import thresholds
+from vtc.methods.atp.method import ThresholdModules
+from vtc.methods.atp.training_free import ATPTrainingFree, Constants
 
 
 @dataclass

@@ -24,7 +24,7 @@ from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.settings import TrainingSettings
 from vtc.method import learned, weights
 from vtc.method.base import Compressor, ModelSpec
-from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
+from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
 
 WEIGHTS = "atp-tiny-llava"
 """Trained towards a third of the tokens; those with "-25" towards a quarter."""

@@ -16,7 +16,7 @@ from vtc.eval.tiny.batches import normalise
 from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.training.prompts import collate, draw
 from vtc.method.registry import create
-from vtc.methods.atp_training_free import ATPTrainingFree
+from vtc.methods.atp.training_free import ATPTrainingFree
 
 BATCH = 20
 

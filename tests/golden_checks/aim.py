@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from vtc.method.base import AFTER_PREFILL, ModelSpec, Needs, Plan, StageView
-from vtc.methods.aim import AIM
-from vtc.ops.importance import pagerank
+from vtc.methods.aim.importance import pagerank
+from vtc.methods.aim.method import AIM
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
 from vtc.ops.select import top_k
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.methods.atp import ThresholdModule
-from vtc.ops import thresholds
+from vtc.methods.atp import thresholds
+from vtc.methods.atp.method import ThresholdModule
 from vtc.ops.attention import attention_sums
 
 INPUTS = (

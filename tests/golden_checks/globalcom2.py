@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.method.readings import AttentionCall, Rows
-from vtc.ops import crops
+from vtc.methods.globalcom2 import crops
 from vtc.ops.select import top_k_of_groups
 
 SIDE = 24

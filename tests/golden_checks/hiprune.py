@@ -10,8 +10,8 @@ from torch import Tensor
 import vtc
 from vtc.method.base import ModelSpec, Rows
 from vtc.method.readings import AttentionCall
-from vtc.methods.hiprune import HiPrune, anchors_of
-from vtc.ops.neighbours import hierarchical, neighbours, tile_places
+from vtc.methods.hiprune.method import HiPrune, anchors_of
+from vtc.methods.hiprune.neighbours import hierarchical, neighbours, tile_places
 from vtc.ops.select import apportion, take_last
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vtc.method.base import CacheStage, ModelSpec, StageView
-from vtc.methods.mustdrop import MustDrop
-from vtc.ops.dual import dual_filter, key_tokens
+from vtc.methods.mustdrop.dual import dual_filter, key_tokens
+from vtc.methods.mustdrop.method import MustDrop
+from vtc.methods.mustdrop.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
 from vtc.ops.select import take_rows
-from vtc.ops.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
 
 INPUTS = ("param.",)
 Outputs = dict[str, tuple[Tensor, float, float]]

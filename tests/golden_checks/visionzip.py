@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vtc.method.readings import AttentionCall
-from vtc.methods.visionzip import MEAN_KEYS
-from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.methods.visionzip.method import MEAN_KEYS
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.cluster import codebook, describe, distortion, elbow, kmeans, medoids, ordering
-from vtc.ops.vq_attention import VQAttention
+from vtc.methods.vqtoken.attention import VQAttention
+from vtc.methods.vqtoken.cluster import codebook, describe, distortion, elbow, kmeans, medoids, ordering
 
 INPUTS = {
     "case1": ("tokens", "init_indices"),

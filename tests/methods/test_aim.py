@@ -20,7 +20,7 @@ import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Rows
 from vtc.method.merging import groups, share
-from vtc.methods.aim import AIM, Importance
+from vtc.methods.aim.method import AIM, Importance
 from vtc.ops.merge import merge_plan
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import merge as plain

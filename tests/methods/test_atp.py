@@ -18,9 +18,9 @@ import vtc
 from vtc import adapters, calibration
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Rows, StageView
-from vtc.methods.atp import ATP, ThresholdModule, ThresholdModules
-from vtc.methods.atp_training_free import schedule
-from vtc.ops import thresholds
+from vtc.methods.atp import thresholds
+from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
+from vtc.methods.atp.training_free import schedule
 from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 from vtc.testing.plain import thresholds as plain
 
@@ -528,8 +528,8 @@ def test_other_methods_may_come_first(clip: Any, stored: Any) -> None:
 
 def test_long_videos_stay_small(peak_memory: Any) -> None:
     setup = """
-from vtc.methods.atp import ThresholdModule
-from vtc.ops import thresholds as t
+from vtc.methods.atp.method import ThresholdModule
+from vtc.methods.atp import thresholds as t
 n = 100_000
 own, cross, mask = torch.rand(1, n), torch.rand(1, n), torch.ones(1, n, dtype=torch.bool)
 frame = torch.arange(n)[None] // 196

@@ -21,8 +21,8 @@ from vtc.adapters.anyres import anyres_item
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Needs, Rows
 from vtc.method.layout import VisualItem
-from vtc.methods.globalcom2 import overview
-from vtc.ops.crops import exact_shares, unlike_mean
+from vtc.methods.globalcom2.crops import exact_shares, unlike_mean
+from vtc.methods.globalcom2.method import overview
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import crops as plain
 
@@ -272,7 +272,7 @@ def test_scores_without_a_class_token(view_of: Any, kept: Any, score: Any) -> No
 
 def test_long_videos_stay_small(peak_memory: Any) -> None:
     """Cosines of 65,536 tokens whose features take 256 MiB need little beside them."""
-    setup = "from vtc.ops.crops import unlike_mean\n" + "\n".join(
+    setup = "from vtc.methods.globalcom2.crops import unlike_mean\n" + "\n".join(
         [
             "x = torch.ones(1, 65536, 1024)",
             "group = (torch.arange(65536) // 256)[None]",

@@ -16,8 +16,8 @@ import vtc
 from vtc import adapters
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Rows
-from vtc.methods.hiprune import anchors_of
-from vtc.ops.neighbours import hierarchical, neighbours, tile_places
+from vtc.methods.hiprune.method import anchors_of
+from vtc.methods.hiprune.neighbours import hierarchical, neighbours, tile_places
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain.neighbours import plain_hierarchical, plain_neighbours, plain_tile_places
 
@@ -343,7 +343,7 @@ def test_videos_are_chosen_frame_by_frame() -> None:
 def test_long_videos_stay_small(peak_memory: Any) -> None:
     """100 000 tokens in 174 frames; one table of N x N bytes would be 10 GB."""
     setup = """
-from vtc.ops.neighbours import hierarchical, neighbours, tile_places
+from vtc.methods.hiprune.neighbours import hierarchical, neighbours, tile_places
 frames, rows, cols = 174, 24, 24
 group = torch.arange(frames).repeat_interleave(rows * cols)[None]
 row, col = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float().repeat(frames, 1).T[:, None]

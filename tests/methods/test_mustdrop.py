@@ -16,9 +16,9 @@ import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import CacheStage, EncoderStage, ModelSpec, Needs, Rows, StageView
 from vtc.method.schedule import geometric_schedule
-from vtc.methods.mustdrop import TEXT
-from vtc.ops.dual import dual_filter, keep_with_keys, key_tokens, utilities
-from vtc.ops.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
+from vtc.methods.mustdrop.dual import dual_filter, keep_with_keys, key_tokens, utilities
+from vtc.methods.mustdrop.method import TEXT
+from vtc.methods.mustdrop.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import dual as plain_dual
 from vtc.testing.plain import windows as plain_windows
@@ -103,7 +103,10 @@ def test_the_key_set_is_rounded_up_as_in_python(rate: float) -> None:
 
 
 def test_tokens_far_beyond_the_memory_of_pairs(peak_memory: Any) -> None:
-    setup = "from vtc.ops.windows import *; from vtc.ops.dual import *; x = torch.randn(1, 98304, 256).bfloat16()"
+    setup = (
+        "from vtc.methods.mustdrop.windows import *; from vtc.methods.mustdrop.dual import *; "
+        "x = torch.randn(1, 98304, 256).bfloat16()"
+    )
     code = (
         "number = raster_windows([(96, 32, 32)], (2, 2))[None]; members, whole = window_members(number, 24576, 4);"
         "similarity = window_similarity(x, members, whole); merge_windows(x, members, similarity > 0);"
@@ -478,7 +481,7 @@ def test_text_attention_is_that_of_eager_attention(name: str) -> None:
         rows = eager(**inputs, output_attentions=True).attentions[0].mean(1)
     read: list[Tensor] = []
 
-    class Spy(vtc.methods.mustdrop.MustDrop):  # type: ignore[misc, name-defined]
+    class Spy(vtc.methods.mustdrop.method.MustDrop):  # type: ignore[misc, name-defined]
         def attention(self, view: StageView, layer: int) -> Tensor:
             read.append(view.llm_rows[layer, TEXT])
             return super().attention(view, layer)

@@ -18,10 +18,10 @@ from vtc import adapters
 from vtc.errors import BudgetError, UnknownName, UnsupportedMethod, VTCError
 from vtc.method import weights
 from vtc.method.base import ModelSpec
-from vtc.methods.vqtoken import OFFICIAL_PREFIX, VQToken, _raster, occupancy
-from vtc.methods.vqtoken_codebook import VQTokenCodebook
-from vtc.ops import cluster
-from vtc.ops.vq_attention import VQAttention
+from vtc.methods.vqtoken import cluster
+from vtc.methods.vqtoken.attention import VQAttention
+from vtc.methods.vqtoken.codebook import VQTokenCodebook
+from vtc.methods.vqtoken.method import OFFICIAL_PREFIX, VQToken, _raster, occupancy
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import cluster as plain
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import vtc
 from vtc.errors import UnknownName, VTCError
 from vtc.method.base import ModelSpec
-from vtc.methods.vqtoken_codebook import VQTokenCodebook
-from vtc.ops import cluster
+from vtc.methods.vqtoken import cluster
+from vtc.methods.vqtoken.codebook import VQTokenCodebook
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import cluster as plain
 

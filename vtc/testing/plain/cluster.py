@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops import cluster
-from vtc.ops.cluster import Clusters, Members
+from vtc.methods.vqtoken import cluster
+from vtc.methods.vqtoken.cluster import Clusters, Members
 from vtc.ops.hashing import fingerprint, uniform
 from vtc.testing.plain import OpCase, Size
 

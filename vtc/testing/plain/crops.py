@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.crops import (
+from vtc.methods.globalcom2.crops import (
     blend,
     cell_sums,
     crop_ratios,

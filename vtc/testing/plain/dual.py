@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.dual import attention_sum_and_max, dual_filter, keep_with_keys, key_tokens, utilities
+from vtc.methods.mustdrop.dual import attention_sum_and_max, dual_filter, keep_with_keys, key_tokens, utilities
 from vtc.testing.plain import OpCase, Size
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.neighbours import Border, hierarchical, neighbours, tile_places
+from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
 from vtc.testing.plain import OpCase, Size
 
 

@@ -1,4 +1,4 @@
-"""References for `vtc.ops.thresholds`: one item, one token at a time, in float64."""
+"""References for `vtc.methods.atp.thresholds`: one item, one token at a time, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops import thresholds as ops
+from vtc.methods.atp import thresholds as ops
 from vtc.testing.plain import OpCase, Size
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.windows import (
+from vtc.methods.mustdrop.windows import (
     APART,
     merge_windows,
     merged_first,

@@ -15,7 +15,7 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection,
 from vtc.method.layout import VisualItem
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
-from vtc.ops import crops
+from vtc.methods.globalcom2 import crops
 from vtc.ops.select import take_rows, top_k_of_groups
 
 Score = Literal["auto", "cls", "cosine", "received"]

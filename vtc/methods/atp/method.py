@@ -14,7 +14,7 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import register
-from vtc.ops import thresholds
+from vtc.methods.atp import thresholds
 
 Norm = Literal["minmax", "none"]
 Feature = Literal["pool", "mean"]

@@ -29,16 +29,16 @@ from vtc.method.base import (
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, VisionReading
 from vtc.method.registry import register
 from vtc.method.schedule import left_by_stages
-from vtc.ops.dual import (
+from vtc.methods.mustdrop.dual import (
     attention_sum_and_max,
     dual_filter,
     keep_with_keys,
     key_tokens,
     utilities,
 )
+from vtc.methods.mustdrop.window_merge import Windows, by_token
+from vtc.methods.mustdrop.windows import window_count
 from vtc.ops.select import front_pack, top_k
-from vtc.ops.windows import window_count
-from vtc.window_merge import Windows, by_token
 
 Merge = Literal["threshold", "count", "off"]
 Filter = Literal["budget", "threshold", "off"]

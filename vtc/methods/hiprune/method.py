@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.registry import register
-from vtc.ops.neighbours import Border, hierarchical, neighbours, tile_places
+from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
 from vtc.ops.select import apportion
 
 Collision = Literal["exact", "official"]

@@ -19,12 +19,12 @@ from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Plan, Selection, StageView
 from vtc.method.learned import LearnedCompressor, load_tensors
 from vtc.method.registry import register
-from vtc.methods.vqtoken_codebook import Clustering, Space, lay
-from vtc.ops import cluster
+from vtc.methods.vqtoken import cluster
+from vtc.methods.vqtoken.attention import VQAttention
+from vtc.methods.vqtoken.codebook import Clustering, Space, lay
 from vtc.ops.grid import Grid, cell_centres
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k
-from vtc.ops.vq_attention import VQAttention
 
 OFFICIAL_PREFIX = "model.cross_attention."
 

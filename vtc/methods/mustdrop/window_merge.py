@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.method.base import Selection, StageView
-from vtc.ops.select import take_rows
-from vtc.ops.windows import (
+from vtc.methods.mustdrop.windows import (
     merge_windows,
     merged_first,
     raster_windows,
@@ -19,14 +18,15 @@ from vtc.ops.windows import (
     window_members,
     window_similarity,
 )
+from vtc.ops.select import take_rows
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
     """The windows of all items of a view.
 
-    members: [I, W, k] tokens of each window, whole: [I, W] bool, similarity: [I, W]; see `vtc.ops.windows`. counts:
-    windows per item in its layout, on the host.
+    members: [I, W, k] tokens of each window, whole: [I, W] bool, similarity: [I, W]; see
+    `vtc.methods.mustdrop.windows`. counts: windows per item in its layout, on the host.
     """
 
     view: StageView

@@ -13,8 +13,8 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Plan, Selection, StageView
 from vtc.method.registry import register
-from vtc.ops import cluster
-from vtc.ops.cluster import Members
+from vtc.methods.vqtoken import cluster
+from vtc.methods.vqtoken.cluster import Members
 from vtc.ops.hashing import fingerprint
 from vtc.ops.select import front_pack, take_rows
 

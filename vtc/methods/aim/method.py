@@ -28,7 +28,7 @@ from vtc.method.falling import entering_tokens, falling_shares, layer_tokens, mo
 from vtc.method.merging import groups, merge_items
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
 from vtc.method.registry import register
-from vtc.ops.importance import pagerank
+from vtc.methods.aim.importance import pagerank
 from vtc.ops.merge import merge_plan
 from vtc.ops.select import top_k
 

@@ -16,7 +16,7 @@ from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Ro
 from vtc.method.layout import VisualItem
 from vtc.method.readings import AttentionCall, VisionReading
 from vtc.method.registry import register
-from vtc.ops.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
 from vtc.ops.select import apportion, in_groups, take_rows
 
 Place = Literal["llm", "projector"]

@@ -16,8 +16,8 @@ from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Plan, Selection, StageView
 from vtc.method.learned import check_settings, load_tensors
 from vtc.method.registry import register
-from vtc.methods.atp import ATPScores, ThresholdModules
-from vtc.ops import thresholds
+from vtc.methods.atp import thresholds
+from vtc.methods.atp.method import ATPScores, ThresholdModules
 
 Mode = Literal["budget", "calibrated"]
 
