@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtc.adapters.compat import media
 from vtc.adapters.llava import LlavaAdapter
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.method.layout import VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
 

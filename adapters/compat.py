@@ -14,7 +14,7 @@ from typing import Any
 from packaging.version import Version
 from torch import Tensor
 
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.method.layout import Kind
 

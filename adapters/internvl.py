@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
 from vtc.adapters.frames import FrameText, Run, frame_text, group, listed, numbered, runs
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind, VisualItem

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind, VisualItem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from vtc.adapters.llava_next import LlavaNextAdapter
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedModel
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind

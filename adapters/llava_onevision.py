@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.anyres import AnyResAdapter, Size
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import media
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Grid, Kind, VisualItem
 from vtc.ops.hashing import fingerprint

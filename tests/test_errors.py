@@ -20,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vtc
 import vtc.errors
 from vtc import adapters
+from vtc.batch.context import VisionContext
+from vtc.batch.items import build
 from vtc.cache import CompressedCache
-from vtc.context import VisionContext
 from vtc.errors import (
     BudgetError,
     InputError,
@@ -32,7 +33,6 @@ from vtc.errors import (
     VTCError,
     unknown_name,
 )
-from vtc.items import build
 from vtc.method.base import (
     CacheStage,
     Compressor,

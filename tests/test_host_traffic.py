@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import vtc
-from vtc.items import ItemTable
+from vtc.batch.items import ItemTable
 from vtc.method.base import Compressor, StageView
 from vtc.method.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model

@@ -31,8 +31,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
+import vtc.batch.items
 import vtc.engine
-import vtc.items
 import vtc.masks
 from vtc import adapters
 from vtc.adapters.base import Adapter
@@ -370,13 +370,13 @@ def test_beams_share_one_encoding_in_order(clip: Any, monkeypatch: pytest.Monkey
     calls.clear()
     assert torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))
     assert len(calls) == 1
-    build = vtc.visuals.build
+    build = vtc.batch.visuals.build
 
     def in_turns(*args: Any, **kwargs: Any) -> Any:
         table, separators = build(*args, **kwargs)
         return dataclasses.replace(table, source=torch.arange(len(table)) % 3), separators
 
-    monkeypatch.setattr(vtc.visuals, "build", in_turns)
+    monkeypatch.setattr(vtc.batch.visuals, "build", in_turns)
     assert not torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import vtc
+from vtc.batch.prompt import Prompt, system_rows, unanswered
 from vtc.errors import InputError, UnsupportedCall
 from vtc.generating import control_tokens
 from vtc.method.base import Compressor, StageView
-from vtc.prompt import Prompt, system_rows, unanswered
 from vtc.template import system_length
 from vtc.testing import snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
@@ -100,7 +100,7 @@ def test_what_ends_a_prompt() -> None:
     assert unanswered(visual, answer).int().tolist() == [[1, 1, 1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1] * 8])
     find = lambda **bounds: Prompt.find(  # noqa: E731
-        visual, None, mask, None, None, vtc.prompt.Bounds(**bounds)
+        visual, None, mask, None, None, vtc.batch.prompt.Bounds(**bounds)
     )
     assert find(prompt_length=[4, 6]).rows.int().tolist() == [[0, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
     assert find(prompt_length=6, system_length=2).text.int().tolist() == [

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import vtc
+from vtc.batch.trace import CallStats, StageStats, Stats
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
 from vtc.testing import TINY_MODELS, FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
-from vtc.trace import CallStats, StageStats, Stats
 
 NAME = "llava-clip"
 LAYOUT = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]  # 44, 30 and 9 tokens

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vtc.arguments import check_keywords, check_methods, check_model, check_options
+from vtc.batch.prompt import Bounds, Lengths
+from vtc.batch.trace import CallRecord, Stats
 from vtc.errors import BudgetError, VTCError, shown
 from vtc.method.base import Compressor, ModelSpec, Plan, Positions
 from vtc.method.budget import Budget
 from vtc.method.composite import Composite, combine
 from vtc.method.registry import create
-from vtc.prompt import Bounds, Lengths
-from vtc.trace import CallRecord, Stats
 
 if TYPE_CHECKING:
     from vtc.engine import Engine

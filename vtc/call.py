@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.batch.trace import CallRecord, CallStats, ItemRecord, StageStats
+from vtc.batch.visuals import Visuals
 from vtc.cache import CompressedCache
 from vtc.deepstack import Deepstack
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Positions, Selection, Stage
 from vtc.method.readings import LLMReading
 from vtc.ops.select import left_pack, take_last, take_rows
-from vtc.trace import CallRecord, CallStats, ItemRecord, StageStats
-from vtc.visuals import Visuals
 
 
 class Call:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
+from vtc.batch.items import ItemTable
 from vtc.encoder_call import EncoderCall, Left
 from vtc.errors import UnsupportedMethod
 from vtc.installed import Hook
-from vtc.items import ItemTable
 from vtc.method.base import Compressor, EncoderStage, Needs, StageView
 from vtc.method.budget import Budget
 from vtc.method.layout import Kind, VisualItem

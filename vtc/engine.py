@@ -18,6 +18,9 @@ from torch import Tensor
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
+from vtc.batch.prompt import Bounds, Prompt
+from vtc.batch.trace import CallRecord, Stats
+from vtc.batch.visuals import Visuals, host_counts
 from vtc.cache import CompressedCache
 from vtc.call import Call
 from vtc.compiled import check_compiled
@@ -43,12 +46,9 @@ from vtc.method.budget import Budget
 from vtc.notes import bounded, without_frames
 from vtc.open_calls import OpenCalls
 from vtc.outputs import align, asks_rows, check_attentions, check_labels
-from vtc.prompt import Bounds, Prompt
 from vtc.stages import StageRunner
 from vtc.thread_state import ThreadLoss, ThreadState
-from vtc.trace import CallRecord, Stats
 from vtc.vision import VisionRecorder
-from vtc.visuals import Visuals, host_counts
 
 OWNER = "_vtc_engine"
 

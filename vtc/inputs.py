@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.compat import checkpoints
+from vtc.batch.context import VisionContext
 from vtc.cache import CompressedCache, check_plain
-from vtc.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.maker import Maker
 

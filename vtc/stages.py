@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import checkpoints
+from vtc.batch.context import VisionContext
+from vtc.batch.items import ItemTable
 from vtc.call import Call
-from vtc.context import VisionContext
 from vtc.encoder_stage import EncoderStages
 from vtc.errors import UnsupportedCall, UnsupportedMethod
-from vtc.items import ItemTable
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.method.budget import Budget
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, exact

@@ -6,8 +6,8 @@ import threading
 
 from torch import Tensor
 
+from vtc.batch.context import VisionContext
 from vtc.call import Call
-from vtc.context import VisionContext
 
 
 class ThreadState(threading.local):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.encoder_call import EncoderCall
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.installed import Hook, MethodWrapper

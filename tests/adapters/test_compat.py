@@ -11,7 +11,7 @@ from torch import Tensor
 import vtc
 from vtc import adapters
 from vtc.adapters import compat
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.method.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vtc
 from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import EncoderStage, Rows
 from vtc.testing import FixedKeep, tiny_model

@@ -11,7 +11,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 import vtc
 from vtc import adapters
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedMethod, UnsupportedModel
 from vtc.method.base import EncoderStage, Needs, Plan, Rows
 from vtc.testing import FixedKeep, tiny_model

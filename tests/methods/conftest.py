@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtc.context import VisionContext
-from vtc.items import build
+from vtc.batch.context import VisionContext
+from vtc.batch.items import build
 from vtc.method.base import ModelSpec, Needs, Rows, Selection, StageView
 from vtc.method.budget import Budget
 from vtc.method.layout import VisualItem

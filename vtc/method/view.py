@@ -16,7 +16,7 @@ from vtc.method.plan import ModelSpec, Needs, R, Stage, each
 from vtc.method.readings import LLMReading, VisionReading
 
 if TYPE_CHECKING:
-    from vtc.items import ItemTable
+    from vtc.batch.items import ItemTable
 
 
 @dataclass(frozen=True)

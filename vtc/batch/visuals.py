@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
+from vtc.batch.items import ItemTable, build
+from vtc.batch.prompt import Prompt
 from vtc.errors import UnsupportedCall
-from vtc.items import ItemTable, build
 from vtc.method.layout import Kind
-from vtc.prompt import Prompt
 
 
 class HostCounts(NamedTuple):
@@ -29,7 +29,7 @@ class HostCounts(NamedTuple):
 class Visuals:
     """What a chunk with visual tokens brings: items and their separators, [B, L] bool marks, host counts.
 
-    visual: tokens and separators. prompt, text: see `vtc.prompt`; no row has more text than `text_count`. row_counts:
+    visual: tokens and separators. prompt, text: see `vtc.batch.prompt`; no row has more text than `text_count`. row_counts:
     valid tokens of each row.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.context import VisionContext
+from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall
 from vtc.method.layout import Kind, VisualItem
 from vtc.ops.select import front_pack
