@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import vtc
-import vtc.vision
+import vtc.engine.engine.encoder
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
@@ -112,7 +112,7 @@ class Runner:
         settings["retention"] = cell.retention if compressor.needs_budget else None  # several together hold theirs
         return vtc.compress(self.model, compressor, processor=self.processor, **settings)
 
-    def sharing(self, cells: Sequence[Cell]) -> vtc.sharing.SharedEncoder:
+    def sharing(self, cells: Sequence[Cell]) -> vtc.engine.sharing.SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
         return vtc.share_encoder(self.model, [cell.compressor for cell in cells if cell.compressor is not None])
 

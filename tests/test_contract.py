@@ -11,7 +11,7 @@ import torch
 
 import vtc
 from vtc import adapters
-from vtc.engine import Engine
+from vtc.engine.engine import Engine
 from vtc.method.base import CacheStage, Compressor, Needs, Plan, Rows, Selection, StageView
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k

@@ -64,8 +64,8 @@ def test_a_model_dropped_while_attached_is_freed(method: str, run: bool) -> None
     del model, handle
     gc.collect()
     assert gone() is None
-    assert not vtc.taps._taps
-    assert not vtc.taps._users
+    assert not vtc.engine.taps._taps
+    assert not vtc.engine.taps._users
 
 
 def test_errors_keep_no_tensors(clip: Any) -> None:

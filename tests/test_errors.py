@@ -22,7 +22,7 @@ import vtc.errors
 from vtc import adapters
 from vtc.batch.context import VisionContext
 from vtc.batch.items import build
-from vtc.cache import CompressedCache
+from vtc.engine.engine.cache import CompressedCache
 from vtc.errors import (
     BudgetError,
     InputError,

@@ -32,18 +32,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 import vtc.batch.items
-import vtc.engine
-import vtc.masks
+import vtc.engine.engine
+import vtc.engine.engine.masks
 from vtc import adapters
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.cache import CompressedCache
-from vtc.call import Call
+from vtc.engine.engine.cache import CompressedCache
+from vtc.engine.engine.call import Call
+from vtc.engine.engine.encoder import VisionRecorder
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.base import Compressor
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs
 from vtc.testing.contract import against_oracle, generate, reference
-from vtc.vision import VisionRecorder
 
 Attach = Callable[[Any], vtc.Handle]
 NAME = "llava-clip"
@@ -237,9 +237,9 @@ def test_phases_move_even_where_the_length_stays(clip: Any, limits: Any) -> None
 
 
 def test_masks_are_built_for_the_layer_they_serve(clip: Any, limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe, build = FixedKeep(at=(0, 2)), vtc.masks.create_causal_mask
+    probe, build = FixedKeep(at=(0, 2)), vtc.engine.masks.create_causal_mask
     assert worst(clip, attaching(probe)) <= limits.logits
-    monkeypatch.setattr(vtc.masks, "create_causal_mask", lambda **given: build(**{**given, "layer_idx": 0}))
+    monkeypatch.setattr(vtc.engine.masks, "create_causal_mask", lambda **given: build(**{**given, "layer_idx": 0}))
     with pytest.raises(RuntimeError, match="must match the size"):
         worst(clip, attaching(probe))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import vtc
 from vtc.batch.prompt import Prompt, system_rows, unanswered
+from vtc.engine.engine.generating import control_tokens
 from vtc.errors import InputError, UnsupportedCall
-from vtc.generating import control_tokens
 from vtc.method.base import Compressor, StageView
 from vtc.template import system_length
 from vtc.testing import snapshot, tiny_inputs, tiny_model

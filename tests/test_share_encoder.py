@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import vtc
-from vtc import adapters, taps
+from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
+from vtc.engine.engine import taps
+from vtc.engine.engine.sharing import checksum
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.readings import VisionReading
 from vtc.ops.select import top_k
-from vtc.sharing import checksum
 from vtc.testing import FixedKeep, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
 

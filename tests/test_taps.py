@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
-from vtc import adapters, taps
+from vtc import adapters
+from vtc.engine.engine import taps
+from vtc.engine.engine.taps import AttentionCall, TapSet
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.ops.attention import attention_received, attention_rows
-from vtc.taps import AttentionCall, TapSet
 from vtc.testing import LastRowTopK, tiny_inputs, tiny_model
 
 NAMES = ["llava-clip", "llava-siglip"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vtc
+from vtc.engine.engine.guards import CompressionWarning
 from vtc.errors import UnsupportedCall, UnsupportedModel
-from vtc.guards import CompressionWarning
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 
 PAIR = [[3, "image", 5], [2, "image", 9]]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vtc import adapters
-from vtc.attach import compress
+from vtc.engine.engine.attach import compress
 from vtc.images import open_image
 from vtc.loading import Loaded
 from vtc.method.base import Compressor

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
+from vtc.engine.engine.encoder import VisionRecorder, context_of
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, StageView
 from vtc.method.readings import VisionReading
 from vtc.testing import tiny_model
-from vtc.vision import VisionRecorder, context_of
 
 Encode = Callable[..., Any]
 Look = Callable[..., StageView]

@@ -16,15 +16,15 @@ from transformers.vision_utils import get_vision_window_index
 
 import vtc
 from vtc import adapters
+from vtc.engine.engine.encoder import VisionRecorder
+from vtc.engine.engine.taps import AttentionCall, TapSet
 from vtc.method.base import Needs, Rows
 from vtc.methods.vtc_cls import VTCCLS
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.select import top_k
-from vtc.taps import AttentionCall, TapSet
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import generate
 from vtc.testing.tiny_qwen import MERGE
-from vtc.vision import VisionRecorder
 
 NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"]
 LAYOUTS: dict[str, Any] = {

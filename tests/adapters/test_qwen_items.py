@@ -12,11 +12,11 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 import vtc
 from vtc import adapters
 from vtc.batch.context import VisionContext
+from vtc.engine.engine.encoder import VisionRecorder, context_of
 from vtc.errors import UnsupportedMethod, UnsupportedModel
 from vtc.method.base import EncoderStage, Needs, Plan, Rows
 from vtc.testing import FixedKeep, tiny_model
 from vtc.testing.tiny_qwen import CHANNELS, MERGE, PAIR, PATCH
-from vtc.vision import VisionRecorder, context_of
 
 NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
 IMAGES = [[(1, 8, 6)], [(1, 4, 4), (1, 12, 8), (1, 4, 14), (1, 2, 2)], [(1, 6, 6), (1, 6, 6), (1, 10, 4)]]

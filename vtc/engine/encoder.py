@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.batch.context import VisionContext
-from vtc.encoder_call import EncoderCall
+from vtc.engine.engine.encoder_call import EncoderCall
+from vtc.engine.engine.installed import Hook, MethodWrapper
+from vtc.engine.engine.taps import TapSet
 from vtc.errors import UnsupportedCall, UnsupportedMethod
-from vtc.installed import Hook, MethodWrapper
 from vtc.method.base import Needs
 from vtc.method.layout import Kind
 from vtc.method.readings import AttentionCall, LayerOutput, VisionReading, exact
-from vtc.taps import TapSet
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
-    from vtc.encoder_stage import EncoderStages
-    from vtc.sharing import Memo
+    from vtc.engine.engine.encoder_stages import EncoderStages
+    from vtc.engine.engine.sharing import Memo
 
 MARK = "_vtc_context"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from vtc.engine.engine.maker import Maker
 from vtc.errors import UnsupportedCall
-from vtc.maker import Maker
 from vtc.ops.select import left_pack
 
 BROKEN = (

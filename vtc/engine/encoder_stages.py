@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vtc.batch.context import VisionContext
 from vtc.batch.items import ItemTable
-from vtc.encoder_call import EncoderCall, Left
+from vtc.engine.engine.encoder_call import EncoderCall, Left
+from vtc.engine.engine.installed import Hook
 from vtc.errors import UnsupportedMethod
-from vtc.installed import Hook
 from vtc.method.base import Compressor, EncoderStage, Needs, StageView
 from vtc.method.budget import Budget
 from vtc.method.layout import Kind, VisualItem

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vtc.engine.engine.installed import MethodWrapper
 from vtc.errors import UnsupportedCall, UnsupportedModel
-from vtc.installed import MethodWrapper
 
 BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Entry points of continuous batching: it packs prompts into one row and keeps a paged cache of its own."""

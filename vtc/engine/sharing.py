@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vtc.engine.engine.encoder import MARK, VisionRecorder, context_of
 from vtc.method.base import Compressor, Needs
 from vtc.method.layout import Kind
-from vtc.vision import MARK, VisionRecorder, context_of
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vtc.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.batch.prompt import Bounds, Lengths
 from vtc.batch.trace import CallRecord, Stats
+from vtc.engine.engine.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.errors import BudgetError, VTCError, shown
 from vtc.method.base import Compressor, ModelSpec, Plan, Positions
 from vtc.method.budget import Budget
@@ -18,8 +18,8 @@ from vtc.method.composite import Composite, combine
 from vtc.method.registry import create
 
 if TYPE_CHECKING:
-    from vtc.engine import Engine
-    from vtc.sharing import SharedEncoder
+    from vtc.engine.engine import Engine
+    from vtc.engine.engine.sharing import SharedEncoder
 
 
 class Handle:
@@ -159,7 +159,7 @@ def compress(
         print(handle.stats.retention)
     """
     from vtc import adapters
-    from vtc.engine import Engine  # brings in transformers, which `import vtc` does not need
+    from vtc.engine.engine import Engine  # brings in transformers, which `import vtc` does not need
 
     check_model(model, method)
     check_options(positions, pad_output, trace)
@@ -249,7 +249,7 @@ def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> Share
                 shared.clear()
     """
     from vtc import adapters
-    from vtc.sharing import SharedEncoder
+    from vtc.engine.engine.sharing import SharedEncoder
 
     check_model(model)
     return SharedEncoder(adapters.of(model), check_methods(methods))

@@ -1,7 +1,7 @@
 """The engine: hooks that let one method act inside one unmodified model, and leave no trace.
 
 Hooks sit on the model (labels), the backbone (which tokens are visual), the language model (cache, positions, masks,
-the stage before the LLM), on decoder layers (stages inside the LLM) and on the feature methods (`vtc.vision`). Whatever
+the stage before the LLM), on decoder layers (stages inside the LLM) and on the feature methods (`vtc.engine.encoder`). Whatever
 must outlive a call lies in the KV cache; the state of a call lives in `Call` and ends with it.
 """
 
@@ -21,15 +21,15 @@ from vtc.adapters.compat import check_checkpointing
 from vtc.batch.prompt import Bounds, Prompt
 from vtc.batch.trace import CallRecord, Stats
 from vtc.batch.visuals import Visuals, host_counts
-from vtc.cache import CompressedCache
-from vtc.call import Call
-from vtc.compiled import check_compiled
-from vtc.copies import CopyGuard
-from vtc.deepstack import Deepstack
-from vtc.errors import UnsupportedCall, VTCError
-from vtc.generating import GenerateWatch, control_tokens
-from vtc.guards import BatchingBlock, check_without_media, refuse_skipped
-from vtc.inputs import (
+from vtc.engine.engine.cache import CompressedCache
+from vtc.engine.engine.call import Call
+from vtc.engine.engine.compiled import check_compiled
+from vtc.engine.engine.copies import CopyGuard
+from vtc.engine.engine.deepstack import Deepstack
+from vtc.engine.engine.encoder import VisionRecorder
+from vtc.engine.engine.generating import GenerateWatch, control_tokens
+from vtc.engine.engine.guards import BatchingBlock, check_without_media, refuse_skipped
+from vtc.engine.engine.inputs import (
     adopt_cache,
     by_name,
     carries_media,
@@ -39,16 +39,16 @@ from vtc.inputs import (
     mask_2d,
     placeholder_masks,
 )
-from vtc.maker import Maker
-from vtc.masks import attention_of, group_mask, model_mask
+from vtc.engine.engine.maker import Maker
+from vtc.engine.engine.masks import attention_of, group_mask, model_mask
+from vtc.engine.engine.notes import bounded, without_frames
+from vtc.engine.engine.open_calls import OpenCalls
+from vtc.engine.engine.outputs import align, asks_rows, check_attentions, check_labels
+from vtc.engine.engine.stages import StageRunner
+from vtc.engine.engine.thread_state import ThreadLoss, ThreadState
+from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, Plan, Positions
 from vtc.method.budget import Budget
-from vtc.notes import bounded, without_frames
-from vtc.open_calls import OpenCalls
-from vtc.outputs import align, asks_rows, check_attentions, check_labels
-from vtc.stages import StageRunner
-from vtc.thread_state import ThreadLoss, ThreadState
-from vtc.vision import VisionRecorder
 
 OWNER = "_vtc_engine"
 

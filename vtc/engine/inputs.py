@@ -12,9 +12,9 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
-from vtc.cache import CompressedCache, check_plain
+from vtc.engine.engine.cache import CompressedCache, check_plain
+from vtc.engine.engine.maker import Maker
 from vtc.errors import UnsupportedCall
-from vtc.maker import Maker
 
 MEDIA = ("pixel_values", "pixel_values_videos")
 
