@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vtc.app.images import open_image, pillow_defaults
+from vtc.app.preparation import Chat
 from vtc.errors import InputError, UnknownName, one_line
 from vtc.eval.failures import TaskKey
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.quiet import muted
-from vtc.images import open_image, pillow_defaults
-from vtc.preparation import Chat
 
 EMBEDDED = Path(__file__).parent / "tasks"
 GENERATE = "generate_until"

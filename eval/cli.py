@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vtc.options import JsonOption, PluginOption, SetOption, output_path, use_plugins
+from vtc.app.options import JsonOption, PluginOption, SetOption, output_path, use_plugins
 
 if TYPE_CHECKING:
     from vtc.eval.results import Results

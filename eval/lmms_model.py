@@ -15,17 +15,17 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.utils import Collator
 
-from vtc import loading
+from vtc.app import loading
+from vtc.app.images import pillow_defaults
+from vtc.app.preparation import Chat
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import conversation
 from vtc.eval.cells import BASELINE, make_cell
 from vtc.eval.generation import make_generation
 from vtc.eval.runner import Answer, Runner, batch_seed
-from vtc.images import pillow_defaults
 from vtc.method.base import Compressor, Positions
 from vtc.method.composite import combine
 from vtc.method.text import attachable, read
-from vtc.preparation import Chat
 
 AUTO = 8
 """Prompts per batch where lmms-eval is told `--batch_size auto`."""
@@ -34,7 +34,7 @@ AUTO = 8
 class VTC(lmms):  # type: ignore[misc]
     """A model under one compression method at one retention, for lmms-eval.
 
-    `pretrained` is what `vtc.loading.load` takes. `method` is ``none`` for the untouched model, else a method as a
+    `pretrained` is what `vtc.app.loading.load` takes. `method` is ``none`` for the untouched model, else a method as a
     sweep takes it as text; one that takes a budget needs `retention` or `keep`. Further arguments are hyper-parameters
     of the method; one that it does not have is refused. `batch_size` may be ``auto``, which is `max_batch_size` or 8,
     whichever is smaller: memory is not probed. `answers` holds token counts by task and document, which lmms-eval has

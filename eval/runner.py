@@ -19,13 +19,13 @@ from torch import Tensor
 
 import vtc
 import vtc.engine.engine.encoder
+from vtc.app.nonsense import FiniteLogits, checking
+from vtc.app.preparation import prepare
+from vtc.app.template import system_length
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
 from vtc.method.base import Compressor
-from vtc.nonsense import FiniteLogits, checking
-from vtc.preparation import prepare
-from vtc.template import system_length
 
 Conversation = Sequence[Mapping[str, Any]]
 SMALL = 50_000_000  # parameters
@@ -68,7 +68,7 @@ class Runner:
     """Answers batches of conversations with one loaded model."""
 
     def __init__(self, loaded: Any) -> None:
-        """Use the model and processor that `vtc.loading.load` returned.
+        """Use the model and processor that `vtc.app.loading.load` returned.
 
         Raises:
             UnsupportedModel: the processor has no chat template.

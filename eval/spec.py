@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from vtc.app.options import output_path
 from vtc.errors import BudgetError, InputError
 from vtc.eval.method_spec import MethodSpec, fraction, method_entries, sequence
 from vtc.method.base import Positions
-from vtc.options import output_path
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtc import loading
+from vtc.app import loading
 from vtc.errors import BudgetError
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import Cell, make_cells, make_methods

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import vtc.checkpoint
-from vtc.checkpoint import NAME, PARTS, digests, file_digest
+import vtc.app.checkpoint
+from vtc.app.checkpoint import NAME, PARTS, digests, file_digest
 from vtc.embedded import model_path
 
 
@@ -69,9 +69,9 @@ def test_every_file_of_the_embedded_model_is_in_a_part() -> None:
 
 def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = vtc.checkpoint.content_digest
-    monkeypatch.setattr(vtc.checkpoint, "REMEMBERED", 10)
-    monkeypatch.setattr(vtc.checkpoint, "content_digest", lambda file: (reads.append(file), original(file))[1])
+    original = vtc.app.checkpoint.content_digest
+    monkeypatch.setattr(vtc.app.checkpoint, "REMEMBERED", 10)
+    monkeypatch.setattr(vtc.app.checkpoint, "content_digest", lambda file: (reads.append(file), original(file))[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     home = tmp_path / "model"
     home.mkdir()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from vtc.app.images import PIXELS, name_of, open_image, pillow_defaults
 from vtc.errors import InputError
-from vtc.images import PIXELS, name_of, open_image, pillow_defaults
 
 RAW = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 ORIENTATION = 0x0112
@@ -153,9 +153,9 @@ def test_a_broken_file_is_refused_whatever_pillow_is_set_to(tmp_path: Path, kind
 @pytest.mark.usefixtures("process_state")
 def test_the_limit_of_size_does_not_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (100, 60)).save(file := tmp_path / "large.png")
-    monkeypatch.setattr("vtc.images.PIXELS", 4000)
+    monkeypatch.setattr("vtc.app.images.PIXELS", 4000)
     assert open_image(file).size == (100, 60)  # above the size that Pillow warns of, below the one it refuses
-    monkeypatch.setattr("vtc.images.PIXELS", 2000)
+    monkeypatch.setattr("vtc.app.images.PIXELS", 2000)
     with pytest.raises(InputError, match=r"large\.png' is too large .*scale it down"):
         open_image(file)
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vtc import embedded, loading
-from vtc.answer import answer
+from vtc import embedded
+from vtc.app import loading
+from vtc.app.answer import answer
+from vtc.app.images import open_image
+from vtc.app.media import Video
+from vtc.app.preparation import Chat, prepare
 from vtc.errors import InputError
-from vtc.eval.media import Video
-from vtc.images import open_image
-from vtc.preparation import Chat, prepare
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import vtc
+from vtc.app.template import system_length
 from vtc.batch.prompt import Prompt, system_rows, unanswered
 from vtc.engine.engine.generating import control_tokens
 from vtc.errors import InputError, UnsupportedCall
 from vtc.method.base import Compressor, StageView
-from vtc.template import system_length
 from vtc.testing import snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.measures import only_the_prompt
@@ -237,7 +237,7 @@ def test_cdpruner_reads_a_question_in_front() -> None:
 
 def test_the_length_of_a_template_s_head() -> None:
     """What stands in front of the user's words: the same in every prompt of that template."""
-    from vtc.loading import load
+    from vtc.app.loading import load
 
     processor = load("tiny-llava").processor
     length = system_length(processor)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vtc.app.options import JsonOption, PluginOption, SetOption, use_plugins
 from vtc.errors import InputError, VTCError
-from vtc.options import JsonOption, PluginOption, SetOption, use_plugins
 
 app = typer.Typer(
     name="vtc",
@@ -57,8 +57,8 @@ def methods(
 ) -> None:
     """List compression methods: where they act, what they need, on which families they run."""
     from vtc import adapters
-    from vtc.catalogue import describe_methods
-    from vtc.method_pages import method_pages
+    from vtc.app.catalogue import describe_methods
+    from vtc.app.method_pages import method_pages
 
     use_plugins(plugin or [])
     entries = describe_methods()
@@ -88,7 +88,7 @@ def methods(
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List embedded models and supported model families."""
-    from vtc.catalogue import describe_models
+    from vtc.app.catalogue import describe_models
 
     entries = describe_models()
     if as_json:
@@ -129,8 +129,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question about images or videos, with or without compression."""
-    from vtc.answer import answer, open_image
-    from vtc.loading import load
+    from vtc.app.answer import answer, open_image
+    from vtc.app.loading import load
     from vtc.method.text import attachable, pairs
 
     use_plugins(plugin or [])
@@ -157,7 +157,7 @@ def generate(
 
 
 def _read_video(path: str, frames: int, fps: float | None) -> Any:
-    from vtc.eval.media import read_video
+    from vtc.app.media import read_video
 
     if fps is None:
         return read_video(path, frames=frames)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vtc.app.options import output_path
 from vtc.embedded import NAMES, model_path
-from vtc.options import output_path
 
 app = typer.Typer(help="Train and check the embedded model; make the questions of its benchmark.", no_args_is_help=True)
 

@@ -41,7 +41,7 @@ def calibrate_embedded(
     device: str = "auto",
 ) -> Path:
     """Write the thresholds that reach `retention` on average over `prompts` questions; returns the file."""
-    from vtc.loading import load
+    from vtc.app.loading import load
 
     method = create("atp_training_free", **parameters)
     if not isinstance(method, ATPTrainingFree) or method.mode != "budget":

@@ -78,7 +78,7 @@ def measure(
 
     method: None leaves the model untouched. state: weights of the model to use instead of its own.
     """
-    from vtc.loading import load
+    from vtc.app.loading import load
 
     loaded = load(name, device=device, dtype="float32")
     if state is not None:

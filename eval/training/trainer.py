@@ -44,7 +44,7 @@ class Trainer:
     @classmethod
     def create(cls, settings: TrainingSettings, out: Path, device: torch.device, scenes: SceneCache) -> Trainer:
         """Fresh learned parts from the seed of the settings, attached to the model."""
-        from vtc.loading import load
+        from vtc.app.loading import load
 
         torch.manual_seed(settings.seed)
         model = load(settings.model, device=device.type, dtype="float32").model.requires_grad_(False)

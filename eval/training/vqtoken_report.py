@@ -42,7 +42,7 @@ def trained(source: str) -> LearnedCompressor:
 
 def untrained(source: str, folder: Path, **changes: Any) -> LearnedCompressor:
     """The same block with random weights and gains of one, so that a residual block does not begin as nothing."""
-    from vtc.loading import load
+    from vtc.app.loading import load
 
     torch.manual_seed(0)
     method = create("vqtoken", **{**parameters(source), **changes}, training=True)

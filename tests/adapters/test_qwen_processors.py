@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import vtc
-from vtc import loading
+from vtc.app import loading
 from vtc.testing import tiny_model
 from vtc.testing.contract import against_oracle, generate
 from vtc.testing.family import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
@@ -181,8 +181,8 @@ def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_video_file_to_answer(name: str, tmp_path: Path) -> None:
-    from vtc.answer import answer
-    from vtc.eval.media import Video
+    from vtc.app.answer import answer
+    from vtc.app.media import Video
 
     model, processor = tiny_model(name), build_processor(name)
     model.save_pretrained(tmp_path)
@@ -202,7 +202,7 @@ def loaded_tiny(name: str) -> loading.Loaded:
 
 
 def as_clip(pictures: list[Image.Image], name: str = "") -> Any:
-    from vtc.eval.media import Video
+    from vtc.app.media import Video
 
     frames = np.stack([np.asarray(frame) for frame in pictures])
     return Video(frames, np.arange(len(frames)) / 24, 24.0, len(frames), name)
@@ -211,7 +211,7 @@ def as_clip(pictures: list[Image.Image], name: str = "") -> Any:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("case", CASES)
 def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> None:
-    from vtc.preparation import prepare as prepared
+    from vtc.app.preparation import prepare as prepared
 
     loaded = loaded_tiny(name)
     own = prepare(loaded.processor, case)
@@ -231,9 +231,9 @@ def video_as_clip(part: dict[str, Any]) -> dict[str, Any]:
 
 def test_what_the_processor_refuses_is_named() -> None:
     """A picture of extreme shape, a video of one frame, and a placeholder in the question."""
-    from vtc.answer import answer
+    from vtc.app.answer import answer
+    from vtc.app.images import open_image
     from vtc.errors import InputError
-    from vtc.images import open_image
 
     loaded = loaded_tiny("qwen3-vl")
     thin = open_image(picture(5, 1093, 0))
@@ -249,8 +249,8 @@ def test_what_the_processor_refuses_is_named() -> None:
 
 
 def test_a_prompt_is_told_the_true_times_of_uneven_frames() -> None:
-    from vtc.eval.media import Video
-    from vtc.preparation import prepare as prepared
+    from vtc.app.media import Video
+    from vtc.app.preparation import prepare as prepared
 
     loaded = loaded_tiny("qwen3-vl")
     seconds = np.array([0.0, 0.4, 7.1, 9.3])

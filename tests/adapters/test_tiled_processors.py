@@ -19,7 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import vtc
-from vtc import adapters, loading
+from vtc import adapters
+from vtc.app import loading
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.testing import snapshot, tiny_internvl, tiny_llava, tiny_llava_next, tiny_llava_onevision, tiny_model
 from vtc.testing.contract import against_oracle, generate
@@ -338,7 +339,7 @@ def test_published_sizes_give_the_tokens_that_processors_count(name: str, side: 
 
 
 def as_clip(part: dict[str, Any]) -> dict[str, Any]:
-    from vtc.eval.media import Video
+    from vtc.app.media import Video
 
     if part["type"] != "video":
         return part
@@ -348,7 +349,7 @@ def as_clip(part: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> None:
-    from vtc.preparation import prepare as prepared
+    from vtc.app.preparation import prepare as prepared
 
     loaded = loading.Loaded(name, "", tiny_model(name), build_processor(name))
     own = prepare(loaded.processor, name, case)
@@ -364,9 +365,9 @@ def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> 
 
 
 def test_videos_that_cannot_be_stacked_are_refused() -> None:
+    from vtc.app.preparation import Chat
+    from vtc.app.preparation import prepare as prepared
     from vtc.errors import InputError
-    from vtc.preparation import Chat
-    from vtc.preparation import prepare as prepared
 
     loaded = loading.Loaded("llava-onevision", "", tiny_model("llava-onevision"), build_processor("llava-onevision"))
     long, short = (as_clip(user(frames)[0]["content"][0]) for frames in (FRAMES[0], FRAMES[1][:2]))

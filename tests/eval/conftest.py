@@ -125,7 +125,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runner(model_folder: Path) -> Any:
     """A runner on that model."""
-    from vtc import loading
+    from vtc.app import loading
     from vtc.eval.runner import Runner
 
     return Runner(loading.load(str(model_folder), device="cpu"))

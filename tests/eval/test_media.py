@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from vtc.app import decoders
+from vtc.app.media import Video, frame_indices, read_video
 from vtc.errors import InputError
-from vtc.eval import decoders
-from vtc.eval.media import Video, frame_indices, read_video
 
 FRAMES, RATE = 30, 10
 UNEVEN = [*range(0, 500, 100), *range(1000, 4000, 1000), 3010, 3020, *range(4000, 5000, 50)]  # milliseconds

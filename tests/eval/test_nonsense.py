@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vtc
-from vtc import loading
-from vtc.answer import answer
+from vtc.app import loading
+from vtc.app.answer import answer
+from vtc.app.nonsense import FiniteLogits, checking
 from vtc.errors import InputError, VTCError
 from vtc.eval.scoring import NotFinite, NotScored, score
 from vtc.eval.spec import make_spec
@@ -24,7 +25,6 @@ from vtc.eval.store import Store
 from vtc.eval.sweep import SweepResult, run_sweep
 from vtc.method.registry import METHODS
 from vtc.method.view import StageView
-from vtc.nonsense import FiniteLogits, checking
 from vtc.ops import greedy, select
 
 WriteTask = Callable[..., Path]

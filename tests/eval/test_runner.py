@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc.answer import answer
+from vtc.app.answer import answer
+from vtc.app.preparation import Chat
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import make_cells
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.runner import Runner, batch_seed, few_threads
 from vtc.eval.spec import make_spec
-from vtc.preparation import Chat
 
 GREEDY = make_generation({"max_new_tokens": 4}, source="test")
 SAMPLED = make_generation({"max_new_tokens": 4, "temperature": 2.0}, source="test")

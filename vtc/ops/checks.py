@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from torch import Tensor
 
 looking: ContextVar[Callable[[Tensor, Tensor | None], None] | None] = ContextVar("looking", default=None)
-"""Called with (values, mask) of every ranking in this context, if it is set; see `vtc.nonsense.checking`."""
+"""Called with (values, mask) of every ranking in this context, if it is set; see `vtc.app.nonsense.checking`."""
 
 
 def numbers(values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from vtc.app.images import open_image, pillow_defaults
 from vtc.errors import InputError
-from vtc.images import open_image, pillow_defaults
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 UNTIMED = 100  # milliseconds a picture without a duration is shown, as in browsers

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vtc import adapters, embedded
-from vtc.checkpoint import digests
-from vtc.completeness import check_weights
+from vtc.app.checkpoint import digests
+from vtc.app.completeness import check_weights
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
 
 
@@ -30,7 +30,7 @@ class Loaded:
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the numbers this model produces, whatever its folder is called.
 
-        A hub checkpoint is its commit, a folder every byte of the files in it that count, see `vtc.checkpoint`.
+        A hub checkpoint is its commit, a folder every byte of the files in it that count, see `vtc.app.checkpoint`.
         """
         config = self.model.config
         text = config.get_text_config()

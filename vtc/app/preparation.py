@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtc import adapters
+from vtc.app.images import name_of, open_image
+from vtc.app.template import begins_itself
 from vtc.errors import InputError, one_line
-from vtc.images import name_of, open_image
-from vtc.template import begins_itself
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vtc.eval.media import Video
-    from vtc.loading import Loaded
+    from vtc.app.loading import Loaded
+    from vtc.app.media import Video
 
 
 class Chat(list[Mapping[str, Any]]):
@@ -45,8 +45,8 @@ class Rendered:
 def prepare(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
     """Inputs of `model.generate` for `conversations`, as one left-padded batch on the model's device.
 
-    Messages are those of `processor.apply_chat_template`. A picture is whatever `vtc.images.open_image` takes, under
-    "image"; a video is a `vtc.eval.media.Video`, under "video". Without a chat template, placeholders and the text are
+    Messages are those of `processor.apply_chat_template`. A picture is whatever `vtc.app.images.open_image` takes, under
+    "image"; a video is a `vtc.app.media.Video`, under "video". Without a chat template, placeholders and the text are
     joined. Raises InputError for what cannot be rendered, read, processed or moved to the device.
     """
     prompts = [_prompt(loaded, messages, number) for number, messages in enumerate(conversations)]

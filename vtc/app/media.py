@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from vtc.app.images import SCHEMES
 from vtc.errors import InputError, one_line, unknown_name
-from vtc.images import SCHEMES
 
 Sampling = Literal["uniform", "fps", "all"]
 
@@ -86,7 +86,7 @@ def read_video(
 
     threads: of the decoder. Raises InputError for a missing, broken or empty file.
     """
-    from vtc.eval.decoders import open_clip
+    from vtc.app.decoders import open_clip
 
     file, name = Path(path), f"video {str(path)!r}"
     if str(path).lower().startswith(SCHEMES):

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 from vtc import adapters
+from vtc.app.images import open_image
+from vtc.app.loading import Loaded
+from vtc.app.nonsense import FiniteLogits, checking
+from vtc.app.preparation import Chat, on_device, prepare
+from vtc.app.template import system_length
 from vtc.engine.engine.attach import compress
-from vtc.images import open_image
-from vtc.loading import Loaded
 from vtc.method.base import Compressor
-from vtc.nonsense import FiniteLogits, checking
-from vtc.preparation import Chat, on_device, prepare
-from vtc.template import system_length
 
 if TYPE_CHECKING:
-    from vtc.eval.media import Video
+    from vtc.app.media import Video
 
 __all__ = ["Answer", "answer", "open_image"]
 
@@ -52,8 +52,8 @@ def answer(
 ) -> Answer:
     """Answer `prompt` about `images` and `videos`, greedily; method None runs the untouched model.
 
-    videos: decoded clips, see `vtc.eval.media.read_video`. options: further arguments of `vtc.compress`, with
-    hyper-parameters. Raises InputError for what the model's processor refuses, see `vtc.preparation`, and VTCError
+    videos: decoded clips, see `vtc.app.media.read_video`. options: further arguments of `vtc.compress`, with
+    hyper-parameters. Raises InputError for what the model's processor refuses, see `vtc.app.preparation`, and VTCError
     where the model or the method computes NaN.
     """
     model, processor = loaded.model, loaded.processor
