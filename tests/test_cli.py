@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def vtc(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from vtc.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from vtc.cli.main import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
 
 

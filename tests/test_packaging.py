@@ -201,7 +201,7 @@ def test_a_light_command_imports_nothing_heavy(words: str) -> None:
     code = (
         "import sys, contextlib, io\n"
         f"sys.argv = ['vtc', *{words.split()!r}]\n"
-        "from vtc.cli import main\n"
+        "from vtc.cli.main import main\n"
         "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): main()\n"
         "print(len(out.getvalue()), *sys.modules)"
     )

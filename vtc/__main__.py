@@ -1,6 +1,6 @@
 """`python -m vtc` is the command `vtc`."""
 
-from vtc.cli import main
+from vtc.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from vtc.cli.main.tiny import app
 from vtc.errors import VTCError
-from vtc.eval.tiny.cli import app
 
 if __name__ == "__main__":
     try:

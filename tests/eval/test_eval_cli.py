@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 import vtc
-import vtc.cli
+import vtc.cli.main
 from vtc.errors import VTCError
 from vtc.eval.spec import make_spec
 from vtc.eval.sweep import run_sweep
@@ -239,7 +239,7 @@ def test_lmms_evals_own_tasks_are_listed_where_asked(command: Command) -> None:
 
 def test_the_commands_import_nothing_heavy() -> None:
     heavy = ("lmms_eval", "datasets", "matplotlib", "scipy", "pydantic", "rich.progress")
-    imports = "import sys, vtc.eval, vtc.eval.cli, vtc.eval.lmms_plugin"
+    imports = "import sys, vtc.eval, vtc.cli.sweep, vtc.eval.lmms_plugin"
     code = f"{imports}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

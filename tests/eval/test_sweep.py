@@ -25,7 +25,7 @@ from vtc.method.base import ScoringCompressor, StageView
 from vtc.method.registry import METHODS
 
 WriteTask = Callable[..., Path]
-CLI = [sys.executable, "-c", "from vtc.cli import main; main()"]
+CLI = [sys.executable, "-c", "from vtc.cli.main import main; main()"]
 
 
 @pytest.fixture

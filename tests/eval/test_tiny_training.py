@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from vtc.cli.main.tiny import app
 from vtc.embedded import NAMES, model_path
 from vtc.errors import InputError, UnknownName
-from vtc.eval.tiny.cli import app
 from vtc.eval.tiny.model import ModelShape
 from vtc.eval.tiny.optim import rate
 from vtc.eval.tiny.settings import Settings

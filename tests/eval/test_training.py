@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import vtc
+from vtc.cli.main.sweep import app
 from vtc.errors import BudgetError, InputError, VTCError
-from vtc.eval.cli import app
 from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.tiny.vocabulary import END, IMAGE, PAD, TOKEN
 from vtc.eval.training.measure import measure
