@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vtc import adapters, calibration
+from vtc import adapters
 from vtc.errors import VTCError
 from vtc.eval.tiny.batches import normalise
 from vtc.eval.tiny.scenes import make_scene
+from vtc.eval.training import calibration
 from vtc.eval.training.prompts import collate, draw
 from vtc.method.registry import create
 from vtc.methods.atp.training_free import ATPTrainingFree

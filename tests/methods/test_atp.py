@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc
-from vtc import adapters, calibration
+from vtc import adapters
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.eval.training import calibration
 from vtc.method.base import ModelSpec, Rows, StageView
 from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
