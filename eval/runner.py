@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import vtc
-import vtc.engine.engine.encoder
 from vtc.app.nonsense import FiniteLogits, checking
 from vtc.app.preparation import prepare
 from vtc.app.template import system_length
+from vtc.engine.sharing import SharedEncoder
 from vtc.errors import InputError, UnsupportedModel
 from vtc.eval.cells import Cell
 from vtc.eval.generation import Generation
@@ -112,7 +112,7 @@ class Runner:
         settings["retention"] = cell.retention if compressor.needs_budget else None  # several together hold theirs
         return vtc.compress(self.model, compressor, processor=self.processor, **settings)
 
-    def sharing(self, cells: Sequence[Cell]) -> vtc.engine.sharing.SharedEncoder:
+    def sharing(self, cells: Sequence[Cell]) -> SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
         return vtc.share_encoder(self.model, [cell.compressor for cell in cells if cell.compressor is not None])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtc
-from vtc.engine.engine.cache import CompressedCache
+from vtc.engine.cache import CompressedCache
 from vtc.errors import UnsupportedCall
 from vtc.testing import FixedKeep, Oracle, tiny_inputs
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import vtc
-from vtc.engine.engine.cache import CompressedCache
+from vtc.engine.cache import CompressedCache
 from vtc.errors import UnsupportedCall
 from vtc.testing import FixedKeep, tiny_inputs
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc.adapters.compat import EXPANDS_IN_ORDER, repeats_hooks
-from vtc.engine.engine import taps
+from vtc.engine import taps
 from vtc.errors import UnsupportedCall, UnsupportedModel, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.testing import FixedKeep, LastRowTopK, Oracle, snapshot, tiny_inputs, tiny_model

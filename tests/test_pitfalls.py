@@ -33,13 +33,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtc
 import vtc.batch.items
 import vtc.engine.engine
-import vtc.engine.engine.masks
+import vtc.engine.masks
 from vtc import adapters
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.engine.engine.cache import CompressedCache
-from vtc.engine.engine.call import Call
-from vtc.engine.engine.encoder import VisionRecorder
+from vtc.engine.cache import CompressedCache
+from vtc.engine.call import Call
+from vtc.engine.encoder import VisionRecorder
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.base import Compressor
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs

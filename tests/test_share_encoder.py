@@ -15,8 +15,8 @@ import torch
 import vtc
 from vtc import adapters
 from vtc.adapters.compat import EXPANDS_IN_ORDER
-from vtc.engine.engine import taps
-from vtc.engine.engine.sharing import checksum
+from vtc.engine import taps
+from vtc.engine.sharing import checksum
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.readings import VisionReading

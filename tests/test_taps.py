@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import adapters
-from vtc.engine.engine import taps
-from vtc.engine.engine.taps import AttentionCall, TapSet
+from vtc.engine import taps
+from vtc.engine.taps import AttentionCall, TapSet
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.ops.attention import attention_received, attention_rows

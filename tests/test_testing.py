@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import adapters
-from vtc.engine.engine.taps import TapSet
+from vtc.engine.taps import TapSet
 from vtc.testing import TINY_MODELS, Deviation, FixedKeep, Oracle, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtc
-from vtc.engine.engine.guards import CompressionWarning
+from vtc.engine.guards import CompressionWarning
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import typing
 
-from vtc.engine.engine.attach import Handle, compress, share_encoder
+from vtc.engine.attach import Handle, compress, share_encoder
 from vtc.errors import VTCError
 from vtc.method.base import (
     AFTER_PREFILL,

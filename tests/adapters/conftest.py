@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.engine.engine.encoder import VisionRecorder, context_of
+from vtc.engine.encoder import VisionRecorder, context_of
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, StageView
 from vtc.method.readings import VisionReading
 from vtc.testing import tiny_model

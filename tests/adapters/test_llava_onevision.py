@@ -250,7 +250,7 @@ def test_separators_count_against_the_budget_and_stay(name: str, method: str) ->
 
 
 def _contexts(model: Any, inputs: dict[str, Tensor]) -> list[Any]:
-    from vtc.engine.engine.encoder import VisionRecorder
+    from vtc.engine.encoder import VisionRecorder
 
     recorder = VisionRecorder(adapters.of(model), Needs())
     recorder.install()

@@ -16,8 +16,8 @@ from transformers.vision_utils import get_vision_window_index
 
 import vtc
 from vtc import adapters
-from vtc.engine.engine.encoder import VisionRecorder
-from vtc.engine.engine.taps import AttentionCall, TapSet
+from vtc.engine.encoder import VisionRecorder
+from vtc.engine.taps import AttentionCall, TapSet
 from vtc.method.base import Needs, Rows
 from vtc.methods.vtc_cls import VTCCLS
 from vtc.ops.attention import attention_received, attention_rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtc
-from vtc.engine.engine.deepstack import Deepstack
+from vtc.engine.deepstack import Deepstack
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Compressor, Positions
 from vtc.testing import FixedKeep, Oracle, snapshot, tiny_inputs, tiny_model

@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 import vtc
 from vtc import adapters
 from vtc.batch.context import VisionContext
-from vtc.engine.engine.encoder import VisionRecorder, context_of
+from vtc.engine.encoder import VisionRecorder, context_of
 from vtc.errors import UnsupportedMethod, UnsupportedModel
 from vtc.method.base import EncoderStage, Needs, Plan, Rows
 from vtc.testing import FixedKeep, tiny_model

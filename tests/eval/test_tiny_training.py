@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from vtc.cli.main.tiny import app
+from vtc.cli.tiny import app
 from vtc.embedded import NAMES, model_path
 from vtc.errors import InputError, UnknownName
 from vtc.eval.tiny.model import ModelShape

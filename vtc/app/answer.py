@@ -17,7 +17,7 @@ from vtc.app.loading import Loaded
 from vtc.app.nonsense import FiniteLogits, checking
 from vtc.app.preparation import Chat, on_device, prepare
 from vtc.app.template import system_length
-from vtc.engine.engine.attach import compress
+from vtc.engine.attach import compress
 from vtc.method.base import Compressor
 
 if TYPE_CHECKING:

@@ -45,9 +45,9 @@ class Rendered:
 def prepare(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
     """Inputs of `model.generate` for `conversations`, as one left-padded batch on the model's device.
 
-    Messages are those of `processor.apply_chat_template`. A picture is whatever `vtc.app.images.open_image` takes, under
-    "image"; a video is a `vtc.app.media.Video`, under "video". Without a chat template, placeholders and the text are
-    joined. Raises InputError for what cannot be rendered, read, processed or moved to the device.
+    Messages are those of `processor.apply_chat_template`. A picture is whatever `vtc.app.images.open_image` takes,
+    under "image"; a video is a `vtc.app.media.Video`, under "video". Without a chat template, placeholders and the text
+    are joined. Raises InputError for what cannot be rendered, read, processed or moved to the device.
     """
     prompts = [_prompt(loaded, messages, number) for number, messages in enumerate(conversations)]
     try:

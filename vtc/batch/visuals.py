@@ -29,8 +29,8 @@ class HostCounts(NamedTuple):
 class Visuals:
     """What a chunk with visual tokens brings: items and their separators, [B, L] bool marks, host counts.
 
-    visual: tokens and separators. prompt, text: see `vtc.batch.prompt`; no row has more text than `text_count`. row_counts:
-    valid tokens of each row.
+    visual: tokens and separators. prompt, text: see `vtc.batch.prompt`; no row has more text than `text_count`.
+    row_counts: valid tokens of each row.
     """
 
     items: ItemTable

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtc.batch.prompt import Bounds, Lengths
 from vtc.batch.trace import CallRecord, Stats
-from vtc.engine.engine.arguments import check_keywords, check_methods, check_model, check_options
+from vtc.engine.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.errors import BudgetError, VTCError, shown
 from vtc.method.base import Compressor, ModelSpec, Plan, Positions
 from vtc.method.budget import Budget
@@ -19,7 +19,7 @@ from vtc.method.registry import create
 
 if TYPE_CHECKING:
     from vtc.engine.engine import Engine
-    from vtc.engine.engine.sharing import SharedEncoder
+    from vtc.engine.sharing import SharedEncoder
 
 
 class Handle:
@@ -249,7 +249,7 @@ def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> Share
                 shared.clear()
     """
     from vtc import adapters
-    from vtc.engine.engine.sharing import SharedEncoder
+    from vtc.engine.sharing import SharedEncoder
 
     check_model(model)
     return SharedEncoder(adapters.of(model), check_methods(methods))

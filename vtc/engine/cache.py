@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vtc.engine.engine.maker import Maker
+from vtc.engine.maker import Maker
 from vtc.errors import UnsupportedCall
 from vtc.ops.select import left_pack
 

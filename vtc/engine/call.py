@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vtc.batch.trace import CallRecord, CallStats, ItemRecord, StageStats
 from vtc.batch.visuals import Visuals
-from vtc.engine.engine.cache import CompressedCache
-from vtc.engine.engine.deepstack import Deepstack
+from vtc.engine.cache import CompressedCache
+from vtc.engine.deepstack import Deepstack
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Positions, Selection, Stage
 from vtc.method.readings import LLMReading

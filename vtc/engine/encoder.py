@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.batch.context import VisionContext
-from vtc.engine.engine.encoder_call import EncoderCall
-from vtc.engine.engine.installed import Hook, MethodWrapper
-from vtc.engine.engine.taps import TapSet
+from vtc.engine.encoder_call import EncoderCall
+from vtc.engine.installed import Hook, MethodWrapper
+from vtc.engine.taps import TapSet
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import Needs
 from vtc.method.layout import Kind
@@ -28,8 +28,8 @@ from vtc.method.readings import AttentionCall, LayerOutput, VisionReading, exact
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
-    from vtc.engine.engine.encoder_stages import EncoderStages
-    from vtc.engine.engine.sharing import Memo
+    from vtc.engine.encoder_stages import EncoderStages
+    from vtc.engine.sharing import Memo
 
 MARK = "_vtc_context"
 

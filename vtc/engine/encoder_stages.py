@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vtc.batch.context import VisionContext
 from vtc.batch.items import ItemTable
-from vtc.engine.engine.encoder_call import EncoderCall, Left
-from vtc.engine.engine.installed import Hook
+from vtc.engine.encoder_call import EncoderCall, Left
+from vtc.engine.installed import Hook
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import Compressor, EncoderStage, Needs, StageView
 from vtc.method.budget import Budget

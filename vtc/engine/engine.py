@@ -1,8 +1,9 @@
 """The engine: hooks that let one method act inside one unmodified model, and leave no trace.
 
 Hooks sit on the model (labels), the backbone (which tokens are visual), the language model (cache, positions, masks,
-the stage before the LLM), on decoder layers (stages inside the LLM) and on the feature methods (`vtc.engine.encoder`). Whatever
-must outlive a call lies in the KV cache; the state of a call lives in `Call` and ends with it.
+the stage before the LLM), on decoder layers (stages inside the LLM) and on the feature methods
+(`vtc.engine.encoder`). Whatever must outlive a call lies in the KV cache; the state of a call lives in `Call` and ends
+with it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from vtc.adapters.compat import check_checkpointing
 from vtc.batch.prompt import Bounds, Prompt
 from vtc.batch.trace import CallRecord, Stats
 from vtc.batch.visuals import Visuals, host_counts
-from vtc.engine.engine.cache import CompressedCache
-from vtc.engine.engine.call import Call
-from vtc.engine.engine.compiled import check_compiled
-from vtc.engine.engine.copies import CopyGuard
-from vtc.engine.engine.deepstack import Deepstack
-from vtc.engine.engine.encoder import VisionRecorder
-from vtc.engine.engine.generating import GenerateWatch, control_tokens
-from vtc.engine.engine.guards import BatchingBlock, check_without_media, refuse_skipped
-from vtc.engine.engine.inputs import (
+from vtc.engine.cache import CompressedCache
+from vtc.engine.call import Call
+from vtc.engine.compiled import check_compiled
+from vtc.engine.copies import CopyGuard
+from vtc.engine.deepstack import Deepstack
+from vtc.engine.encoder import VisionRecorder
+from vtc.engine.generating import GenerateWatch, control_tokens
+from vtc.engine.guards import BatchingBlock, check_without_media, refuse_skipped
+from vtc.engine.inputs import (
     adopt_cache,
     by_name,
     carries_media,
@@ -39,13 +40,13 @@ from vtc.engine.engine.inputs import (
     mask_2d,
     placeholder_masks,
 )
-from vtc.engine.engine.maker import Maker
-from vtc.engine.engine.masks import attention_of, group_mask, model_mask
-from vtc.engine.engine.notes import bounded, without_frames
-from vtc.engine.engine.open_calls import OpenCalls
-from vtc.engine.engine.outputs import align, asks_rows, check_attentions, check_labels
-from vtc.engine.engine.stages import StageRunner
-from vtc.engine.engine.thread_state import ThreadLoss, ThreadState
+from vtc.engine.maker import Maker
+from vtc.engine.masks import attention_of, group_mask, model_mask
+from vtc.engine.notes import bounded, without_frames
+from vtc.engine.open_calls import OpenCalls
+from vtc.engine.outputs import align, asks_rows, check_attentions, check_labels
+from vtc.engine.stages import StageRunner
+from vtc.engine.thread_state import ThreadLoss, ThreadState
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, Plan, Positions
 from vtc.method.budget import Budget

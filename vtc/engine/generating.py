@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtc.engine.engine.installed import MethodWrapper
+from vtc.engine.installed import MethodWrapper
 
 
 def control_tokens(model: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vtc.engine.engine.installed import MethodWrapper
+from vtc.engine.installed import MethodWrapper
 from vtc.errors import UnsupportedCall, UnsupportedModel
 
 BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
-from vtc.engine.engine.cache import CompressedCache, check_plain
-from vtc.engine.engine.maker import Maker
+from vtc.engine.cache import CompressedCache, check_plain
+from vtc.engine.maker import Maker
 from vtc.errors import UnsupportedCall
 
 MEDIA = ("pixel_values", "pixel_values_videos")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from vtc.engine.engine.call import Call
+from vtc.engine.call import Call
 from vtc.errors import UnsupportedCall
 from vtc.ops.attention import soft_mask
 

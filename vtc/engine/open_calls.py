@@ -6,7 +6,7 @@ skips hooks and a detached engine has none. Then its cache refuses to go on.
 
 from __future__ import annotations
 
-from vtc.engine.engine.call import Call
+from vtc.engine.call import Call
 
 
 class OpenCalls:

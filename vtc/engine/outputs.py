@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.engine.engine.call import Call
+from vtc.engine.call import Call
 from vtc.errors import UnsupportedCall
 
 

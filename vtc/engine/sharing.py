@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtc.engine.engine.encoder import MARK, VisionRecorder, context_of
+from vtc.engine.encoder import MARK, VisionRecorder, context_of
 from vtc.method.base import Compressor, Needs
 from vtc.method.layout import Kind
 

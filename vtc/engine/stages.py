@@ -13,9 +13,9 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.items import ItemTable
-from vtc.engine.engine.call import Call
-from vtc.engine.engine.encoder_stages import EncoderStages
-from vtc.engine.engine.taps import TapSet, look_ahead
+from vtc.engine.call import Call
+from vtc.engine.encoder_stages import EncoderStages
+from vtc.engine.taps import TapSet, look_ahead
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.method.budget import Budget

@@ -7,7 +7,7 @@ import threading
 from torch import Tensor
 
 from vtc.batch.context import VisionContext
-from vtc.engine.engine.call import Call
+from vtc.engine.call import Call
 
 
 class ThreadState(threading.local):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vtc import adapters
-from vtc.engine.engine.attach import Handle, compress
+from vtc.engine.attach import Handle, compress
 from vtc.method.base import CacheStage, Compressor, ModelSpec, Positions
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import create

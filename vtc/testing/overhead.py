@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from vtc.engine.engine.attach import compress, share_encoder
+from vtc.engine.attach import compress, share_encoder
 from vtc.errors import BudgetError
 from vtc.method.registry import METHODS, list_methods
 from vtc.testing.family import IMAGE, text_settings

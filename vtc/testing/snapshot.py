@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtc.engine.engine import taps
+from vtc.engine import taps
 
 MODEL_STATE = ("rope_deltas",)
 """Attributes that models with multi-axis positions replace with every prompt, whether an engine is attached or not."""

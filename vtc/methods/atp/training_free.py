@@ -41,7 +41,8 @@ class ATPTrainingFree(ATPScores):
     LLM's layers meets the retention. Of the k_m, at most a share `spatial_share` are the tokens of the densest sampling
     grid that fits, the rest have the largest S_red; ties go to the lower index. A mean below what the layers up to the
     first module use cannot be met and is refused. With mode="calibrated" tokens stay if ``S_red > theta_r or
-    S_spatial > theta_s``, both constants from `vtc.eval.training.calibration`; counts follow the sample, no retention can be given.
+    S_spatial > theta_s``, both constants from a calibration; counts follow the sample, no
+    retention can be given.
 
     layers, score_norm, strides, lambda_sample, causal_correction: as in `atp`. spatial_share: of the kept tokens, at
     most this part comes from the grid. shares: what is left behind each module as fractions of N0, in place of the

@@ -32,7 +32,7 @@ class OpCase:
     @property
     def name(self) -> str:
         """Module and function, such as "select.top_k"."""
-        return f"{self.op.__module__.removeprefix('vtc.ops.')}.{self.op.__name__}"
+        return f"{self.op.__module__.rpartition('.')[2]}.{self.op.__name__}"
 
 
 def op_cases() -> dict[str, OpCase]:
