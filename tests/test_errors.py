@@ -53,11 +53,11 @@ from vtc.method.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 
 CORE = {
-    "batch": ("items", "prompt", "visuals"),
-    "engine": ("arguments", "attach", "cache", "call", "compiled", "encoder", "encoder_stages", "engine", "inputs"),
+    "batch": ("items", "prompt"),
+    "engine": ("arguments", "attach", "cache", "compiled", "encoder", "encoder_stages", "engine", "inputs"),
     "method": ("base", "budget", "composite", "registry"),
 }
-CORE["engine"] += ("masks", "outputs", "stages", "taps")
+CORE["engine"] += ("llm_pass", "masks", "outputs", "stages", "taps")
 HOME = Path(vtc.__file__).parent
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import vtc
-from vtc.batch.items import ItemTable
 from vtc.method.base import Compressor, StageView
+from vtc.method.items import ItemTable
 from vtc.method.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights

@@ -38,8 +38,8 @@ from vtc import adapters
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import EXPANDS_IN_ORDER
 from vtc.engine.cache import CompressedCache
-from vtc.engine.call import Call
 from vtc.engine.encoder import VisionRecorder
+from vtc.engine.llm_pass import LLMPass
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.base import Compressor
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs
@@ -247,14 +247,14 @@ def test_masks_are_built_for_the_layer_they_serve(clip: Any, limits: Any, monkey
 def test_later_tokens_follow_the_renumbered_prompt(clip: Any, limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = FixedKeep(at=(0, 2))
     assert worst(clip, attaching(probe, positions="compact")) <= limits.logits
-    number = Call._positions
+    number = LLMPass._positions
 
-    def forgetful(call: Call, group: int) -> Tensor:
+    def forgetful(call: LLMPass, group: int) -> Tensor:
         if call.cache is not None:
             call.cache.shifts[group] = None
         return number(call, group)
 
-    monkeypatch.setattr(Call, "_positions", forgetful)
+    monkeypatch.setattr(LLMPass, "_positions", forgetful)
     assert worst(clip, attaching(probe, positions="compact")) > limits.broken
 
 
@@ -370,13 +370,13 @@ def test_beams_share_one_encoding_in_order(clip: Any, monkeypatch: pytest.Monkey
     calls.clear()
     assert torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))
     assert len(calls) == 1
-    build = vtc.batch.visuals.build
+    build = vtc.batch.items.build
 
     def in_turns(*args: Any, **kwargs: Any) -> Any:
         table, separators = build(*args, **kwargs)
         return dataclasses.replace(table, source=torch.arange(len(table)) % 3), separators
 
-    monkeypatch.setattr(vtc.batch.visuals, "build", in_turns)
+    monkeypatch.setattr(vtc.batch.items, "build", in_turns)
     assert not torch.equal(kept(num_beams=3), alone.repeat_interleave(3, 0))
 
 
@@ -409,7 +409,7 @@ def test_a_generated_placeholder_is_text(clip: Any, limits: Any, monkeypatch: py
     handle = vtc.compress(clip, FixedKeep(at=(0, 2)))
     logits = run(handle)
     assert float((logits - run(reference(clip, handle))).abs().max()) <= limits.logits
-    monkeypatch.setattr(vtc.engine, "carries_media", lambda given: True)
+    monkeypatch.setattr(vtc.engine.engine, "carries_media", lambda given: True)
     with pytest.raises(UnsupportedCall, match="visual tokens of a row lie outside the prompt"):
         run(vtc.compress(clip, FixedKeep(at=(0, 2))))
 

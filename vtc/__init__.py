@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-LATER = {
+_LATER = {
     "adapters": "vtc.adapters",
     "learned": "vtc.method.learned",
     "testing": "vtc.testing",
@@ -75,6 +75,6 @@ LATER = {
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name in LATER:
-        return importlib.import_module(LATER[name])
+    if name in _LATER:
+        return importlib.import_module(_LATER[name])
     raise AttributeError(f"module 'vtc' has no attribute {name!r}")

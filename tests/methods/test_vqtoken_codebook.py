@@ -171,7 +171,7 @@ def test_the_rules_of_the_elbow() -> None:
 @pytest.mark.parametrize("runs", [(300,), tuple(range(12, 33))], ids=["300 clusters", "elbow"])
 def test_long_videos_stay_small(peak_memory: Any, runs: tuple[int, ...]) -> None:
     setup = (
-        "from vtc.ops import cluster\n"
+        "from vtc.methods.vqtoken import cluster\n"
         "tokens, mask = torch.randn(1, 100_000, 64, dtype=torch.bfloat16), torch.ones(1, 100_000, dtype=torch.bool)\n"
         f"counts, most = torch.tensor([{list(runs)}]), {max(runs)}\n"
         "start = torch.randint(100_000, (1, counts.numel(), most))\n"

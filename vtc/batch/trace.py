@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import Stage
+from vtc.method.base import Selection, Stage
+from vtc.method.items import ItemTable
 from vtc.method.layout import Grid, Kind, VisualItem
 
 
@@ -130,3 +131,26 @@ class CallRecord:
 
     keep: dict[Stage, Tensor]
     items: list[ItemRecord]
+
+    @classmethod
+    def of(cls, items: ItemTable) -> CallRecord:
+        """An empty record of a call's items as they came in."""
+        columns = zip(items.rows, items.layouts, items.positions, strict=True)
+        return cls({}, [ItemRecord(row, positions[: each.n_tokens], each) for row, each, positions in columns])
+
+    def note(self, stage: Stage, alive: Tensor) -> None:
+        """Keep what is there after `stage`; alive: [B, S] bool over input positions."""
+        self.keep[stage] = alive
+        for item in self.items:
+            item.kept[stage] = alive[item.row].gather(0, item.positions.to(alive.device)).nonzero().flatten()
+
+    def note_merge(self, stage: Stage, selection: Selection, items: ItemTable) -> None:
+        """Keep which token absorbed which, where the selection replaces rows of the view's `items`."""
+        if selection.tokens is None:
+            return
+        token, target = items.token, selection.merged_into
+        own = torch.where(selection.keep & items.mask, token, -1)
+        into = own if target is None else torch.where(target >= 0, token.gather(1, target.clamp(min=0)), own)
+        for record, numbers, absorbed, count in zip(self.items, token, into, items.counts, strict=True):
+            full = torch.full_like(record.positions, -1)
+            record.merged_into[stage] = full.scatter(0, numbers[:count], absorbed[:count])

@@ -1,4 +1,4 @@
-"""The command `vtc`."""
+"""The command `vtc`. Its modules import what a command needs inside that command, so that help comes at once."""
 
 from __future__ import annotations
 

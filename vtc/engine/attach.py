@@ -158,8 +158,9 @@ def compress(
             output = model.generate(**inputs)
         print(handle.stats.retention)
     """
+    # These bring in transformers, which `import vtc` does not need.
     from vtc import adapters
-    from vtc.engine.engine import Engine  # brings in transformers, which `import vtc` does not need
+    from vtc.engine.engine import Engine
 
     check_model(model, method)
     check_options(positions, pad_output, trace)
@@ -248,6 +249,7 @@ def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> Share
                         model.generate(**inputs)
                 shared.clear()
     """
+    # As above.
     from vtc import adapters
     from vtc.engine.sharing import SharedEncoder
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.batch.context import VisionContext
-from vtc.engine.encoder_call import EncoderCall
+from vtc.engine.encoder_pass import EncoderPass
 from vtc.engine.installed import Hook, MethodWrapper
+from vtc.engine.passes import Passes
 from vtc.engine.taps import TapSet
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import Needs
@@ -45,32 +46,32 @@ def _features(output: Any) -> Any:
     return features if isinstance(features, Tensor) or not features else features[0]
 
 
-class _State(threading.local):
-    """One thread's encoder calls: the one in progress, and the descriptions that a later forward pass can ask for.
-
-    known: by features, no longer than those live. contexts: of the calls since the last look, gathered while a forward
-    pass runs; before one, an output brings its description along.
-    """
+class _Known(threading.local):
+    """One thread's descriptions by the features they belong to, no longer than those live."""
 
     def __init__(self) -> None:
-        self.known: Any = WeakTensorKeyDictionary()
-        self.contexts: list[VisionContext] = []
-        self.gathering = False
-        self.call: EncoderCall | None = None
+        self.by_features: Any = WeakTensorKeyDictionary()
 
 
 class VisionRecorder:
     """Describes every encoder call of one model while installed.
 
-    needs: what to record. stages: encoder stages to run, None for none. memo: where outputs are kept, so that later
-    calls on the same pixels encode nothing.
+    needs: what to record. stages: encoder stages to run, None for none. encoded: told of every description. memo:
+    where outputs are kept, so that later calls on the same pixels encode nothing.
     """
 
     def __init__(
-        self, adapter: Adapter, needs: Needs, stages: EncoderStages | None = None, *, memo: Memo | None = None
+        self,
+        adapter: Adapter,
+        needs: Needs,
+        stages: EncoderStages | None = None,
+        *,
+        encoded: Callable[[VisionContext], None] = lambda context: None,
+        memo: Memo | None = None,
     ) -> None:
         self.adapter, self.pairs, self.stages, self._memo = adapter, needs.vision_pairs, stages, memo
-        self._state = _State()
+        self._encoded, self._known = encoded, _Known()
+        self._passes = Passes[EncoderPass]() if stages is None else stages.passes
         self._wrappers: list[MethodWrapper] = []
         self._hooks: list[Any] = []
         attention, taps = list(adapter.vision_attention), list[tuple[Any, Any]]()
@@ -93,18 +94,6 @@ class VisionRecorder:
             if not isinstance(reading, LayerOutput):
                 taps.append((attention[layer], functools.partial(self._tap, layer, reading)))
         self._taps = TapSet(taps)
-        if stages is not None:
-            stages.current = lambda: self._state.call
-            stages.recorded = lambda call: {pair: self._joined(rows) for pair, rows in call.rows.items()}
-
-    @property
-    def contexts(self) -> list[VisionContext]:
-        """Descriptions of the encoder calls inside the calling thread's forward pass."""
-        return self._state.contexts
-
-    @contexts.setter
-    def contexts(self, contexts: list[VisionContext]) -> None:
-        self._state.contexts = contexts
 
     def recall(self, output: Any) -> VisionContext | None:
         """The description of an encoder output, also where a wrapper rebuilt the object around the same tensors.
@@ -112,7 +101,7 @@ class VisionRecorder:
         accelerate does so when it moves the arguments of a call between devices.
         """
         features = _features(output)
-        return context_of(output) or (self._state.known.get(features) if isinstance(features, Tensor) else None)
+        return context_of(output) or (self._known.by_features.get(features) if isinstance(features, Tensor) else None)
 
     # --- lifecycle
     def install(self) -> None:
@@ -125,9 +114,6 @@ class VisionRecorder:
                 self._hooks.append(layers[layer].register_forward_hook(hook))
         if self.stages is not None:
             self.stages.install()
-        if self._memo is None:
-            self._hooks.append(backbone.register_forward_pre_hook(Hook(self._gather, True)))
-            self._hooks.append(backbone.register_forward_hook(Hook(self._gather, False), always_call=True))
         for kind in self.adapter.modalities:
             name = f"get_{kind}_features"
             function = getattr(backbone, name, None)
@@ -145,13 +131,7 @@ class VisionRecorder:
         if self.stages is not None:
             self.stages.remove()
         self._taps.remove()
-        self._state = _State()
-
-    def _gather(self, begins: bool, *_: Any) -> None:
-        """A forward pass of the backbone begins or ends."""
-        if begins:
-            self._state.contexts = []
-        self._state.gathering = begins
+        self._known = _Known()
 
     # --- the wrapper
     def _wrap(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +141,7 @@ class VisionRecorder:
         def features(*args: Any, **kwargs: Any) -> Any:
             if not self._wrappers:
                 return function(*args, **kwargs)
-            if self._state.call is not None:  # one modality's method may call the other's
+            if self._passes.current is not None:  # one modality's method may call the other's
                 return inner(*args, **kwargs)
             if self._memo is None:
                 return self._encode(kind, inner, args, kwargs)
@@ -173,22 +153,21 @@ class VisionRecorder:
     def _encode(self, kind: Kind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.pairs or self.stages is not None:
             self.adapter.check_call(bound(function, args, kwargs))
-        call = EncoderCall()
         if self.stages is not None:
             self.stages.check(kind)
-        self._state.call = call
+        one = self._passes.begin(EncoderPass())
         try:
             output = function(*args, **kwargs)
         finally:
-            self._state.call = None
+            self._passes.end(one)
         if isinstance(output, tuple):
             return output
         context = context_of(output)
         if context is None:
             context = self.adapter.describe(kind, bound(function, args, kwargs), output)
-            context.attention = {pair: context.pack(self._collect(call, *pair)) for pair in self.pairs}
+            context.attention = {pair: context.pack(values) for pair, values in self._collect(one).items()}
             if self.stages is not None:
-                context.alive = self.stages.alive(call, context)
+                context.alive = self.stages.alive(one, context)
             setattr(output, MARK, context)
         missing = sorted({layer for layer, _ in set(self.pairs) - set(context.attention)})
         if missing:
@@ -196,38 +175,35 @@ class VisionRecorder:
                 f"these features were encoded without the attention of vision layers {missing}; name every method that "
                 "will be used when calling share_encoder"
             )
-        if self._state.gathering:
-            self._state.contexts.append(context)
+        self._encoded(context)
         if self._memo is None and isinstance(features := _features(output), Tensor):
-            self._state.known[features] = context
+            self._known.by_features[features] = context
         return output
 
     @torch.no_grad()  # scores, not features: a graph would hold a whole attention matrix per layer
     def _tap(self, layer: int, reading: VisionReading, attention: AttentionCall) -> None:
-        call = self._state.call
-        if call is not None:
+        one = self._passes.current
+        if one is not None:
             with exact(attention.query.device):
-                call.rows.setdefault((layer, reading), []).append(reading.read(attention))
+                one.readings.setdefault((layer, reading), []).append(reading.read(attention))
 
     def _keep_output(self, layer: int, reading: VisionReading, module: Any, args: Any, output: Any) -> None:
-        call = self._state.call
-        if call is not None:
+        one = self._passes.current
+        if one is not None:
             hidden: Tensor = (output[0] if isinstance(output, tuple) else output).detach()
-            call.rows.setdefault((layer, reading), []).append(hidden[None] if self.adapter.packed else hidden)
+            one.readings.setdefault((layer, reading), []).append(hidden[None] if self.adapter.packed else hidden)
 
-    def _joined(self, rows: list[Tensor]) -> Tensor:
-        # A packed encoder calls attention segment by segment, [1, segment] each; any other crop by crop.
-        return torch.cat(rows, dim=1 if self.adapter.packed else 0)
-
-    def _collect(self, call: EncoderCall, layer: int, reading: VisionReading) -> Tensor:
-        rows = call.rows.get((layer, reading))
-        if not rows:
+    def _collect(self, one: EncoderPass) -> dict[tuple[int, VisionReading], Tensor]:
+        """What was recorded of all layers, for every patch that went in."""
+        recorded = one.recorded(packed=self.adapter.packed)
+        for layer in sorted({layer for layer, _ in set(self.pairs) - set(recorded)}):
             raise UnsupportedMethod(
                 f"vision layer {layer} did not run, the encoder stops before it; ask for layers up to "
                 f"{self.adapter.spec.feature_layer}, whose output is the features"
             )
-        values = self._joined(rows)
-        return values if self.stages is None else self.stages.expand(call, layer, values)
+        if self.stages is None:
+            return recorded
+        return {pair: self.stages.expand(one, pair[0], values) for pair, values in recorded.items()}
 
 
 def _unshared(function: Callable[..., Any]) -> Callable[..., Any]:

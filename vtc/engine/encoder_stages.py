@@ -7,22 +7,20 @@ before the LLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.batch.context import VisionContext
-from vtc.batch.items import ItemTable
-from vtc.engine.encoder_call import EncoderCall, Left
+from vtc.engine.encoder_pass import EncoderPass
 from vtc.engine.installed import Hook
+from vtc.engine.passes import Passes
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import Compressor, EncoderStage, Needs, StageView
 from vtc.method.budget import Budget
-from vtc.method.layout import Kind, VisualItem
-from vtc.method.readings import VisionReading, exact
-from vtc.ops.select import front_pack, take_rows
+from vtc.method.layout import Kind
+from vtc.method.readings import exact
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
@@ -31,9 +29,8 @@ if TYPE_CHECKING:
 class EncoderStages:
     """Runs a method's encoder stages. Each crop is an item; shorter ones are padded and masked inside the encoder.
 
-    current: the calling thread's encoder call, None outside of one: then the encoder runs untouched. Whatever belongs
-    to a call lies in it, so that threads do not meet. recorded: what the layers of a call that already ran left, by
-    layer and reading.
+    passes: of the encoder; outside of one it runs untouched. Whatever belongs to a call lies in its pass, so that
+    threads do not meet.
     """
 
     def __init__(
@@ -55,8 +52,7 @@ class EncoderStages:
             raise UnsupportedMethod(self._joined(adapter, method, "image"))
         self.adapter, self.method, self.budget, self.needs, self.module = adapter, method, budget, needs, module
         self.stages = {stage.layer: stage for stage in stages}
-        self.current: Callable[[], EncoderCall | None] = lambda: None
-        self.recorded: Callable[[EncoderCall], dict[tuple[int, VisionReading], Tensor]] = lambda call: {}
+        self.passes = Passes[EncoderPass]()
         self._behind = adapter.spec.feature_layer + 1  # the layer number that means "before the projector"
         self._handles: list[Any] = []
         for layer in self.stages:
@@ -96,44 +92,44 @@ class EncoderStages:
             "several patches, so stages inside it are not supported. Choose a method that acts before or inside the LLM"
         )
 
-    def alive(self, call: EncoderCall, context: VisionContext) -> tuple[Tensor, tuple[int, ...]] | None:
+    def alive(self, one: EncoderPass, context: VisionContext) -> tuple[Tensor, tuple[int, ...]] | None:
         """[I, Nmax] bool of tokens that an encoder patch survived for, and their counts. Synchronises once."""
-        if not call.left:
+        if not one.left:
             return None
-        places = call.left[-1].places
+        places = one.left[-1][1]
         prefix = self.adapter.prefix_tokens(places)
         marks = torch.ones(places.shape[0], prefix + places.shape[1], device=places.device)
-        share = context.pack(_spread(marks, places, prefix, call.patches))
+        share = context.pack(_spread(marks, places, prefix, one.patches))
         alive = share > 0
         *counts, mixed = torch.cat([alive.sum(1), (alive & (share < 0.999)).any()[None]]).tolist()
         if mixed:
             raise UnsupportedMethod(self._joined(self.adapter, self.method, context.kind))
         return alive, tuple(counts)
 
-    def expand(self, call: EncoderCall, layer: int, values: Tensor) -> Tensor:
+    def expand(self, one: EncoderPass, layer: int, values: Tensor) -> Tensor:
         """Rows recorded at `layer`, [crops, prefix + M, ...] -> [crops, prefix + P, ...]; zero for missing patches."""
-        seen = [left.places for left in call.left if left.layer <= layer and left.layer != self._behind]
+        seen = [places for stage, places in one.left if stage <= layer and stage != self._behind]
         if not seen:
             return values
-        return _spread(values, seen[-1], values.shape[1] - seen[-1].shape[1], call.patches)
+        return _spread(values, seen[-1], values.shape[1] - seen[-1].shape[1], one.patches)
 
     # --- hooks
     def _shorten(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.current()
-        if call is None:
+        one = self.passes.current
+        if one is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer in self.stages and layer != self._behind:
-            hidden = self._select(call, self.stages[layer], hidden, self.adapter.prefix_tokens(hidden))
-        mask = self._mask(call, hidden)
+            hidden = self._run(one, self.stages[layer], hidden, self.adapter.prefix_tokens(hidden))
+        mask = self._mask(one, hidden)
         if len(args) > 1:
             return (hidden, args[1] if mask is None else mask, *args[2:]), kwargs
         kwargs = kwargs if mask is None else {**kwargs, "attention_mask": mask}
         return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _mask(self, call: EncoderCall, hidden: Tensor) -> Tensor | None:
+    def _mask(self, one: EncoderPass, hidden: Tensor) -> Tensor | None:
         """[crops, 1, 1, T] bool, or additive under eager attention, where crops are of different length."""
-        valid = call.left[-1].valid if call.left else None
+        valid = None if one.batch is None else one.batch.rows.valid
         if valid is None:
             return None
         attention: Any = self.adapter.vision_attention[0]
@@ -144,7 +140,7 @@ class EncoderStages:
                 f"the encoder; {implementation!r} attention takes none there. Load the model with "
                 "attn_implementation='sdpa'"
             )
-        mask = torch.nn.functional.pad(valid, (hidden.shape[1] - valid.shape[1], 0), value=True)[:, None, None]
+        mask = valid[:, None, None]
         if implementation == "sdpa":
             return mask
         return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(
@@ -152,71 +148,57 @@ class EncoderStages:
         )
 
     def _before_projector(self, module: Any, args: tuple[Any, ...]) -> Any:
-        call = self.current()
-        if call is None:
+        one = self.passes.current
+        if one is None:
             return None
         strategy = getattr(self.adapter.model.config, "vision_feature_select_strategy", "full")
         prefix = self.adapter.prefix_tokens(args[0]) if strategy == "full" else 0
-        return (self._select(call, self.stages[self._behind], args[0], prefix), *args[1:])
+        return (self._run(one, self.stages[self._behind], args[0], prefix), *args[1:])
 
-    def _select(self, call: EncoderCall, stage: EncoderStage, hidden: Tensor, prefix: int) -> Tensor:
+    def _run(self, one: EncoderPass, stage: EncoderStage, hidden: Tensor, prefix: int) -> Tensor:
+        """Pass `stage`: [crops, prefix + M, D] rows in, fewer of them out."""
         if stage.layer == min(self.stages):
-            call.left, call.patches = [], hidden.shape[1] - prefix
-        if self.method.keeps_all(self.budget, call.patches):
+            one.enter(hidden, prefix)
+        one.drop_prefix(prefix)
+        if self.method.keeps_all(self.budget, one.patches):
             return hidden
-        view = self._view(call, stage, hidden, prefix)
         with exact(hidden.device):
-            selection = self.method.select(view)
-        if selection is None:
-            return hidden
-        keep = selection.keep & view.items.mask
-        counts = tuple(selection.counts if selection.counts is not None else keep.sum(1).tolist())
-        if selection.tokens is not None:
-            hidden = view.items.scatter(selection.tokens, hidden, where=keep)
-        width = max(counts)
-        order = front_pack(keep, width)
-        places, valid = view.items.token.gather(1, order), None
-        if min(counts) < width:
-            steps = torch.arange(width, device=hidden.device)
-            valid = steps < torch.tensor(counts, device=hidden.device)[:, None]
-            places = torch.where(valid, places, call.patches)
-        call.left.append(Left(stage.layer, places, valid, counts))
-        front = torch.arange(prefix, device=hidden.device).expand(len(counts), -1)
-        return take_rows(hidden, torch.cat([front, order + prefix], dim=1))
+            selection = self.method.select(self._view(one, stage, hidden))
+        return hidden if selection is None else one.apply(stage, selection, hidden)
 
-    def _view(self, call: EncoderCall, stage: EncoderStage, hidden: Tensor, prefix: int) -> StageView:
-        crops, length, _ = hidden.shape
-        count, device = length - prefix, hidden.device
-        every = torch.arange(count, device=device).expand(crops, -1)
-        left = call.left[-1] if call.left else Left(0, every, None, (count,) * crops)
-        mask = torch.ones_like(every, dtype=torch.bool) if left.valid is None else left.valid
-        number = torch.arange(crops, device=device)
-        numbers = tuple(range(crops))
-        table = ItemTable(
-            row=number, index=torch.where(mask, prefix + every, 0), token=torch.where(mask, left.places, 0), mask=mask,
-            source=number, positions=left.places, rows=numbers, sources=numbers, counts=left.counts,
-            fixed=(0,) * crops, input_counts=(call.patches,) * crops, entered=left.counts,
-            layouts=(_crop(call.patches, device),) * crops,
-        )  # fmt: skip
-        visual = torch.nn.functional.pad(mask, (prefix, 0))
-        valid = torch.nn.functional.pad(mask, (prefix, 0), value=True)
+    def _view(self, one: EncoderPass, stage: EncoderStage, hidden: Tensor) -> StageView:
+        batch = one.now
+        assert batch.items is not None and batch.separators is not None and batch.rows.visual is not None
+        valid = batch.rows.held
+        visual = batch.rows.visual & valid
         rows = {
-            (layer, reading): self.expand(call, layer, values)[:, -call.patches :]
-            for (layer, reading), values in self.recorded(call).items()
+            (layer, reading): self.expand(one, layer, values)[:, -one.patches :]
+            for (layer, reading), values in one.recorded(packed=self.adapter.packed).items()
         }
         return StageView(
-            stage=stage, model=self.adapter.spec, budget=self.budget, items=table, separators=table.split()[1],
-            hidden=hidden, visual=visual, valid=valid, prompt=visual, text=torch.zeros_like(valid),
-            fingerprint=torch.zeros_like(number), vision_rows=rows, needs=self.needs, memory=call.memory,
+            stage=stage,
+            model=self.adapter.spec,
+            budget=self.budget,
+            items=batch.items,
+            separators=batch.separators,
+            hidden=hidden,
+            visual=visual,
+            valid=valid,
+            prompt=visual,
+            text=torch.zeros_like(valid),
+            fingerprint=torch.zeros_like(batch.items.row),
+            vision_rows=rows,
+            needs=self.needs,
+            memory=one.memory,
             module=self.module,
-        )  # fmt: skip
+        )
 
     def _spread(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
-        call = self.current()
-        if call is None or not call.left:
+        one = self.passes.current
+        if one is None or not one.left:
             return None
-        places = call.left[-1].places
-        return _spread(output, places, output.shape[1] - places.shape[1], call.patches)
+        places = one.left[-1][1]
+        return _spread(output, places, output.shape[1] - places.shape[1], one.patches)
 
 
 def _spread(values: Tensor, places: Tensor, prefix: int, patches: int) -> Tensor:
@@ -228,21 +210,3 @@ def _spread(values: Tensor, places: Tensor, prefix: int, patches: int) -> Tensor
     crop = torch.arange(values.shape[0], device=values.device)[:, None]
     full = full.index_put((crop, places + prefix), values[:, prefix:])[:, :-1]
     return torch.cat([values[:, :prefix], full[:, prefix:]], dim=1) if prefix else full
-
-
-def _crop(patches: int, device: torch.device) -> VisualItem:
-    side = int(patches**0.5)
-    square = side * side == patches
-    place = torch.arange(patches, device=device)
-    width = side if square else patches
-    return VisualItem(
-        kind="image",
-        n_tokens=patches,
-        crop=torch.zeros_like(place),
-        row=(place // width).float(),
-        col=(place % width).float(),
-        newline=torch.zeros(patches, dtype=torch.bool, device=device),
-        n_crops=1,
-        crop_grid=(side, side) if square else (1, patches),
-        grid=(1, side, side) if square else None,
-    )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from vtc.engine.call import Call
+from vtc.engine.llm_pass import LLMPass
 from vtc.errors import UnsupportedCall
 from vtc.ops.attention import soft_mask
 
@@ -24,9 +24,10 @@ def model_mask(config: Any, mask: Tensor | None, hidden: Tensor) -> Tensor | Non
     return mask[:, None, None, :]
 
 
-def group_mask(config: Any, call: Call, index: int, mask: Tensor | None, hidden: Tensor) -> Any:
+def group_mask(config: Any, one: LLMPass, index: int, mask: Tensor | None, hidden: Tensor) -> Any:
     """What the layers from `index` on take as attention mask; additive [B, 1, L, L] under soft masks."""
-    if call.weights is not None and attention_of(config) not in ("sdpa", "eager"):
+    weights = one.now.rows.weights
+    if weights is not None and attention_of(config) not in ("sdpa", "eager"):
         raise UnsupportedCall(
             f"soft masks need attention that takes an additive mask, not {attention_of(config)!r}; load the model "
             "with attn_implementation='sdpa'"
@@ -35,8 +36,8 @@ def group_mask(config: Any, call: Call, index: int, mask: Tensor | None, hidden:
         config=config,
         inputs_embeds=hidden,
         attention_mask=model_mask(config, mask, hidden),
-        past_key_values=call.cache,
+        past_key_values=one.cache,
         position_ids=None,
         layer_idx=index,
     )
-    return causal if call.weights is None else soft_mask(call.weights, causal, hidden.dtype)
+    return causal if weights is None else soft_mask(weights, causal, hidden.dtype)

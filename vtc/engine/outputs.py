@@ -7,21 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.engine.call import Call
+from vtc.batch.rows import Batch, Rows
+from vtc.engine.llm_pass import LLMPass
 from vtc.errors import UnsupportedCall
 
 
-def spread(call: Call, hidden: Tensor, group: int | None = None) -> Tensor:
-    """[B, L, D] rows at their input positions, [B, S, D]; zeros where a token was removed.
-
-    group: first layer of the group that the rows left; None for the last one.
-    """
-    source, valid = (call.source, call.valid) if group is None else call.sources[group]
-    source = source.to(hidden.device)
-    place = source if valid is None else torch.where(valid.to(hidden.device), source, call.length)
-    full = hidden.new_zeros(call.batch, call.length + 1, hidden.shape[-1])
-    row = torch.arange(call.batch, device=hidden.device)[:, None]
-    return full.index_put((row, place), hidden)[:, :-1]
+def spread(rows: Rows, length: int, hidden: Tensor) -> Tensor:
+    """[B, L, D] rows at their input positions, [B, length, D]; zeros where a token was removed."""
+    source, held = rows.source.to(hidden.device), rows.held.to(hidden.device)
+    full = hidden.new_zeros(len(source), length + 1, hidden.shape[-1])
+    row = torch.arange(len(source), device=hidden.device)[:, None]
+    return full.index_put((row, torch.where(held, source, length)), hidden)[:, :-1]
 
 
 def asks_rows(given: dict[str, Any]) -> bool:
@@ -33,16 +29,16 @@ def asks_rows(given: dict[str, Any]) -> bool:
     return isinstance(wanted, Tensor) or (wanted is not None and wanted > 1)
 
 
-def align(call: Call, output: Any) -> None:
+def align(one: LLMPass, output: Any) -> None:
     """Put every field of a language model's output that has rows back at the input positions."""
     states = getattr(output, "hidden_states", None)
     if states is not None:
-        starts = sorted(call.sources)
-        groups = [max(start for start in starts if start <= max(0, number - 1)) for number in range(len(states))]
+        groups = [max(start for start in one.left if start <= max(0, number - 1)) for number in range(len(states))]
         output.hidden_states = tuple(
-            None if rows is None else spread(call, rows, group) for rows, group in zip(states, groups, strict=True)
+            None if hidden is None else spread(one.left[group], one.now.length, hidden)
+            for hidden, group in zip(states, groups, strict=True)
         )
-    output.last_hidden_state = spread(call, output.last_hidden_state)
+    output.last_hidden_state = spread(one.now.rows, one.now.length, output.last_hidden_state)
 
 
 def check_attentions(kwargs: dict[str, Any], config: Any, aligned: bool) -> None:
@@ -55,11 +51,11 @@ def check_attentions(kwargs: dict[str, Any], config: Any, aligned: bool) -> None
         )
 
 
-def check_labels(call: Call, labels: Tensor | None) -> None:
+def check_labels(batch: Batch, labels: Tensor | None) -> None:
     """Raise UnsupportedCall when a label's predecessor was removed, so that nothing predicts it. Synchronises."""
     if labels is None:
         return
-    alive = call.over_input(call.source, call.valid).to(labels.device)
+    alive = batch.over_input().to(labels.device)
     if bool(((labels[:, 1:] != -100) & ~alive[:, :-1]).any()):
         raise UnsupportedCall(
             "a label follows a removed token, so nothing predicts it; set labels of padding and of whatever follows a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
-from vtc.batch.items import ItemTable
-from vtc.engine.call import Call
+from vtc.batch.rows import Batch
 from vtc.engine.encoder_stages import EncoderStages
+from vtc.engine.llm_pass import LLMPass
+from vtc.engine.passes import Passes
 from vtc.engine.taps import TapSet, look_ahead
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
@@ -54,9 +55,9 @@ class StageRunner:
         self.encoder = EncoderStages(adapter, method, inside, budget, plan.needs, module) if inside else None
         self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *after]
 
-    def taps(self, adapter: Adapter, current: functools.partial[Call | None]) -> TapSet:
-        """Taps for the LLM rows the plan needs; `current` returns the call in progress."""
-        attention = adapter.llm_attention
+    def taps(self, passes: Passes[LLMPass]) -> TapSet:
+        """Taps for the LLM rows the plan needs, which note them in the pass they belong to."""
+        attention = self.adapter.llm_attention
         pairs = self.plan.needs.llm_pairs
         for layer, reading in pairs:
             if not isinstance(reading, LLMReading):
@@ -69,37 +70,39 @@ class StageRunner:
                     f"{reading.name!r} of LLM layer {layer} is read at the stage before that layer, which "
                     f"{self.method.name!r} does not have; add the stage or read another layer"
                 )
-        record = functools.partial(self._record, current)
+        record = functools.partial(self._record, passes)
         return TapSet(
             (attention[layer], _nothing if one.ahead else functools.partial(record, layer, one)) for layer, one in pairs
         )
 
-    def _record(
-        self, current: functools.partial[Call | None], layer: int, reading: LLMReading, attention: AttentionCall
-    ) -> None:
+    def _record(self, passes: Passes[LLMPass], layer: int, reading: LLMReading, attention: AttentionCall) -> None:
         """Read an attention call, keep what concerns the rows of the current chunk."""
-        call = current()
-        if call is None or call.items is None or not self.method.reads(self.spec, layer, call.memory):
+        one = passes.current
+        if one is None or not one.conducted or one.now.items is None:
             return
-        mask = attention.mask
+        if not self.method.reads(self.spec, layer, one.memory):
+            return
+        mask, batch = attention.mask, one.now
         if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say so too
-            mask = call.valid if call.cache is None else call.cache.masks[call.group]
-        call.llm_rows[layer, reading] = _read(reading, attention, call, mask, graph=self.learns)
+            mask = batch.rows.valid if one.cache is None else one.cache.masks[one.group]
+        found = _read(reading, attention, batch, mask, graph=self.learns)
+        one.batch = dataclasses.replace(batch, rows=batch.rows.note((layer, reading), found))
 
-    def _read_ahead(self, layer: int, reading: LLMReading, call: Call, hidden: Tensor) -> Tensor:
+    def _read_ahead(self, layer: int, reading: LLMReading, one: LLMPass, hidden: Tensor) -> Tensor:
         """[..., B, L] what `reading` says of layer `layer`, which `hidden` is about to enter."""
         with torch.no_grad():
             given = self.adapter.attention_input(layer, hidden)
-            attention = look_ahead(self.adapter.llm_attention[layer], given, call.rotary)
-        mask = call.valid
-        if call.cache is not None and (old := call.cache.physical_length(layer)):
-            key = torch.cat([call.cache.layers[layer].keys.to(attention.key), attention.key], dim=2)
+            attention = look_ahead(self.adapter.llm_attention[layer], given, one.rotary)
+        rows, cache = one.now.rows, one.cache
+        mask = rows.valid
+        if cache is not None and (old := cache.physical_length(layer)):
+            key = torch.cat([cache.layers[layer].keys.to(attention.key), attention.key], dim=2)
             attention = dataclasses.replace(attention, key=key)
-            before = call.cache.masks[layer]
+            before = cache.masks[layer]
             if mask is not None or before is not None:
-                ones = torch.ones(call.batch, old, dtype=torch.bool, device=hidden.device)
-                mask = torch.cat([ones if before is None else before.to(hidden.device), call.valid_rows()], dim=1)
-        return _read(reading, attention, call, mask, graph=self.learns)
+                ones = torch.ones(one.now.size, old, dtype=torch.bool, device=hidden.device)
+                mask = torch.cat([ones if before is None else before.to(hidden.device), rows.held], dim=1)
+        return _read(reading, attention, one.now, mask, graph=self.learns)
 
     def check_checkpointing(self) -> None:
         """Raise UnsupportedCall where recomputed layers would lack the gradients of what was read of them."""
@@ -111,81 +114,81 @@ class StageRunner:
                 "these without it; switch checkpointing off: model.gradient_checkpointing_disable()"
             )
 
-    def keeps_all(self, items: ItemTable, contexts: tuple[VisionContext, ...]) -> bool:
+    def keeps_all(self, batch: Batch, contexts: Sequence[VisionContext]) -> bool:
         """True when the budget keeps every token of every item: then the model must stay untouched, bit for bit."""
+        assert batch.items is not None
         if any(context.alive is not None for context in contexts):
             return False
-        return all(self.method.keeps_all(self.budget, count) for count in items.input_counts)
+        return all(self.method.keeps_all(self.budget, count) for count in batch.items.input_counts)
 
-    def run(self, stage: int, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:
+    def run(self, stage: int, one: LLMPass, hidden: Tensor) -> Tensor:
         """Pass `stage`: [B, L, D] rows in, [B, L', D] rows out."""
         if stage == 0:
-            hidden = _drop_encoded(call, hidden, contexts)
+            hidden = _drop_encoded(one, hidden)
+            one.enter_llm()
         selection = None
         if stage in self.inner:
-            selection = self.select(stage, call, hidden, contexts)
-            call.staged = True
+            selection = self.select(stage, one, hidden)
+            one.staged = True
         if selection is not None:
-            hidden = call.apply(stage, selection, hidden)
+            hidden = one.apply(stage, selection, hidden)
         elif stage in self.noted:
-            call.note_stage(stage)
-        if stage == 0 and call.items is not None:
-            call.items = dataclasses.replace(call.items, entered=call.items.counts)
+            one.note(stage)
+        if stage == 0:
+            one.enter_llm()
         return hidden
 
-    def select(self, stage: Stage, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Selection | None:
+    def select(self, stage: Stage, one: LLMPass, hidden: Tensor) -> Selection | None:
         """Ask the method what to keep."""
-        items, separators = call.items, call.separators
-        assert items is not None and separators is not None
-        assert call.visual is not None and call.prompt is not None and call.text is not None
-        device, valid = hidden.device, call.valid_rows()
-        keys = torch.cat([context.fingerprint.to(device) for context in contexts])
-        if stage == 0:
-            items = dataclasses.replace(items, entered=items.counts)
+        batch, device = one.now, hidden.device
+        rows, valid = batch.rows, batch.rows.held
+        assert batch.items is not None and batch.separators is not None
+        assert rows.visual is not None and rows.prompt is not None and rows.text is not None
+        keys = torch.cat([context.fingerprint.to(device) for context in one.contexts])
+        recorded = {key: values for key, values in rows.extra.items() if isinstance(key, tuple)}
         view = StageView(
             stage=stage,
             model=self.spec,
             budget=self.budget,
-            items=items,
-            separators=separators,
+            items=batch.items,
+            separators=batch.separators,
             hidden=hidden,
-            visual=call.visual & valid,
+            visual=rows.visual & valid,
             valid=valid,
-            prompt=call.prompt & valid,
-            text=call.text & valid,
-            fingerprint=keys[items.source],
+            prompt=rows.prompt & valid,
+            text=rows.text & valid,
+            fingerprint=keys[batch.items.source],
             vision_rows={
-                pair: _stack([context.attention[pair].to(device) for context in contexts])
+                pair: _stack([context.attention[pair].to(device) for context in one.contexts])
                 for pair in self.plan.needs.vision_pairs
             },
-            llm_rows=_LLMRows(call.llm_rows, lambda layer, reading: self._read_ahead(layer, reading, call, hidden)),
+            llm_rows=_LLMRows(recorded, lambda layer, reading: self._read_ahead(layer, reading, one, hidden)),
             needs=self.plan.needs,
-            memory=call.memory,
+            memory=one.memory,
             module=self.module,
         )
         with exact(device):
             return self.method.select(view)
 
-    def evict(self, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> None:
+    def evict(self, one: LLMPass, hidden: Tensor) -> None:
         """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group."""
-        stage, cache, items = self.cache, call.cache, call.items
+        stage, cache, batch = self.cache, one.cache, one.now
         if stage is None or cache is None:
             return
-        assert items is not None
-        selection = self.select(stage, call, hidden, contexts)
+        assert batch.items is not None
+        selection = self.select(stage, one, hidden)
         if selection is None:
-            call.note_stage(stage)
+            one.note(stage)
             return
-        alive = call.over_input(call.source, items.scatter(selection.keep & items.mask, call.valid_rows()))
-        call.note_eviction(stage, alive)
+        alive = batch.over_input(batch.items.scatter(selection.keep & batch.items.mask, batch.rows.held))
+        one.note(stage, alive)
         for group in self.starts:
             if group < stage.from_layer:
                 continue
-            source, valid = call.sources[group]
-            chunk = alive.gather(1, source)
-            chunk = chunk if valid is None else chunk & valid
+            rows = one.left[group].to(alive.device)
+            chunk = alive.gather(1, rows.source) & rows.held
             old = cache.physical_length(group) - chunk.shape[1]
-            cache.evict(group, torch.cat([chunk.new_ones(call.batch, old), chunk], dim=1))
+            cache.evict(group, torch.cat([chunk.new_ones(batch.size, old), chunk], dim=1))
 
 
 class _LLMRows(dict[tuple[int, LLMReading], Tensor]):
@@ -208,36 +211,36 @@ class _LLMRows(dict[tuple[int, LLMReading], Tensor]):
         return self[pair]
 
 
-def _read(reading: LLMReading, attention: AttentionCall, call: Call, mask: Tensor | None, *, graph: bool) -> Tensor:
+def _read(reading: LLMReading, attention: AttentionCall, batch: Batch, mask: Tensor | None, *, graph: bool) -> Tensor:
     """[..., B, L] for the rows of the current chunk; mask: as `attention_rows` takes it. graph: something learns."""
-    assert call.visual is not None and call.prompt is not None and call.text is not None
-    valid = call.valid_rows()
-    prompt = call.prompt & valid
-    last = (torch.arange(call.rows, device=valid.device) * prompt).amax(1, keepdim=True)
-    rows = QueryRows(prompt, call.visual & valid, call.text & valid, call.text_count, last, mask)
+    rows, valid = batch.rows, batch.rows.held
+    assert rows.visual is not None and rows.prompt is not None and rows.text is not None
+    prompt = rows.prompt & valid
+    last = (torch.arange(batch.width, device=valid.device) * prompt).amax(1, keepdim=True)
+    queries = QueryRows(prompt, rows.visual & valid, rows.text & valid, batch.text_count, last, mask)
     with torch.set_grad_enabled(graph and torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
-        return reading.read(attention, rows)[..., -call.rows :]
+        return reading.read(attention, queries)[..., -batch.width :]
 
 
 def _nothing(attention: AttentionCall) -> None:
     """A tap that makes a module's queries and keys readable ahead."""
 
 
-def _drop_encoded(call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> Tensor:
+def _drop_encoded(one: LLMPass, hidden: Tensor) -> Tensor:
     """Remove the tokens whose patches an encoder stage dropped."""
-    items = call.items
-    if items is None or all(context.alive is None for context in contexts):
+    items = one.now.items
+    if items is None or all(context.alive is None for context in one.contexts):
         return hidden
     marks: list[Tensor] = []
     counts: list[int] = []
-    for context in contexts:
+    for context in one.contexts:
         sizes = tuple(item.n_tokens - item.newlines for item in context.items)
         width = max(item.n_tokens for item in context.items)
         mark, kept = context.alive or (torch.ones(len(sizes), width, dtype=torch.bool), sizes)
         marks.append(mark.to(hidden.device))
         counts += kept
     alive = _stack(marks)[items.source].gather(1, items.token)
-    return call.apply(0, Selection(alive, counts=[counts[source] for source in items.sources]), hidden)
+    return one.apply(0, Selection(alive, counts=[counts[source] for source in items.sources]), hidden)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vtc.errors import VTCError
 from vtc.method.budget import Budget
+from vtc.method.items import ItemTable
 from vtc.method.plan import ModelSpec, Needs, R, Stage, each
 from vtc.method.readings import LLMReading, VisionReading
-
-if TYPE_CHECKING:
-    from vtc.batch.items import ItemTable
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""A batch on its way through the layers, and the one place where tokens leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vtc.method.items import ItemTable
+from vtc.method.view import Selection
+from vtc.ops.select import front_pack, left_pack, take_last, take_rows
+
+Side = Literal["front", "left"]
+"""Where padding goes: behind what is left, as in the vision encoder, or in front of it, as in the LLM."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What is known of each of the rows [B, L] of a sequence. Padding holds harmless values.
+
+    source: input position. logical: [..., B, L] position ids that the untouched model would use. visual, prompt, text:
+    bool, see `vtc.batch.prompt`. valid: bool, None where every row holds a token. seen: bool, rows that later layers
+    may attend to, None for all of them. weights: how much their keys count there, None for one. extra: more of each
+    row under any key, [..., B, L].
+    """
+
+    source: Tensor
+    logical: Tensor | None = None
+    visual: Tensor | None = None
+    prompt: Tensor | None = None
+    text: Tensor | None = None
+    valid: Tensor | None = None
+    seen: Tensor | None = None
+    weights: Tensor | None = None
+    extra: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def held(self) -> Tensor:
+        """[B, L] bool, `valid` also where it is None."""
+        return torch.ones_like(self.source, dtype=torch.bool) if self.valid is None else self.valid
+
+    def take(self, index: Tensor) -> Rows:
+        """The rows that `index` [B, L'] names."""
+        return self._each(lambda values: take_last(values, index))
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on another device."""
+        return self._each(lambda values: values.to(device))
+
+    def note(self, key: Any, values: Tensor) -> Rows:
+        """With `values` [..., B, L] in `extra`."""
+        return replace(self, extra={**self.extra, key: values})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
+        return Rows(**changed, extra={key: change(value) for key, value in self.extra.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows and the visual items among them; None without any.
+
+    length: rows at input. totals: valid rows of each batch row, text_count: most text of a batch row; on the host.
+    """
+
+    rows: Rows
+    length: int
+    items: ItemTable | None = None
+    separators: ItemTable | None = None
+    totals: tuple[int, ...] = ()
+    text_count: int = 0
+
+    @property
+    def size(self) -> int:
+        """Batch rows."""
+        return self.rows.source.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Current sequence length, padding included."""
+        return self.rows.source.shape[1]
+
+    @property
+    def visual_tokens(self) -> list[int]:
+        """Visual tokens of each batch row now, separators included."""
+        return [] if self.items is None else self.items.row_totals(self.size)
+
+    def to(self, device: torch.device) -> Batch:
+        """Follow the hidden states of a split model to the next device."""
+        if self.rows.source.device == device:
+            return self
+        tables = {name: getattr(self, name) for name in ("items", "separators")}
+        moved: dict[str, Any] = {name: None if table is None else table.to(device) for name, table in tables.items()}
+        return replace(self, rows=self.rows.to(device), **moved)
+
+    def apply(self, selection: Selection, hidden: Tensor, side: Side) -> tuple[Batch, Tensor]:
+        """Carry out a selection: replace rows of `hidden` [B, L, D], drop the others, and pack what is left to a side.
+
+        Synchronises only where the selection leaves its counts open.
+        """
+        items, separators = self.items, self.separators
+        assert items is not None and separators is not None
+        kept = selection.keep & items.mask
+        counts, fixed, stay = _counts(selection, kept, items, separators)
+        if selection.tokens is not None:
+            hidden = items.scatter(selection.tokens, hidden, where=kept)
+        rows = self._softened(selection, items)
+        dropped = [a + b - c - d for a, b, c, d in zip(items.counts, items.fixed, counts, fixed, strict=True)]
+        if not any(dropped) and (selection.hide is not None or selection.weights is not None):
+            return replace(self, rows=rows), hidden
+        alive = items.scatter(kept, rows.held)
+        if any(items.fixed):
+            alive = separators.scatter(stay, alive)
+        totals = list(self.totals)
+        for row, gone in zip(items.rows, dropped, strict=True):
+            totals[row] -= gone
+        index, valid = _pack(alive, totals, side)
+        slots = torch.arange(index.shape[1], device=index.device)
+        moved = torch.zeros_like(alive, dtype=torch.long).scatter_(1, index, slots.expand(self.size, -1))
+        if any(items.fixed):
+            separators = replace(separators.kept(stay, fixed, moved), fixed=fixed)
+        packed = replace(
+            self,
+            rows=replace(rows.take(index), valid=valid),
+            items=replace(items.kept(kept, counts, moved), fixed=fixed),
+            separators=separators,
+            totals=tuple(totals),
+        )
+        return packed, take_rows(hidden, index)
+
+    def _softened(self, selection: Selection, items: ItemTable) -> Rows:
+        """The rows with hidden tokens and soft masks noted for the layers to come."""
+        rows = self.rows
+        if selection.hide is not None:
+            before = rows.held if rows.seen is None else rows.seen
+            rows = replace(rows, seen=before & ~items.scatter(selection.hide, torch.zeros_like(before)))
+        if selection.weights is not None:
+            soft = items.scatter(selection.weights, torch.ones_like(rows.source, dtype=torch.float32))
+            rows = replace(rows, weights=soft if rows.weights is None else rows.weights * soft)
+        return rows
+
+    def over_input(self, held: Tensor | None = None) -> Tensor:
+        """[B, S] bool over input positions that some row still holds; held: [B, L] which rows count, all if None."""
+        source = self.rows.source
+        held = self.rows.held if held is None else held
+        full = torch.zeros(self.size, self.length, dtype=torch.uint8, device=source.device)
+        # Padding slots point at dropped positions, so they add zero instead of writing.
+        return full.scatter_add(1, source, held.to(torch.uint8)) > 0
+
+
+def _counts(
+    selection: Selection, kept: Tensor, items: ItemTable, separators: ItemTable
+) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    """Tokens and separators left of each item on the host, and [I, M] which separators stay."""
+    mask = separators.mask
+    if selection.separators is None:
+        stay, fixed = mask, items.fixed
+    elif selection.separators is False:
+        stay, fixed = torch.zeros_like(mask), (0,) * len(items)
+    else:
+        stay, fixed = selection.separators & mask, None
+    if selection.counts is not None and fixed is not None:
+        return tuple(selection.counts), fixed, stay
+    counted, left = torch.stack([kept.sum(1), stay.sum(1)]).tolist()
+    return tuple(counted if selection.counts is None else selection.counts), tuple(left), stay
+
+
+def _pack(alive: Tensor, totals: Sequence[int], side: Side) -> tuple[Tensor, Tensor | None]:
+    """[B, L'] where every new row comes from, and which of them hold a token, None for all.
+
+    alive: [B, L] bool with `totals` set in each row.
+    """
+    length = max(totals)
+    index = (left_pack if side == "left" else front_pack)(alive, length)
+    if all(total == length for total in totals):
+        return index, None
+    slots = torch.arange(length, device=alive.device)
+    ends = torch.tensor(totals, device=alive.device)[:, None]
+    return index, slots >= length - ends if side == "left" else slots < ends

@@ -1,0 +1,193 @@
+"""One forward pass of the language model: the batch on its way through the layers, and what is noted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.batch.context import VisionContext
+from vtc.batch.rows import Batch, Rows
+from vtc.batch.trace import CallRecord, CallStats, StageStats
+from vtc.engine.cache import CompressedCache
+from vtc.engine.passes import Pass
+from vtc.errors import UnsupportedCall
+from vtc.method.base import Positions, Selection, Stage
+from vtc.ops.select import take_last
+
+
+@dataclass(eq=False)
+class LLMPass(Pass):
+    """What came in, and how far it is.
+
+    outermost: the module the call began with. labels: [B, S]. placeholders: [K, B, S], control: [B, S] bool, ids:
+    [B, S] of the input. given: descriptions of encoder outputs that came with the call, contexts: of all its media.
+    numbered: the caller numbers output rows as in its input. media: pixels went in and have not reached the language
+    model yet. inside: the backbone is running.
+
+    conducted: the engine changes what the layers see; otherwise the model runs untouched. policy: of positions. cache:
+    None without one; adopted: it was a plain one before. features: see `vtc.engine.deepstack`. ends: [B, 1] positions
+    of each row's first and last token at input. staged: a stage was reached, whether it dropped something or not, so
+    that renumbering does not depend on what else is in the batch; pruned: something was dropped. group: first layer of
+    the current group of layers that hold the same rows; mask, rotary: what its layers take. left: the rows of each
+    group so far. spans: first layer, rows and visual tokens per batch row of each group. seconds: host time so far.
+    """
+
+    outermost: Any = None
+    labels: Tensor | None = None
+    placeholders: Tensor | None = None
+    control: Tensor | None = None
+    ids: Tensor | None = None
+    given: tuple[VisionContext, ...] = ()
+    contexts: Sequence[VisionContext] = ()
+    numbered: bool = False
+    media: bool = False
+    inside: bool = False
+    conducted: bool = False
+    policy: Positions = "preserve"
+    cache: CompressedCache | None = None
+    adopted: bool = False
+    ends: tuple[Tensor, Tensor] | None = None
+    features: tuple[Tensor, ...] = ()
+    losses: list[Tensor] = field(default_factory=list)
+    staged: bool = False
+    pruned: bool = False
+    group: int = 0
+    mask: Any = None
+    rotary: Any = None
+    left: dict[int, Rows] = field(default_factory=dict)
+    spans: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    stages: list[StageStats] = field(default_factory=list)
+    record: CallRecord | None = None
+    seconds: float = 0.0
+
+    @property
+    def now(self) -> Batch:
+        """The batch, once the language model was entered."""
+        assert self.batch is not None
+        return self.batch
+
+    # --- pruning
+    def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:
+        """Carry out a selection on [B, L, D] rows and note what it did. Returns [B, L', D]."""
+        if selection.weights is not None and (stage == 0 or self.cache is not None):
+            raise UnsupportedCall(
+                f"soft masks at stage {stage} of a call {'without' if self.cache is None else 'with'} a cache; they "
+                "are for training, inside the LLM and with use_cache=False"
+            )
+        before = self.now
+        assert before.items is not None
+        if self.record is not None:
+            self.record.note_merge(stage, selection, before.items)
+        self.losses += [] if selection.loss is None else [selection.loss]
+        self.batch, hidden = after, hidden = before.apply(selection, hidden, "left")
+        if after.items is not before.items:
+            self.pruned = self.staged = True
+        tokens = sum(before.visual_tokens), sum(after.visual_tokens)
+        self.stages.append(StageStats(stage, before.width, after.width, *tokens))
+        self.note(stage)
+        return hidden
+
+    def enter_llm(self) -> None:
+        """Note that the tokens there are now enter the first layer."""
+        if (items := self.now.items) is not None:
+            self.batch = replace(self.now, items=replace(items, entered=items.counts))
+
+    def note(self, stage: Stage, alive: Tensor | None = None) -> None:
+        """Trace what is there after `stage`; alive: [B, S] bool over input positions, where it is not what is left."""
+        if self.record is not None:
+            self.record.note(stage, self.now.over_input() if alive is None else alive)
+
+    # --- positions and masks of a layer group
+    def enter(self, group: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Begin the layers from `group` on: returns their position ids [..., B, L] and 2D mask [B, rows] or None."""
+        self.group = group
+        self.note_group(group)
+        self.left[group] = rows = self.now.rows
+        positions = self._positions(group)
+        mask = rows.valid if rows.seen is None else rows.seen & rows.held
+        if self.cache is None:
+            return positions, mask
+        return positions, self.cache.extend(group, mask, self.now.size, self.now.width, device)
+
+    def note_group(self, group: int) -> None:
+        """Note what enters the layers from `group` on."""
+        self.spans.append((group, self.now.width, self.now.visual_tokens))
+
+    def _positions(self, group: int) -> Tensor:
+        logical = self.now.rows.logical
+        assert logical is not None
+        if self.policy == "preserve" or (self.policy == "compact_input" and group > 0):
+            return logical
+        numbers = self._renumbered(group, logical)
+        if self.policy == "compact_input":
+            self.batch = replace(self.now, rows=replace(self.now.rows, logical=numbers))
+        return numbers
+
+    def _renumbered(self, group: int, logical: Tensor) -> Tensor:
+        cache = self.cache
+        shift = cache.shifts[group] if cache is not None else None
+        shift = None if shift is None else shift.to(logical.device)
+        if not self.staged:
+            return logical if shift is None else logical - shift
+        assert self.ends is not None
+        first, last = (end.to(logical.device) for end in self.ends)
+        begin: Tensor | int = 0
+        if cache is not None and cache.physical_length(group):
+            begin = first if shift is None else first - shift
+        numbers = (self.now.rows.held.long().cumsum(1) - 1).clamp(min=0) + begin
+        if cache is not None:
+            cache.shifts[group] = last - numbers[:, -1:]
+        return numbers.expand_as(logical).contiguous()
+
+    # --- the end
+    def finish(self) -> None:
+        """The pass has returned."""
+        if self.cache is not None:
+            self.cache.end()
+
+    def fail(self) -> None:
+        """The pass has raised: its cache becomes what it was before, a plain one if it was that."""
+        if self.cache is not None:
+            self.cache.restore(plain=self.adopted)
+
+    def interrupt(self) -> None:
+        """The pass was left without a sign, by Ctrl-C or by detaching: its cache refuses to go on."""
+        if self.cache is not None:
+            self.cache.interrupt()
+
+    def stats(self, layers: int, cache: Any) -> CallStats:
+        """Numbers of this pass on a model with `layers` LLM layers; cache: what the model returned."""
+        batch = self.now
+        assert batch.items is not None
+        ends = [start for start, _, _ in self.spans[1:]] + [layers]
+        spans = [(end - start, rows, totals) for (start, rows, totals), end in zip(self.spans, ends, strict=True)]
+        return CallStats(
+            batch=batch.size,
+            visual_tokens_in=tuple(batch.items.input_totals(batch.size)),
+            visual_tokens_kept=tuple(sum(n * t[row] for n, _, t in spans) / layers for row in range(batch.size)),
+            stages=tuple(self.stages),
+            layer_rows=tuple(rows for n, rows, _ in spans for _ in range(n)),
+            kv_rows=() if cache is None else tuple(layer.get_seq_length() for layer in cache.layers),
+            seconds=self.seconds,
+        )
+
+
+def row_ends(rows: Rows) -> tuple[Tensor, Tensor]:
+    """[B, 1] positions of each row's first and last token, the outermost of multi-axis positions.
+
+    Not the smallest and largest ones: some models place text behind a video in front of the video's last frames.
+    """
+    logical, valid = rows.logical, rows.valid
+    assert logical is not None
+    axes = logical if logical.ndim == 3 else logical[None]
+    if valid is None:
+        return axes[..., :1].amin(0), axes[..., -1:].amax(0)
+    length = valid.shape[1]
+    slots = torch.arange(length, device=valid.device)
+    first = torch.where(valid, slots, length - 1).amin(1, keepdim=True)
+    last = torch.where(valid, slots, 0).amax(1, keepdim=True)
+    return take_last(axes, first).amin(0), take_last(axes, last).amax(0)
