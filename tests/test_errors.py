@@ -54,10 +54,10 @@ from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 
 CORE = {
     "batch": ("items", "prompt"),
-    "engine": ("arguments", "attach", "cache", "compiled", "encoder", "encoder_stages", "engine", "inputs"),
+    "engine": ("arguments", "attach", "cache", "encoder", "encoder_stages", "engine", "inputs"),
     "method": ("base", "budget", "composite", "registry"),
 }
-CORE["engine"] += ("llm_pass", "masks", "outputs", "stages", "taps")
+CORE["engine"] += ("llm_pass", "masks", "stages", "taps")
 HOME = Path(vtc.__file__).parent
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]

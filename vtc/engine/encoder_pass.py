@@ -51,9 +51,7 @@ class EncoderPass(Pass):
             sources=numbers, counts=counts, fixed=(0,) * crops, input_counts=counts, entered=counts,
             layouts=(_crop(self.patches, device),) * crops,
         )  # fmt: skip
-        rows = Rows(
-            torch.arange(length, device=device).expand(crops, -1), visual=torch.nn.functional.pad(mask, (prefix, 0))
-        )
+        rows = Rows(torch.arange(length, device=device).expand(crops, -1))
         self.batch = Batch(rows, length, table, table.split()[1], (length,) * crops)
 
     def drop_prefix(self, prefix: int) -> None:

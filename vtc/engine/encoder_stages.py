@@ -168,9 +168,9 @@ class EncoderStages:
 
     def _view(self, one: EncoderPass, stage: EncoderStage, hidden: Tensor) -> StageView:
         batch = one.now
-        assert batch.items is not None and batch.separators is not None and batch.rows.visual is not None
+        assert batch.items is not None and batch.separators is not None
         valid = batch.rows.held
-        visual = batch.rows.visual & valid
+        visual = torch.nn.functional.pad(batch.items.mask, (one.prefix, 0))
         rows = {
             (layer, reading): self.expand(one, layer, values)[:, -one.patches :]
             for (layer, reading), values in one.recorded(packed=self.adapter.packed).items()

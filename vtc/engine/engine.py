@@ -26,7 +26,6 @@ from vtc.batch.prompt import Bounds, Prompt
 from vtc.batch.rows import Batch, Rows
 from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.cache import CompressedCache
-from vtc.engine.compiled import check_compiled
 from vtc.engine.copies import CopyGuard
 from vtc.engine.deepstack import add_features, take_over
 from vtc.engine.encoder import VisionRecorder
@@ -34,8 +33,13 @@ from vtc.engine.generating import GenerateWatch, control_tokens
 from vtc.engine.guards import BatchingBlock, check_without_media, refuse_skipped
 from vtc.engine.inputs import (
     adopt_cache,
+    align,
+    asks_rows,
     by_name,
     carries_media,
+    check_attentions,
+    check_compiled,
+    check_labels,
     check_router,
     given_contexts,
     logical_positions,
@@ -46,7 +50,6 @@ from vtc.engine.llm_pass import LLMPass, row_ends
 from vtc.engine.maker import Maker
 from vtc.engine.masks import attention_of, group_mask, model_mask
 from vtc.engine.notes import bounded, without_frames
-from vtc.engine.outputs import align, asks_rows, check_attentions, check_labels
 from vtc.engine.passes import Passes
 from vtc.engine.stages import StageRunner
 from vtc.errors import UnsupportedCall, VTCError

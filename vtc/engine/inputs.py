@@ -1,8 +1,14 @@
-"""Reading the arguments of a forward call: visual tokens, masks, positions and the cache."""
+"""What goes into a forward call and comes out of it: arguments, masks, positions, caches, outputs, and what is refused.
+
+Hooks must stay outside compiled code: `module.forward = torch.compile(module.forward)` keeps them there, while
+`module.compile()` and `torch.compile(model)` trace them too, which breaks or, inside the LLM, gives wrong logits.
+"""
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,9 +18,11 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
+from vtc.batch.rows import Batch, Rows
 from vtc.engine.cache import CompressedCache, check_plain
+from vtc.engine.llm_pass import LLMPass
 from vtc.engine.maker import Maker
-from vtc.errors import UnsupportedCall
+from vtc.errors import UnsupportedCall, UnsupportedModel
 
 MEDIA = ("pixel_values", "pixel_values_videos")
 
@@ -122,3 +130,88 @@ def logical_positions(
     if mrope and ids.ndim == 2:
         ids = ids[None].expand(3, -1, -1)
     return ids.expand(*ids.shape[:-2], batch, length)
+
+
+# --- outputs
+def spread(rows: Rows, length: int, hidden: Tensor) -> Tensor:
+    """[B, L, D] rows at their input positions, [B, length, D]; zeros where a token was removed."""
+    source, held = rows.source.to(hidden.device), rows.held.to(hidden.device)
+    full = hidden.new_zeros(len(source), length + 1, hidden.shape[-1])
+    row = torch.arange(len(source), device=hidden.device)[:, None]
+    return full.index_put((row, torch.where(held, source, length)), hidden)[:, :-1]
+
+
+def asks_rows(given: dict[str, Any]) -> bool:
+    """True where `logits_to_keep` numbers rows of the input, which removed tokens would shift.
+
+    0 asks for all rows and 1 for the last, which both mean the same of a shortened sequence.
+    """
+    wanted = given.get("logits_to_keep")
+    return isinstance(wanted, Tensor) or (wanted is not None and wanted > 1)
+
+
+def align(one: LLMPass, output: Any) -> None:
+    """Put every field of a language model's output that has rows back at the input positions."""
+    states = getattr(output, "hidden_states", None)
+    if states is not None:
+        groups = [max(start for start in one.left if start <= max(0, number - 1)) for number in range(len(states))]
+        output.hidden_states = tuple(
+            None if hidden is None else spread(one.left[group], one.now.length, hidden)
+            for hidden, group in zip(states, groups, strict=True)
+        )
+    output.last_hidden_state = spread(one.now.rows, one.now.length, output.last_hidden_state)
+
+
+def check_attentions(kwargs: dict[str, Any], config: Any, aligned: bool) -> None:
+    """Raise UnsupportedCall for attention matrices, whose two axes of kept rows have no place in an aligned output."""
+    wanted = kwargs.get("output_attentions")
+    if aligned and (config.output_attentions if wanted is None else wanted):
+        raise UnsupportedCall(
+            "output_attentions=True with pad_output=True: attention is computed among kept tokens only and has no rows "
+            "for the others; attach without pad_output, or leave output_attentions out"
+        )
+
+
+def check_labels(batch: Batch, labels: Tensor | None) -> None:
+    """Raise UnsupportedCall when a label's predecessor was removed, so that nothing predicts it. Synchronises."""
+    if labels is None:
+        return
+    alive = batch.over_input().to(labels.device)
+    if bool(((labels[:, 1:] != -100) & ~alive[:, :-1]).any()):
+        raise UnsupportedCall(
+            "a label follows a removed token, so nothing predicts it; set labels of padding and of whatever follows a "
+            "visual token to -100"
+        )
+
+
+# --- compiled models
+def _compiled_forward(module: Any) -> bool:
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
+def check_compiled(hooked: Sequence[Any], language_model: Any, *, inside: bool) -> None:
+    """Raise UnsupportedModel for modules whose hooks are compiled; warn where compiling does not pay.
+
+    hooked: modules the engine puts hooks on, those around the language model first. inside: the method acts at
+    layers inside the LLM.
+    """
+    for module in hooked:
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__} was compiled with .compile(), which compiles the hooks of the compression as "
+                "well; compile the forward method instead: "
+                "layer.forward = torch.compile(layer.forward, dynamic=True) for every LLM layer"
+            )
+    for module in itertools.takewhile(lambda module: module is not language_model, hooked):
+        if _compiled_forward(module):
+            raise UnsupportedModel(
+                f"the forward method of {type(module).__name__} was compiled, and with it the hooks of the compression "
+                "on the modules inside; compile the forward method of every LLM layer instead: "
+                "layer.forward = torch.compile(layer.forward, dynamic=True)"
+            )
+    if inside and _compiled_forward(language_model):
+        warnings.warn(
+            "the language model's forward is compiled as a whole and the method acts inside it: exact, but the graph "
+            "breaks at every stage; compile each layer's forward instead",
+            stacklevel=4,
+        )

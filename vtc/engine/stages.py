@@ -186,7 +186,8 @@ class StageRunner:
             if group < stage.from_layer:
                 continue
             rows = one.left[group].to(alive.device)
-            chunk = alive.gather(1, rows.source) & rows.held
+            chunk = alive.gather(1, rows.source)
+            chunk = chunk if rows.valid is None else chunk & rows.valid
             old = cache.physical_length(group) - chunk.shape[1]
             cache.evict(group, torch.cat([chunk.new_ones(batch.size, old), chunk], dim=1))
 
