@@ -163,7 +163,7 @@ def test_generate_is_watched_per_thread_and_given_back(clip: Any) -> None:
     seen: dict[str, Any] = {}
     Looks.views.clear()
     with vtc.compress(clip, Looks()) as handle, torch.no_grad():
-        watch = handle._engine.watch
+        watch = handle._engine.entry.watch
         work: Callable[[], Any] = lambda: clip.generate(  # noqa: E731
             **inputs, max_new_tokens=2, stopping_criteria=[wait]
         )

@@ -59,20 +59,20 @@ class Handle:
     @property
     def prompt_length(self) -> Lengths | None:
         """Tokens of every row that are the prompt, as given to `compress`; may be set anew between calls."""
-        return self._engine.bounds.prompt_length
+        return self._engine.entry.bounds.prompt_length
 
     @prompt_length.setter
     def prompt_length(self, lengths: Lengths | None) -> None:
-        self._engine.bounds = Bounds(lengths, self._engine.bounds.system_length)
+        self._engine.entry.bounds = Bounds(lengths, self._engine.entry.bounds.system_length)
 
     @property
     def system_length(self) -> Lengths | None:
         """Tokens of every row that are the system prompt, as given to `compress`; may be set anew between calls."""
-        return self._engine.bounds.system_length
+        return self._engine.entry.bounds.system_length
 
     @system_length.setter
     def system_length(self, lengths: Lengths | None) -> None:
-        self._engine.bounds = Bounds(self._engine.bounds.prompt_length, lengths)
+        self._engine.entry.bounds = Bounds(self._engine.entry.bounds.prompt_length, lengths)
 
     @property
     def stats(self) -> Stats:

@@ -21,15 +21,13 @@ from torch import Tensor
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
 from vtc.batch.context import VisionContext
-from vtc.batch.items import find_items, host_counts
-from vtc.batch.prompt import Bounds, Prompt
-from vtc.batch.rows import Batch, Rows
+from vtc.batch.prompt import Bounds
 from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.cache import CompressedCache
 from vtc.engine.copies import CopyGuard
 from vtc.engine.deepstack import add_features, take_over
 from vtc.engine.encoder import VisionRecorder
-from vtc.engine.generating import GenerateWatch, control_tokens
+from vtc.engine.entry import Entry
 from vtc.engine.guards import BatchingBlock, check_without_media, refuse_skipped
 from vtc.engine.inputs import (
     adopt_cache,
@@ -42,9 +40,6 @@ from vtc.engine.inputs import (
     check_labels,
     check_router,
     given_contexts,
-    logical_positions,
-    mask_2d,
-    placeholder_masks,
 )
 from vtc.engine.llm_pass import LLMPass, row_ends
 from vtc.engine.maker import Maker
@@ -104,8 +99,7 @@ class Engine:
         self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
         self.passes = Passes[LLMPass]()
         self.taps = self.stages.taps(self.passes)
-        self.placeholders, self.controls = adapter.placeholders, control_tokens(adapter.model)
-        self.watch, self.bounds = GenerateWatch(adapter.model), bounds or Bounds()
+        self.entry = Entry(adapter, bounds or Bounds())
         self._warned = False
         self._handles: list[Any] = []
         self._blocks = (BatchingBlock(adapter.model), CopyGuard(adapter.model))
@@ -124,7 +118,7 @@ class Engine:
         self._hooked = (adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers))
         check_compiled(self._hooked, language_model, inside=bool(layers))
         adapter.model.__dict__[OWNER] = self
-        self.watch.install()
+        self.entry.watch.install()
         self.recorder.install()
         self.taps.install()
         handles = self._handles
@@ -155,7 +149,7 @@ class Engine:
         for block in self._blocks:
             block.remove()
         if self.attached:
-            self.watch.remove()
+            self.entry.watch.remove()
             self.recorder.remove()
             self.taps.remove()
             del self.adapter.model.__dict__[OWNER]
@@ -185,12 +179,10 @@ class Engine:
             one = self._begin(module)
         one.inside, given = True, by_name(module, args, kwargs)
         if carries_media(given):
-            one.given, one.ids = given_contexts(given, self.recorder.recall), given.get("input_ids")
-            table = self.adapter.model.get_input_embeddings()
-            one.placeholders = placeholder_masks(given, self.placeholders.values(), table)
-            one.control = placeholder_masks(given, self.controls, table).any(0) if self.controls else None
+            one.given = given_contexts(given, self.recorder.recall)
+            self.entry.find(one, given)
         else:
-            self._warned = check_without_media(given, self.placeholders.values(), self._warned)
+            self._warned = check_without_media(given, self.adapter.placeholders.values(), self._warned)
 
     def _encoded(self, context: VisionContext) -> None:
         """The encoder has run; where the backbone called it, its pass takes the description."""
@@ -206,7 +198,9 @@ class Engine:
         if one.media and one.placeholders is None:
             refuse_skipped("the module around the language model")
         one.media = False
-        one.batch = self._look(one, kwargs)
+        one.batch = self.entry.batch(one, kwargs)
+        if self.tracing and one.now.items is not None:
+            one.record = CallRecord.of(one.now.items)
         if not isinstance(kwargs.get("past_key_values"), CompressedCache):
             if one.now.items is None:
                 return None
@@ -307,30 +301,6 @@ class Engine:
         if one.conducted:
             one.interrupt()
         self.passes.end(one)
-
-    def _look(self, one: LLMPass, kwargs: dict[str, Any]) -> Batch:
-        """The rows of this call and what there is to look at; one host synchronisation where media are carried."""
-        (size, length, _), before = kwargs["inputs_embeds"].shape, kwargs.get("past_key_values")
-        device, seen = kwargs["inputs_embeds"].device, 0 if before is None else before.get_seq_length()
-        source = torch.arange(length, device=device).expand(size, -1)
-        if one.placeholders is None and not isinstance(before, CompressedCache):
-            return Batch(Rows(source), length)
-        mask, ids = mask_2d(kwargs), kwargs.get("position_ids")
-        logical = logical_positions(ids, size, length, seen, device, mrope=self.spec.mrope)
-        valid = mask[:, -length:].bool() if mask is not None and length > 1 else None
-        batch = Batch(Rows(source, logical, valid=valid), length)
-        if one.placeholders is None:
-            return batch
-        visual = one.placeholders.any(0)
-        prompt = Prompt.find(visual, one.control, mask, one.labels, self.watch.limit(seen), self.bounds)
-        counts = host_counts(one.placeholders, prompt)
-        if not any(counts.kinds):
-            return batch
-        one.contexts = self.adapter.regroup(one.given or tuple(one.contexts), one.placeholders, one.ids)
-        batch = find_items(batch, one.placeholders, one.contexts, list(self.placeholders), counts, prompt)
-        if self.tracing and batch.items is not None:
-            one.record = CallRecord.of(batch.items)
-        return batch
 
     def _conduct(self, one: LLMPass, kwargs: dict[str, Any]) -> None:
         """Take the call's cache and features over."""
