@@ -266,12 +266,18 @@ def watched(place: Any, name: str, instead: Callable[..., Any] | None = None) ->
         setattr(place, name, original)
 
 
+def again(method: Compressor, view: StageView, **budget: Any) -> Selection:
+    """What a method answers to a view it was shown, under another budget."""
+    answer = method.select(replace(view, budget=vtc.Budget(**budget)))
+    assert answer is not None
+    return answer
+
+
 def order(method: Compressor, view: StageView, steps: int) -> Tensor:
     """The order in which a greedy method picks its first `steps` tokens of the first item, from growing budgets."""
     seen, picked = torch.zeros(view.items.mask.shape[1], dtype=torch.bool), []
     for keep in range(1, steps + 1):
-        answer = method.select(replace(view, budget=vtc.Budget(keep=keep)))
-        assert answer is not None
+        answer = again(method, view, keep=keep)
         new = answer.keep[0] & ~seen
         assert int(new.sum()) == 1 and bool(answer.keep[0][seen].all()), "a larger budget keeps what a smaller one does"
         picked.append(int(new.nonzero()))

@@ -15,18 +15,22 @@ OPTIONS = {"start_layer": "start_layer"}
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    settings, rows = replay.settings(case), tensors["in.cls_attn"][:, None]
+    settings, method = replay.settings(case), vtc.create("vtc_cls", **replay.options(case, OPTIONS))
     model = towers.build("llava", 24, width=2 * settings["num_heads"], heads=settings["num_heads"])
-    towers_layers = adapters.of(model).vision_attention
-    layers = tensors["in.layer_ids"].tolist()
-    attention = {towers_layers[layer]: replay.class_row(row) for layer, row in zip(layers, rows, strict=True)}
+    layers = adapters.of(model).vision_attention
+    recorded = zip(tensors["in.layer_ids"].tolist(), tensors["in.cls_attn"][:, None], strict=True)
+    attention = {layers[layer]: replay.class_row(row) for layer, row in recorded}
     inputs = towers.prompt(576) | {"pixel_values": towers.pixels(1, 3, 24, 24)}
-    method = vtc.create("vtc_cls", **replay.options(case, OPTIONS))
-    outputs: Outputs = {}
-    for budget in settings["budgets"]:
-        run = replay.run(model, inputs, method, attention=attention, retention=budget / 576)
-        outputs[f"out.kept_{budget}"] = (run.kept[0], 0.0, 0.0)
-    return outputs | {"out.score": (method.score(run.view(0))[0], 1e-5, 0.0)}  # type: ignore[attr-defined]
+    first, *others = settings["budgets"]
+    run = replay.run(model, inputs, method, attention=attention, retention=first / 576)
+    outputs: Outputs = {
+        f"out.kept_{first}": (run.kept[0], 0.0, 0.0),
+        "out.score": (method.score(run.view(0))[0], 1e-5, 0.0),  # type: ignore[attr-defined]
+    }
+    for budget in others:
+        keep = replay.again(method, run.view(0), retention=budget / 576).keep[0]
+        outputs[f"out.kept_{budget}"] = (keep.nonzero().flatten(), 0.0, 0.0)
+    return outputs
 
 
 CHECKS = {"in.cls_attn": replay.Check(check, given=("in.",))}
