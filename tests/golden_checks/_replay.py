@@ -103,7 +103,7 @@ class Run:
     states: last hidden state (after the final norm) of every call, [B, rows, D]. inputs: rows that entered every LLM
     layer at the prefill, [B, rows, D]. keys: rotated keys of every layer after the prefill, [B, heads, rows, D].
     positions: of every call, what the rotary embedding was asked for, one tensor per group of layers. calls: (view,
-    answer) of every stage. items: trace of every item. alive: stage -> rows of the first prompt that are left, text too.
+    answer) of every stage. attention: LLM layer -> queries and keys of the prefill. items: trace of every item. alive: stage -> rows of the first prompt that are left, text too.
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -111,6 +111,7 @@ class Run:
     keys: list[Tensor] = field(default_factory=list)
     positions: list[list[Tensor]] = field(default_factory=list)
     calls: list[tuple[StageView, Selection | None]] = field(default_factory=list)
+    attention: dict[int, Attention] = field(default_factory=dict)
     handle: vtc.Handle | None = None
 
     @property
@@ -130,7 +131,7 @@ class Run:
     @property
     def lengths(self) -> list[int]:
         """Rows in every layer's cache after the prefill."""
-        return [each.shape[2] for each in self.keys]
+        return [each.shape[-2] for each in self.keys]
 
     def view(self, stage: Stage) -> StageView:
         return next(view for view, _ in self.calls if view.stage == stage)
@@ -199,7 +200,8 @@ def run(
         hook(stack.register_forward_hook(leave))
         for layer in stack.layers:  # behind the engine's own hooks, so that they see what the layer gets
             hook(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        hooks.enter_context(_replaced(recorded, found))
+        numbers = {id(layer.self_attn): number for number, layer in enumerate(stack.layers)}
+        hooks.enter_context(_replaced(recorded, numbers, found))
         cache = model(**inputs, use_cache=True).past_key_values
         found.keys = [layer.keys.clone() for layer in cache.layers]
         for _ in rows[1:]:
@@ -229,7 +231,7 @@ def _seen(method: Compressor, calls: list[tuple[StageView, Selection | None]]) -
 
 
 @contextlib.contextmanager
-def _replaced(recorded: Mapping[int, Any], found: Run) -> Iterator[None]:
+def _replaced(recorded: Mapping[int, Any], numbers: Mapping[int, int], found: Run) -> Iterator[None]:
     """Hand recorded queries and keys to the attention function, in front of whoever reads them there."""
     below = ALL_ATTENTION_FUNCTIONS["sdpa"]
     local = "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
@@ -238,6 +240,8 @@ def _replaced(recorded: Mapping[int, Any], found: Run) -> Iterator[None]:
         given = recorded.get(id(module))
         if given is not None and not found.states:
             query, key, kwargs["scaling"] = given(found.inputs[-1]) if callable(given) else given
+        if id(module) in numbers and not found.states:
+            found.attention[numbers[id(module)]] = Attention(query, key, kwargs["scaling"])
         return below(module, query, key, value, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend

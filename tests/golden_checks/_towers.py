@@ -32,7 +32,7 @@ def build(
     config = getattr(transformers, f"{whole}Config")(
         vision_config=vision, text_config=_llm(transformers.LlamaConfig, width, llm), image_token_index=IMAGE, **more
     )
-    model = _made(getattr(transformers, f"{whole}ForConditionalGeneration"), config)
+    model = made(getattr(transformers, f"{whole}ForConditionalGeneration"), config)
     model.model.multi_modal_projector = nn.Identity()
     return model
 
@@ -50,7 +50,7 @@ def qwen(layers: int, full: tuple[int, ...], heads: int) -> Any:
         text_config=text | rope, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=START, vision_end_token_id=4,
     )  # fmt: skip
-    return _made(transformers.Qwen2_5_VLForConditionalGeneration, config)
+    return made(transformers.Qwen2_5_VLForConditionalGeneration, config)
 
 
 def prompt(tokens: int, rows: int = 1, *, before: int = 1, after: int = 1, token: int = IMAGE) -> dict[str, Tensor]:
@@ -77,7 +77,8 @@ def _llm(kind: Any, width: int, layers: int) -> Any:
     return kind(**sizes, vocab_size=8, pad_token_id=None, bos_token_id=1, eos_token_id=2)
 
 
-def _made(kind: Any, config: Any) -> Any:
+def made(kind: Any, config: Any) -> Any:
+    """A random model in float32, the same every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config).eval().float()
