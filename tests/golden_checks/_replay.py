@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtc
 from vtc import adapters
 from vtc.method.base import Compressor, Selection, Stage, StageView
+from vtc.method.readings import LLMReading
 
 Outputs = dict[str, tuple[Tensor, float, float]]
 
@@ -151,6 +152,7 @@ def run(
     rows: Sequence[Tensor] = (),
     entering: Mapping[nn.Module, Tensor] | None = None,
     attention: Mapping[nn.Module, Attention | Callable[[Tensor], Attention]] | None = None,
+    readings: Mapping[type[LLMReading], Callable[[int, Tensor], Tensor]] | None = None,
     number: Callable[[int, int], int] | None = None,
     **options: Any,
 ) -> Run:
@@ -158,7 +160,8 @@ def run(
 
     rows: [B, L, D] what enters the LLM in place of the embeddings, for the prefill and for every step. entering: what
     enters a module in place of its own input. attention: queries and keys of an attention module, or a function of the
-    rows [B, L, D] that entered its LLM layer. number: (step, group of layers) -> position of a decoded token in place of
+    rows [B, L, D] that entered its LLM layer. readings: kind of reading -> what is read of an LLM layer, from its number and those rows, in
+    place of its own. number: (step, group of layers) -> position of a decoded token in place of
     the engine's. method: None runs the model alone. options: of `vtc.compress`.
     """
     stack, found = adapters.of(model).language_model, Run()
@@ -194,6 +197,9 @@ def run(
             hook(module.register_forward_pre_hook(lambda module, args, given=given: (given.to(args[0]), *args[1:])))
         hook(stack.register_forward_pre_hook(feed, with_kwargs=True))
         hook(stack.rotary_emb.register_forward_pre_hook(ask, with_kwargs=True))
+        for kind, read in (readings or {}).items():
+            told = lambda *_, read=read: read(len(found.inputs) - 1, found.inputs[-1])  # noqa: E731
+            hooks.enter_context(watched(kind, "read", told))
         if method is not None:
             hooks.enter_context(_seen(method, found.calls))
             found.handle = hooks.enter_context(vtc.compress(model, method, **options))
