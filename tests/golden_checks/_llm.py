@@ -108,5 +108,7 @@ def run(
     inputs["pixel_values"] = towers.pixels(tiles, 3, 2 * side, 2 * side)
     given = [embeds[None], *(step[None, None] for step in steps)]
     found = replay.run(model, inputs, method, rows=given, **more)
-    found.states, found.inputs, found.keys = ([each[0] for each in some] for some in (found.states, found.inputs, found.keys))
+    found.states, found.inputs, found.keys = (
+        [each[0] for each in some] for some in (found.states, found.inputs, found.keys)
+    )
     return found

@@ -245,7 +245,9 @@ def _replaced(recorded: Mapping[int, Any], numbers: Mapping[int, int], found: Ru
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = recorded.get(id(module))
         if given is not None and not found.states:
-            query, key, kwargs["scaling"] = given(found.inputs[-1]) if callable(given) else given
+            given = given(found.inputs[-1]) if callable(given) else given
+            if given.key.shape[2] == key.shape[2]:  # otherwise other tokens are here than were recorded
+                query, key, kwargs["scaling"] = given
         if id(module) in numbers and not found.states:
             found.attention[numbers[id(module)]] = Attention(query, key, kwargs["scaling"])
         return below(module, query, key, value, *args, **kwargs)

@@ -27,7 +27,10 @@ from vtc.ops.attention import soft_mask
 from vtc.testing import make_view
 from vtc.testing.views import CLIP_L
 
-MODULE = {name: name for name in ("score_norm", "feature", "bins", "hidden", "relu", "strides", "lambda_sample", "temperature")}
+MODULE = {
+    name: name
+    for name in ("score_norm", "feature", "bins", "hidden", "relu", "strides", "lambda_sample", "temperature")
+}
 TRAINING = {"layers": "layers", "target_tokens": "target_tokens"}
 BUDGET = {"spatial_share": "spatial_share", "strides": "strides"}
 
@@ -35,7 +38,9 @@ BUDGET = {"spatial_share": "spatial_share", "strides": "strides"}
 def module(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     settings, kind = replay.settings(case), tensors["token_type"]
     image, layer = int((kind == 1).sum()), settings["layer"]
-    model = llm.bare(image=image, layers=layer + 2, width=settings["heads"] * settings["head_dim"], heads=settings["heads"])
+    model = llm.bare(
+        image=image, layers=layer + 2, width=settings["heads"] * settings["head_dim"], heads=settings["heads"]
+    )
     given = Attention(tensors["query"][None], tensors["key"][None], settings["head_dim"] ** -0.5)
     spec, options = adapters.of(model).spec, {"layers": (layer,), **replay.options(case, MODULE)}
     prompt: dict[str, Any] = {"embeds": llm.numbered(len(kind), settings["heads"] * settings["head_dim"])}

@@ -35,7 +35,9 @@ def llava(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
         count += rows * side  # a newline behind every row
     model = towers.build("llava" if tiles == 1 else "llava-next", side, width=2, patch=14, **more)
     adapter = adapters.of(model)
-    attention = {layer: replay.even_rows(row[:, None]) for layer, row in zip(adapter.vision_attention, mean, strict=True)}
+    attention = {
+        layer: replay.even_rows(row[:, None]) for layer, row in zip(adapter.vision_attention, mean, strict=True)
+    }
     patches = torch.cartesian_prod(torch.arange(tiles), torch.arange(side * side)).view(tiles, -1, 2).float()
     method = vtc.create("hiprune", **replay.options(case, OPTIONS))
     recorded = {"attention": attention, "entering": {adapter.projector: patches}}
