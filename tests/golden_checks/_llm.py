@@ -24,6 +24,7 @@ import _towers as towers
 import torch
 import transformers
 from torch import Tensor
+
 from vtc.method.base import Compressor
 
 

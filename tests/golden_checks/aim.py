@@ -14,10 +14,11 @@ import _llm as llm
 import _replay as replay
 import _towers as towers
 import torch
-import vtc
 from _replay import Attention, Outputs
 from torch import Tensor
 from transformers import DynamicCache
+
+import vtc
 from vtc import adapters
 from vtc.method.readings import AttentionCall, QueryRows
 from vtc.methods.aim.method import Importance

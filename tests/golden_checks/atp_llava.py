@@ -16,9 +16,10 @@ import _llm as llm
 import _replay as replay
 import pytest
 import torch
-import vtc
 from _replay import Attention, Outputs
 from torch import Tensor
+
+import vtc
 from vtc import adapters
 from vtc.errors import BudgetError
 from vtc.method.base import Rows, StageView

@@ -15,9 +15,10 @@ from typing import Any
 
 import _replay as replay
 import torch
-import vtc
 from _replay import Outputs
 from torch import Tensor
+
+import vtc
 from vtc.method.base import StageView
 from vtc.testing import Shape, make_view
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import _llm as llm
 import _replay as replay
-import vtc
 from _replay import Outputs
 from torch import Tensor
+
+import vtc
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:

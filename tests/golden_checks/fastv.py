@@ -7,9 +7,10 @@ from typing import Any
 import _llm as llm
 import _replay as replay
 import torch
-import vtc
 from _replay import Outputs
 from torch import Tensor
+
+import vtc
 from vtc.method.base import Rows
 
 OPTIONS = {"K": "layer", "R": "ratio"}

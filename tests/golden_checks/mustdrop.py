@@ -22,9 +22,10 @@ import _llm as llm
 import _replay as replay
 import _towers as towers
 import torch
-import vtc
 from _replay import Attention, Outputs
 from torch import Tensor
+
+import vtc
 from vtc import adapters
 from vtc.method.base import CacheStage, EncoderStage
 from vtc.methods.mustdrop import method as code

@@ -13,9 +13,10 @@ import _llm as llm
 import _replay as replay
 import _towers as towers
 import torch
-import vtc
 from _replay import Outputs
 from torch import Tensor
+
+import vtc
 from vtc import adapters
 from vtc.methods import todre
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import _replay as replay
 import torch
-import vtc
 from _replay import Outputs
 from torch import Tensor
+
+import vtc
 from vtc.method.base import EncoderStage, Needs
 from vtc.method.readings import AttentionCall
 from vtc.ops.merge import unmerge

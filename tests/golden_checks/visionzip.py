@@ -12,9 +12,10 @@ from typing import Any
 import _replay as replay
 import _towers as towers
 import torch
-import vtc
 from _replay import Attention, Outputs
 from torch import Tensor
+
+import vtc
 from vtc import adapters
 from vtc.method.base import EncoderStage
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import _replay as replay
 import torch
-import vtc
 from _replay import Outputs
 from safetensors.torch import save_file
 from torch import Tensor
+
+import vtc
 from vtc.method.base import Selection, StageView
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.codebook import Clustering

@@ -6,9 +6,10 @@ from typing import Any
 
 import _replay as replay
 import _towers as towers
-import vtc
 from _replay import Outputs
 from torch import Tensor
+
+import vtc
 from vtc import adapters
 
 OPTIONS = {"start_layer": "start_layer"}
