@@ -3,52 +3,29 @@
 The cases store a Llama or Qwen2 configuration, its weights, and the embedding rows of a prompt in which an image is one
 run of rows. Here that LLM becomes the language model of an InternVL whose image consists of as many tiles as give the
 run's length (150 tokens are 6 tiles of 5 x 5), and the stored rows take the place of the embeddings that the model
-computes itself. Everything else is what a user's call does.
-
-Test modules cannot import one another (`--import-mode=importlib`), so a checker loads this file by its path::
-
-    spec = importlib.util.spec_from_file_location("golden_llm", Path(__file__).with_name("_llm.py"))
-    llm = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(llm)
+computes itself. Everything else is what a user's call does::
 
     model = llm.build(case["llama_config"], llm.weights(tensors, "w."), image=36)
     run = llm.run(model, tensors["in.inputs_embeds"], tensors["in.decode_embeds"], start=5, image=36,
                   method=vtc.create("fastv"), keep=27)
     run.states[0]       # [L', D] last hidden state of the prefill, run.states[1:] one row per decode step
     run.kept[2]         # image tokens that passed stage 2
+
+Cases that store attention instead of weights run on `bare` models, whose layers hand on what enters them: a prompt of
+`numbered` rows then tells at every layer which of them are left.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+import _replay as replay
+import _towers as towers
 import torch
+import transformers
 from torch import Tensor
 
-import vtc
-from vtc.method.base import Compressor, Stage
-
-IMAGE, TEXT, VOCABULARY = 7, 3, 8
-
-
-class Run(NamedTuple):
-    """What one prompt and its decode steps left behind.
-
-    states: last hidden state (after the final norm) of every call, [rows, D]. inputs: rows that entered every LLM layer
-    at the prefill, [rows, D]. keys: rotated keys of every layer after the prefill, [heads, rows, D]; lengths: their
-    number. kept: stage -> image tokens that passed it, in ascending order. alive: stage -> rows of the prompt that are
-    left behind it, text too. Both are empty without a method. handle: the detached handle, None without a method.
-    """
-
-    states: list[Tensor]
-    inputs: list[Tensor]
-    keys: list[Tensor]
-    lengths: list[int]
-    kept: dict[Stage, Tensor]
-    alive: dict[Stage, Tensor]
-    handle: vtc.Handle | None
+from vtc.method.base import Compressor
 
 
 def weights(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -57,55 +34,53 @@ def weights(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value.float() for name, value in chosen.items()}
 
 
-def build(config: dict[str, Any], weights: dict[str, Tensor], *, image: int, **vision: Any) -> Any:
+def build(config: dict[str, Any], weights: dict[str, Tensor] | None, *, image: int) -> Any:
     """An InternVL around the stored LLM, for images of `image` tokens, in float32.
 
     config: as stored; biased projections make it a Qwen2, otherwise it is a Llama. weights: names of the decoder stack
     (`layers.0.self_attn.q_proj.weight`); every one must find its place and only the token embeddings may be missing.
-    vision: changes to the InternVisionConfig of the (random) tower.
+    None leaves random ones.
     """
-    from transformers import (
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLVisionConfig,
-        LlamaConfig,
-        Qwen2Config,
-    )
-
-    qwen = any(name.endswith("q_proj.bias") for name in weights)
-    settings = dict(config) | {"vocab_size": VOCABULARY, "pad_token_id": None}
+    given = {k: v for k, v in (weights or {}).items() if k not in ("embed_tokens.weight", "lm_head.weight")}
+    kind = transformers.Qwen2Config if any(name.endswith("q_proj.bias") for name in given) else transformers.LlamaConfig
+    settings = dict(config) | {"vocab_size": 8, "pad_token_id": None}
     theta = settings.pop("rope_theta")
-    text = (Qwen2Config if qwen else LlamaConfig)(**settings, rope_theta=theta)
     side, _ = tile(image)
-    tower: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": [2 * side, 2 * side],
-        "patch_size": [1, 1],
-    }
-    whole = InternVLConfig(
-        vision_config=InternVLVisionConfig(**tower | vision),
-        text_config=text,
-        image_token_id=IMAGE,
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    whole = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**tower, image_size=[2 * side, 2 * side], patch_size=[1, 1]),
+        text_config=kind(**settings, rope_theta=theta),
+        image_token_id=towers.IMAGE,
         image_seq_length=side * side,
         tie_word_embeddings=False,
     )
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    try:
-        model: Any = InternVLForConditionalGeneration(whole).eval().float()
-    finally:
-        torch.set_rng_state(state)
+    model = towers.made(transformers.InternVLForConditionalGeneration, whole)
     stack = model.model.language_model
-    rows = {name: value for name, value in weights.items() if name not in ("embed_tokens.weight", "lm_head.weight")}
-    missing, unknown = stack.load_state_dict(rows, strict=False)
-    assert not unknown and missing == ["embed_tokens.weight"], (missing, unknown)
+    if weights is not None:
+        missing, unknown = stack.load_state_dict(given, strict=False)
+        assert not unknown and missing == ["embed_tokens.weight"], (missing, unknown)
     frequencies = theta ** -(torch.arange(0, len(stack.rotary_emb.inv_freq)).float() / len(stack.rotary_emb.inv_freq))
     assert torch.allclose(stack.rotary_emb.inv_freq, frequencies), "another rotary base than the stored one"
-    model.set_attn_implementation("sdpa")
     return model
+
+
+def bare(*, image: int, layers: int, width: int = 16, heads: int = 2) -> Any:
+    """As `build`, with layers that change nothing."""
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_attention_heads": heads, "num_key_value_heads": heads}
+    model = build({**sizes, "num_hidden_layers": layers, "rope_theta": 1e4}, None, image=image)
+    towers.pass_through(model.model.language_model.layers)
+    return model
+
+
+def numbered(length: int, width: int = 16) -> Tensor:
+    """[1, length, width] rows that begin with their number."""
+    rows = towers.pixels(1, length, width)
+    return rows.index_copy(2, torch.tensor([0]), torch.arange(length).float()[None, :, None])
+
+
+def numbers(rows: Tensor) -> Tensor:
+    """The numbers of what is left of `numbered` rows."""
+    return rows[..., 0].round().long()
 
 
 def tile(image: int) -> tuple[int, int]:
@@ -114,7 +89,6 @@ def tile(image: int) -> tuple[int, int]:
     return side, image // (side * side)
 
 
-@torch.no_grad()
 def run(
     model: Any,
     embeds: Tensor,
@@ -123,55 +97,19 @@ def run(
     start: int,
     image: int,
     method: Compressor | None = None,
-    **options: Any,
-) -> Run:
+    **more: Any,
+) -> replay.Run:
     """Prefill with the rows `embeds` [1, L, D] or [L, D], then one step per row of `decode` ([S, D] or [1, S, D]).
 
-    start: first of the `image` rows that are the image. method: None runs the model alone. options: of `vtc.compress`.
+    start: first of the `image` rows that are the image. more: as `_replay.run`. Tensors of the result lack the batch.
     """
     embeds, steps = embeds.flatten(0, -2).float(), [] if decode is None else list(decode.flatten(0, -2).float())
-    given = [embeds, *(step[None] for step in steps)]
     side, tiles = tile(image)
-    ids = torch.full((1, len(embeds)), TEXT)
-    ids[:, start : start + image] = IMAGE
-    pixels = torch.randn(tiles, 3, 2 * side, 2 * side, generator=torch.Generator().manual_seed(0))
-    stack = model.model.language_model
-    states: list[Tensor] = []
-    inputs: list[Tensor] = []
-
-    def feed(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs["inputs_embeds"] = given[len(states)][None].to(kwargs["inputs_embeds"])
-        return args, kwargs
-
-    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not states:
-            inputs.append((args[0] if args else kwargs["hidden_states"])[0].clone())
-
-    def leave(module: Any, args: Any, output: Any) -> None:
-        states.append(output.last_hidden_state[0].clone())
-
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(_removed(stack.register_forward_pre_hook(feed, with_kwargs=True)))
-        handle = None if method is None else hooks.enter_context(vtc.compress(model, method, **options))
-        hooks.enter_context(_removed(stack.register_forward_hook(leave)))
-        for layer in stack.layers:  # behind the engine's own hooks, so that they see what the layer gets
-            hooks.enter_context(_removed(layer.register_forward_pre_hook(enter, with_kwargs=True)))
-        cache = model(input_ids=ids, pixel_values=pixels, use_cache=True).past_key_values
-        keys = [layer.keys[0].clone() for layer in cache.layers]
-        for _ in steps:
-            cache = model(input_ids=torch.full((1, 1), TEXT), past_key_values=cache, use_cache=True).past_key_values
-    kept: dict[Stage, Tensor] = {}
-    alive: dict[Stage, Tensor] = {}
-    if handle is not None:
-        kept = handle.trace[0].items[0].kept
-        alive = {stage: rows[0].nonzero().flatten() for stage, rows in handle.trace[0].keep.items()}
-    return Run(states, inputs, keys, [each.shape[1] for each in keys], kept, alive, handle)
-
-
-@contextlib.contextmanager
-def _removed(hook: Any) -> Iterator[None]:
-    """Remove a hook at the end."""
-    try:
-        yield
-    finally:
-        hook.remove()
+    inputs = towers.prompt(image, before=start, after=len(embeds) - start - image)
+    inputs["pixel_values"] = towers.pixels(tiles, 3, 2 * side, 2 * side)
+    given = [embeds[None], *(step[None, None] for step in steps)]
+    found = replay.run(model, inputs, method, rows=given, **more)
+    found.states, found.inputs, found.keys = (
+        [each[0] for each in some] for some in (found.states, found.inputs, found.keys)
+    )
+    return found

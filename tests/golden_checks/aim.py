@@ -1,150 +1,134 @@
 """AIM: merged images and frames, importance and schedule, and a whole LLM with its decode steps.
 
-The released code hides tokens instead of removing them; `votes="masked"` does the same. Two stored outputs describe a
-fault of its decoding (masks written into the caller's mask); they are recomputed on the plain LLM with those masks.
+Merging runs on a LLaVA whose projector is given the case's features and whose last encoder layer has its keys, and on a
+LLaVA-OneVision that pools the case's frames. The released code hides tokens instead of removing them; `votes="masked"`
+does the same. Two stored outputs describe a fault of its decoding (masks written into the caller's mask); they are
+recomputed on the plain LLM with those masks.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import _llm as llm
+import _replay as replay
+import _towers as towers
 import torch
+from _replay import Attention, Outputs
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from vtc.method.base import AFTER_PREFILL, ModelSpec, Needs, Plan, StageView
-from vtc.methods.aim.importance import pagerank
-from vtc.methods.aim.method import AIM
-from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
-from vtc.ops.select import top_k
+import vtc
+from vtc import adapters
+from vtc.method.readings import AttentionCall, QueryRows
+from vtc.methods.aim.method import Importance
 
-INPUTS = ("param.",)
-Outputs = dict[str, tuple[Tensor, float, float]]
-QWEN = ModelSpec("llava-onevision", 27, 26, False, tuple(range(27)), 28)
-
-
-def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    checks = {"case1": image, "case2": video, "case3": importance, "case4": whole}
-    return checks[case["case"]](case, tensors)
-
-
-def merged(metric: Tensor, features: Tensor, keep: int) -> Tensor:
-    """[G, keep, D] features after merging on `metric`, all groups of one size."""
-    groups, count, _ = metric.shape
-    merge = bipartite_merge(metric, [count] * groups, [merge_plan(count, keep)] * groups)
-    return merge_rows(features, merge.target, merge.weight, keep)
+OPTIONS = {"temperature": "tau", "iterations": "iterations", "damping": "damping"}
 
 
 def image(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     keys, features, limit = tensors["input.keys"], tensors["input.features"], case["tolerance"]["features"]
-    for setting in case["hyperparameters"]["settings"].values():
-        assert merge_plan(576, setting["kept"]) == setting["r"]
+    settings = replay.settings(case)["settings"]
+    count, heads = keys.shape[1], 4
+    query = torch.nn.functional.pad(keys, (0, 0, 1, 0)).unflatten(2, (heads, -1)).transpose(1, 2)
+    inputs = towers.prompt(count) | {"pixel_values": towers.pixels(1, 3, 24, 24)}
+
+    def merged(rows: Tensor, setting: dict[str, Any]) -> tuple[Tensor, float, float]:
+        model = towers.build("llava", 24, width=rows.shape[2], heads=heads, layers=2)
+        adapter = adapters.of(model)
+        recorded: dict[str, Any] = {"attention": {adapter.vision_attention[-1]: Attention(query, query)}}
+        recorded |= {"entering": {adapter.projector: rows}}
+        given = replay.run(model, inputs, vtc.create("aim", prune=False, steps=setting["r"]), **recorded)
+        asked = replay.run(model, inputs, vtc.create("aim", prune=False), keep=setting["kept"], **recorded)
+        assert torch.equal(given.inputs[0], asked.inputs[0])
+        return given.inputs[0][:, 1:-1], 0.0, limit
+
     return {
-        "output.merged_252": (merged(keys, features, 252), 0.0, limit),
-        "output.merged_72": (merged(keys, features, 72), 0.0, limit),
-        "output.metric_252": (merged(keys, keys, 252), 0.0, limit),
+        "output.merged_252": merged(features, settings["43.75%"]),
+        "output.merged_72": merged(features, settings["12.5%"]),
+        "output.metric_252": merged(keys, settings["43.75%"]),
     }
 
 
 def video(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    frames, limit = tensors["input.frame_features"], case["tolerance"]["features"]
-    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=27, patch_size=1))
-    pooled = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=config), frames)
-    assert merge_plan(196, 49) == case["hyperparameters"]["r"]
+    settings, limit = replay.settings(case), case["tolerance"]["features"]
+    rows, (r, more) = tensors["input.frame_features"], settings["r"]
+    frames, side, count = len(rows), settings["grid"][0], 196
+    model = towers.build("llava-onevision", side, width=rows.shape[2], layers=2, video_token_index=towers.VIDEO)
+    inputs = towers.prompt(frames * count + 1, token=towers.VIDEO)  # a newline at the end
+    inputs["pixel_values_videos"] = towers.pixels(1, frames, 3, side, side)
+
+    def entered(method: Any = None, **budget: Any) -> Tensor:
+        run = replay.run(model, inputs, method, entering={adapters.of(model).projector: rows}, **budget)
+        return run.inputs[0][0, 1:-2].view(frames, -1, rows.shape[2])
+
+    merged = entered(vtc.create("aim", prune=False, steps=(r, more)))
+    kept = settings["kept_per_frame"]
+    assert torch.equal(merged, entered(vtc.create("aim", prune=False), keep=frames * kept + 1))
     return {
-        "output.pooled": (pooled, 0.0, limit),
-        "output.half": (merged(pooled, pooled, 98), 0.0, limit),
-        "output.merged": (merged(pooled, pooled, 49), 0.0, limit),
+        "output.pooled": (entered(), 0.0, limit),
+        "output.half": (entered(vtc.create("aim", prune=False, steps=(r,))), 0.0, limit),
+        "output.merged": (merged, 0.0, limit),
     }
+
+
+def read(method: Any, attention: Attention, mask: Tensor) -> Tensor:
+    """[B, L] what the method reads of one layer's attention in which only `mask` [B, L] receives anything."""
+    every, last = torch.ones_like(mask), torch.tensor([[mask.shape[1] - 1]])
+    rows = QueryRows(every, every, every, mask.shape[1], last, mask)
+    return method.reading.read(AttentionCall(*attention[:2], None, attention.scaling, True), rows)
 
 
 def importance(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    settings, limit = case["hyperparameters"], case["tolerance"]["importance"]
-    method = AIM()
-    assert method.bounds(QWEN) == (settings["l1"], settings["l2"])
-    query, key, scaling = tensors["input.q"], tensors["input.k"], tensors["input.q"].shape[-1] ** -0.5
-    sharp = {"tau": method.tau, "iterations": method.iterations, "damping": method.damping, "causal": True}
-    assert (method.tau, method.iterations, method.damping) == (
-        settings["temperature"], settings["iterations"], settings["damping"],
-    )  # fmt: skip
-    first, visual = settings["n_system_tokens"], settings["n_visual"]
+    """The importance of one layer's attention, and the schedule on prescribed scores, both in the LLM's layers."""
+    settings, limit = replay.settings(case), case["tolerance"]["importance"]
+    first, visual, layers = settings["n_system_tokens"], settings["n_visual"], settings["num_layers"]
     total = first + visual + settings["n_text"]
-    counts = [*method.layer_counts(QWEN, visual, None), 0]
-    alive = torch.zeros(1, total, dtype=torch.bool)
-    alive[:, first : first + visual] = True
-    text, valid = ~alive, []
-    for layer, scores in enumerate(tensors["input.layer_scores"]):
-        alive = top_k(scores, torch.tensor([counts[layer + 1]]), alive)
-        valid.append((alive | text)[0])
+    prompt: dict[str, Any] = {"embeds": llm.numbered(total, 32), "start": first, "image": visual}
+    given = Attention(tensors["input.q"], tensors["input.k"], tensors["input.q"].shape[-1] ** -0.5)
+    model = llm.bare(image=visual, layers=layers, width=32, heads=settings["heads"])
+    method = vtc.create("aim", merge=False, schedule=(settings["l1"], settings["l2"]), **replay.options(case, OPTIONS))
+    at, schedule = settings["l1"], vtc.create("aim").bounds(adapters.of(model).spec)  # type: ignore[attr-defined]
+    assert schedule == (settings["l1"], settings["l2"])
+    run = llm.run(model, method=method, attention={model.model.language_model.layers[at].self_attn: given}, **prompt)
+    plain = run.view(at + 1).llm_rows[at, method.reading]  # type: ignore[attr-defined]
+    masked = read(method, given, tensors["input.valid_masked"])
+
+    scores = {Importance: lambda layer, rows: tensors["input.layer_scores"][layer][:, llm.numbers(rows[0])]}
+    alive = llm.run(model, method=method, readings=scores, **prompt)
+    valid = torch.zeros(layers, total, dtype=torch.bool)
+    for layer in range(layers):  # what is visible to the next layer
+        left = alive.inputs[layer + 1] if layer + 1 < layers else alive.inputs[layer]
+        valid[layer, llm.numbers(left)] = True
     return {
-        "output.importance": (pagerank(query, key, scaling, **sharp), 0.0, limit),
-        "output.importance_masked": (
-            pagerank(query, key, scaling, mask=tensors["input.valid_masked"], **sharp),
-            0.0,
-            limit,
-        ),
-        "output.valid_after_layer": (torch.stack(valid), 0.0, 0.0),
-        "output.visual_count_after_layer": (torch.stack(valid)[:, first : first + visual].sum(1), 0.0, 0.0),
+        "output.importance": (plain, 0.0, limit),
+        "output.importance_masked": (masked, 0.0, limit),
+        "output.valid_after_layer": (valid, 0.0, 0.0),
+        "output.visual_count_after_layer": (valid[:, first : first + visual].sum(1), 0.0, 0.0),
     }
 
 
-@dataclass(frozen=True)
-class Watched(AIM):
-    """AIM that reads every layer and remembers what it hid."""
-
-    def reads(self, model: Any, layer: int, memory: Any) -> bool:
-        return True
-
-    def plan(self, model: ModelSpec) -> Plan:
-        plan = super().plan(model)
-        llm = dict.fromkeys(range(model.llm_layers), self.reading)
-        return Plan((*plan.stages, AFTER_PREFILL), Needs(plan.needs.vision, llm), plan.positions)
-
-    def select(self, view: StageView) -> Any:
-        if view.stage == AFTER_PREFILL:
-            SEEN["scores"] = torch.stack([view.llm_rows[layer, self.reading][0] for layer in range(28)])
-            return None
-        selection = super().select(view)
-        SEEN[view.stage] = view.memory.get((self, "seen"), view.items.mask)[0]
-        return selection
-
-
-SEEN: dict[Any, Tensor] = {}
-
-
 def whole(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    spec = importlib.util.spec_from_file_location("golden_llm", Path(__file__).with_name("_llm.py"))
-    assert spec is not None and spec.loader is not None
-    llm = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(llm)
-
-    settings, limits = case["hyperparameters"], case["tolerance"]
-    first, visual = settings["n_system_tokens"], settings["n_visual"]
+    settings, limits = replay.settings(case), case["tolerance"]
+    first, visual, layers = settings["n_system_tokens"], settings["n_visual"], settings["config"]["num_hidden_layers"]
     embeds, decode = tensors["input.inputs_embeds"], tensors["input.decode_embeds"]
     model = llm.build(settings["config"], llm.weights(tensors, "param."), image=visual)
-    positions: list[Tensor] = []
-    rotary = model.model.language_model.rotary_emb
-    hook = rotary.register_forward_hook(lambda module, args, output: positions.append(args[1].flatten()))
-    method = Watched(merge=False, schedule=(settings["l1"], settings["l2"]), votes="masked")
+    schedule = settings["l1"], settings["l2"]
+    method = vtc.create("aim", merge=False, schedule=schedule, votes="masked", **replay.options(case, OPTIONS))
     run = llm.run(model, embeds, decode, start=first, image=visual, method=method)
-    hook.remove()
-    steps = torch.cat([position for position in positions if len(position) == 1]).view(len(decode), -1)
+    steps = torch.stack([torch.cat(call).flatten() for call in run.positions[1:]])
     assert bool((steps == steps[:, :1]).all())  # every layer of a step
-
-    layers = settings["config"]["num_hidden_layers"]
     valid = torch.ones(layers, embeds.shape[1], dtype=torch.bool)
-    for layer in range(layers - 1):
-        seen = [stage for stage in SEEN if isinstance(stage, int) and stage <= layer + 1]
-        valid[layer, first : first + visual] = SEEN[max(seen)] if seen else True
-    valid[-1, first : first + visual] = False
+    for view, answer in run.calls:
+        if answer is not None:
+            valid[view.stage - 1 :, first : first + visual] &= ~answer.hide[0]  # nothing comes back
     official, ids = faulty(model, embeds, decode, valid)
+    seen = {pair: row for view, _ in run.calls for pair, row in view.llm_rows.items()}  # the others were not needed
+    before = torch.cat([torch.ones_like(valid[:1]), valid[:-1]])[:, None]
+    columns = zip(range(layers), before, strict=True)
+    mass = [seen.get((n, method.reading), read(method, run.attention[n], mask)) for n, mask in columns]
     return {
-        "output.importance": (SEEN["scores"], 0.0, limits["importance"]),
+        "output.importance": (torch.cat(mass), 0.0, limits["importance"]),
         "output.valid_after_layer": (valid, 0.0, 0.0),
         "output.last_hidden_state": (run.states[0], 0.0, limits["hidden"]),
         "output.decode_corrected": (torch.cat(run.states[1:]), 0.0, limits["hidden"]),
@@ -185,3 +169,11 @@ def faulty(model: Any, embeds: Tensor, decode: Tensor, valid: Tensor) -> tuple[T
             ids.append(place[0])
             given = torch.cat([valid[-1], torch.ones(step, dtype=torch.bool)])
     return torch.cat(states), torch.cat(ids)
+
+
+CHECKS = {
+    "input.keys": replay.Check(image, given=("input.",)),
+    "input.frame_features": replay.Check(video, given=("input.",)),
+    "input.layer_scores": replay.Check(importance, given=("input.",)),
+    "input.decode_embeds": replay.Check(whole, given=("input.", "param.")),
+}

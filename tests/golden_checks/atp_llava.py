@@ -1,108 +1,163 @@
-"""ATP: scores, thresholds and masks of one module; losses and soft masks of the training; exact budgets."""
+"""ATP: scores, thresholds and masks of one module; losses and soft masks of the training; exact budgets.
+
+One module runs in an LLM whose layer has the case's queries and keys, with the case's weights from a file. The training
+is asked for its products and its loss stage by stage, each module's soft mask being the case's. Budgets are met with the
+case's redundancy as what visual and text rows pay.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import _llm as llm
+import _replay as replay
+import pytest
 import torch
+from _replay import Attention, Outputs
 from torch import Tensor
 
+import vtc
+from vtc import adapters
+from vtc.errors import BudgetError
+from vtc.method.base import Rows, StageView
 from vtc.methods.atp import thresholds
-from vtc.methods.atp.method import ThresholdModule
-from vtc.ops.attention import attention_sums
+from vtc.ops.attention import soft_mask
+from vtc.testing import make_view
+from vtc.testing.views import CLIP_L
 
-INPUTS = (
-    *("query", "key", "token_type", "grid_index", "atp.layer4", "S_redundant"),
-    *("masks", "logits", "mask_for_attention", "visual_positions"),
-)
-
-
-def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    return {"case1": module, "case2": training, "case3": budget}[case["case"]](case["params"], tensors)
-
-
-def place(index: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:
-    """Row and column [1, N] from the raster index, through the coordinates as the engine gives them."""
-    everywhere = torch.arange(grid[0] * grid[1])[None]
-    group = torch.zeros_like(everywhere)
-    row = thresholds.dense_rank((everywhere // grid[1]).float(), group)
-    col = thresholds.dense_rank((everywhere % grid[1]).float(), group)
-    return row[:, index], col[:, index]
+MODULE = {
+    name: name
+    for name in ("score_norm", "feature", "bins", "hidden", "relu", "strides", "lambda_sample", "temperature")
+}
+TRAINING = {"layers": "layers", "target_tokens": "target_tokens"}
+BUDGET = {"spatial_share": "spatial_share", "strides": "strides"}
 
 
-def module(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    """case1: one module on a 24 x 24 image."""
-    assert (params["score_norm"], params["feature"], params["relu"]) == ("minmax", "pool", True)
-    query, key, kind = tensors["query"][None], tensors["key"][None], tensors["token_type"][None]
-    groups = torch.stack([kind == 2, kind == 1])
-    sums = attention_sums(query, key, groups.float(), params["head_dim"] ** -0.5, causal=True)
-    visual = groups[1, 0].nonzero().flatten()
-    cross, own = (sums / groups.sum(2, keepdim=True))[..., visual]
-    mask = torch.ones_like(own, dtype=torch.bool)
-    scaled = [thresholds.min_max(score, mask) for score in (own, cross)]
-    redundancy = thresholds.redundancy_score(*scaled)
-    row, col = place(tensors["grid_index"], params["grid"])
-    spatial = thresholds.spatial_score(row, col, params["strides"], params["lambda_sample"])
-    learned = ThresholdModule(params["bins"], params["hidden"], relu=True)
-    learned.load_state_dict({n.removeprefix("atp.layer4."): v for n, v in tensors.items() if n.startswith("atp.")})
-    with torch.no_grad():
-        theta_r, theta_s = learned(*scaled, mask)
-    if not torch.allclose(redundancy[0].double(), tensors["S_redundant"].double(), rtol=1e-3, atol=1e-5):
-        redundancy = redundancy * torch.nan  # an output here, but an input of case3, so it is compared on the spot
-    soft = thresholds.soft_keep(redundancy, spatial, theta_r, theta_s, params["temperature"])
-    hard = thresholds.hard_keep(redundancy, spatial, theta_r, theta_s, mask)
+def module(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, kind = replay.settings(case), tensors["token_type"]
+    image, layer = int((kind == 1).sum()), settings["layer"]
+    model = llm.bare(
+        image=image, layers=layer + 2, width=settings["heads"] * settings["head_dim"], heads=settings["heads"]
+    )
+    given = Attention(tensors["query"][None], tensors["key"][None], settings["head_dim"] ** -0.5)
+    spec, options = adapters.of(model).spec, {"layers": (layer,), **replay.options(case, MODULE)}
+    prompt: dict[str, Any] = {"embeds": llm.numbered(len(kind), settings["heads"] * settings["head_dim"])}
+    prompt |= {"start": int((kind == 1).nonzero()[0]), "image": image}
+    prompt["attention"] = {model.model.language_model.layers[layer].self_attn: given}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {name: tensor for name, tensor in tensors.items() if name.startswith("atp.")}
+        fresh = vtc.create("atp", **options, training=True)
+        learned = fresh.module(spec)
+        learned.load_state_dict(weights)
+        path = fresh.save(Path(folder) / "weights.safetensors", learned, spec)
+        method = vtc.create("atp", **options, weights=path)
+        run = llm.run(model, method=method, **prompt)
+        soft = vtc.create("atp", **options, weights=path, training=True)
+        (answer,) = [soft.select(replace(view, memory={})) for view, _ in run.calls]
+    view = run.view(layer + 1)
+    scores, mask = method.scores(view, view.items.mask), view.items.mask
+    theta_r, theta_s = view.module.part(layer)(scores.own, scores.cross, mask)
+    raw = vtc.create("atp", **options | {"score_norm": "none"}).scores(view, mask)
+    kept, place = run.kept[layer + 1], tensors["grid_index"]
     return {
-        "S_self": (own[0], 1e-4, 1e-7),
-        "S_cross": (cross[0], 1e-4, 1e-7),
-        "S_spatial": (spatial[0], 0.0, 1e-6),
+        "S_self": (raw.own[0], 1e-4, 1e-7),
+        "S_cross": (raw.cross[0], 1e-4, 1e-7),
+        "S_redundant": (scores.redundancy[0], 1e-3, 1e-5),
+        "S_spatial": (scores.spatial[0], 0.0, 1e-6),
         "theta_r": (theta_r[0], 0.0, 1e-5),
         "theta_s": (theta_s[0], 0.0, 1e-5),
-        "soft_mask": (soft[0], 0.0, 1e-4),
-        "hard_mask": (hard[0], 0.0, 0.0),
-        "kept_grid_index": (tensors["grid_index"][hard[0]], 0.0, 0.0),
+        "soft_mask": (answer.weights[0], 0.0, 1e-4),
+        "hard_mask": (torch.zeros(image, dtype=torch.bool).index_fill(0, kept, True), 0.0, 0.0),
+        "kept_grid_index": (place[kept], 0.0, 0.0),
     }
 
 
-def training(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    """case2: running product of the soft masks, the losses, and the soft mask inside attention."""
-    near = (1e-4, 1e-6)
-    assert params["mask_floor"] == thresholds.FLOOR
-    layers, depth, target = params["layers"], params["num_decoder_layers"], params["target_tokens"]
-    product = tensors["masks"].cumprod(0)
-    kept = product.sum(2)  # [M, B]
-    tokens = torch.full((kept.shape[1],), float(params["N0"]))
-    push = thresholds.depth_loss(kept, tokens, layers)
-    over_layers = thresholds.mean_over_layers(kept, tokens, layers, depth)
-    means = {"layers": over_layers, "modules": kept.mean(0)}
+def asked(stage: int, spec: Any, items: int, **more: Any) -> StageView:
+    """A view before layer `stage` of items of 24 x 24 tokens."""
+    return make_view([(24, 24)] * items, spec=spec, stage=stage, **more)
+
+
+def training(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, masks = replay.settings(case), tensors["masks"]
+    given = replay.options(case, TRAINING)
+    spec = replace(CLIP_L, llm_layers=settings["num_decoder_layers"])
+    assert settings["mask_floor"] == thresholds.FLOOR
+
+    def trained(**options: Any) -> tuple[Tensor, Tensor]:
+        """Products [M, B, N] and the loss of all modules."""
+        method, memory = vtc.create("atp", training=True, **given | options), dict[Any, Any]()
+        learned, products, losses = method.module(spec), [], []
+        stages = zip(method.plan(spec).stages, masks, strict=True)
+        for stage, soft in stages:
+            view = asked(stage, spec, masks.shape[1])
+            received = torch.ones(2, *view.visual.shape)
+            with replay.watched(thresholds, "soft_keep", lambda *_, soft=soft: soft):
+                answer = method.select(
+                    replace(view, llm_rows={(stage - 1, Rows.GROUP_SUMS): received}, needs=method.plan(spec).needs,
+                            memory=memory, module=learned)
+                )  # fmt: skip
+            before = products[-1] if products else 1.0
+            products.append(answer.weights * before)
+            losses.append(answer.loss)
+        return torch.stack(products), torch.stack(losses).sum()
+
+    only = {"lambda_atp": 0.0, "lambda_target": 1.0}
+    both = {name: settings[name] for name in only}
+    product, push = trained(lambda_atp=1.0, lambda_target=0.0)
     weights = torch.ones(len(tensors["logits"])).scatter(0, tensors["visual_positions"], tensors["mask_for_attention"])
+    attention = tensors["logits"] + soft_mask(weights[None], None, torch.float32)[0, 0]
     outputs = {
         "cumulative_masks": product,
-        "kept": kept.mean(1),
+        "kept": product.sum(2).mean(1),
         "L_atp": push,
-        "masked_attention": thresholds.masked_softmax(tensors["logits"], weights),
+        "masked_attention": attention.softmax(-1),
     }
-    for name, mean in means.items():
-        distance = thresholds.target_loss(mean, target)
-        outputs[f"avg_tokens_{name}"] = mean.mean()
-        outputs[f"L_target_{name}"] = distance
-        outputs[f"total_{name}"] = params["lambda_atp"] * push + params["lambda_target"] * distance
-    return {name: (value, *near) for name, value in outputs.items()}
+    for average in ("layers", "modules"):
+        outputs[f"avg_tokens_{average}"] = trained(average=average, **only | {"target_tokens": 1e-9})[1]
+        outputs[f"L_target_{average}"] = trained(average=average, **only)[1]
+        outputs[f"total_{average}"] = trained(average=average, **both)[1]
+    return {name: (value, 1e-4, 1e-6) for name, value in outputs.items()}
 
 
-def budget(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    """case3: an exact count from a sampling grid and the best scores; the schedules lie in the description."""
-    for entry in params["schedules"]:
-        tokens, target = torch.tensor([entry["n0"]]), torch.tensor([entry["avg_tokens"]])
-        alpha = thresholds.decay_rate(tokens, target, entry["layers"], entry["num_layers"])
-        assert thresholds.decay_counts(tokens, alpha, len(entry["layers"]))[:, 0].tolist() == entry["kept"]
-        if entry["alpha"] is None:
-            assert alpha.isnan().all()
+def budget(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, place = replay.settings(case), tensors["grid_index"]
+
+    def answers(spec: Any, score: Tensor, options: dict[str, Any], **granted: Any) -> list[Tensor]:
+        """What is left behind each module, every token's redundancy being `score` [N]."""
+        method, memory, kept = vtc.create("atp_training_free", score_norm="none", **options), {}, list[Tensor]()
+        view = asked(0, spec, 1, **granted)
+        for stage in method.plan(spec).stages:
+            rows = view.items.scatter(score[view.items.token], torch.zeros(*view.visual.shape))
+            counts = torch.stack([view.text & (view.visual.cumsum(1) > 0), view.visual]).sum(2, keepdim=True)
+            received = {(stage - 1, Rows.GROUP_SUMS): rows * counts}
+            view = replace(view, stage=stage, llm_rows=received, needs=method.plan(spec).needs, memory=memory)
+            answer = method.select(view)
+            kept.append(answer.keep[0].nonzero().flatten())
+        return kept
+
+    for entry in settings["schedules"]:
+        spec = replace(CLIP_L, llm_layers=entry["num_layers"])
+        options, keep = {"layers": tuple(entry["layers"])}, entry["avg_tokens"]
+        if entry["alpha"] is None:  # cannot be met, which the reference does not say
+            with pytest.raises(BudgetError, match="cannot be met"):
+                answers(spec, tensors["S_redundant"], options, keep=keep)
         else:
-            assert abs(alpha.item() - entry["alpha"]) <= 1e-6
-    score, index = tensors["S_redundant"][None], tensors["grid_index"]
-    row, col = place(index, params["grid"])
-    mask, keep = torch.ones_like(score, dtype=torch.bool), torch.tensor([params["k"]])
-    grid = thresholds.sampling_grid(row, col, params["strides"], params["spatial_share"], keep, mask)
-    assert torch.equal(grid, thresholds.on_grid(row, col, params["chosen_stride"]))
-    kept = thresholds.budget_keep(score, grid, keep, mask)
-    return {"kept_grid_index": (index[kept[0]], 0.0, 0.0), "spatial_grid_index": (index[grid[0]], 0.0, 0.0)}
+            with replay.watched(thresholds, "decay_rate") as rates:
+                found = answers(spec, tensors["S_redundant"], options, keep=keep)
+            assert [len(each) for each in found] == entry["kept"]
+            assert abs(rates[0].item() - entry["alpha"]) <= 1e-6
+    options = {"layers": (4,), "shares": (settings["k"] / len(place),), **replay.options(case, BUDGET)}
+    (kept,) = answers(CLIP_L, tensors["S_redundant"], options)
+    (least,) = answers(CLIP_L, -tensors["S_redundant"], options)
+    grid = kept[torch.isin(kept, least)]  # what stays however it is ranked
+    return {"kept_grid_index": (place[kept], 0.0, 0.0), "spatial_grid_index": (place[grid], 0.0, 0.0)}
+
+
+CHECKS = {
+    "query": replay.Check(module, given=("query", "key", "token_type", "grid_index", "atp.")),
+    "masks": replay.Check(training, given=("masks", "logits", "mask_for_attention", "visual_positions")),
+    "spatial_grid_index": replay.Check(budget, given=("S_redundant", "grid_index")),
+}

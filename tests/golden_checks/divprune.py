@@ -1,30 +1,27 @@
-"""DivPrune: the order of choice and the shortened prompt."""
+"""DivPrune: the order of choice and the shortened prompt, on an LLM that is fed the case's rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+import _llm as llm
+import _replay as replay
+from _replay import Outputs
 from torch import Tensor
 
-from vtc.method.budget import tokens_to_keep
-from vtc.ops.greedy import chosen, k_center, most_isolated
+import vtc
 
 
-def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    assert case["case"] == "case1"
-    settings = case["hyper_parameters"]
-    start, count, keep = settings["visual_start"], settings["num_visual"], settings["keep"]
-    assert tokens_to_keep(count, settings["subset_ratio"]) == keep
-    rows = tensors["in.inputs_embeds"]
-    tokens = rows[:, start : start + count]
-    mask = torch.ones(1, count, dtype=torch.bool)
-    order = k_center(tokens, most_isolated(tokens, mask), keep, mask)
-    marks = chosen(order, torch.tensor([keep]), mask)
-    alive = torch.ones(rows.shape[:2], dtype=torch.bool)
-    alive[:, start : start + count] = marks
+def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, embeds, method = replay.settings(case), tensors["in.inputs_embeds"], vtc.create("divprune")
+    start, image = settings["visual_start"], settings["num_visual"]
+    model = llm.bare(width=embeds.shape[2], layers=1, image=image)
+    run = llm.run(model, embeds, start=start, image=image, method=method, retention=settings["subset_ratio"])
     return {
-        "out.selected_in_order": (order[0], 0.0, 0.0),
-        "out.kept": (marks[0].nonzero().flatten(), 0.0, 0.0),
-        "out.inputs_embeds": (rows[alive][None], 0.0, 0.0),
+        "out.selected_in_order": (replay.order(method, run.view(0), settings["keep"]), 0.0, 0.0),
+        "out.kept": (run.kept[0], 0.0, 0.0),
+        "out.inputs_embeds": (run.inputs[0][None], 0.0, 0.0),
     }
+
+
+CHECKS = {"in.inputs_embeds": replay.Check(check, given=("in.",))}

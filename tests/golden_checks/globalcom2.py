@@ -1,97 +1,77 @@
 """GlobalCom2: retention per crop, thumbnail order, kept patches of every crop, and the whole sequence as released.
 
-The cases hold scores of all tiles and the size of the image in pixels. They run as a LLaVA-NeXT would: the image's
-geometry from the adapter, scores packed to tokens, and the functions that the method is made of.
+The cases run as a LLaVA-NeXT would, from the size of the picture on. The projector hands on tile and number of each
+patch, and newlines are -1, so that the rows which enter the LLM spell the released sequence. The method grants whole
+tokens: where R times the tokens is no whole number, the retention of the crops is compared per R.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import _replay as replay
+import _towers as towers
 import torch
+from _replay import Attention, Outputs
 from torch import Tensor
 
-from vtc.method.readings import AttentionCall, Rows
+import vtc
+from vtc import adapters
 from vtc.methods.globalcom2 import crops
-from vtc.ops.select import top_k_of_groups
 
-SIDE = 24
+OPTIONS = {"temperature": "tau"}
+HEADS = 4
 
 
-def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    settings = case["hyper_parameters"]
-    assert case["case"] in ("case1", "case2", "case3")
-    assert settings["patches_per_side"] == SIDE
-    width, height = settings["image_size_w_h"]
-    computed = "in.hidden" in tensors
-    logits = _logits(tensors, heads=4) if computed else tensors["in.cls_logits"]
-    limit = {"scales": 1e-5 if computed else 1e-12}  # sums of 500 float32 products, or the stored numbers themselves
-    detail = next(iter(case["details"].values()))
-    columns, rows = detail["crop_grid_w_h"]
-    tile, place = _unpadded(rows, columns, height, width)
-    group = torch.cat([torch.zeros(SIDE * SIDE, dtype=torch.long), tile])[None]
-    place = torch.cat([torch.arange(SIDE * SIDE), place])[None]
-    outputs: dict[str, tuple[Tensor, float, float]] = {}
-    for ratio in settings["retention_ratios"]:
-        for name, value in _run(logits, group, place, (rows, columns), ratio, settings["temperature"]).items():
-            outputs[f"out.{name}_{str(ratio).replace('.', 'p')}"] = (value, limit.get(name, 0.0), 0.0)
+def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, computed = replay.settings(case), "in.hidden" in tensors
+    side, tiles = settings["patches_per_side"], settings["num_tiles"]
+    (width, height), detail = settings["image_size_w_h"], next(iter(case["details"].values()))
+    pinpoints = [[h, w] for w, h in settings["grid_pinpoints_w_h"]]
+    model = towers.build("llava-next", side, width=2 * HEADS, patch=14, heads=HEADS, image_grid_pinpoints=pinpoints)
+    torch.nn.init.constant_(model.model.image_newline, -1.0)
+    adapter = adapters.of(model)
+    patches = torch.cartesian_prod(torch.arange(tiles), torch.arange(side * side)).float()
+    patches = torch.nn.functional.pad(patches, (0, 2 * HEADS - 2)).view(tiles, side * side, -1)
+    columns, rows = detail["valid_w_h"]
+    tokens, lines = side * side + columns * rows, detail["newline_tokens"]
+    inputs = towers.prompt(tokens + rows) | {"image_sizes": torch.tensor([[height, width]])}
+    inputs["pixel_values"] = towers.pixels(1, tiles, 3, 14 * side, 14 * side)
+    logits = torch.nn.functional.pad(tensors["in.cls_logits"], (1, 0))[:, None].expand(-1, HEADS, -1)
+    attention = projected(tensors) if computed else replay.class_logits(logits)
+    method = vtc.create("globalcom2", layout="official", exact_total=False, **replay.options(case, OPTIONS))
+    recorded = {"attention": {adapter.vision_attention[-1]: attention}, "entering": {adapter.projector: patches}}
+    ratios, outputs = settings["retention_ratios"], Outputs()
+    granted = [round(ratio * tokens) for ratio in ratios]
+    with vtc.share_encoder(model, [method]), replay.watched(crops, "crop_ratios") as shares:
+        runs = [replay.run(model, inputs, method, keep=keep + lines, **recorded) for keep in granted]
+    for ratio, keep, share, run in zip(ratios, granted, shares, runs, strict=True):
+        tile, token = run.inputs[0][0, 1:-1, :2].long().unbind(1)
+        marks = torch.zeros(tiles, side * side, dtype=torch.bool)
+        marks[tile[tile >= 0], token[tile >= 0]] = True
+        found = {
+            "thumb": token[: int((tile == 0).sum())],
+            "crop_kept": marks[1:],
+            "seq_tile": tile,
+            "seq_token": token,
+        }
+        label = str(ratio).replace(".", "p")
+        outputs |= {f"out.{name}_{label}": (value, 0.0, 0.0) for name, value in found.items()}
+        # Sums of 500 float32 products, or the stored numbers themselves.
+        scales = share[0, 1:] / keep * (ratio * tokens)
+        outputs[f"out.scales_{label}"] = (scales, 1e-5 if computed else 1e-12, 0.0)
     return outputs
 
 
-def _logits(tensors: dict[str, Tensor], heads: int) -> Tensor:
-    """[tiles, P] head-mean logits of the class token from the input of the attention module."""
-    x = tensors["in.hidden"]
+def projected(tensors: dict[str, Tensor]) -> Attention:
+    """Queries and keys of the last layer from what entered its attention module."""
     query, key = (
-        torch.nn.functional.linear(x, tensors[f"in.{each}_weight"], tensors[f"in.{each}_bias"])
-        .unflatten(2, (heads, -1))
+        torch.nn.functional.linear(tensors["in.hidden"], tensors[f"in.{each}_weight"], tensors[f"in.{each}_bias"])
+        .unflatten(2, (HEADS, -1))
         .transpose(1, 2)
         for each in "qk"
     )
-    call = AttentionCall(query, key, None, query.shape[-1] ** -0.5, causal=False)
-    return Rows.CLS_LOGITS.read(call)[:, 1:]
+    return Attention(query, key, query.shape[-1] ** -0.5)
 
 
-def _unpadded(rows: int, columns: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Tile (from 1) and number inside its full square of every token that LLaVA-NeXT leaves of the stitched map."""
-    from transformers.models.llava_next.modeling_llava_next import unpad_image
-
-    stitched = torch.arange(rows * SIDE * columns * SIDE).view(1, rows * SIDE, columns * SIDE)
-    flat = unpad_image(stitched, (height, width)).flatten()
-    row, column = flat // (columns * SIDE), flat % (columns * SIDE)
-    return 1 + row // SIDE * columns + column // SIDE, row % SIDE * SIDE + column % SIDE
-
-
-def _run(
-    logits: Tensor, group: Tensor, place: Tensor, tiling: tuple[int, int], ratio: float, tau: float
-) -> dict[str, Tensor]:
-    tiles = len(logits)
-    mask, z = torch.ones_like(group, dtype=torch.bool), logits[group, place]
-    overview = logits[:1].view(1, SIDE, SIDE)
-    sums = torch.nn.functional.pad(crops.cell_sums(overview, tiling), (1, 0))
-    guided = torch.arange(tiles)[None] > 0
-    ratios = crops.crop_ratios(sums, guided, torch.tensor([ratio], dtype=torch.float64), tau)
-    sizes = crops.group_sums(torch.ones_like(z), group, tiles, mask).long()
-    shares = crops.floored_shares(ratios, sizes, torch.tensor([0]))
-    rows = _rows(group, place, tiling)
-    overall = crops.stretch(overview, (rows, int((group > 0).sum()) // rows))
-    overall = torch.cat([torch.zeros(1, SIDE * SIDE), overall.flatten(1)], dim=1)
-    scores = torch.where(group == 0, z, crops.blend(z, overall, group, tiles, mask, 0.5))
-    kept = top_k_of_groups(scores, group, shares, mask)
-    order = crops.released_order(kept, scores, group, tiling, (SIDE, SIDE))[0]
-    order = order[: int(kept.sum()) + tiling[0] * SIDE]
-    newlines = torch.full((tiling[0] * SIDE,), -1)
-    marks = torch.zeros(tiles - 1, SIDE * SIDE, dtype=torch.bool)
-    marks[group[kept][group[kept] > 0] - 1, place[kept][group[kept] > 0]] = True
-    return {
-        "scales": ratios[0, 1:],
-        "thumb": place[0][order[: int(shares[0, 0])]],
-        "crop_kept": marks,
-        "seq_tile": torch.cat([group[0], newlines])[order],
-        "seq_token": torch.cat([place[0], newlines])[order],
-    }
-
-
-def _rows(group: Tensor, place: Tensor, tiling: tuple[int, int]) -> int:
-    """Rows of the stitched map."""
-    row = (group - 1) // tiling[1] * SIDE + place // SIDE
-    return len(row[group > 0].unique())
+CHECKS = {"in.cls_logits": replay.Check(check, given=("in.",))}

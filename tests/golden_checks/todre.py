@@ -1,58 +1,99 @@
-"""ToDRE: pivots and orders of both variants on an image and a video, and the decisions of the second stage."""
+"""ToDRE: pivots and orders of both variants on an image and a video, and the decisions of the second stage.
+
+Stage 1 runs on a LLaVA or a LLaVA-NeXT-Video whose projector hands on the case's tokens; orders are read off growing
+budgets. Stage 2 runs on an LLM in which one layer has the case's attention, a prompt of the case a row.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import _llm as llm
+import _replay as replay
+import _towers as towers
 import torch
+from _replay import Outputs
 from torch import Tensor
 
-from vtc.method.readings import AttentionCall, QueryRows, Rows
-from vtc.methods.todre import parted, shares
-from vtc.ops.greedy import best, chosen, cosine_to_mean, k_center, max_sum
-
-INPUTS = ("tokens", "cls_attention", "attention", "token_type")
-
-Outputs = dict[str, tuple[Tensor, float, float]]
+import vtc
+from vtc import adapters
+from vtc.methods import todre
 
 
-def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    return {"case1": diverse, "case2": diverse, "case3": relevant}[case["case"]](case["params"], tensors)
-
-
-def diverse(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    assert (settings["pivot"], settings["similarity"]) == ("cls_attention", "cosine")
-    tokens = tensors["tokens"].flatten(0, -2)[None]
-    attention = tensors["cls_attention"]
-    mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    pivot = best(attention.flatten()[None], mask)
-    cosine = cosine_to_mean(tokens, mask)
-    outputs = {"pivot": pivot[0], "pivot_center": best(cosine, mask)[0], "pivot_farthest": best(-cosine, mask)[0]}
-    for name, walk in (("max_sum", max_sum), ("k_center", k_center)):
-        order = walk(tokens, pivot, settings["k"], mask)
-        outputs[f"{name}_indices"] = order[0]
-        outputs[f"kept_sorted_{name}"] = chosen(order, torch.tensor([settings["k"]]), mask)[0].nonzero().flatten()
-        for fewer in settings["also_check_prefixes"]:
-            assert torch.equal(walk(tokens, pivot, fewer, mask), order[:, :fewer])
+def diverse(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, tokens, attention = replay.settings(case), tensors["tokens"], tensors["cls_attention"]
+    tokens, attention = tokens.view(-1, *tokens.shape[-2:]), attention.view(-1, attention.shape[-1])
+    frames, count, width = tokens.shape
+    side = round(count**0.5)
+    if settings["layout"] == "video":  # two by two patches make a token of a frame
+        model = towers.build("llava-next-video", 2 * side, width, video_token_index=towers.VIDEO)
+        attention = attention.view(frames, side, side).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+        inputs = towers.prompt(frames * count, token=towers.VIDEO)
+        inputs["pixel_values_videos"] = towers.pixels(1, frames, 3, 2 * side, 2 * side)
+    else:
+        model = towers.build("llava", side, width)
+        inputs = towers.prompt(count) | {"pixel_values": towers.pixels(1, 3, side, side)}
+    adapter = adapters.of(model)
+    rows = replay.class_row(torch.nn.functional.pad(attention, (1, 0), value=1.0)[:, None])
+    recorded = {"attention": {adapter.vision_attention[-1]: rows}, "entering": {adapter.projector: tokens}}
+    run = replay.run(model, inputs, vtc.create("todre", relevance=False), keep=settings["k"], **recorded)
+    view, outputs = run.view(0), Outputs()
+    for variant in ("max_sum", "k_center"):
+        method = vtc.create("todre", relevance=False, variant=variant)
+        found = replay.order(method, view, settings["k"])
+        outputs[f"{variant}_indices"] = (found, 0.0, 0.0)
+        outputs[f"kept_sorted_{variant}"] = (found.sort().values, 0.0, 0.0)
+    assert torch.equal(run.kept[0], outputs["kept_sorted_max_sum"][0])
+    for name, pivot in (("pivot", "cls"), ("pivot_center", "center"), ("pivot_farthest", "farthest")):
+        method = vtc.create("todre", relevance=False, pivot=pivot)
+        outputs[name] = (replay.order(method, view, 1)[0], 0.0, 0.0)
     if settings["layout"] == "video":
-        frames, size = attention.shape
-        outputs["frame_best"] = best(attention, torch.ones_like(attention).bool()) + size * torch.arange(frames)
-    return {name: (value, 0.0, 0.0) for name, value in outputs.items()}
+        outputs["frame_best"] = (best_of_frames(view, frames, count), 0.0, 0.0)
+    return outputs
 
 
-def relevant(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    """The stored matrix becomes queries whose products with unit keys have it for a softmax."""
-    attention, kind = tensors["attention"], tensors["token_type"]
-    length = attention.shape[-1]
-    visual, text, valid = kind == 1, kind == 2, torch.ones_like(kind).bool()
-    keys = torch.eye(length).expand(*attention.shape)
-    call = AttentionCall(attention.clamp(min=1e-30).log(), keys, None, 1.0, True)
-    rows = QueryRows(valid, visual, text, length, torch.full((len(kind), 1), length - 1), None)
-    sums = Rows.GROUP_SUMS.read(call, rows)
-    to_visual, to_text = shares(sums, visual, text)
-    drop = torch.stack([parted(sums, visual, text, tau) for tau in settings["tau"]], dim=1)
+def best_of_frames(view: Any, frames: int, count: int) -> Tensor:
+    """The pivot of every frame alone: what is picked where the others are no tokens of the item."""
+    method, found = vtc.create("todre", relevance=False), []
+    for frame in range(frames):
+        inside = view.crop == frame
+        moved = torch.arange(view.hidden.shape[1]).expand(view.hidden.shape[:2])
+        alone = replace(view, items=view.items.kept(inside, (count,), moved))
+        found.append(int(alone.items.token[0, replay.order(method, alone, 1)]))
+    return torch.tensor(found)
+
+
+def relevant(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, attention, kind = replay.settings(case), tensors["attention"], tensors["token_type"]
+    heads, length = attention.shape[1:3]
+    drop, alphas = [], []
+    for matrix, kinds in zip(attention, kind, strict=True):
+        image = int((kinds == 1).sum())
+        start, system = int((kinds == 1).nonzero()[0]), int((kinds == 0).sum())
+        model = llm.bare(image=image, layers=16, heads=heads)
+        layer = model.model.language_model.layers[14].self_attn  # 7/8 of the depth
+        fired = []
+        for tau in settings["tau"]:
+            method = vtc.create("todre", diversity=False, tau=tau)
+            with replay.watched(todre, "shares") as shares:
+                run = llm.run(
+                    model, llm.numbered(length), start=start, image=image, method=method, system_length=system,
+                    attention={layer: replay.matrix(matrix[None])},
+                )  # fmt: skip
+            fired.append(len(run.kept[15]) == 0)
+            assert fired[-1] or len(run.kept[15]) == image
+        drop.append(fired)
+        alphas.append(torch.cat(shares[-1]))
+    to_visual, to_text = torch.stack(alphas).unbind(1)
     return {
         "alpha_text_to_visual": (to_visual, 0.0, 1e-6),
         "alpha_visual_to_text": (to_text, 0.0, 1e-6),
-        "drop": (drop, 0.0, 0.0),
+        "drop": (torch.tensor(drop), 0.0, 0.0),
     }
+
+
+CHECKS = {
+    "cls_attention": replay.Check(diverse, given=("tokens", "cls_attention")),
+    "token_type": replay.Check(relevant, given=("attention", "token_type")),
+}

@@ -1,31 +1,37 @@
-"""VTC-CLS: head means of the window's class rows, their sum, and the kept patches per budget."""
+"""VTC-CLS: its score and the kept patches per budget, on a LLaVA whose tower has the case's class-token attention."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+import _replay as replay
+import _towers as towers
+from _replay import Outputs
 from torch import Tensor
 
 import vtc
-from vtc.method.base import ModelSpec
-from vtc.methods.vtc_cls import ensemble
-from vtc.ops.select import top_k
+from vtc import adapters
+
+OPTIONS = {"start_layer": "start_layer"}
 
 
-def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
-    settings = case["hyper_parameters"]
-    assert (settings["head_reduction"], settings["end_layer_exclusive"]) == ("mean", settings["num_layers"] - 1)
-    layers = settings["num_layers"]
-    spec = ModelSpec("llava", layers, layers - 2, True, tuple(range(layers)), 32)
-    method = vtc.create("vtc_cls", start_layer=settings["start_layer"])
-    attention = tensors["in.cls_attn"].float().mean(1)[:, 1:]
-    rows = dict(zip(tensors["in.layer_ids"].tolist(), attention, strict=True))
-    score = ensemble([rows[layer][None] for layer in method.window(spec)], method.reduction)  # type: ignore[attr-defined]
-    outputs = {"out.score": (score[0], 1e-5, 0.0)}  # summed in another order
-    for budget in settings["budgets"]:
-        kept = top_k(score, torch.tensor([budget]))[0].nonzero().flatten()
-        outputs[f"out.kept_{budget}"] = (kept, 0.0, 0.0)
-        retained = top_k(score, torch.tensor([vtc.tokens_to_keep(576, budget / 576)]))[0].nonzero().flatten()
-        assert torch.equal(retained, kept)
+def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
+    settings, method = replay.settings(case), vtc.create("vtc_cls", **replay.options(case, OPTIONS))
+    model = towers.build("llava", 24, width=2 * settings["num_heads"], heads=settings["num_heads"])
+    layers = adapters.of(model).vision_attention
+    recorded = zip(tensors["in.layer_ids"].tolist(), tensors["in.cls_attn"][:, None], strict=True)
+    attention = {layers[layer]: replay.class_row(row) for layer, row in recorded}
+    inputs = towers.prompt(576) | {"pixel_values": towers.pixels(1, 3, 24, 24)}
+    first, *others = settings["budgets"]
+    run = replay.run(model, inputs, method, attention=attention, retention=first / 576)
+    outputs: Outputs = {
+        f"out.kept_{first}": (run.kept[0], 0.0, 0.0),
+        "out.score": (method.score(run.view(0))[0], 1e-5, 0.0),  # type: ignore[attr-defined]
+    }
+    for budget in others:
+        keep = replay.again(method, run.view(0), retention=budget / 576).keep[0]
+        outputs[f"out.kept_{budget}"] = (keep.nonzero().flatten(), 0.0, 0.0)
     return outputs
+
+
+CHECKS = {"in.cls_attn": replay.Check(check, given=("in.",))}
