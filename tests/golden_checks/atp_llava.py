@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from vtc.errors import BudgetError
 from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ThresholdModule
 from vtc.ops.attention import attention_sums
@@ -92,13 +94,13 @@ def training(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tu
 def budget(params: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float, float]]:
     """case3: an exact count from a sampling grid and the best scores; the schedules lie in the description."""
     for entry in params["schedules"]:
-        tokens, target = torch.tensor([entry["n0"]]), torch.tensor([entry["avg_tokens"]])
-        alpha = thresholds.decay_rate(tokens, target, entry["layers"], entry["num_layers"])
-        assert thresholds.decay_counts(tokens, alpha, len(entry["layers"]))[:, 0].tolist() == entry["kept"]
+        given = entry["n0"], entry["avg_tokens"], entry["layers"], entry["num_layers"]
         if entry["alpha"] is None:
-            assert alpha.isnan().all()
-        else:
-            assert abs(alpha.item() - entry["alpha"]) <= 1e-6
+            with pytest.raises(BudgetError, match="cannot be met"):
+                thresholds.decay_counts(*given)
+            continue
+        assert thresholds.decay_counts(*given) == entry["kept"]
+        assert abs(thresholds.decay(*given)[0] / entry["n0"] - entry["alpha"]) <= 1e-6
     score, index = tensors["S_redundant"][None], tensors["grid_index"]
     row, col = place(index, params["grid"])
     mask, keep = torch.ones_like(score, dtype=torch.bool), torch.tensor([params["k"]])

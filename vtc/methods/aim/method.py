@@ -24,11 +24,11 @@ from vtc.method.base import (
     StageView,
 )
 from vtc.method.budget import tokens_to_keep
-from vtc.method.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.method.merging import groups, merge_items
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
 from vtc.method.registry import register
 from vtc.methods.aim.importance import pagerank
+from vtc.methods.aim.schedule import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.ops.merge import merge_plan
 from vtc.ops.select import top_k
 
@@ -211,13 +211,7 @@ class AIM(Compressor):
         total = granted * model.llm_layers
         if self.merge and sum(counts) >= total - model.llm_layers / 2:
             return counts
-        counts = moved_tokens(entered, total, model.llm_layers, *self.bounds(model))
-        if sum(counts) - total > model.llm_layers:
-            raise BudgetError(
-                f"a mean of {granted} visual tokens per layer cannot be met by pruning alone, since layer 0 sees all "
-                f"{entered} of them; ask for at least {-(-entered // model.llm_layers)}, or merge as well (merge=True)"
-            )
-        return counts
+        return moved_tokens(entered, total, model.llm_layers, *self.bounds(model))
 
     def merged_count(self, model: ModelSpec, count: int, fixed: int, granted: int) -> int:
         """Tokens to which merging brings an item of `count` tokens and `fixed` separators, granted a mean."""

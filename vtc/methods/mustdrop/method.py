@@ -26,9 +26,9 @@ from vtc.method.base import (
     Stage,
     StageView,
 )
+from vtc.method.budget import left_by_stages
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, VisionReading
 from vtc.method.registry import register
-from vtc.method.schedule import left_by_stages
 from vtc.methods.mustdrop.dual import (
     attention_sum_and_max,
     dual_filter,
@@ -272,7 +272,9 @@ class MustDrop(Compressor):
         table = by_token(view, key)
         if self.filter == "threshold":
             return Progress(table, ())
-        return Progress(table, left_by_stages(view, key.sum(1).tolist(), self.spans(view.model)))
+        items, spans = view.items, self.spans(view.model)
+        columns = zip(items.counts, key.sum(1).tolist(), view.granted, items.fixed, items.input_counts, strict=True)
+        return Progress(table, tuple(left_by_stages(*item, spans) for item in columns))
 
     def attention(self, view: StageView, layer: int) -> Tensor:
         """[2, I, N] sum and maximum over the text of what it pays to each token in LLM layer `layer`."""
