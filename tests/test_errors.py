@@ -117,7 +117,7 @@ class Chooser(ScoringCompressor):
 
 
 class Undecorated(Compressor):
-    name: ClassVar[str] = "undecorated"
+    layers: list[int] = [2, 6]  # noqa: RUF012
 
     def select(self, view: StageView) -> Selection | None:
         return None
@@ -611,7 +611,7 @@ CASES: dict[str, Case] = {
     ),
     "no dataclass": Case(
         lambda: MethodRegistry().register(Undecorated),
-        VTCError, "Undecorated", "is no dataclass", "decorate it with @dataclass(frozen=True)",
+        VTCError, "Undecorated cannot become a dataclass", "mutable default", "fields with defaults that do not change",
     ),
     "method name": Case(
         lambda: vtc.create("vtc-cls"),

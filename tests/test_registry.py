@@ -7,10 +7,10 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -96,11 +96,11 @@ def test_every_method_is_an_immutable_documented_value(name: str) -> None:
     assert cls.version >= 1
     assert cls.__doc__ is not None
     doc = " ".join(parent.__doc__ or "" for parent in cls.__mro__)
-    for field in dataclasses.fields(cls):
-        assert field.default is not dataclasses.MISSING, f"{name}.{field.name} has no default"
-        assert field.name in doc, f"{name}.{field.name} is not described"
+    for given in dataclasses.fields(cls):
+        assert given.default is not dataclasses.MISSING, f"{name}.{given.name} has no default"
+        assert given.name in doc, f"{name}.{given.name} is not described"
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(method, field.name, field.default)
+            setattr(method, given.name, given.default)
 
 
 def test_hyper_parameters_go_by_name() -> None:
@@ -151,16 +151,57 @@ def test_a_name_is_given_once(fresh_scan: None) -> None:
         vtc.register(dataclass(frozen=True)(Random))
 
 
-def test_a_class_that_is_no_dataclass_is_refused() -> None:
-    class Plain(Compressor):
-        alpha: float = 1.0  # would silently be no hyper-parameter
-        name: ClassVar[str] = "plain"
+def test_registration_makes_the_dataclass() -> None:
+    registry = MethodRegistry()
 
-        def select(self, view: StageView) -> Selection | None:
-            return None
+    @registry.register
+    class TopNorm2(ScoringCompressor):
+        power: float = 2.0
+        layers: Sequence[int] = (2, 6)
+        order: Literal["up", "down"] = "up"
 
-    with pytest.raises(VTCError, match=r"Plain is no dataclass; decorate it with @dataclass\(frozen=True\)"):
-        MethodRegistry().register(Plain)
+        def score(self, view: StageView) -> torch.Tensor:
+            return view.tokens.norm(dim=-1) ** self.power
+
+    assert TopNorm2.name == "top_norm2"
+    assert registry.parameters("top_norm2") == ["scope", "power", "layers", "order"]
+    method = registry.create("top_norm2", power=3, layers=[1, 2])
+    assert dataclasses.asdict(method) == {"scope": "item", "power": 3.0, "layers": (1, 2), "order": "up"}
+    assert hash(method) == hash(TopNorm2(3.0, (1, 2)))  # type: ignore[call-arg]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.power = 1.0  # type: ignore[attr-defined]
+    with pytest.raises(UnknownName, match="unknown order 'upp'; did you mean 'up'"):
+        registry.create("top_norm2", order="upp")
+    with pytest.raises(VTCError, match=r"layers=3 of 'top_norm2' is not a tuple of whole numbers; write .*\(2, 6\)"):
+        registry.create("top_norm2", layers=3)
+
+
+def test_a_dataclass_stays_as_it_was_written() -> None:
+    @MethodRegistry().register
+    @dataclass(frozen=True, kw_only=True)
+    class Careful(Mine):
+        name: ClassVar[str] = "careful"
+        level: int = field(default=1, metadata={"unit": "tokens"}, compare=False)
+
+    assert Careful(level=2) == Careful(level=3)
+    assert dataclasses.fields(Careful)[-1].metadata == {"unit": "tokens"}
+    with pytest.raises(TypeError):
+        Careful(1.0, 2)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"layers": (list, [1, 2])}, "mutable default"),
+        ({"first": (int, 1), "second": (int,)}, "non-default argument 'second' follows default argument"),
+    ],
+)
+def test_fields_that_make_no_dataclass(fields: dict[str, Any], reason: str) -> None:
+    body = {name: default[0] for name, (_, *default) in fields.items() if default}
+    annotations = {name: kind for name, (kind, *_) in fields.items()}
+    odd = type("Odd", (Mine,), {**body, "__annotations__": annotations, "name": "odd"})
+    with pytest.raises(VTCError, match=rf"Odd cannot become a dataclass: .*{reason}.*; write its hyper-parameters as"):
+        MethodRegistry().register(odd)
 
 
 @pytest.mark.parametrize("given", [3, None, ["random"], {}, b"random", Mine])
@@ -187,14 +228,21 @@ def test_other_names_are_free(given: str) -> None:
     assert registry.create(registry.register(cls).name) == cls()
 
 
-def test_a_class_without_a_name() -> None:
-    @dataclass(frozen=True)
+def test_names_come_from_the_class_unless_they_are_written() -> None:
     class Nameless(Compressor):
         def select(self, view: StageView) -> Selection | None:
             return None
 
-    with pytest.raises(VTCError, match="Nameless has name=None"):
-        MethodRegistry().register(Nameless)
+    class NamelessToo(Nameless): ...
+
+    class Written(Nameless):
+        name = "mine"
+
+    class Inherited(Written): ...
+
+    assert [Nameless.name, NamelessToo.name, Nameless().name] == ["nameless", "nameless_too", "nameless"]
+    assert [Written.name, Inherited.name] == ["mine", "mine"]
+    assert MethodRegistry().register(NamelessToo).name == "nameless_too"
 
 
 @pytest.mark.parametrize("given", [3, "random", None, vtc.create("random"), int, lambda: None])

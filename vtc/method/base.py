@@ -7,6 +7,7 @@ model and hands over a `StageView` in which all items of the batch lie side by s
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -45,17 +46,24 @@ __all__ = [
 class Compressor(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the method's hyper-parameters.
 
-    Values are checked and converted by the fields' annotations (`vtc.method.hyper_parameters`); a subclass with a check
-    of its own calls `super().__post_init__()` first.
+    `vtc.register` makes the dataclass. Values are checked and converted by the fields' annotations
+    (`vtc.method.hyper_parameters`); a subclass with a check of its own calls `super().__post_init__()` first.
 
-    name: registered name. version: raised whenever results change. trained: needs learned weights. stages: where it
-    acts on every model; override `plan` where that depends on the model.
+    name: registered name, by default the class's in snake_case. version: raised whenever results change. trained: needs
+    learned weights. stages: where it acts on every model; override `plan` where that depends on the model.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     trained: ClassVar[bool] = False
     stages: ClassVar[tuple[Stage, ...]] = (PRE_LLM,)
+    _named: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._named = cls._named or "name" in vars(cls)  # a name that is written is inherited
+        if not cls._named:
+            cls.name = snake_case(cls.__name__)
 
     def __post_init__(self) -> None:
         check(self)
@@ -117,6 +125,15 @@ class Compressor(ABC):
     @abstractmethod
     def select(self, view: StageView) -> Selection | None:
         """Choose the tokens that pass `view.stage`; None keeps everything."""
+
+
+def snake_case(name: str) -> str:
+    """The name of a method from that of its class.
+
+    >>> snake_case("KeepCorners"), snake_case("ATPTrainingFree"), snake_case("Top2K")
+    ('keep_corners', 'atp_training_free', 'top2_k')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _plain(value: Any) -> Any:

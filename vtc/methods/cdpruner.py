@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from vtc.ops.select import settle
 
 
 @register
-@dataclass(frozen=True)
 class CDPruner(Compressor):
     """Keep the tokens that span the largest volume, each counted by its relevance to the question.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,7 +16,6 @@ Scope = Literal["item", "row"]
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class FastV(Compressor):
     """Let the first K layers of the LLM see every visual token, the others those with the most attention.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,6 @@ from vtc.ops.grid import absorbing_cell, cell_centres, output_raster, pool_grid,
 
 
 @register
-@dataclass(frozen=True)
 class Pool(Compressor):
     """Average the LLM-side features of each item over a coarser raster.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -24,7 +23,6 @@ RankBy = Literal["own", "before"]
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Compressor):
     """Drop visual tokens before several layers of the LLM, keeping those the last prompt token attends to.
 

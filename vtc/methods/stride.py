@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +14,6 @@ from vtc.ops.grid import split_budget, strided
 
 
 @register
-@dataclass(frozen=True)
 class Stride(Compressor):
     """Keep evenly spaced tokens of each item.
 

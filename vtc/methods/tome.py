@@ -33,7 +33,6 @@ KEYS = MeanKeys()
 
 
 @register
-@dataclass(frozen=True)
 class ToMe(Compressor):
     """Merge the pairs of tokens whose keys are most alike, as means weighted by the number of patches in them.
 

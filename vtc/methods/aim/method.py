@@ -55,7 +55,6 @@ class Importance(LLMReading):
 
 
 @register
-@dataclass(frozen=True)
 class AIM(Compressor):
     """Average similar tokens before the LLM, then remove tokens inside it on a falling schedule.
 

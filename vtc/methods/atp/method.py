@@ -153,7 +153,6 @@ class ThresholdModules(nn.Module):
 
 
 @register
-@dataclass(frozen=True)
 class ATP(LearnedCompressor, ATPScores):
     """Drop visual tokens inside the LLM that fall below two learned thresholds, set anew for every image and question.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +30,6 @@ class Constants(nn.Module):
 
 
 @register
-@dataclass(frozen=True)
 class ATPTrainingFree(ATPScores):
     """ATP scores, training-free: the scores of `atp` with exact counts or calibrated constants; not ATP-LLaVA itself.
 

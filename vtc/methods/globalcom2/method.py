@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ Order = Literal["raster", "official"]
 
 
 @register
-@dataclass(frozen=True)
 class GlobalCom2(Compressor):
     """Give every crop of a tiled image its own share of the tokens, by the thumbnail, and rank them by both views.
 

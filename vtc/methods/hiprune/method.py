@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,7 +28,6 @@ DEPTH, DEPTH_MROPE = 3 / 8, 1 / 2
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class HiPrune(Compressor):
     """Keep what a middle encoder layer attends to most, its four neighbours, and what the last layer attends to most.
 

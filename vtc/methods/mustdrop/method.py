@@ -71,7 +71,6 @@ class Progress:
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class MustDrop(Compressor):
     """Average uniform windows, drop what no text token looks at, and cache only what is left at the end.
 

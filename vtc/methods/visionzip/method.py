@@ -37,7 +37,6 @@ MEAN_KEYS = MeanKeys()
 
 
 @register
-@dataclass(frozen=True)
 class VisionZip(Compressor):
     """Keep the patches the class token looks at, and merge all others into a few evenly spaced contextual tokens.
 

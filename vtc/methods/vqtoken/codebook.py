@@ -100,7 +100,6 @@ def lay(view: StageView, keep: Tensor, rows: Tensor, owner: Tensor, counts: Sequ
 
 
 @register
-@dataclass(frozen=True)
 class VQTokenCodebook(Clustering):
     """VQToken (codebook only, training-free): cluster all tokens of an item and send the K cluster means to the LLM.
 

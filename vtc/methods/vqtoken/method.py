@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,7 +41,6 @@ def occupancy(numbers: Tensor, frames: Tensor, width: int) -> Tensor:
 
 
 @register
-@dataclass(frozen=True)
 class VQToken(Clustering, LearnedCompressor):
     """VQToken: K cluster means of all tokens of a video, mixed by a trained block that reads where the clusters lie.
 
