@@ -17,6 +17,7 @@ import torch
 
 import vtc
 import vtc.methods
+from vtc.app.catalogue import describe_methods
 from vtc.errors import UnknownName, VTCError
 from vtc.method.base import Compressor, ScoringCompressor, Selection, StageView
 from vtc.method.registry import METHODS, MethodRegistry
@@ -126,6 +127,57 @@ def test_names_without_near_matches_get_the_list(clip: Any) -> None:
     with pytest.raises(UnknownName) as caught:
         vtc.compress(clip, "xyzzy", retention=0.5)
     assert str(caught.value) == f"unknown method 'xyzzy'; Known methods: {', '.join(vtc.list_methods())}"
+
+
+# --- filters
+def test_methods_by_pattern_stage_training_and_family() -> None:
+    names = vtc.list_methods()
+    assert vtc.list_methods("vq*") == ["vqtoken", "vqtoken_codebook"]
+    assert vtc.list_methods("random") == ["random"]
+    assert {*vtc.list_methods("*", trained=True)} | {*vtc.list_methods(trained=False)} == {*names}
+    assert vtc.list_methods(trained=True) == [name for name in names if METHODS.get(name).trained] != []
+    assert vtc.list_methods(stage="cache") == ["mustdrop"]
+    assert {"fastv", "pyramiddrop", "atp"} <= {*vtc.list_methods(stage="llm")}
+    assert {"random", "pool"} <= {*vtc.list_methods(stage="pre_llm")}
+    assert "random" not in vtc.list_methods(stage="llm")
+    assert "mustdrop" in vtc.list_methods(stage="encoder", family="llava")
+    assert "mustdrop" not in vtc.list_methods(
+        stage="encoder", family="qwen2.5-vl"
+    )  # there it merges in front of the LLM
+    assert {*vtc.list_methods(stage="encoder", family="llava")} <= {*vtc.list_methods(stage="encoder")}
+    assert vtc.list_methods("a*", trained=True, stage="cache") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pattern": "vqtokn"}, r"unknown method 'vqtokn'; did you mean 'vqtoken'"),
+        ({"pattern": "zz*"}, r"unknown method 'zz\*'; Known methods: .*vtc_cls"),
+        ({"pattern": 3}, r"unknown method 3; Known methods"),
+        (
+            {"stage": "pre-llm"},
+            r"unknown stage 'pre-llm'; did you mean 'pre_llm'.* Known stages: cache, encoder, llm, pre",
+        ),
+        ({"stage": 0}, r"unknown stage 0; Known stages"),
+        ({"family": "lava"}, r"unknown family 'lava'; did you mean 'llava'.* Known families: internvl, llava"),
+        ({"family": ["llava"]}, r"unknown family \['llava'\]"),
+        ({"trained": "yes"}, r"trained='yes' is neither True nor False; leave it out"),
+    ],
+)
+def test_filters_that_select_nothing(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(VTCError, match=message):
+        vtc.list_methods(**given)
+
+
+def test_a_method_without_defaults_is_listed_all_the_same(fresh_scan: None) -> None:
+    @vtc.register
+    class Demanding(Mine):
+        name: ClassVar[str] = "demanding"
+        level: int = field(kw_only=True)
+
+    (entry,) = describe_methods(vtc.list_methods("demanding"))
+    assert (entry["stages"], entry["families"], entry["hyper_parameters"]["level"]) == ([], [], None)
+    assert vtc.list_methods("demanding", family="llava") == []
 
 
 # --- registration

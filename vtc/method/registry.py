@@ -132,11 +132,6 @@ def register(cls: type[M]) -> type[M]:
     return METHODS.register(cls)
 
 
-def list_methods() -> list[str]:
-    """Names of all registered methods, third-party ones included."""
-    return METHODS.names()
-
-
 def create(name: str, **hyper_parameters: Any) -> Compressor:
     """Build a method by name: ``vtc.create("vtc_cls", layers=3)``."""
     return METHODS.create(name, **hyper_parameters)
