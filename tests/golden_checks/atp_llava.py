@@ -12,6 +12,7 @@ from vtc.errors import BudgetError
 from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ThresholdModule
 from vtc.ops.attention import attention_sums
+from vtc.ops.rank import dense_rank
 
 INPUTS = (
     *("query", "key", "token_type", "grid_index", "atp.layer4", "S_redundant"),
@@ -27,8 +28,8 @@ def place(index: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:
     """Row and column [1, N] from the raster index, through the coordinates as the engine gives them."""
     everywhere = torch.arange(grid[0] * grid[1])[None]
     group = torch.zeros_like(everywhere)
-    row = thresholds.dense_rank((everywhere // grid[1]).float(), group)
-    col = thresholds.dense_rank((everywhere % grid[1]).float(), group)
+    row = dense_rank((everywhere // grid[1]).float(), group, 0.01)
+    col = dense_rank((everywhere % grid[1]).float(), group, 0.01)
     return row[:, index], col[:, index]
 
 

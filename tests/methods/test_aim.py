@@ -19,7 +19,7 @@ from torch import Tensor
 import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Rows
-from vtc.method.merging import groups, share
+from vtc.method.parts import groups, share
 from vtc.methods.aim.method import AIM, Importance
 from vtc.methods.aim.schedule import entering_tokens, falling_shares, moved_tokens
 from vtc.ops.merge import merge_plan

@@ -19,9 +19,9 @@ from vtc import adapters
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.eval.training import calibration
 from vtc.method.base import ModelSpec, Rows, StageView
-from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
 from vtc.methods.atp.thresholds import decay_counts
+from vtc.ops.rank import dense_rank
 from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 from vtc.testing.plain import thresholds as plain
 
@@ -175,9 +175,9 @@ def test_every_crop_and_frame_has_a_grid_of_its_own(make_view: Any, shape: Any) 
 
 def test_pooled_coordinates_become_lines() -> None:
     rows = torch.tensor([[0.5, 0.5, 2.5, 2.5, 4.5, 4.5]])
-    assert thresholds.dense_rank(rows, torch.zeros(1, 6).long()).tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert dense_rank(rows, torch.zeros(1, 6).long(), 0.01).tolist() == [[0, 0, 1, 1, 2, 2]]
     noisy = torch.tensor([[0.0, 1e-4, 1.0, 0.9999, 7.0, 7.0]])
-    assert thresholds.dense_rank(noisy, torch.tensor([[0, 0, 0, 0, 0, 1]])).tolist() == [[0, 0, 1, 1, 2, 0]]
+    assert dense_rank(noisy, torch.tensor([[0, 0, 0, 0, 0, 1]]), 0.01).tolist() == [[0, 0, 1, 1, 2, 0]]
 
 
 def test_the_causal_correction_divides_by_the_rows_that_see_a_token(view: Any) -> None:
@@ -547,13 +547,14 @@ def test_long_videos_stay_small(peak_memory: Any) -> None:
     setup = """
 from vtc.methods.atp.method import ThresholdModule
 from vtc.methods.atp import thresholds as t
+from vtc.ops.rank import dense_rank
 n = 100_000
 own, cross, mask = torch.rand(1, n), torch.rand(1, n), torch.ones(1, n, dtype=torch.bool)
 frame = torch.arange(n)[None] // 196
 """
     code = """
-row = t.dense_rank((torch.arange(n)[None] % 196 // 14).float(), frame)
-col = t.dense_rank((torch.arange(n)[None] % 14).float(), frame)
+row = dense_rank((torch.arange(n)[None] % 196 // 14).float(), frame, 0.01)
+col = dense_rank((torch.arange(n)[None] % 14).float(), frame, 0.01)
 scaled = t.min_max(own, mask), t.min_max(cross, mask)
 red, spatial = t.redundancy_score(*scaled), t.spatial_score(row, col, (2, 4, 8), 3.0)
 theta = ThresholdModule(256, 256, True)(*scaled, mask)

@@ -84,7 +84,9 @@ def _acts(cls: type[Compressor], kind: str | None, family: str | None) -> bool:
 def _plans(cls: type[Compressor]) -> Iterator[tuple[str, Plan]]:
     """Each family and the plan of the method's defaults on each of its reference checkpoints, where it can run."""
     method = _by_default(cls)
-    for family, adapter in adapters.families().items() if method is not None else ():
+    if method is None:
+        return
+    for family, adapter in adapters.families().items():
         for reference in adapter.references:
             with contextlib.suppress(UnsupportedMethod):
                 yield family, method.plan(reference)

@@ -31,6 +31,7 @@ __all__ = [
     "EncoderStage",
     "ModelSpec",
     "Needs",
+    "Order",
     "Plan",
     "Positions",
     "Rows",
@@ -144,6 +145,9 @@ def _plain(value: Any) -> Any:
 
 
 Scope = Literal["item", "crop"]
+"""Whether tokens are ranked or merged over the whole item or in each of its crops, tiles or frames."""
+Order = Literal["raster", "official"]
+"""How what is left is laid out: in the order of the picture, or as the released code of a method lists it."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,8 @@ class ScoringCompressor(Compressor):
     def select(self, view: StageView) -> Selection:
         """Keep the `view.keep` best tokens of each item, in their original order."""
         keep = torch.tensor(view.keep, device=view.hidden.device)
-        crops = max((layout.n_crops for layout in view.items.layouts), default=1)
-        if self.scope == "item" or crops == 1:
+        if self.scope == "item" or view.most_crops == 1:
             chosen = top_k(self.score(view), keep, view.items.mask)
         else:
-            chosen = top_k_in_groups(self.score(view), view.crop, crops, keep, view.items.mask)
+            chosen = top_k_in_groups(self.score(view), view.crop, view.most_crops, keep, view.items.mask)
         return Selection(chosen, counts=view.keep)

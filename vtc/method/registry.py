@@ -52,8 +52,9 @@ class MethodRegistry:
             try:
                 dataclasses.dataclass(frozen=True)(cls)
             except (TypeError, ValueError) as error:  # a default that may change, a field without one behind others
+                reason = re.sub(r"<class '(\S+)'>", r"\1", one_line(error))
                 raise VTCError(
-                    f"{cls.__qualname__} cannot become a dataclass: {one_line(error)}; write its hyper-parameters as "
+                    f"{cls.__qualname__} cannot become a dataclass: {reason}; write its hyper-parameters as "
                     "fields with defaults that do not change, such as layers: tuple[int, ...] = (2, 6)"
                 ) from None
         self._classes[cls.name] = cls

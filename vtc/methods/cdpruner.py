@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, Scope, Selection, StageView
-from vtc.method.groups import Groups
+from vtc.method.parts import Groups
 from vtc.method.registry import register
 from vtc.ops.greedy import alignment, greedy_map, total
 from vtc.ops.select import settle

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import ClassVar
 
 from vtc.method.base import Compressor, Scope, Selection, StageView
-from vtc.method.groups import Groups
+from vtc.method.parts import Groups
 from vtc.method.registry import register
 from vtc.ops.greedy import k_center, most_isolated
 

@@ -12,7 +12,7 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection,
 from vtc.method.registry import register
 from vtc.ops.select import top_k
 
-Scope = Literal["item", "row"]
+Ranked = Literal["item", "row"]
 
 
 @register
@@ -36,7 +36,7 @@ class FastV(Compressor):
 
     layer: int = 2
     ratio: float | None = None
-    scope: Scope = "item"
+    scope: Ranked = "item"
 
     name = "fastv"
 

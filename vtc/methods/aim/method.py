@@ -16,6 +16,7 @@ from vtc.method.base import (
     EncoderStage,
     ModelSpec,
     Needs,
+    Order,
     Plan,
     Positions,
     Scope,
@@ -24,7 +25,7 @@ from vtc.method.base import (
     StageView,
 )
 from vtc.method.budget import tokens_to_keep
-from vtc.method.merging import groups, merge_items
+from vtc.method.parts import groups, merge_items
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
 from vtc.method.registry import register
 from vtc.methods.aim.importance import pagerank
@@ -33,7 +34,6 @@ from vtc.ops.merge import merge_plan
 from vtc.ops.select import top_k
 
 Metric = Literal["auto", "keys", "features"]
-Order = Literal["official", "raster"]
 Votes = Literal["alive", "masked"]
 
 

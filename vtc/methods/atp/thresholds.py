@@ -37,26 +37,6 @@ def redundancy_score(own: Tensor, cross: Tensor) -> Tensor:
     return (own + cross) / 2
 
 
-def dense_rank(values: Tensor, groups: Tensor, tolerance: float = 1e-2) -> Tensor:
-    """Number of the distinct smaller values in a token's group: the grid line a coordinate lies on. [I, N] int64.
-
-    Values that differ by at most `tolerance` from their neighbour in order are one line. groups: [I, N] whole numbers.
-
-    >>> dense_rank(torch.tensor([[0.5, 4.5, 0.5, 2.5, 2.5]]), torch.tensor([[0, 0, 0, 0, 1]])).tolist()
-    [[0, 2, 0, 1, 0]]
-    """
-    order = values.argsort(dim=1, stable=True)
-    order = order.gather(1, groups.gather(1, order).argsort(dim=1, stable=True))
-    value, group = values.gather(1, order), groups.gather(1, order)
-    opens = torch.ones_like(group, dtype=torch.bool)
-    opens[:, 1:] = group[:, 1:] != group[:, :-1]
-    line = torch.zeros_like(group)
-    line[:, 1:] = ((value[:, 1:] - value[:, :-1]).abs() > tolerance) & ~opens[:, 1:]
-    line = line.cumsum(1)
-    first = torch.where(opens, line, 0).cummax(1).values
-    return torch.empty_like(line).scatter_(1, order, line - first)
-
-
 def spatial_score(row: Tensor, col: Tensor, strides: Sequence[int], lambda_sample: float) -> Tensor:
     """1 - lambda_sample / s^2, clipped to [0, 1], of the best grid of stride s that a token lies on, 0 off all grids.
 

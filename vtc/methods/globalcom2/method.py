@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, ModelSpec, Needs, Order, Plan, Rows, Selection, StageView
 from vtc.method.layout import VisualItem
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.methods.globalcom2 import crops
+from vtc.ops.rank import inverse
 from vtc.ops.select import take_rows, top_k_of_groups
 
 Score = Literal["auto", "cls", "cosine", "received"]
-Order = Literal["raster", "official"]
 
 
 @register
@@ -87,7 +87,7 @@ class GlobalCom2(Compressor):
 
     def select(self, view: StageView) -> Selection:
         items, device = view.items, view.hidden.device
-        groups = max(layout.n_crops for layout in items.layouts)
+        groups = view.most_crops
         z = self._scores(view, groups)
         overall, sums, guided = _guidance(view, z, groups)
         thumbnail = torch.tensor(
@@ -233,7 +233,7 @@ def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[in
         sequence = torch.cat([view.tokens[rows, :count], newline[:, None].expand(-1, lines, -1)], dim=1)
         tokens[rows, :count] = take_rows(sequence, order[:, :count])
         keep[rows, :count] = torch.arange(count, device=keep.device) < kept.sum(1, keepdim=True) + lines
-        into[rows, :count] = torch.where(kept, order.argsort(dim=1)[:, :count], -1)
+        into[rows, :count] = torch.where(kept, inverse(order)[:, :count], -1)
         separators[rows] = False
     counts = selection.counts and [count + newlines.get(item, 0) for item, count in enumerate(selection.counts)]
     return Selection(keep, counts, tokens, into, separators)

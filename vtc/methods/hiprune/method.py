@@ -18,7 +18,7 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.registry import register
 from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
-from vtc.ops.select import apportion
+from vtc.ops.select import apportion, group_sizes
 
 Collision = Literal["exact", "official"]
 Split = Literal["exact", "floor"]
@@ -142,14 +142,11 @@ def _places(view: StageView) -> tuple[Tensor, Tensor, Tensor]:
 
 def _shares(view: StageView, budget: Sequence[int], split: Split) -> Tensor:
     """[I, G] budget of every tile."""
-    tiles = [layout.n_crops for layout in view.items.layouts]
-    mask, most = view.items.mask, max(tiles)
-    sizes = torch.zeros(len(tiles), most + 1, dtype=torch.long, device=mask.device)
-    sizes = sizes.scatter_add(1, torch.where(mask, view.crop, most), mask.long())[:, :most]
+    sizes, device = group_sizes(view.crop, view.most_crops, view.items.mask), view.hidden.device
     if split == "exact":
-        return apportion(torch.tensor(budget, device=mask.device), sizes)
-    floor = [total // count for total, count in zip(budget, tiles, strict=True)]
-    return torch.tensor(floor, device=mask.device)[:, None].minimum(sizes)
+        return apportion(torch.tensor(budget, device=device), sizes)
+    floor = [total // layout.n_crops for total, layout in zip(budget, view.items.layouts, strict=True)]
+    return torch.tensor(floor, device=device)[:, None].minimum(sizes)
 
 
 def _penalty(view: StageView) -> Tensor:

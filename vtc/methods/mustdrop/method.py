@@ -36,11 +36,10 @@ from vtc.methods.mustdrop.dual import (
     key_tokens,
     utilities,
 )
-from vtc.methods.mustdrop.window_merge import Windows, by_token
-from vtc.methods.mustdrop.windows import window_count
+from vtc.methods.mustdrop.windows import Windows, by_token, window_count
 from vtc.ops.select import front_pack, top_k
 
-Merge = Literal["threshold", "count", "off"]
+Windowing = Literal["threshold", "count", "off"]
 Filter = Literal["budget", "threshold", "off"]
 Average = Literal["true", "official"]
 
@@ -112,7 +111,7 @@ class MustDrop(Compressor):
     threshold drops a token, and a budget keeps the first ones. With keep=, step 1 grants each tile that many tokens.
     """
 
-    merge: Merge = "threshold"
+    merge: Windowing = "threshold"
     window: tuple[int, int] = (3, 3)
     tau: float = 0.8
     retain: int | None = None
@@ -285,8 +284,7 @@ class MustDrop(Compressor):
             return torch.zeros_like(view.items.mask)
         table = view.memory.get((self, "scores"))
         score = self._scores(view) if table is None else table.to(view.items.token.device).gather(1, view.items.token)
-        crops = max(layout.n_crops for layout in view.items.layouts)
-        return key_tokens(score, view.crop, crops, self.key_rate, view.items.mask)
+        return key_tokens(score, view.crop, view.most_crops, self.key_rate, view.items.mask)
 
     def _scores(self, view: StageView) -> Tensor:
         return view.vision_attention(*self.salience(view.model))

@@ -31,21 +31,6 @@ def redundancy_score(own: Tensor, cross: Tensor) -> Tensor:
     return torch.tensor([[(a + b) / 2 for a, b in zip(x, y, strict=True)] for x, y in _rows(own, cross)])
 
 
-def dense_rank(values: Tensor, groups: Tensor) -> Tensor:
-    """Sort a group's values; a step of more than a hundredth opens the next line."""
-    out = []
-    for row, group in _rows(values, groups):
-        lines: dict[tuple[int, float], int] = {}
-        for number in set(group):
-            ordered = sorted(value for value, own in zip(row, group, strict=True) if own == number)
-            line = 0
-            for place, value in enumerate(ordered):
-                line += place > 0 and value - ordered[place - 1] > 1e-2
-                lines[number, value] = line
-        out.append([lines[number, value] for value, number in zip(row, group, strict=True)])
-    return torch.tensor(out)
-
-
 def on_grid(row: Tensor, col: Tensor, stride: int) -> Tensor:
     return torch.tensor(
         [[not (r % stride or c % stride) for r, c in zip(x, y, strict=True)] for x, y in _rows(row, col)]
@@ -184,12 +169,6 @@ def _pair(size: Size) -> dict[str, Any]:
     return {"own": _table(size)[0], "cross": _table(size, 1)[0]}
 
 
-def _lines(size: Size) -> dict[str, Any]:
-    row, _ = _places(size)
-    shuffled = row[:, torch.randperm(row.shape[1], generator=torch.Generator().manual_seed(0))]
-    return {"values": shuffled * 2.0 + 0.5, "groups": torch.arange(row.shape[1]).expand_as(row) % 3 - 1}
-
-
 def _on_grid(size: Size) -> dict[str, Any]:
     row, col = _places(size)
     return {"row": row, "col": col, "stride": 2}
@@ -258,7 +237,6 @@ def _budget(size: Size) -> dict[str, Any]:
 CASES = (
     OpCase(ops.min_max, min_max, _scores, 1e-6),
     OpCase(ops.redundancy_score, redundancy_score, _pair, 1e-6),
-    OpCase(ops.dense_rank, dense_rank, _lines),
     OpCase(ops.on_grid, on_grid, _on_grid),
     OpCase(ops.spatial_score, spatial_score, _spatial, 1e-6),
     OpCase(ops.pool_bins, pool_bins, _pool, 1e-6),
