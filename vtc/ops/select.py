@@ -145,22 +145,22 @@ def out_of_groups(values: Tensor, place: Tensor, real: Tensor, length: int, empt
     return full.scatter(1, spare, values.flatten(1))[:, :length]
 
 
-def left_pack(keep: Tensor, length: int) -> Tensor:
+def left_pack(kept: Tensor, length: int) -> Tensor:
     """Indices that move the kept rows, in order, to the right end of `length` slots.
 
-    keep: [B, S] bool with at most `length` True per row. Returns [B, length]; the slots in front of a row's kept
+    kept: [B, S] bool with at most `length` True per row. Returns [B, length]; the slots in front of a row's kept
     entries point at dropped ones and must be masked by the caller.
 
     >>> left_pack(torch.tensor([[True, False, True], [False, True, False]]), 2).tolist()
     [[0, 2], [2, 1]]
     """
-    order = keep.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, keep.shape[1] - length :]
+    order = kept.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, kept.shape[1] - length :]
 
 
-def front_pack(keep: Tensor, length: int) -> Tensor:
+def front_pack(kept: Tensor, length: int) -> Tensor:
     """Indices of each row's kept entries in order, at the left end of `length` slots; [I, N] bool -> [I, length]."""
-    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
+    return (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _released_lines(layout: VisualItem) -> int:
 
 def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[int, int]) -> Selection:
     """The released order: its rows on each item's first places, newlines among them, instead of the model's own."""
-    keep, tokens = selection.keep.clone(), view.tokens.clone()
+    laid, tokens = selection.keep.clone(), view.tokens.clone()
     into, separators = torch.full_like(view.items.token, -1), view.separators.mask.clone()
     for layout, rows in _alike(view, newlines):
         grid, count = layout.regions[0][1:], layout.n_tokens - layout.newlines
@@ -232,8 +232,8 @@ def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[in
         newline = view.hidden[view.separators.row[rows], view.separators.index[rows, 0]]
         sequence = torch.cat([view.tokens[rows, :count], newline[:, None].expand(-1, lines, -1)], dim=1)
         tokens[rows, :count] = take_rows(sequence, order[:, :count])
-        keep[rows, :count] = torch.arange(count, device=keep.device) < kept.sum(1, keepdim=True) + lines
+        laid[rows, :count] = torch.arange(count, device=laid.device) < kept.sum(1, keepdim=True) + lines
         into[rows, :count] = torch.where(kept, inverse(order)[:, :count], -1)
         separators[rows] = False
     counts = selection.counts and [count + newlines.get(item, 0) for item, count in enumerate(selection.counts)]
-    return Selection(keep, counts, tokens, into, separators)
+    return Selection(laid, counts, tokens, into, separators)

@@ -115,9 +115,9 @@ class HiPrune(Compressor):
         share = _shares(view, budget, self.split)
         penalty = _penalty(view) if self.collision == "official" else None
         anchors = anchors_of(share, self.alpha)
-        keep = hierarchical(middle, deep, near, view.crop, share, anchors, items.mask, penalty)
+        kept = hierarchical(middle, deep, near, view.crop, share, anchors, items.mask, penalty)
         exact = self.collision == "exact" and self.split == "exact"
-        return Selection(keep, counts=budget if exact else None, separators=_separators(view, keep, self.newlines))
+        return Selection(kept, counts=budget if exact else None, separators=_separators(view, kept, self.newlines))
 
 
 def anchors_of(share: Tensor, alpha: float) -> Tensor:
@@ -155,12 +155,12 @@ def _penalty(view: StageView) -> Tensor:
     return 1 / torch.tensor(queries, device=view.hidden.device)[:, None]
 
 
-def _separators(view: StageView, keep: Tensor, newlines: Newlines) -> Tensor | Literal[False] | None:
+def _separators(view: StageView, kept: Tensor, newlines: Newlines) -> Tensor | Literal[False] | None:
     """What `Selection.separators` asks for; a budget above all tokens is spent on the first separators."""
     items, separators = view.items, view.separators
     if newlines == "keep" or not any(items.fixed):
         return None
-    device = keep.device
+    device = kept.device
     if newlines == "drop":
         spare = [max(0, total - now) for total, now in zip(view.granted, items.counts, strict=True)]
         if not any(spare):
@@ -172,7 +172,7 @@ def _separators(view: StageView, keep: Tensor, newlines: Newlines) -> Tensor | L
         layout.n_tokens - layout.newlines - math.prod(layout.regions[-1]) if layout.regions else 0
         for layout in items.layouts
     ]
-    counted = keep & items.mask & (items.token >= torch.tensor(begin, device=device)[:, None])
+    counted = kept & items.mask & (items.token >= torch.tensor(begin, device=device)[:, None])
     longest = max(layout.n_tokens for layout in items.layouts)
     total = torch.zeros(len(items), longest, dtype=torch.long, device=device)
     total = total.scatter_add(1, items.token, counted.long()).cumsum(1).gather(1, separators.token)

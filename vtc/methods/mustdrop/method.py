@@ -261,8 +261,8 @@ class MustDrop(Compressor):
         stage = self.after(view.model).index(layer)
         counts = [min(left[stage], now) for left, now in zip(progress.left, items.counts, strict=True)]
         utility = utilities(total, peak, self.gamma, self.alpha, items.mask)
-        keep = keep_with_keys(utility, key, torch.tensor(counts, device=key.device), items.mask)
-        return Selection(keep, counts=counts)
+        kept = keep_with_keys(utility, key, torch.tensor(counts, device=key.device), items.mask)
+        return Selection(kept, counts=counts)
 
     def _begin(self, view: StageView) -> Progress:
         """The key set and, under a budget, the schedule; synchronises once for the sizes of the key set."""

@@ -105,27 +105,27 @@ def merge_windows(x: Tensor, members: Tensor, chosen: Tensor) -> tuple[Tensor, T
     place = torch.where(chosen[..., None], members, length).flatten(1)
     taken = anchor[..., None].expand_as(members).flatten(1)
     into = members.new_full((items, length + 1), -1).scatter(1, place, taken)[:, :length]
-    keep = (into < 0) | (into == torch.arange(length, device=x.device))
-    return tokens, keep, into
+    kept = (into < 0) | (into == torch.arange(length, device=x.device))
+    return tokens, kept, into
 
 
-def merged_first(keep: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
+def merged_first(kept: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
     """The order with the merged tokens in front, the most uniform window first, then all others in token order.
 
-    keep: [I, N] bool of what is left after `merge_windows` (without padding); members, chosen, similarity as there and
+    kept: [I, N] bool of what is left after `merge_windows` (without padding); members, chosen, similarity as there and
     in `window_similarity`. Returns [I, N]: the token that goes to each place. Kept places in ascending order receive
     the tokens in the new order; the other places and tokens are matched somehow.
     """
-    items, length = keep.shape
+    items, length = kept.shape
     windows = chosen.shape[1]
-    tokens = torch.arange(length, device=keep.device)
+    tokens = torch.arange(length, device=kept.device)
     value = similarity.masked_fill(~chosen, -torch.inf)
     rank = inverse(order_by(best=value))
-    key = torch.where(keep, tokens + windows, tokens + windows + length)
+    key = torch.where(kept, tokens + windows, tokens + windows + length)
     key = torch.cat([key, key.new_zeros(items, 1)], dim=1)
     key = key.scatter(1, torch.where(chosen, members[..., 0], length), rank)[:, :length]
     order = key.argsort(dim=1)
-    return torch.empty_like(order).scatter(1, order_by(~keep), order)
+    return torch.empty_like(order).scatter(1, order_by(~kept), order)
 
 
 # --- of a view
@@ -153,22 +153,22 @@ class Windows:
     def merge(self, chosen: Tensor, *, in_front: bool = False) -> Selection:
         """Average the chosen windows [I, W]; in_front: the merged tokens become the first ones of their item."""
         items = self.view.items
-        tokens, keep, into = merge_windows(self.view.tokens, self.members, chosen)
-        keep = keep & items.mask
+        tokens, kept, into = merge_windows(self.view.tokens, self.members, chosen)
+        kept = kept & items.mask
         if in_front:
-            order = merged_first(keep, self.members, chosen, self.similarity)
+            order = merged_first(kept, self.members, chosen, self.similarity)
             tokens = take_rows(tokens, order)
-            steps = torch.arange(keep.shape[1], device=keep.device).expand_as(order)
+            steps = torch.arange(kept.shape[1], device=kept.device).expand_as(order)
             place = torch.empty_like(order).scatter(1, order, steps)
             into = place.gather(1, torch.where(into < 0, steps, into))
-        return Selection(keep, tokens=tokens, merged_into=into)
+        return Selection(kept, tokens=tokens, merged_into=into)
 
     def average(self, values: Tensor, chosen: Tensor, *, in_front: bool = False) -> Tensor:
         """[I, N] values of the tokens as they are after `merge`."""
-        merged, keep, _ = merge_windows(values[..., None], self.members, chosen)
+        merged, kept, _ = merge_windows(values[..., None], self.members, chosen)
         if in_front:
-            keep = keep & self.view.items.mask
-            merged = take_rows(merged, merged_first(keep, self.members, chosen, self.similarity))
+            kept = kept & self.view.items.mask
+            merged = take_rows(merged, merged_first(kept, self.members, chosen, self.similarity))
         return merged[..., 0]
 
 

@@ -159,10 +159,10 @@ class VQToken(Clustering, LearnedCompressor):
             codes = self._noise(view, codes)
         mixed: Tensor = view.module["vq_attn"](numbers, codes, lines, counts, residual=self.residual)
         first = cluster.describe(labels, most, mask).first
-        keep = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
+        kept = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
         if self.clusters == "elbow":
-            return lay(view, keep, mixed, labels, None)
-        selection = lay(view, keep, mixed, labels, view.keep)
+            return lay(view, kept, mixed, labels, None)
+        selection = lay(view, kept, mixed, labels, view.keep)
         whole = [granted == held for granted, held in zip(view.keep, view.items.counts, strict=True)]
         assert selection.tokens is not None
         if any(whole):  # alone, such an item would not reach the method

@@ -74,15 +74,15 @@ def plain_top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tens
     return _marks(rows, scores.shape[1])
 
 
-def plain_left_pack(keep: Tensor, length: int) -> Tensor:
+def plain_left_pack(kept: Tensor, length: int) -> Tensor:
     """Dropped places, then kept ones, of each row; its last `length` entries."""
-    rows = [[p for p, k in enumerate(row) if not k] + [p for p, k in enumerate(row) if k] for row in keep.tolist()]
+    rows = [[p for p, k in enumerate(row) if not k] + [p for p, k in enumerate(row) if k] for row in kept.tolist()]
     return torch.tensor([row[len(row) - length :] for row in rows])
 
 
-def plain_front_pack(keep: Tensor, length: int) -> Tensor:
+def plain_front_pack(kept: Tensor, length: int) -> Tensor:
     """Kept places, then dropped ones, of each row; its first `length` entries."""
-    rows = [[p for p, k in enumerate(row) if k] + [p for p, k in enumerate(row) if not k] for row in keep.tolist()]
+    rows = [[p for p, k in enumerate(row) if k] + [p for p, k in enumerate(row) if not k] for row in kept.tolist()]
     return torch.tensor([row[:length] for row in rows])
 
 
@@ -141,8 +141,8 @@ def _shares(size: Size) -> dict[str, Any]:
 def _packed(size: Size) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(4)
     rows, width = (3, 9) if size == "small" else (8, 20000)
-    keep = torch.rand(rows, width, generator=generator) < 0.4
-    return {"keep": keep, "length": int(keep.sum(1).max())}
+    kept = torch.rand(rows, width, generator=generator) < 0.4
+    return {"kept": kept, "length": int(kept.sum(1).max())}
 
 
 def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
