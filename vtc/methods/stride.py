@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 import torch
 
 from vtc.method.base import Compressor, Selection, StageView
-from vtc.method.layout import Grid
 from vtc.method.registry import register
-from vtc.ops.grid import split_budget, strided
+from vtc.ops.grid import Grid, split_budget, strided
 
 
 @register
