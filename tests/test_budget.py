@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtc.errors import BudgetError
-from vtc.method.budget import Budget, tokens_to_keep
+from vtc.method.budget import Budget, left_by_stages, spend, tokens_to_keep
 
 
 def test_every_fraction_is_met_exactly() -> None:
@@ -112,7 +112,7 @@ def test_the_mean_over_the_layers_meets_the_budget(count: int, layers: int, data
     budget = Budget(keep=keep)
     exact = Fraction(layers * keep - layer * count, layers - layer)
     if keep < count and exact < Fraction(1, 2):
-        with pytest.raises(BudgetError, match="cannot be met by pruning at layer"):
+        with pytest.raises(BudgetError, match=rf"cannot be met: {layer} of {layers} LLM layers see {count} tokens"):
             budget.tokens_from_layer(count, layer, layers)
         return
     later = budget.tokens_from_layer(count, layer, layers)
@@ -131,8 +131,10 @@ def test_a_budget_that_is_met_anyway_keeps_everything() -> None:
 def test_the_error_names_a_budget_that_works() -> None:
     with pytest.raises(BudgetError, match=r"a mean of 30 of 576 visual tokens per layer.*at least 37 tokens") as caught:
         Budget(keep=30).tokens_from_layer(576, 2, 32)
-    assert "pruning at layer 2 of 32" in str(caught.value)
-    assert "(retention 0.065) or prune earlier" in str(caught.value)
+    assert str(caught.value) == (
+        "a mean of 30 of 576 visual tokens per layer cannot be met: 2 of 32 LLM layers see 576 tokens before any is "
+        "dropped; ask for at least 37 tokens (retention 0.065), prune earlier or merge more"
+    )
     assert Budget(keep=37).tokens_from_layer(576, 2, 32) == 1
 
 
@@ -146,3 +148,52 @@ def test_the_named_budget_always_works(count: int, layers: int, data: st.DataObj
         assert Budget(keep=least).tokens_from_layer(count, layer, layers) >= 1
         share = float(str(error).split("(retention ")[1].split(")")[0])
         assert Budget(retention=min(1.0, share)).tokens_from_layer(count, layer, layers) >= 1
+
+
+# --- one solver
+@pytest.mark.parametrize(
+    ("tokens", "least", "granted", "fixed", "spans", "left"),
+    [
+        (576, 47, 192, 0, (3, 4, 4, 4, 17), (361, 226, 141, 88)),
+        (576, 47, 128, 0, (3, 4, 4, 4, 17), (243, 102, 47, 47)),
+        (576, 1, 72, 0, (2, 8, 8, 14), (114, 23, 4)),
+        (2880, 231, 720, 24, (3, 4, 4, 4, 17), (1405, 686, 335, 231)),
+        (150, 12, 17, 1, (3, 4, 4, 4, 17), (3, 2, 2, 2)),
+        (7, 1, 3, 0, (1, 1, 2), (3, 1)),
+        (16, 2, 15, 3, (1, 3), (11,)),
+        (0, 0, 1, 5, (3, 4), (0,)),
+    ],
+)
+def test_stages_leave_what_they_left(
+    tokens: int, least: int, granted: int, fixed: int, spans: tuple[int, ...], left: tuple[int, ...]
+) -> None:
+    assert left_by_stages(tokens, least, granted, fixed, tokens + fixed, spans) == left
+
+
+def test_what_every_layer_sees_counts() -> None:
+    with pytest.raises(BudgetError) as caught:
+        left_by_stages(576, 1, 144, 24, 600, (8, 8, 8, 8))
+    assert str(caught.value) == (
+        "a mean of 144 of 600 visual tokens per layer cannot be met: 8 of 32 LLM layers see 576 tokens and 24 "
+        "separators before any is dropped; ask for at least 169 tokens (retention 0.282), prune earlier or merge more"
+    )
+    assert left_by_stages(576, 1, 169, 24, 600, (8, 8, 8, 8)) == (2, 1, 1)
+
+
+SPANS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@given(st.integers(0, 400), SPANS, st.integers(0, 9), st.integers(0, 4000))
+def test_no_point_of_the_curve_comes_closer(most: int, spans: list[int], fixed: int, total: int) -> None:
+    """Against trying every count."""
+    points = [[max(0, count - 3 * number) for number in range(len(spans))] for count in range(most + 1)]
+
+    def seen(counts: list[int]) -> int:
+        return sum(span * (count + fixed) for span, count in zip(spans, counts, strict=True))
+
+    found = spend(total, spans, lambda x: points[min(most, math.floor((most + 1) * x))], fixed=fixed, slack=math.inf)
+    nearest = min(points, key=lambda counts: abs(seen(counts) - total))
+    assert abs(seen(found) - total) == abs(seen(nearest) - total)
+    if total < seen(points[0]):
+        with pytest.raises(BudgetError, match=f"ask for at least {math.ceil(seen(points[0]) / sum(spans))} tokens, pr"):
+            spend(total, spans, lambda x: points[0], fixed=fixed)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vtc.method.registry import METHODS, list_methods
+from vtc.method.registry import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +51,14 @@ def test_methods_json_is_alone_on_stdout() -> None:
         assert entry["stages"]
 
 
+def test_methods_are_filtered() -> None:
+    chosen = json.loads(
+        vtc("methods", "vq*", "--untrained", "--stage", "pre_llm", "--family", "llava", "--json").stdout
+    )
+    assert [entry["name"] for entry in chosen] == ["vqtoken_codebook"]
+    refused(vtc("methods", "--stage", "cahce"), "unknown stage 'cahce'; did you mean 'cache'")
+
+
 def test_methods_table_and_long_text() -> None:
     assert "vtc_cls" in vtc("methods").stdout
     assert "2412.05819" not in vtc("methods").stdout
@@ -62,7 +70,7 @@ def test_the_document_about_methods_is_the_commands_output() -> None:
     assert document.read_text(encoding="utf-8") == vtc("methods", "--markdown").stdout, "run `make results`"
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_every_published_method_says_where_it_departs(name: str) -> None:
     """Baselines of our own have no paper to depart from."""
     text = (METHODS.get(name).__doc__ or "").replace("\n", " ")

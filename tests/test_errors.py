@@ -117,7 +117,7 @@ class Chooser(ScoringCompressor):
 
 
 class Undecorated(Compressor):
-    name: ClassVar[str] = "undecorated"
+    layers: list[int] = [2, 6]  # noqa: RUF012
 
     def select(self, view: StageView) -> Selection | None:
         return None
@@ -429,11 +429,11 @@ CASES: dict[str, Case] = {
     ),
     "layers in front of the first stage": Case(
         lambda: vtc.compress(model(), LastRowTopK(layer=3), retention=0.75),
-        BudgetError, "retention=0.75", "3 of 4 LLM layers see every token", "ask for more than 0.750, or prune earlier",
+        BudgetError, "retention=0.75", "3 of 4 LLM layers see every token", "ask for more than 0.750, prune earlier",
     ),
     "mean over layers": Case(
         lambda: run(LastRowTopK(layer=3), keep=8),
-        BudgetError, "a mean of 8 of 16", "the layers before it already use more", "ask for at least 13 tokens",
+        BudgetError, "a mean of 8 of 16", "3 of 4 LLM layers see 16 tokens", "ask for at least 13 tokens",
     ),
     # cache
     "other stages": Case(
@@ -611,7 +611,7 @@ CASES: dict[str, Case] = {
     ),
     "no dataclass": Case(
         lambda: MethodRegistry().register(Undecorated),
-        VTCError, "Undecorated", "is no dataclass", "decorate it with @dataclass(frozen=True)",
+        VTCError, "Undecorated cannot become a dataclass", "mutable default", "fields with defaults that do not change",
     ),
     "method name": Case(
         lambda: vtc.create("vtc-cls"),

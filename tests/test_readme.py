@@ -14,6 +14,7 @@ import torch
 
 import vtc
 import vtc.testing
+from vtc.method.registry import METHODS
 from vtc.testing import tiny_inputs, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,10 @@ def test_the_method_of_ones_own_keeps_the_contract(monkeypatch: pytest.MonkeyPat
     checked: list[Any] = []
     few = functools.partial(vtc.testing.check_method, models=SIZES, generation=["greedy"], steps=2)
     monkeypatch.setattr(vtc.testing, "check_method", lambda *args: checked.append(few(*args)))
+    before = vtc.list_methods()
     names = run(OWN)
+    assert {*vtc.list_methods()} - {*before} == {"unusual"}
+    METHODS.unregister("unusual")
     (cells,) = checked
     assert {cell.model for cell in cells} == set(SIZES)
     assert all(cell.passed and cell.method == "unusual" for cell in cells)

@@ -7,16 +7,17 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 
 import vtc
 import vtc.methods
+from vtc.app.catalogue import describe_methods
 from vtc.errors import UnknownName, VTCError
 from vtc.method.base import Compressor, ScoringCompressor, Selection, StageView
 from vtc.method.registry import METHODS, MethodRegistry
@@ -96,11 +97,11 @@ def test_every_method_is_an_immutable_documented_value(name: str) -> None:
     assert cls.version >= 1
     assert cls.__doc__ is not None
     doc = " ".join(parent.__doc__ or "" for parent in cls.__mro__)
-    for field in dataclasses.fields(cls):
-        assert field.default is not dataclasses.MISSING, f"{name}.{field.name} has no default"
-        assert field.name in doc, f"{name}.{field.name} is not described"
+    for given in dataclasses.fields(cls):
+        assert given.default is not dataclasses.MISSING, f"{name}.{given.name} has no default"
+        assert given.name in doc, f"{name}.{given.name} is not described"
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(method, field.name, field.default)
+            setattr(method, given.name, given.default)
 
 
 def test_hyper_parameters_go_by_name() -> None:
@@ -128,6 +129,57 @@ def test_names_without_near_matches_get_the_list(clip: Any) -> None:
     assert str(caught.value) == f"unknown method 'xyzzy'; Known methods: {', '.join(vtc.list_methods())}"
 
 
+# --- filters
+def test_methods_by_pattern_stage_training_and_family() -> None:
+    names = vtc.list_methods()
+    assert vtc.list_methods("vq*") == ["vqtoken", "vqtoken_codebook"]
+    assert vtc.list_methods("random") == ["random"]
+    assert {*vtc.list_methods("*", trained=True)} | {*vtc.list_methods(trained=False)} == {*names}
+    assert vtc.list_methods(trained=True) == [name for name in names if METHODS.get(name).trained] != []
+    assert vtc.list_methods(stage="cache") == ["mustdrop"]
+    assert {"fastv", "pyramiddrop", "atp"} <= {*vtc.list_methods(stage="llm")}
+    assert {"random", "pool"} <= {*vtc.list_methods(stage="pre_llm")}
+    assert "random" not in vtc.list_methods(stage="llm")
+    assert "mustdrop" in vtc.list_methods(stage="encoder", family="llava")
+    assert "mustdrop" not in vtc.list_methods(
+        stage="encoder", family="qwen2.5-vl"
+    )  # there it merges in front of the LLM
+    assert {*vtc.list_methods(stage="encoder", family="llava")} <= {*vtc.list_methods(stage="encoder")}
+    assert vtc.list_methods("a*", trained=True, stage="cache") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pattern": "vqtokn"}, r"unknown method 'vqtokn'; did you mean 'vqtoken'"),
+        ({"pattern": "zz*"}, r"unknown method 'zz\*'; Known methods: .*vtc_cls"),
+        ({"pattern": 3}, r"unknown method 3; Known methods"),
+        (
+            {"stage": "pre-llm"},
+            r"unknown stage 'pre-llm'; did you mean 'pre_llm'.* Known stages: cache, encoder, llm, pre",
+        ),
+        ({"stage": 0}, r"unknown stage 0; Known stages"),
+        ({"family": "lava"}, r"unknown family 'lava'; did you mean 'llava'.* Known families: internvl, llava"),
+        ({"family": ["llava"]}, r"unknown family \['llava'\]"),
+        ({"trained": "yes"}, r"trained='yes' is neither True nor False; leave it out"),
+    ],
+)
+def test_filters_that_select_nothing(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(VTCError, match=message):
+        vtc.list_methods(**given)
+
+
+def test_a_method_without_defaults_is_listed_all_the_same(fresh_scan: None) -> None:
+    @vtc.register
+    class Demanding(Mine):
+        name: ClassVar[str] = "demanding"
+        level: int = field(kw_only=True)
+
+    (entry,) = describe_methods(vtc.list_methods("demanding"))
+    assert (entry["stages"], entry["families"], entry["hyper_parameters"]["level"]) == ([], [], None)
+    assert vtc.list_methods("demanding", family="llava") == []
+
+
 # --- registration
 def test_registration_by_hand(clip: Any, fresh_scan: None) -> None:
     assert vtc.register(Mine) is Mine
@@ -151,16 +203,57 @@ def test_a_name_is_given_once(fresh_scan: None) -> None:
         vtc.register(dataclass(frozen=True)(Random))
 
 
-def test_a_class_that_is_no_dataclass_is_refused() -> None:
-    class Plain(Compressor):
-        alpha: float = 1.0  # would silently be no hyper-parameter
-        name: ClassVar[str] = "plain"
+def test_registration_makes_the_dataclass() -> None:
+    registry = MethodRegistry()
 
-        def select(self, view: StageView) -> Selection | None:
-            return None
+    @registry.register
+    class TopNorm2(ScoringCompressor):
+        power: float = 2.0
+        layers: Sequence[int] = (2, 6)
+        order: Literal["up", "down"] = "up"
 
-    with pytest.raises(VTCError, match=r"Plain is no dataclass; decorate it with @dataclass\(frozen=True\)"):
-        MethodRegistry().register(Plain)
+        def score(self, view: StageView) -> torch.Tensor:
+            return view.tokens.norm(dim=-1) ** self.power
+
+    assert TopNorm2.name == "top_norm2"
+    assert registry.parameters("top_norm2") == ["scope", "power", "layers", "order"]
+    method = registry.create("top_norm2", power=3, layers=[1, 2])
+    assert dataclasses.asdict(method) == {"scope": "item", "power": 3.0, "layers": (1, 2), "order": "up"}
+    assert hash(method) == hash(TopNorm2(3.0, (1, 2)))  # type: ignore[call-arg]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.power = 1.0  # type: ignore[attr-defined]
+    with pytest.raises(UnknownName, match="unknown order 'upp'; did you mean 'up'"):
+        registry.create("top_norm2", order="upp")
+    with pytest.raises(VTCError, match=r"layers=3 of 'top_norm2' is not a tuple of whole numbers; write .*\(2, 6\)"):
+        registry.create("top_norm2", layers=3)
+
+
+def test_a_dataclass_stays_as_it_was_written() -> None:
+    @MethodRegistry().register
+    @dataclass(frozen=True, kw_only=True)
+    class Careful(Mine):
+        name: ClassVar[str] = "careful"
+        level: int = field(default=1, metadata={"unit": "tokens"}, compare=False)
+
+    assert Careful(level=2) == Careful(level=3)
+    assert dataclasses.fields(Careful)[-1].metadata == {"unit": "tokens"}
+    with pytest.raises(TypeError):
+        Careful(1.0, 2)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"layers": (list, [1, 2])}, "mutable default"),
+        ({"first": (int, 1), "second": (int,)}, "non-default argument 'second' follows default argument"),
+    ],
+)
+def test_fields_that_make_no_dataclass(fields: dict[str, Any], reason: str) -> None:
+    body = {name: default[0] for name, (_, *default) in fields.items() if default}
+    annotations = {name: kind for name, (kind, *_) in fields.items()}
+    odd = type("Odd", (Mine,), {**body, "__annotations__": annotations, "name": "odd"})
+    with pytest.raises(VTCError, match=rf"Odd cannot become a dataclass: .*{reason}.*; write its hyper-parameters as"):
+        MethodRegistry().register(odd)
 
 
 @pytest.mark.parametrize("given", [3, None, ["random"], {}, b"random", Mine])
@@ -187,14 +280,21 @@ def test_other_names_are_free(given: str) -> None:
     assert registry.create(registry.register(cls).name) == cls()
 
 
-def test_a_class_without_a_name() -> None:
-    @dataclass(frozen=True)
+def test_names_come_from_the_class_unless_they_are_written() -> None:
     class Nameless(Compressor):
         def select(self, view: StageView) -> Selection | None:
             return None
 
-    with pytest.raises(VTCError, match="Nameless has name=None"):
-        MethodRegistry().register(Nameless)
+    class NamelessToo(Nameless): ...
+
+    class Written(Nameless):
+        name = "mine"
+
+    class Inherited(Written): ...
+
+    assert [Nameless.name, NamelessToo.name, Nameless().name] == ["nameless", "nameless_too", "nameless"]
+    assert [Written.name, Inherited.name] == ["mine", "mine"]
+    assert MethodRegistry().register(NamelessToo).name == "nameless_too"
 
 
 @pytest.mark.parametrize("given", [3, "random", None, vtc.create("random"), int, lambda: None])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import typing
 
+from vtc.app.catalogue import list_methods
 from vtc.engine.attach import Handle, compress, share_encoder
 from vtc.errors import VTCError
 from vtc.method.base import (
@@ -28,7 +29,7 @@ from vtc.method.base import (
 )
 from vtc.method.budget import Budget, tokens_to_keep
 from vtc.method.readings import LLMReading, VisionReading
-from vtc.method.registry import create, list_methods, register
+from vtc.method.registry import create, register
 
 if typing.TYPE_CHECKING:
     from vtc import adapters as adapters

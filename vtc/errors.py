@@ -70,7 +70,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], also: Iterable[s
     given = name.lower() if isinstance(name, str) else ""
     near = [lower[match] for match in difflib.get_close_matches(given, lower, n=3, cutoff=0.5)]
     hint = f" did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    kinds = kind if kind.endswith("s") else f"{kind}s"
+    kinds = kind if kind.endswith("s") else f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
     return UnknownName(f"unknown {kind} {shown(name)};{hint} Known {kinds}: {', '.join(options) or 'none'}")
 
 

@@ -8,7 +8,6 @@ passing tokens together average the count of the schedule.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,16 +103,12 @@ def calibrate(
 
 def _count(pool: _Pool, retention: float, layers: Sequence[int], depth: int, index: int) -> float:
     """Mean tokens per item behind module number `index`, unrounded, at least one."""
-    tokens = torch.tensor([pool.tokens / pool.items])
-    fixed = pool.fixed / pool.items
-    target = retention * (tokens + fixed) - fixed
-    alpha = thresholds.decay_rate(tokens, torch.minimum(target, tokens), layers, depth).item()
-    if math.isnan(alpha):
-        raise BudgetError(
-            f"retention={retention:g} cannot be met by pruning behind layer {layers[0]} of {depth}, where "
-            f"{(layers[0] + 1) / depth:.3f} are used up; ask for more, or prune from an earlier layer"
-        )
-    return max(1.0, tokens.item() * alpha ** (index + 1))
+    tokens, fixed = pool.tokens / pool.items, pool.fixed / pool.items
+    granted = retention * (tokens + fixed)
+    try:
+        return max(1.0, thresholds.decay(tokens, granted, layers, depth, fixed=fixed)[index])
+    except BudgetError as error:
+        raise BudgetError(f"retention={retention:g} of these prompts: {error}") from None
 
 
 def _constants(probe: _Probe, wanted: float) -> tuple[float, float]:

@@ -19,8 +19,9 @@ from torch import Tensor
 import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Rows
-from vtc.method.merging import groups, share
+from vtc.method.parts import groups, share
 from vtc.methods.aim.method import AIM, Importance
+from vtc.methods.aim.schedule import entering_tokens, falling_shares, moved_tokens
 from vtc.ops.merge import merge_plan
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import merge as plain
@@ -128,8 +129,41 @@ def test_pruning_alone_meets_the_budget(model: ModelSpec, count: int, retention:
     assert abs(sum(counts) / model.llm_layers - granted) <= 1
 
 
+@pytest.mark.parametrize(
+    ("entered", "granted", "layers", "bounds", "counts"),
+    [
+        (576, 227, 28, (14, 22), [576] * 7 + [542, 470, 398, 326, 254, 182, 110, 38] + [0] * 13),
+        (144, 69, 32, (16, 25), [144] * 11 + [133, 117, 101, 85, 69, 53, 37, 21, 5] + [0] * 12),
+        (352, 247, 28, (14, 22), [352] * 16 + [314, 270, 226, 182, 138, 94, 50, 6] + [0] * 4),
+        (6, 3, 41, (20, 32), [6] * 15 + [5, 5, 4, 4, 3, 3, 2, 2, 1, 1] + [0] * 16),
+        (10, 4, 5, (2, 3), [10, 10] + [0] * 3),
+    ],
+)
+def test_moved_schedules_stay_what_they_were(
+    entered: int, granted: int, layers: int, bounds: tuple[int, int], counts: list[int]
+) -> None:
+    """Where several layers change at once, rounding must not part them."""
+    assert moved_tokens(entered, granted * layers, layers, *bounds) == counts
+
+
+@pytest.mark.parametrize(
+    ("count", "fixed", "granted", "layers", "bounds", "entering"),
+    [
+        (576, 0, 144, 32, (13, 21), 263),
+        (576, 24, 72, 32, (13, 21), 108),
+        (1569, 27, 400, 28, (14, 22), 579),
+        (9, 12, 1, 8, (4, 6), 1),
+        (33, 0, 33, 8, (4, 6), 33),
+    ],
+)
+def test_entering_counts_stay_what_they_were(
+    count: int, fixed: int, granted: int, layers: int, bounds: tuple[int, int], entering: int
+) -> None:
+    assert entering_tokens(count, fixed, granted * layers, falling_shares(layers, *bounds)) == entering
+
+
 def test_budgets_that_cannot_be_met() -> None:
-    with pytest.raises(BudgetError, match=r"cannot be met by pruning alone.* ask for at least 22, or merge as well"):
+    with pytest.raises(BudgetError, match=r"1 of 28 LLM layers .* at least 22 tokens .* or merge more"):
         AIM(merge=False).layer_counts(ONEVISION, 600, 6)
     with pytest.raises(BudgetError, match=r"schedule=\(7, 8\) leaves 171.4 of 600 without any merging"):
         AIM(schedule=(7, 8)).merged_count(ONEVISION, 600, 0, 300)

@@ -19,9 +19,9 @@ from vtc import adapters
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.eval.training import calibration
 from vtc.method.base import ModelSpec, Rows, StageView
-from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
-from vtc.methods.atp.training_free import schedule
+from vtc.methods.atp.thresholds import decay_counts
+from vtc.ops.rank import dense_rank
 from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 from vtc.testing.plain import thresholds as plain
 
@@ -175,9 +175,9 @@ def test_every_crop_and_frame_has_a_grid_of_its_own(make_view: Any, shape: Any) 
 
 def test_pooled_coordinates_become_lines() -> None:
     rows = torch.tensor([[0.5, 0.5, 2.5, 2.5, 4.5, 4.5]])
-    assert thresholds.dense_rank(rows, torch.zeros(1, 6).long()).tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert dense_rank(rows, torch.zeros(1, 6).long(), 0.01).tolist() == [[0, 0, 1, 1, 2, 2]]
     noisy = torch.tensor([[0.0, 1e-4, 1.0, 0.9999, 7.0, 7.0]])
-    assert thresholds.dense_rank(noisy, torch.tensor([[0, 0, 0, 0, 0, 1]])).tolist() == [[0, 0, 1, 1, 2, 0]]
+    assert dense_rank(noisy, torch.tensor([[0, 0, 0, 0, 0, 1]]), 0.01).tolist() == [[0, 0, 1, 1, 2, 0]]
 
 
 def test_the_causal_correction_divides_by_the_rows_that_see_a_token(view: Any) -> None:
@@ -321,15 +321,16 @@ def test_the_answer_sets_no_score(clip: Any, stored: Any) -> None:
 
 
 # --- exact counts
-@given(st.integers(1, 3000), st.floats(0.05, 1), st.integers(2, 60), st.data())
-def test_the_schedule_meets_the_mean(tokens: int, share: float, depth: int, data: st.DataObject) -> None:
+@given(st.integers(1, 3000), st.integers(0, 40), st.floats(0.05, 1), st.integers(2, 60), st.data())
+def test_the_schedule_meets_the_mean(tokens: int, fixed: int, share: float, depth: int, data: st.DataObject) -> None:
     layers = sorted(data.draw(st.sets(st.integers(0, depth - 2), min_size=1, max_size=4)))
-    target = share * tokens
-    if target < tokens * (layers[0] + 1) / depth:
-        with pytest.raises(BudgetError, match="cannot be met by pruning behind layer"):
-            schedule([tokens], [target], layers, depth)
+    granted = vtc.tokens_to_keep(tokens + fixed, share)
+    target = granted - fixed
+    if depth * target < tokens * (layers[0] + 1):
+        with pytest.raises(BudgetError, match=rf"cannot be met: {layers[0] + 1} of {depth} LLM layers see {tokens} "):
+            decay_counts(tokens, granted, layers, depth, fixed=fixed)
         return
-    kept = [counts[0] for counts in schedule([tokens], [target], layers, depth)]
+    kept = decay_counts(tokens, granted, layers, depth, fixed=fixed)
     assert kept == sorted(kept, reverse=True)
     assert all(1 <= count <= tokens for count in kept)
     mean = plain.mean_over_layers(torch.tensor(kept)[:, None], torch.tensor([float(tokens)]), layers, depth)
@@ -337,12 +338,26 @@ def test_the_schedule_meets_the_mean(tokens: int, share: float, depth: int, data
 
 
 def test_the_published_schedule() -> None:
-    assert schedule([576], [144], (4, 14, 24), 32) == [[135], [31], [7]]
-    message = r"a mean of 64 of 576 .* layer 4 of 32: .* already use 90\.0; ask for at least 90 .* layers=\(2, \.\.\.\)"
+    assert decay_counts(576, 144, (4, 14, 24), 32) == [135, 31, 7]
+    message = r"a mean of 64 of 576 .* 5 of 32 LLM layers see 576 tokens .* ask for at least 90 .* prune earlier"
     with pytest.raises(BudgetError, match=message):
-        schedule([576], [64], (4, 14, 24), 32)
-    with pytest.raises(BudgetError, match="a method that acts before the LLM"):
-        schedule([576], [10], (0,), 32)
+        decay_counts(576, 64, (4, 14, 24), 32, of=576)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "granted", "fixed", "layers", "depth", "kept"),
+    [
+        (576, 90, 0, (4, 14, 24), 32, [1, 1, 1]),
+        (576, 576, 0, (4, 14, 24), 32, [576, 576, 576]),
+        (2880, 720, 24, (4, 14, 24), 32, [628, 137, 29]),
+        (150, 40, 7, (0, 3), 8, [30, 6]),
+        (3, 1, 0, (0,), 4, [1]),
+    ],
+)
+def test_counts_stay_what_they_were(
+    tokens: int, granted: int, fixed: int, layers: tuple[int, ...], depth: int, kept: list[int]
+) -> None:
+    assert decay_counts(tokens, granted, layers, depth, fixed=fixed) == kept
 
 
 @pytest.mark.parametrize("budget", [{"retention": 0.25}, {"retention": 0.5}, {"retention": 1.0}, {"keep": 30}], ids=str)
@@ -352,7 +367,8 @@ def test_the_plain_budget(view: Any, kept: Any, budget: Any, share: float) -> No
     seen = view(shapes, **budget)
     method = vtc.create("atp_training_free", spatial_share=share)
     found = kept(seen, method.select(seen))
-    counts = schedule([h * w for h, w in shapes], list(map(float, seen.granted)), (4, 14, 24), 32)[0]
+    granted = zip(shapes, seen.granted, strict=True)
+    counts = [decay_counts(h * w, mean, (4, 14, 24), 32)[0] for (h, w), mean in granted]
     for item, scores in enumerate(plain_scores(seen)):
         width, count = shapes[item][1], min(counts[item], len(scores["red"]))
         grids = {s: [j for j in range(len(scores["red"])) if not (j // width % s or j % width % s)] for s in (2, 4, 8)}
@@ -410,7 +426,7 @@ def test_a_calibration_meets_its_mean_on_its_own_prompts(clip: Any, tmp_path: Pa
     ):
         with pytest.raises(VTCError, match=f"were made with {field}="):
             vtc.compress(clip, dataclasses.replace(run, **changed))
-    with pytest.raises(BudgetError, match=r"retention=0\.2 cannot be met"):
+    with pytest.raises(BudgetError, match=r"retention=0\.2 of these prompts: a mean of .* cannot be met"):
         calibration.calibrate(clip, prompts[:1], 0.2, method)  # type: ignore[arg-type]
 
 
@@ -531,13 +547,14 @@ def test_long_videos_stay_small(peak_memory: Any) -> None:
     setup = """
 from vtc.methods.atp.method import ThresholdModule
 from vtc.methods.atp import thresholds as t
+from vtc.ops.rank import dense_rank
 n = 100_000
 own, cross, mask = torch.rand(1, n), torch.rand(1, n), torch.ones(1, n, dtype=torch.bool)
 frame = torch.arange(n)[None] // 196
 """
     code = """
-row = t.dense_rank((torch.arange(n)[None] % 196 // 14).float(), frame)
-col = t.dense_rank((torch.arange(n)[None] % 14).float(), frame)
+row = dense_rank((torch.arange(n)[None] % 196 // 14).float(), frame, 0.01)
+col = dense_rank((torch.arange(n)[None] % 14).float(), frame, 0.01)
 scaled = t.min_max(own, mask), t.min_max(cross, mask)
 red, spatial = t.redundancy_score(*scaled), t.spatial_score(row, col, (2, 4, 8), 3.0)
 theta = ThresholdModule(256, 256, True)(*scaled, mask)

@@ -14,7 +14,7 @@ from torch import Tensor
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import ModelSpec, Needs
-from vtc.method.groups import Groups, _largest_share
+from vtc.method.parts import Groups, _largest_share
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 SHAPES = [(7, 9), (16, 16), (1, 1), (2, 3), (1, 2)]

@@ -115,7 +115,7 @@ def test_plan_defaults_and_refusals(make_view: Any) -> None:
     with pytest.raises(UnsupportedMethod, match="LLM layer 4; this llava model has layers 0 to 3"):
         vtc.compress(tiny_model("llava-clip"), "fastv", layer=4, retention=0.9)
     view = make_view([(24, 24)], stage=2, spec=LLAMA, retention=0.05)
-    with pytest.raises(BudgetError, match=r"a mean of 29 of 576 .* layer 2 of 32.*retention 0.065"):
+    with pytest.raises(BudgetError, match=r"a mean of 29 of 576 .* 2 of 32 LLM layers .*retention 0.065"):
         vtc.create("fastv").select(view)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import CacheStage, EncoderStage, ModelSpec, Needs, Rows, StageView
-from vtc.method.schedule import geometric_schedule
+from vtc.method.budget import left_by_stages
 from vtc.methods.mustdrop.dual import dual_filter, keep_with_keys, key_tokens, utilities
 from vtc.methods.mustdrop.method import TEXT
 from vtc.methods.mustdrop.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
@@ -120,19 +120,21 @@ def test_tokens_far_beyond_the_memory_of_pairs(peak_memory: Any) -> None:
 SPANS = st.lists(st.integers(1, 17), min_size=2, max_size=5)
 
 
-@given(st.integers(1, 3000), st.floats(0, 0.3), SPANS, st.floats(0.01, 1.2))
-def test_the_schedule_meets_the_total(tokens: int, rate: float, spans: list[int], share: float) -> None:
+@given(st.integers(1, 3000), st.floats(0, 0.3), st.integers(0, 40), SPANS, st.floats(0.01, 1))
+def test_the_schedule_meets_the_budget(tokens: int, rate: float, fixed: int, spans: list[int], share: float) -> None:
     keys, layers = math.ceil(rate * tokens), sum(spans)
-    total = share * tokens * layers
-    left = geometric_schedule(tokens, keys, total, spans)
+    granted = vtc.tokens_to_keep(tokens + fixed, share)
+    total = layers * (granted - fixed)
     room = (total - spans[0] * tokens) / (layers - spans[0])
     if room < 0.5:
-        assert left == []
+        with pytest.raises(BudgetError, match=rf"a mean of {granted} of {tokens + fixed} visual tokens per layer"):
+            left_by_stages(tokens, keys, granted, fixed, tokens + fixed, spans)
         return
+    left = list(left_by_stages(tokens, keys, granted, fixed, tokens + fixed, spans))
     assert left == sorted(left, reverse=True)
     assert 1 <= left[-1] <= left[0] <= tokens
     seen = spans[0] * tokens + sum(n * count for n, count in zip(spans[1:], left, strict=True))
-    if share >= 1:
+    if granted == tokens + fixed:
         assert left == [tokens] * len(left)
     else:
         assert left[-1] >= min(keys, tokens) or room < keys
@@ -145,7 +147,7 @@ def test_published_means() -> None:
     assert (method.spans(LLAVA), official.spans(LLAVA)) == ([3, 4, 4, 4, 17], [2, 4, 4, 4, 18])  # type: ignore[attr-defined]
     for mean in (192, 128):
         for spans in ([3, 4, 4, 4, 17], [2, 4, 4, 4, 18]):
-            left = geometric_schedule(576, 47, 32 * mean, spans)
+            left = left_by_stages(576, 47, mean, 0, 576, spans)
             assert abs(sum(n * c for n, c in zip(spans, [576, *left], strict=True)) / 32 - mean) <= 0.5
 
 
@@ -384,9 +386,7 @@ def test_a_prompt_without_text_behind_the_image(make_view: Any, kept: Any) -> No
 def test_budgets_that_cannot_be_met(make_view: Any) -> None:
     view = make_view([(24, 24)], vision={23: [torch.rand(576)]}, stage=3, keep=50)
     view = dataclasses.replace(view, llm_rows={(2, TEXT): text_rows(view, 0)})
-    with pytest.raises(
-        BudgetError, match=r"a mean of 50 of 576 .* the first 3 of 32 layers see 576 tokens .* least 55 "
-    ):
+    with pytest.raises(BudgetError, match=r"a mean of 50 of 576 .* 3 of 32 LLM layers see 576 tokens .* least 55 "):
         vtc.create("mustdrop", merge="off").select(view)
     least = dataclasses.replace(view, budget=vtc.Budget(keep=55))
     assert vtc.create("mustdrop", merge="off").select(least).counts == [2]  # then 1, 1, 1

@@ -78,7 +78,7 @@ def test_every_budget_is_met(make_view: Any, shapes: Any, layers: int, retention
     columns = zip(view.granted, view.items.counts, strict=True)
     low = any(layers * n < first * total + 0.5 * (layers - first) for n, total in columns)
     if low:
-        with pytest.raises(BudgetError, match=rf"{first} of {layers} layers see .* before any is dropped"):
+        with pytest.raises(BudgetError, match=rf"{first} of {layers} LLM layers see .* before any is dropped"):
             left(method, view)
         return
     for counts, granted in zip(left(method, view), view.granted, strict=True):

@@ -15,7 +15,7 @@ import vtc
 from vtc import adapters
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec
-from vtc.method.merging import share
+from vtc.method.parts import share
 from vtc.methods.tome import KEYS, ToMe
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import merge as plain

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from vtc import adapters, embedded
-from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import CacheStage, Compressor, EncoderStage, ModelSpec, Stage
+from vtc.errors import UnsupportedMethod, VTCError, shown, unknown_name
+from vtc.method.base import CacheStage, Compressor, EncoderStage, ModelSpec, Plan, Stage
 from vtc.method.readings import Reading
-from vtc.method.registry import METHODS, list_methods
+from vtc.method.registry import METHODS
 
 
 def stage_name(stage: Stage) -> str:
@@ -40,42 +42,95 @@ def stage_kind(stage: Stage) -> str:
     return "pre-llm" if stage == 0 else "llm"
 
 
-KINDS = ("encoder", "pre-llm", "llm", "after prefill")
+STAGES = {"encoder": "encoder", "pre_llm": "pre-llm", "llm": "llm", "cache": "after prefill"}
+"""Kinds of stages, as `list_methods` takes them -> in words."""
 
 
-def describe_methods() -> list[dict[str, Any]]:
-    """One entry per registered method: name, summary, stages, needs, trained, families, positions, hyper-parameters.
+def list_methods(
+    pattern: str = "*", *, stage: str | None = None, trained: bool | None = None, family: str | None = None
+) -> list[str]:
+    """Names of registered methods, third-party ones included, in alphabetical order.
 
-    stages: where it acts on some family, as kinds; plans: the stages and needs on each family's reference checkpoints;
-    families: where it runs at all.
+    pattern: a name, in which * stands for any letters and ? for one. stage: methods that act in the "encoder", at
+    "pre_llm", inside the "llm" or on the "cache", by their defaults on reference checkpoints, of `family` where it is
+    given. trained: True for methods on learned weights, False for the others. family: of models they run on.
+    Raises UnknownName, with near matches, for a pattern no name fits and for a stage or family that does not exist.
+
+    >>> list_methods("vq*"), list_methods(stage="encoder", family="llava", trained=False)[:2]
+    (['vqtoken', 'vqtoken_codebook'], ['aim', 'mustdrop'])
     """
-    return [_method(METHODS.get(name)) for name in list_methods()]
+    names = METHODS.names()
+    found = [name for name in names if fnmatchcase(name, pattern)] if isinstance(pattern, str) else []
+    if not found:
+        raise unknown_name("method", pattern, names)
+    if trained is not None and not isinstance(trained, bool):
+        raise VTCError(f"trained={shown(trained)} is neither True nor False; leave it out to list both kinds")
+    if trained is not None:
+        found = [name for name in found if METHODS.get(name).trained is trained]
+    if stage is None and family is None:
+        return found
+    for kind, given, known in (("stage", stage, STAGES), ("family", family, adapters.families())):
+        if given is not None and (not isinstance(given, str) or given not in known):
+            raise unknown_name(kind, given, known)
+    wanted = None if stage is None else STAGES[stage]
+    return [name for name in found if _acts(METHODS.get(name), wanted, family)]
+
+
+def _acts(cls: type[Compressor], kind: str | None, family: str | None) -> bool:
+    plans = [plan for on, plan in _plans(cls) if family in (None, on)]
+    return any(kind is None or kind in map(stage_kind, plan.stages) for plan in plans)
+
+
+def _plans(cls: type[Compressor]) -> Iterator[tuple[str, Plan]]:
+    """Each family and the plan of the method's defaults on each of its reference checkpoints, where it can run."""
+    method = _by_default(cls)
+    if method is None:
+        return
+    for family, adapter in adapters.families().items():
+        for reference in adapter.references:
+            with contextlib.suppress(UnsupportedMethod):
+                yield family, method.plan(reference)
+
+
+def _by_default(cls: type[Compressor]) -> Compressor | None:
+    """None where a hyper-parameter has no default, so that nothing is known about stages."""
+    try:
+        return cls.from_options()
+    except VTCError:
+        return None
+
+
+def describe_methods(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """One entry per method: name, summary, stages, needs, trained, families, positions, hyper-parameters.
+
+    names: of methods, all registered ones by default. stages: where it acts on some family, as kinds; plans: the stages
+    and needs on each family's reference checkpoints; families: where it runs at all.
+    """
+    return [_method(METHODS.get(name)) for name in (list_methods() if names is None else names)]
 
 
 def _method(cls: type[Compressor]) -> dict[str, Any]:
-    method = cls()
-    plans: list[dict[str, Any]] = []
-    kinds: set[str] = set()
-    for family, adapter in adapters.families().items():
-        for reference in adapter.references:
-            try:
-                plan = method.plan(reference)
-            except UnsupportedMethod:
-                continue
-            kinds |= {stage_kind(stage) for stage in plan.stages}
-            needs = _needs(plan.needs.vision_pairs, "vision") + _needs(plan.needs.llm_pairs, "llm")
-            stages = [stage_name(stage) for stage in plan.stages]
-            plans.append({"family": family, "stages": stages, "needs": needs, "positions": plan.positions})
+    method, found = _by_default(cls), list(_plans(cls))
+    kinds = {stage_kind(stage) for _, plan in found for stage in plan.stages}
+    plans = [
+        {
+            "family": family,
+            "stages": [stage_name(stage) for stage in plan.stages],
+            "needs": _needs(plan.needs.vision_pairs, "vision") + _needs(plan.needs.llm_pairs, "llm"),
+            "positions": plan.positions,
+        }
+        for family, plan in found
+    ]
     text = inspect.cleandoc(cls.__doc__ or "")
     return {
         "name": cls.name,
         "summary": " ".join(text.split("\n\n")[0].split()),
-        "stages": [kind for kind in KINDS if kind in kinds],
+        "stages": [kind for kind in STAGES.values() if kind in kinds],
         "needs": list(dict.fromkeys(need for plan in plans for need in plan["needs"])),
         "trained": cls.trained,
-        "needs_budget": method.needs_budget,
-        "families": sorted({plan["family"] for plan in plans}),
-        "positions": sorted({plan["positions"] for plan in plans}),
+        "needs_budget": method is None or method.needs_budget,
+        "families": sorted({family for family, _ in found}),
+        "positions": sorted({plan.positions for _, plan in found}),
         "version": cls.version,
         "hyper_parameters": {f.name: _default(f) for f in dataclasses.fields(cls)},
         "plans": plans,

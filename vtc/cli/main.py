@@ -50,6 +50,12 @@ def _root(
 
 @app.command()
 def methods(
+    pattern: Annotated[str, typer.Argument(help="A name; * stands for any letters, as in 'vq*'.")] = "*",
+    stage: Annotated[str | None, typer.Option(help="Those that act at encoder, pre_llm, llm or cache.")] = None,
+    trained: Annotated[
+        bool | None, typer.Option("--trained/--untrained", help="Those on learned weights, or all others.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Those that run on this family of models.")] = None,
     as_json: JsonOption = False,
     long: Annotated[bool, typer.Option("--long", help="Print each method's whole description.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the descriptions as one document.")] = False,
@@ -57,11 +63,11 @@ def methods(
 ) -> None:
     """List compression methods: where they act, what they need, on which families they run."""
     from vtc import adapters
-    from vtc.app.catalogue import describe_methods
+    from vtc.app.catalogue import describe_methods, list_methods
     from vtc.app.method_pages import method_pages
 
     use_plugins(plugin or [])
-    entries = describe_methods()
+    entries = describe_methods(list_methods(pattern, stage=stage, trained=trained, family=family))
     if as_json:
         _print_json(entries)
         return

@@ -198,16 +198,8 @@ def compress(
 
 
 def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) -> None:
-    """Raise BudgetError for a retention that the LLM layers in front of the method's first stage exceed already."""
-    if budget is None or budget.retention in (None, 1):
-        return
-    least = method.least_retention(model)
-    if budget.retention <= least:
-        raise BudgetError(
-            f"retention={budget.retention} cannot be met by {method.name!r} here: {round(least * model.llm_layers)} of "
-            f"{model.llm_layers} LLM layers see every token before it drops the first; ask for more than {least:.3f}, "
-            "or prune earlier"
-        )
+    if budget is not None:
+        budget.check_reach(method.least_retention(model), model.llm_layers, method.name)
 
 
 def _single(method: Any, hyper_parameters: dict[str, Any]) -> Compressor:

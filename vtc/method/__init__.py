@@ -5,7 +5,8 @@
     view.py        StageView: what a method sees at a stage; Selection: what it answers
     layout.py      VisualItem: the geometry of one image or video
     readings.py    what can be recorded of attention, in the encoder and in the LLM
-    budget.py      retention or keep -> numbers of tokens
+    budget.py      retention or keep -> numbers of tokens, and the one solver of what stages in the LLM may spend
+    parts.py       choosing and merging in the crops or frames of items
     registry.py, text.py, plugins.py    methods by name, as text, from files of one's own
     composite.py, learned.py, weights.py    several methods as one; learned parts and their files
 

@@ -7,6 +7,7 @@ model and hands over a `StageView` in which all items of the batch lie side by s
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -30,6 +31,7 @@ __all__ = [
     "EncoderStage",
     "ModelSpec",
     "Needs",
+    "Order",
     "Plan",
     "Positions",
     "Rows",
@@ -45,17 +47,24 @@ __all__ = [
 class Compressor(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the method's hyper-parameters.
 
-    Values are checked and converted by the fields' annotations (`vtc.method.hyper_parameters`); a subclass with a check
-    of its own calls `super().__post_init__()` first.
+    `vtc.register` makes the dataclass. Values are checked and converted by the fields' annotations
+    (`vtc.method.hyper_parameters`); a subclass with a check of its own calls `super().__post_init__()` first.
 
-    name: registered name. version: raised whenever results change. trained: needs learned weights. stages: where it
-    acts on every model; override `plan` where that depends on the model.
+    name: registered name, by default the class's in snake_case. version: raised whenever results change. trained: needs
+    learned weights. stages: where it acts on every model; override `plan` where that depends on the model.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     trained: ClassVar[bool] = False
     stages: ClassVar[tuple[Stage, ...]] = (PRE_LLM,)
+    _named: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._named = cls._named or "name" in vars(cls)  # a name that is written is inherited
+        if not cls._named:
+            cls.name = snake_case(cls.__name__)
 
     def __post_init__(self) -> None:
         check(self)
@@ -119,6 +128,15 @@ class Compressor(ABC):
         """Choose the tokens that pass `view.stage`; None keeps everything."""
 
 
+def snake_case(name: str) -> str:
+    """The name of a method from that of its class.
+
+    >>> snake_case("KeepCorners"), snake_case("ATPTrainingFree"), snake_case("Top2K")
+    ('keep_corners', 'atp_training_free', 'top2_k')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
 def _plain(value: Any) -> Any:
     """A hyper-parameter without dataclasses in it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -127,6 +145,9 @@ def _plain(value: Any) -> Any:
 
 
 Scope = Literal["item", "crop"]
+"""Whether tokens are ranked or merged over the whole item or in each of its crops, tiles or frames."""
+Order = Literal["raster", "official"]
+"""How what is left is laid out: in the order of the picture, or as the released code of a method lists it."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +168,8 @@ class ScoringCompressor(Compressor):
     def select(self, view: StageView) -> Selection:
         """Keep the `view.keep` best tokens of each item, in their original order."""
         keep = torch.tensor(view.keep, device=view.hidden.device)
-        crops = max((layout.n_crops for layout in view.items.layouts), default=1)
-        if self.scope == "item" or crops == 1:
+        if self.scope == "item" or view.most_crops == 1:
             chosen = top_k(self.score(view), keep, view.items.mask)
         else:
-            chosen = top_k_in_groups(self.score(view), view.crop, crops, keep, view.items.mask)
+            chosen = top_k_in_groups(self.score(view), view.crop, view.most_crops, keep, view.items.mask)
         return Selection(chosen, counts=view.keep)

@@ -1,4 +1,4 @@
-"""The one place where a retention or a count becomes a number of tokens.
+"""The one place where a retention or a count becomes numbers of tokens.
 
 A budget is either `retention`, the fraction of each item's visual tokens that reaches the LLM, or `keep`, an absolute
 count per item. For methods that prune inside the LLM both mean the *mean number of visual tokens entering the layers*,
@@ -8,10 +8,17 @@ so that 0.25 costs the same wherever a method acts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TypeVar
 
 from vtc.errors import BudgetError, shown
+
+STEPS = 50
+"""Halvings of an interval: far below what moves a count. More of them would tell apart what rounding alone parts."""
+NOISE = 1e-9
+"""What rounding may have taken from a number that is whole."""
 
 
 def tokens_to_keep(tokens: int, retention: float) -> int:
@@ -73,16 +80,95 @@ class Budget:
         >>> Budget(keep=192).tokens_from_layer(576, layer=2, layers=32)
         166
         """
-        mean = self.tokens(count)
-        if mean >= count or layer >= layers:
+        mean, later = self.tokens(count), layers - layer
+        if mean >= count or later <= 0:
             return count
-        exact = (layers * mean - layer * count) / (layers - layer)
-        if exact < 0.5:
-            least = math.ceil((layer * count + layers - layer) / layers)
-            share = math.ceil(1000 * least / count) / 1000  # rounded up, so that it works when it is written
-            raise BudgetError(
-                f"a mean of {mean} of {count} visual tokens per layer cannot be met by pruning at layer {layer} of "
-                f"{layers}: the layers before it already use more; ask for at least {least} tokens "
-                f"(retention {share:.3f}) or prune earlier"
-            )
-        return min(count, max(1, math.floor(exact + 0.5)))
+        _, exact = spend(
+            layers * mean, (layer, later), lambda x: [count, max(1.0, count * x)], of=count, slack=later / 2
+        )
+        return math.floor(exact + 0.5 + NOISE)
+
+    def check_reach(self, least: float, layers: int, method: str) -> None:
+        """Raise BudgetError for a retention that `least`, the share of the `layers` in front of a method, exceeds."""
+        if self.retention not in (None, 1) and self.retention <= least:
+            wanted = f"retention={self.retention} cannot be met by {method!r} here"
+            raise _beyond(wanted, round(least * layers), layers, "every token", f"more than {least:.3f}")
+
+
+N = TypeVar("N", int, float)
+
+
+def spend(
+    total: float,
+    spans: Sequence[int],
+    curve: Callable[[float], list[N]],
+    *,
+    between: tuple[float, float] = (0.0, 1.0),
+    fixed: float = 0,
+    slack: float = 0.0,
+    of: int | None = None,
+) -> list[N]:
+    """The point of `curve` at which the layers of an LLM see `total` tokens together: one number for each span.
+
+    spans: numbers of neighbouring layers that see the same tokens, from the first layer on. curve: its one parameter ->
+    tokens that each span sees; none falls where the parameter rises within `between`. fixed: tokens beside them that
+    all layers see and that count. Of the two points nearest to the total the closer one, of equals the lower.
+
+    Raises BudgetError where the curve's lowest point exceeds the total by more than `slack`, what rounding to whole
+    tokens may cost; of: tokens of the item in the input, for the message.
+
+    >>> spend(32 * 192, (2, 30), lambda x: [576, round(576 * x)])
+    [576, 166]
+    """
+    layers = sum(spans)
+
+    def excess(counts: list[N]) -> float:
+        return sum(span * count for span, count in zip(spans, counts, strict=True)) + layers * fixed - total
+
+    low, high = between
+    least = curve(low)
+    if excess(least) > slack:
+        needed = math.ceil((excess(least) + total) / layers)
+        mean, more = f"{total / layers:.6g}", f"at least {needed} tokens"
+        if of is not None:
+            mean, more = f"{mean} of {of}", f"{more} (retention {math.ceil(1000 * needed / of) / 1000:.3f})"
+        seen = f"{least[0]:g} tokens" + (f" and {fixed:g} separators" if fixed else "")
+        raise _beyond(f"a mean of {mean} visual tokens per layer cannot be met", spans[0], layers, seen, more)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(curve(middle)) <= 0 else (low, middle)
+    return min(curve(low), curve(high), key=lambda counts: abs(excess(counts)))
+
+
+def left_by_stages(
+    tokens: int, least: int, granted: int, fixed: int, given: int, spans: Sequence[int]
+) -> tuple[int, ...]:
+    """Tokens of an item left behind each stage in the LLM, shrinking by a common factor, so that the budget is met.
+
+    tokens: in front of the first stage, beside `fixed` separators. least: what a stage leaves at least. granted: mean
+    over the layers, separators included, of the `given` tokens in the input. spans: layers in front of the first stage,
+    between the stages and behind the last one. The result is ``max(least, round(tokens * x ** s))`` for s = 1, 2, ...
+    with the x in [0, 1] that comes closest. Where even x = 0 exceeds the budget, fewer than `least` are left, down to
+    one; raises BudgetError where not even that is enough.
+
+    >>> left_by_stages(576, 47, 192, 0, 576, (3, 4, 4, 4, 17))
+    (361, 226, 141, 88)
+    """
+    if not tokens:
+        return (0,) * (len(spans) - 1)
+    first, later, total = spans[0], sum(spans[1:]), sum(spans) * granted
+    room = (total - sum(spans) * fixed - first * tokens) / later
+    lowest = min(tokens, max(1, min(least, math.floor(room + 0.5))))
+
+    def curve(x: float) -> list[int]:
+        falling = [max(lowest, math.floor(tokens * x**stage + 0.5)) for stage in range(1, len(spans))]
+        return [tokens, *falling]
+
+    return tuple(spend(total, spans, curve, fixed=fixed, slack=later / 2, of=given)[1:])
+
+
+def _beyond(wanted: str, first: int, layers: int, seen: str, more: str) -> BudgetError:
+    return BudgetError(
+        f"{wanted}: {first} of {layers} LLM layers see {seen} before any is dropped; ask for {more}, prune earlier or "
+        "merge more"
+    )

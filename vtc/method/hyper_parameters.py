@@ -1,9 +1,10 @@
 """Hyper-parameters are checked and converted by their annotations, once for all methods.
 
 `int` takes whole numbers, `float` finite ones, of Python or numpy; `bool` takes True and False alone, neither 0 and 1
-nor words; `Literal` its options; `tuple[...]` any sequence, but not a single number; `str` text, and paths where the
-annotation names `os.PathLike`. What comes out is plain Python, so that equal values make equal methods, hash alike and
-can be written as JSON. Annotations that are not understood here let everything pass.
+nor words; `Literal` its options; `tuple[...]` and `Sequence[...]` any sequence, but not a single number; `str` text,
+and paths where the annotation names `os.PathLike`. What comes out is plain Python, lists as tuples, so that equal
+values make equal methods, hash alike and can be written as JSON. Annotations that are not understood here let
+everything pass.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def _convert(annotation: Any, value: Any) -> Any:
         raise _Refused
     if origin is tuple:
         return _tuple(arguments, value)
+    if origin is Sequence:
+        return _tuple((*arguments, ...), value)
     if os.PathLike in (origin, annotation):
         return _path(value)
     return PLAIN[annotation].take(value) if annotation in PLAIN else value
@@ -212,6 +215,8 @@ def _words(annotation: Any, one: bool = True) -> str:
         return " or ".join(dict.fromkeys(_words(kind, one) for kind in arguments))
     if origin is Literal:
         return " or ".join(map(repr, arguments))
+    if origin is Sequence:
+        return _words(tuple[arguments[0], ...], one)  # type: ignore[valid-type]
     if origin is tuple:
         count = "" if arguments[1:] == (...,) else f"{len(arguments)} "
         kinds = dict.fromkeys(_words(kind, one=False) for kind in arguments if kind is not ...)
@@ -229,6 +234,8 @@ def _example(annotation: Any, place: int = 1) -> Any:
         return _example(arguments[0], place)
     if origin is tuple:
         return tuple(_example(kind, place) for place, kind in enumerate(arguments, 1) if kind is not ...)
+    if origin is Sequence:
+        return (_example(arguments[0]),)
     if origin is Literal:
         return arguments[0]
     if annotation is int:

@@ -158,6 +158,18 @@ class Keys(VisionReading):
 
 
 @dataclass(frozen=True)
+class MeanKeys(VisionReading):
+    """The key vectors, mean over heads: [crops, T, head width]. rounded: in the model's precision, else in float32."""
+
+    rounded: bool = False
+
+    name: ClassVar[str] = "mean keys"
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        return (attention.key if self.rounded else attention.key.float()).mean(1)
+
+
+@dataclass(frozen=True)
 class LayerOutput(VisionReading):
     """The hidden states that leave the encoder layer."""
 

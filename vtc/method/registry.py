@@ -8,10 +8,12 @@ import pkgutil
 import re
 from collections.abc import Iterable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
-from vtc.errors import UnknownName, VTCError, shown, unknown_name
+from vtc.errors import UnknownName, VTCError, one_line, shown, unknown_name
 from vtc.method.base import Compressor
+
+M = TypeVar("M", bound=Compressor)
 
 GROUP = "vtc.methods"
 
@@ -26,8 +28,8 @@ class MethodRegistry:
         self._classes: dict[str, type[Compressor]] = {}
         self._scanned = False
 
-    def register(self, cls: type[Compressor]) -> type[Compressor]:
-        """Add a class under its `name`; usable as a decorator.
+    def register(self, cls: type[M]) -> type[M]:
+        """Add a class under its `name` and make it a frozen dataclass, unless it is a dataclass already.
 
         Raises VTCError for a name that is taken or that nobody could write, and for a class that makes no method.
         """
@@ -47,7 +49,14 @@ class MethodRegistry:
                 f"method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
             )
         if "__dataclass_fields__" not in vars(cls):  # is_dataclass() would see the base class
-            raise VTCError(f"{cls.__qualname__} is no dataclass; decorate it with @dataclass(frozen=True)")
+            try:
+                dataclasses.dataclass(frozen=True)(cls)
+            except (TypeError, ValueError) as error:  # a default that may change, a field without one behind others
+                reason = re.sub(r"<class '(\S+)'>", r"\1", one_line(error))
+                raise VTCError(
+                    f"{cls.__qualname__} cannot become a dataclass: {reason}; write its hyper-parameters as "
+                    "fields with defaults that do not change, such as layers: tuple[int, ...] = (2, 6)"
+                ) from None
         self._classes[cls.name] = cls
         return cls
 
@@ -104,12 +113,24 @@ def unknown_parameter(method: str, given: str, known: Iterable[str], also: Itera
 
 
 METHODS = MethodRegistry()
-register = METHODS.register
 
 
-def list_methods() -> list[str]:
-    """Names of all registered methods, third-party ones included."""
-    return METHODS.names()
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def register(cls: type[M]) -> type[M]:
+    """Class decorator: makes a frozen dataclass of a method and adds it under its `name`, by default in snake_case.
+
+    Raises VTCError for a name that is taken or that nobody could write, and for a class that makes no method.
+
+    Example::
+
+        @vtc.register
+        class KeepFirst(vtc.ScoringCompressor):  # vtc.create("keep_first", power=3)
+            power: float = 2.0
+
+            def score(self, view):
+                return -view.items.token.float() ** self.power
+    """
+    return METHODS.register(cls)
 
 
 def create(name: str, **hyper_parameters: Any) -> Compressor:

@@ -81,6 +81,11 @@ class StageView:
         return self.items.geometry("crop")
 
     @cached_property
+    def most_crops(self) -> int:
+        """Crops or frames of the item that has most of them, on the host; 1 where there are no items."""
+        return max((layout.n_crops for layout in self.items.layouts), default=1)
+
+    @cached_property
     def place(self) -> tuple[Tensor, Tensor]:
         """[I, N] row and column of each token inside its crop, in encoder patches; -1 behind an item's end."""
         return self.items.geometry("row"), self.items.geometry("col")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 import torch
@@ -10,14 +10,13 @@ from torch import Tensor
 
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, Scope, Selection, StageView
-from vtc.method.groups import Groups
+from vtc.method.parts import Groups
 from vtc.method.registry import register
 from vtc.ops.greedy import alignment, greedy_map, total
 from vtc.ops.select import settle
 
 
 @register
-@dataclass(frozen=True)
 class CDPruner(Compressor):
     """Keep the tokens that span the largest volume, each counted by its relevance to the question.
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 from vtc.method.base import Compressor, Scope, Selection, StageView
-from vtc.method.groups import Groups
+from vtc.method.parts import Groups
 from vtc.method.registry import register
 from vtc.ops.greedy import k_center, most_isolated
 
 
 @register
-@dataclass(frozen=True)
 class DivPrune(Compressor):
     """Keep the tokens whose smallest mutual distance is largest (the greedy answer to the max-min diversity problem).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,11 +12,10 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection,
 from vtc.method.registry import register
 from vtc.ops.select import top_k
 
-Scope = Literal["item", "row"]
+Ranked = Literal["item", "row"]
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class FastV(Compressor):
     """Let the first K layers of the LLM see every visual token, the others those with the most attention.
 
@@ -38,7 +36,7 @@ class FastV(Compressor):
 
     layer: int = 2
     ratio: float | None = None
-    scope: Scope = "item"
+    scope: Ranked = "item"
 
     name = "fastv"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,6 @@ from vtc.ops.grid import absorbing_cell, cell_centres, output_raster, pool_grid,
 
 
 @register
-@dataclass(frozen=True)
 class Pool(Compressor):
     """Average the LLM-side features of each item over a coarser raster.
 
@@ -32,7 +30,7 @@ class Pool(Compressor):
     def select(self, view: StageView) -> Selection:
         items, tokens = view.items, view.tokens
         device = tokens.device
-        keep, pooled = torch.zeros_like(items.mask), tokens.clone()
+        kept, pooled = torch.zeros_like(items.mask), tokens.clone()
         into = torch.full_like(items.token, -1)
         counts = [0] * len(items)
         wanted = [(layout.regions, count) for layout, count in zip(items.layouts, view.keep, strict=True)]
@@ -48,8 +46,8 @@ class Pool(Compressor):
                 cells = absorbing_cell(grid, output, device)
                 place = first + torch.arange(cells.numel(), device=device)
                 pooled[rows, centres] = pool_grid(tokens[rows, place], grid, output)
-                keep[rows, centres] = True
+                kept[rows, centres] = True
                 into[rows, place] = centres[cells]
                 for i in same:
                     counts[i] += centres.numel()
-        return Selection(keep, counts=counts, tokens=pooled, merged_into=into)
+        return Selection(kept, counts=counts, tokens=pooled, merged_into=into)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -12,9 +11,9 @@ import torch
 
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.budget import left_by_stages
 from vtc.method.readings import LLMReading
 from vtc.method.registry import register
-from vtc.method.schedule import geometric_schedule
 from vtc.ops.select import top_k
 
 LATE, EARLY = (8, 16, 24), (2, 10, 18)
@@ -24,7 +23,6 @@ RankBy = Literal["own", "before"]
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Compressor):
     """Drop visual tokens before several layers of the LLM, keeping those the last prompt token attends to.
 
@@ -126,21 +124,16 @@ class PyramidDrop(Compressor):
         """Layer -> tokens left behind the stage before it, for an item of which `entered` tokens came to the LLM."""
         if not entered or granted >= entered + fixed:
             return {}
-        depth = model.llm_layers
-        lists = self.lists(model)
-        for layers in lists:
-            spans = [after - before for before, after in zip((0, *layers), (*layers, depth), strict=True)]
-            counts = geometric_schedule(entered, 1, depth * (granted - fixed), spans)
-            if counts:
-                return dict(zip(layers, counts, strict=True))
-        first = min(layers[0] for layers in lists)
-        least = math.ceil(fixed + (first * entered + depth - first) / depth)
-        share = math.ceil(1000 * least / given) / 1000
-        raise BudgetError(
-            f"a mean of {granted} of {given} visual tokens per layer cannot be met: {first} of {depth} layers see "
-            f"{entered} tokens and {fixed} separators before any is dropped; ask for at least {least} tokens "
-            f"(retention {share:.3f}) or drop earlier, for example layers=(1, ...)"
-        )
+
+        def counts(layers: tuple[int, ...]) -> dict[int, int]:
+            spans = [after - before for before, after in pairwise((0, *layers, model.llm_layers))]
+            return dict(zip(layers, left_by_stages(entered, 1, granted, fixed, given, spans), strict=True))
+
+        *rather, last = self.lists(model)
+        for layers in rather:
+            with contextlib.suppress(BudgetError):
+                return counts(layers)
+        return counts(last)
 
 
 def _rising(layers: Sequence[int]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,7 +13,6 @@ from vtc.ops.hashing import uniform
 
 
 @register
-@dataclass(frozen=True)
 class Random(ScoringCompressor):
     """Keep a random subset of each item's tokens, in their original order.
 

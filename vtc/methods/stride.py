@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from vtc.method.base import Compressor, Selection, StageView
-from vtc.method.layout import Grid
 from vtc.method.registry import register
-from vtc.ops.grid import split_budget, strided
+from vtc.ops.grid import Grid, split_budget, strided
 
 
 @register
-@dataclass(frozen=True)
 class Stride(Compressor):
     """Keep evenly spaced tokens of each item.
 
@@ -32,14 +29,14 @@ class Stride(Compressor):
 
     def select(self, view: StageView) -> Selection:
         items = view.items
-        keep = torch.zeros_like(items.mask)
+        kept = torch.zeros_like(items.mask)
         shapes = [self._shape(layout.regions, n) for layout, n in zip(items.layouts, items.counts, strict=True)]
         wanted = list(zip(shapes, view.keep, strict=True))
         for regions, count in dict.fromkeys(wanted):
-            rows = torch.tensor([i for i, other in enumerate(wanted) if other == (regions, count)], device=keep.device)
+            rows = torch.tensor([i for i, other in enumerate(wanted) if other == (regions, count)], device=kept.device)
             for first, (frames, height, width), share in split_budget(regions, count):
-                keep[rows[:, None], first + strided(frames * height, width, share, device=keep.device)] = True
-        return Selection(keep, counts=view.keep)
+                kept[rows[:, None], first + strided(frames * height, width, share, device=kept.device)] = True
+        return Selection(kept, counts=view.keep)
 
     def _shape(self, regions: tuple[Grid, ...], count: int) -> tuple[Grid, ...]:
         if self.layout == "sequence" or count != sum(math.prod(region) for region in regions):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +19,6 @@ Pivot = Literal["cls", "random", "center", "farthest"]
 
 
 @register
-@dataclass(frozen=True)
 class ToDRE(Compressor):
     """Keep the most diverse tokens before the LLM; inside it, drop all of them when text and image stop attending.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
-from vtc.method.merging import merge_items
-from vtc.method.readings import AttentionCall, VisionReading
+from vtc.method.parts import merge_items
+from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
 from vtc.ops.select import front_pack, take_rows
@@ -19,21 +17,10 @@ from vtc.ops.select import front_pack, take_rows
 Metric = Literal["keys", "features"]
 
 
-@dataclass(frozen=True)
-class MeanKeys(VisionReading):
-    """The key vectors, mean over heads: [crops, T, head width]."""
-
-    name: ClassVar[str] = "mean keys"
-
-    def read(self, attention: AttentionCall) -> Tensor:
-        return attention.key.float().mean(1)
-
-
 KEYS = MeanKeys()
 
 
 @register
-@dataclass(frozen=True)
 class ToMe(Compressor):
     """Merge the pairs of tokens whose keys are most alike, as means weighted by the number of patches in them.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +23,6 @@ REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 @register
-@dataclass(frozen=True)
 class VTCCLS(ScoringCompressor):
     """Keep the patches to which the vision encoder's class token attends most, over several deep layers.
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vtc.ops.checks import numbers
+from vtc.ops.rank import inverse, order_by
 
-Order = Literal["similarity", "index"]
+RowOrder = Literal["similarity", "index"]
 BLOCK = 2**25
 """Numbers of a similarity block or of a channel slice held at once (128 MiB in float32)."""
 
@@ -78,7 +79,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def merge_step(
-    metric: Tensor, counts: Sequence[int], merged: Sequence[int], *, order: Order = "similarity", protected: int = 0
+    metric: Tensor, counts: Sequence[int], merged: Sequence[int], *, order: RowOrder = "similarity", protected: int = 0
 ) -> tuple[Tensor, Tensor]:
     """One step: the `merged` most similar pairs of each group become one row each.
 
@@ -91,9 +92,8 @@ def merge_step(
     width = max((n - r for n, r in zip(counts, merged, strict=True)), default=0)
     count, gone = torch.tensor(counts, device=device), torch.tensor(merged, device=device)[:, None]
     partner, similarity = best_match(metric, count, protected=protected)
-    ranked = similarity.argsort(dim=1, descending=True, stable=True)
-    slots = torch.arange(ranked.shape[1], device=device).expand(groups, -1)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, slots)
+    rank = inverse(order_by(best=similarity))
+    slots = torch.arange(rank.shape[1], device=device).expand(groups, -1)
     unmerged = rank >= gone
     real = 2 * slots < count[:, None]
     row = rank - gone if order == "similarity" else (unmerged & real).long().cumsum(1) - 1
@@ -118,7 +118,7 @@ def bipartite_merge(
     plans: Sequence[Sequence[int]],
     *,
     size: Tensor | None = None,
-    order: Order = "similarity",
+    order: RowOrder = "similarity",
     protected: int = 0,
 ) -> Merge:
     """Merge each group step by step; later steps compare the means of what earlier ones merged.
@@ -220,12 +220,12 @@ def lay_out(
     last = merge.target.shape[1]
     seat = merge.anchor if raster else torch.where(left, merge.anchor, last).sort(dim=1).values.clamp(max=last - 1)
     seat = torch.where(left, places.gather(1, seat), slots)  # everything else goes to a spare slot that is cut off
-    keep = torch.zeros(slots + 1, dtype=torch.bool, device=device).index_put((seat,), left)
+    kept = torch.zeros(slots + 1, dtype=torch.bool, device=device).index_put((seat,), left)
     tokens = rows.new_zeros(slots + 1, rows.shape[2]).index_put((seat,), rows)
     present = merge.target < left.shape[1]
     into = torch.nn.functional.pad(seat, (0, 1), value=slots).gather(1, merge.target) % width
     absorbed = torch.full((slots + 1,), -1, device=device).index_put((torch.where(present, places, slots),), into)
-    return keep[:-1].view(shape), tokens[:-1].view(items, width, -1), absorbed[:-1].view(shape)
+    return kept[:-1].view(shape), tokens[:-1].view(items, width, -1), absorbed[:-1].view(shape)
 
 
 def _sums(values: Tensor, place: Tensor, width: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.checks import numbers
+from vtc.ops.rank import inverse, order_by, rank_in_group
 
 TIE = 1e-6
 """Scores that differ by no more than this share of their magnitude are equal: rounding told them apart."""
@@ -56,17 +57,9 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None) -> Tensor:
     [[False, True, True, False]]
     """
     scores = settle(scores, mask)
-    if mask is not None:
-        # Two stable sorts instead of a -inf fill: a real score may be -inf as well.
-        by_score = scores.argsort(dim=1, descending=True, stable=True)
-        order = by_score.gather(1, (~mask).gather(1, by_score).to(torch.uint8).argsort(dim=1, stable=True))
-    else:
-        order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    chosen = rank < keep[:, None]
-    return chosen if mask is None else chosen & mask
+    if mask is None:
+        return inverse(order_by(best=scores)) < keep[:, None]
+    return (inverse(order_by(~mask, best=scores)) < keep[:, None]) & mask  # a real score may be -inf as well
 
 
 def apportion(total: Tensor, sizes: Tensor) -> Tensor:
@@ -122,15 +115,9 @@ def top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, ma
 
 def top_k_of_groups(scores: Tensor, group: Tensor, shares: Tensor, mask: Tensor) -> Tensor:
     """Mark the best entries of every group, `shares` [I, G] of them; the rest as in `top_k_in_groups`."""
-    groups = shares.shape[1]
-    starts = torch.nn.functional.pad(group_sizes(group, groups, mask).cumsum(1), (1, 0))
-    group = torch.where(mask, group, groups)
-    order = settle(scores, mask).argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # groups side by side, best first
-    ordered = group.gather(1, order)
-    rank = torch.arange(group.shape[1], device=group.device) - starts.gather(1, ordered)
-    allowed = torch.nn.functional.pad(shares, (0, 1)).gather(1, ordered)
-    return torch.zeros_like(mask).scatter_(1, order, rank < allowed)
+    group = torch.where(mask, group, shares.shape[1])
+    allowed = torch.nn.functional.pad(shares, (0, 1)).gather(1, group)
+    return rank_in_group(group, best=settle(scores, mask)) < allowed
 
 
 def in_groups(group: Tensor, groups: int, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,34 +125,42 @@ def in_groups(group: Tensor, groups: int, width: int, mask: Tensor) -> tuple[Ten
 
     group: [I, N] numbers below `groups`, read where mask [I, N] is set. width: no group has more tokens than this.
     """
-    sizes = group_sizes(group, groups, mask)
-    starts = torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
+    real = torch.arange(width, device=group.device) < group_sizes(group, groups, mask)[..., None]
     group = torch.where(mask, group, groups)
-    order = group.argsort(dim=1, stable=True)
-    ordered = group.gather(1, order)
-    rank = torch.arange(group.shape[1], device=group.device) - starts.gather(1, ordered)
-    slot = torch.where(ordered < groups, ordered * width + rank, groups * width)
-    place = order.new_zeros(len(order), groups * width + 1).scatter(1, slot, order)[:, :-1].contiguous()
-    real = torch.arange(width, device=group.device) < sizes[..., None]
-    return place.view(-1, groups, width), real
+    slot = torch.where(mask, group * width + rank_in_group(group), groups * width)
+    token = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    place = token.new_zeros(len(group), groups * width + 1).scatter(1, slot, token)[:, :-1].contiguous()
+    return place.view(len(group), groups, width), real
 
 
-def left_pack(keep: Tensor, length: int) -> Tensor:
+def out_of_groups(values: Tensor, place: Tensor, real: Tensor, length: int, empty: float = 0) -> Tensor:
+    """Undo `in_groups`: values, place, real [I, G, W] -> [I, length], `empty` where a token lies in no group.
+
+    >>> place, real = in_groups(torch.tensor([[1, 0, 1]]), 2, 2, torch.ones(1, 3, dtype=torch.bool))
+    >>> out_of_groups(torch.tensor([[[5, 0], [6, 7]]]), place, real, 3).tolist()
+    [[6, 5, 7]]
+    """
+    spare = torch.where(real, place, length).flatten(1)
+    full = values.new_full((len(values), length + 1), empty)
+    return full.scatter(1, spare, values.flatten(1))[:, :length]
+
+
+def left_pack(kept: Tensor, length: int) -> Tensor:
     """Indices that move the kept rows, in order, to the right end of `length` slots.
 
-    keep: [B, S] bool with at most `length` True per row. Returns [B, length]; the slots in front of a row's kept
+    kept: [B, S] bool with at most `length` True per row. Returns [B, length]; the slots in front of a row's kept
     entries point at dropped ones and must be masked by the caller.
 
     >>> left_pack(torch.tensor([[True, False, True], [False, True, False]]), 2).tolist()
     [[0, 2], [2, 1]]
     """
-    order = keep.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, keep.shape[1] - length :]
+    order = kept.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, kept.shape[1] - length :]
 
 
-def front_pack(keep: Tensor, length: int) -> Tensor:
+def front_pack(kept: Tensor, length: int) -> Tensor:
     """Indices of each row's kept entries in order, at the left end of `length` slots; [I, N] bool -> [I, length]."""
-    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
+    return (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

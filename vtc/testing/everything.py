@@ -8,7 +8,7 @@ import torch
 
 from vtc import adapters
 from vtc.method.base import CacheStage
-from vtc.method.registry import create, list_methods
+from vtc.method.registry import METHODS, create
 from vtc.testing.contract import Deviation, check_method
 from vtc.testing.models import tiny_model
 from vtc.testing.probes import FixedKeep, LastRowTopK
@@ -26,7 +26,7 @@ def check(model: str) -> list[Deviation]:
     torch.set_num_threads(1)
     spec = adapters.of(tiny_model(model)).spec
     cells: list[Deviation] = []
-    for name in list_methods():
+    for name in METHODS.names():
         method = create(name, **OPTIONS.get(name, {}))
         policies = [method.plan(spec).positions]
         cells += check_method(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtc.engine.attach import compress, share_encoder
 from vtc.errors import BudgetError
-from vtc.method.registry import METHODS, list_methods
+from vtc.method.registry import METHODS
 from vtc.testing.family import IMAGE, text_settings
 
 SIDE, PATCH, TEXT = 336, 14, 40
@@ -120,7 +120,7 @@ def main(repeats: int = 9) -> None:
     print(HEAD.format(repeats=repeats, torch=torch.__version__.split("+")[0], transformers=transformers.__version__))
     print("| method | visual tokens | batch | full ms | compressed ms | limit ms | compressed / limit | engine ms |")
     print("|---|---|---|---|---|---|---|---|")
-    for method in [name for name in list_methods() if not METHODS.get(name).trained]:
+    for method in [name for name in METHODS.names() if not METHODS.get(name).trained]:
         for batch, padding in ((1, 0), (4, 5)):
             row = measure(method, batch, padding, repeats)
             ratio = row["compressed"] / row["native"]

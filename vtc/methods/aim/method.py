@@ -16,6 +16,7 @@ from vtc.method.base import (
     EncoderStage,
     ModelSpec,
     Needs,
+    Order,
     Plan,
     Positions,
     Scope,
@@ -24,16 +25,15 @@ from vtc.method.base import (
     StageView,
 )
 from vtc.method.budget import tokens_to_keep
-from vtc.method.falling import entering_tokens, falling_shares, layer_tokens, moved_tokens
-from vtc.method.merging import groups, merge_items
+from vtc.method.parts import groups, merge_items
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
 from vtc.method.registry import register
 from vtc.methods.aim.importance import pagerank
+from vtc.methods.aim.schedule import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.ops.merge import merge_plan
 from vtc.ops.select import top_k
 
 Metric = Literal["auto", "keys", "features"]
-Order = Literal["official", "raster"]
 Votes = Literal["alive", "masked"]
 
 
@@ -55,7 +55,6 @@ class Importance(LLMReading):
 
 
 @register
-@dataclass(frozen=True)
 class AIM(Compressor):
     """Average similar tokens before the LLM, then remove tokens inside it on a falling schedule.
 
@@ -211,13 +210,7 @@ class AIM(Compressor):
         total = granted * model.llm_layers
         if self.merge and sum(counts) >= total - model.llm_layers / 2:
             return counts
-        counts = moved_tokens(entered, total, model.llm_layers, *self.bounds(model))
-        if sum(counts) - total > model.llm_layers:
-            raise BudgetError(
-                f"a mean of {granted} visual tokens per layer cannot be met by pruning alone, since layer 0 sees all "
-                f"{entered} of them; ask for at least {-(-entered // model.llm_layers)}, or merge as well (merge=True)"
-            )
-        return counts
+        return moved_tokens(entered, total, model.llm_layers, *self.bounds(model))
 
     def merged_count(self, model: ModelSpec, count: int, fixed: int, granted: int) -> int:
         """Tokens to which merging brings an item of `count` tokens and `fixed` separators, granted a mean."""

@@ -15,12 +15,15 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection,
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import register
 from vtc.methods.atp import thresholds
+from vtc.ops.rank import dense_rank
 
 Norm = Literal["minmax", "none"]
 Feature = Literal["pool", "mean"]
 Average = Literal["layers", "modules"]
 DEPTHS = (4, 14, 24)
 """The published layers, in an LLM of 32."""
+LINE = 1e-2
+"""Coordinates this close lie on one line of the grid."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,11 @@ class ATPScores(Compressor):
         if (self.name, "grid") not in view.memory:
             layouts, device = view.items.layouts, view.hidden.device
             crop = pad_sequence([item.crop for item in layouts], batch_first=True, padding_value=-1).to(device)
-            lines = [
-                thresholds.dense_rank(
-                    pad_sequence([getattr(item, axis) for item in layouts], batch_first=True).to(device), crop
-                )
+            axes = [
+                pad_sequence([getattr(item, axis) for item in layouts], batch_first=True).to(device)
                 for axis in ("row", "col")
             ]
-            view.memory[self.name, "grid"] = lines
+            view.memory[self.name, "grid"] = [dense_rank(places, crop, LINE) for places in axes]
         row, col = (line.to(view.hidden.device) for line in view.memory[self.name, "grid"])
         return row.gather(1, view.items.token), col.gather(1, view.items.token)
 
@@ -153,7 +154,6 @@ class ThresholdModules(nn.Module):
 
 
 @register
-@dataclass(frozen=True)
 class ATP(LearnedCompressor, ATPScores):
     """Drop visual tokens inside the LLM that fall below two learned thresholds, set anew for every image and question.
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtc.method.budget import NOISE, spend
 from vtc.ops.select import front_pack, top_k
 
 FLOOR = 1e-6
@@ -34,26 +35,6 @@ def min_max(scores: Tensor, mask: Tensor) -> Tensor:
 def redundancy_score(own: Tensor, cross: Tensor) -> Tensor:
     """Mean of the attention a token receives from visual rows and from text rows; higher is kept. [I, N]."""
     return (own + cross) / 2
-
-
-def dense_rank(values: Tensor, groups: Tensor, tolerance: float = 1e-2) -> Tensor:
-    """Number of the distinct smaller values in a token's group: the grid line a coordinate lies on. [I, N] int64.
-
-    Values that differ by at most `tolerance` from their neighbour in order are one line. groups: [I, N] whole numbers.
-
-    >>> dense_rank(torch.tensor([[0.5, 4.5, 0.5, 2.5, 2.5]]), torch.tensor([[0, 0, 0, 0, 1]])).tolist()
-    [[0, 2, 0, 1, 0]]
-    """
-    order = values.argsort(dim=1, stable=True)
-    order = order.gather(1, groups.gather(1, order).argsort(dim=1, stable=True))
-    value, group = values.gather(1, order), groups.gather(1, order)
-    opens = torch.ones_like(group, dtype=torch.bool)
-    opens[:, 1:] = group[:, 1:] != group[:, :-1]
-    line = torch.zeros_like(group)
-    line[:, 1:] = ((value[:, 1:] - value[:, :-1]).abs() > tolerance) & ~opens[:, 1:]
-    line = line.cumsum(1)
-    first = torch.where(opens, line, 0).cummax(1).values
-    return torch.empty_like(line).scatter_(1, order, line - first)
 
 
 def spatial_score(row: Tensor, col: Tensor, strides: Sequence[int], lambda_sample: float) -> Tensor:
@@ -170,30 +151,36 @@ def target_loss(mean: Tensor, target: float) -> Tensor:
 
 
 # --- budgets
-def decay_rate(tokens: Tensor, target: Tensor, layers: Sequence[int], depth: int) -> Tensor:
-    """alpha in [0, 1] for which keeping tokens * alpha^m behind module m = 1..M meets the mean `target`. [I] float64.
+def decay(
+    tokens: float, granted: float, layers: Sequence[int], depth: int, *, fixed: float = 0, of: int | None = None
+) -> list[float]:
+    """``tokens * alpha^m`` behind modules m = 1..M, unrounded, with the alpha in [0, 1] that meets the budget.
 
-    NaN where the layers up to the first module alone use more than the target.
+    granted: mean over the LLM's `depth` layers, `fixed` separators included, of the `of` tokens in the input. Raises
+    BudgetError where the layers up to the first module alone use more.
 
-    >>> round(decay_rate(torch.tensor([576]), torch.tensor([144]), (4, 14, 24), 32).item(), 4)
-    0.2354
+    >>> [round(count, 2) for count in decay(576, 144, (4, 14, 24), 32)]
+    [135.61, 31.93, 7.52]
     """
-    tokens, target = tokens.double(), target.double()
-    power = torch.arange(1, len(layers) + 1, dtype=torch.float64, device=tokens.device)[:, None]
-    low, high = torch.zeros_like(tokens), torch.ones_like(tokens)
-    for _ in range(60):  # beyond the resolution of float64
-        middle = (low + high) / 2
-        enough = mean_over_layers(tokens * middle**power, tokens, layers, depth) >= target
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    feasible = target >= tokens * (layers[0] + 1) / depth
-    return torch.where(feasible, (low + high) / 2, math.nan)
+    ends = [*layers[1:], depth - 1]
+    spans = [layers[0] + 1, *(end - at for at, end in zip(layers, ends, strict=True))]
+
+    def curve(alpha: float) -> list[float]:
+        return [tokens * alpha**module for module in range(len(spans))]
+
+    return spend(depth * min(granted, tokens + fixed), spans, curve, fixed=fixed, of=of)[1:]
 
 
-def decay_counts(tokens: Tensor, alpha: Tensor, modules: int) -> Tensor:
-    """max(1, floor(tokens * alpha^m)) for m = 1..modules, [modules, I] int64; NaN in alpha counts as 0."""
-    power = torch.arange(1, modules + 1, dtype=torch.float64, device=alpha.device)[:, None]
-    kept = torch.floor(tokens * alpha.nan_to_num(0.0).double() ** power + 1e-9).long()
-    return kept.clamp(min=1)
+def decay_counts(
+    tokens: int, granted: int, layers: Sequence[int], depth: int, *, fixed: float = 0, of: int | None = None
+) -> list[int]:
+    """``max(1, floor(tokens * alpha^m))`` for m = 1..M; arguments as in `decay`.
+
+    >>> decay_counts(576, 144, (4, 14, 24), 32)
+    [135, 31, 7]
+    """
+    kept = decay(tokens, granted, layers, depth, fixed=fixed, of=of)
+    return [max(1, math.floor(count + NOISE)) for count in kept]
 
 
 def sampling_grid(

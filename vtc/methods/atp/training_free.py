@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Plan, Selection, StageView
 from vtc.method.learned import check_settings, load_tensors
@@ -32,7 +30,6 @@ class Constants(nn.Module):
 
 
 @register
-@dataclass(frozen=True)
 class ATPTrainingFree(ATPScores):
     """ATP scores, training-free: the scores of `atp` with exact counts or calibrated constants; not ATP-LLaVA itself.
 
@@ -127,8 +124,8 @@ class ATPTrainingFree(ATPScores):
             return None
         if self.mode == "calibrated":
             return self._calibrated(view, view.stage - 1)
-        granted = self._schedule(view)[self.module_layers(view.model).index(view.stage - 1)]
-        counts = [min(k, now) for k, now in zip(granted, view.items.counts, strict=True)]
+        module = self.module_layers(view.model).index(view.stage - 1)
+        counts = [min(left[module], now) for left, now in zip(self._schedule(view), view.items.counts, strict=True)]
         keep = torch.tensor(counts, device=mask.device)
         scores = self.scores(view, mask)
         row, col = self.places(view)
@@ -147,37 +144,16 @@ class ATPTrainingFree(ATPScores):
         return Selection(kept)
 
     def _schedule(self, view: StageView) -> list[list[int]]:
-        """[M][I] tokens behind every module, computed on the host once per call."""
+        """[I][M] tokens of every item behind every module, computed on the host once per call."""
+        items, model = view.items, view.model
+        if self.shares is not None:
+            return [[max(1, math.floor(n * share + 0.5)) for share in self.shares] for n in items.entered]
         if (self.name, "schedule") not in view.memory:
-            items, model = view.items, view.model
-            if self.shares is not None:
-                return [[max(1, math.floor(n * share + 0.5)) for n in items.entered] for share in self.shares]
-            targets = [granted - fixed for granted, fixed in zip(view.granted, items.fixed, strict=True)]
-            counts = schedule(items.entered, targets, self.module_layers(model), model.llm_layers)
-            view.memory[self.name, "schedule"] = counts
+            layers, depth = self.module_layers(model), model.llm_layers
+            columns = zip(items.entered, view.granted, items.fixed, items.input_counts, strict=True)
+            view.memory[self.name, "schedule"] = [
+                thresholds.decay_counts(now, mean, layers, depth, fixed=fixed, of=given)
+                for now, mean, fixed, given in columns
+            ]
         found: list[list[int]] = view.memory[self.name, "schedule"]
         return found
-
-
-def schedule(tokens: Sequence[int], targets: Sequence[float], layers: Sequence[int], depth: int) -> list[list[int]]:
-    """[M][I] tokens kept behind each module so that the mean over the layers of each item meets its target.
-
-    Raises BudgetError where the layers up to the first module alone use more.
-
-    >>> schedule([576], [144], (4, 14, 24), 32)
-    [[135], [31], [7]]
-    """
-    count, target = torch.tensor(tokens), torch.tensor(targets, dtype=torch.float64)
-    alpha = thresholds.decay_rate(count, torch.minimum(target, count.double()), layers, depth)
-    for number, goal, rate in zip(tokens, targets, alpha.tolist(), strict=True):
-        if math.isnan(rate):
-            used = number * (layers[0] + 1) / depth
-            earlier = [at for at in range(layers[0]) if goal >= number * (at + 1) / depth]
-            way = f"layers=({earlier[-1]}, ...)" if earlier else "a method that acts before the LLM"
-            raise BudgetError(
-                f"a mean of {goal:g} of {number} visual tokens per layer cannot be met by pruning behind layer "
-                f"{layers[0]} of {depth}: the layers up to it already use {used:.1f}; ask for at least "
-                f"{math.ceil(used)} tokens, or prune earlier with {way}"
-            )
-    kept: list[list[int]] = thresholds.decay_counts(count, alpha, len(layers)).tolist()
-    return kept

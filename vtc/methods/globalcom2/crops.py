@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.rank import inverse, order_by, rank_in_group
 from vtc.ops.select import top_k
 
 CHUNK = 1024
@@ -117,11 +118,7 @@ def released_order(
     """
     rows, columns = tiling
     height, width = grid
-    best = scores.argsort(dim=1, descending=True, stable=True)
-    steps = torch.arange(kept.shape[1], device=kept.device).expand_as(best)
-    rank = torch.empty_like(best).scatter_(1, best, steps)
-    by_crop = group.argsort(dim=1, stable=True)
-    inside = torch.empty_like(best).scatter_(1, by_crop, _rank(group.gather(1, by_crop), rows * columns + 1))
+    rank, inside = inverse(order_by(best=scores)), rank_in_group(group)
     tile = (group - 1).clamp(min=0)
     row = tile // columns * height + inside // width
     line = columns * width + 1
@@ -166,11 +163,3 @@ def group_sums(values: Tensor, group: Tensor, groups: int, mask: Tensor) -> Tens
 def _of_token(values: Tensor, group: Tensor, mask: Tensor) -> Tensor:
     """[I, C] -> [I, N] value of each token's crop, one where there is no token."""
     return torch.where(mask, values.gather(1, torch.where(mask, group, 0)), 1.0)
-
-
-def _rank(ordered: Tensor, groups: int) -> Tensor:
-    """[I, N] place of every entry among those of its group; the groups lie side by side, numbers up to `groups`."""
-    sizes = torch.zeros(len(ordered), groups + 1, dtype=torch.long, device=ordered.device)
-    sizes = sizes.scatter_add(1, ordered, torch.ones_like(ordered))
-    first = sizes.cumsum(1) - sizes
-    return torch.arange(ordered.shape[1], device=ordered.device) - first.gather(1, ordered)

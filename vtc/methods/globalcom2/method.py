@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, ModelSpec, Needs, Order, Plan, Rows, Selection, StageView
 from vtc.method.layout import VisualItem
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.methods.globalcom2 import crops
+from vtc.ops.rank import inverse
 from vtc.ops.select import take_rows, top_k_of_groups
 
 Score = Literal["auto", "cls", "cosine", "received"]
-Order = Literal["raster", "official"]
 
 
 @register
-@dataclass(frozen=True)
 class GlobalCom2(Compressor):
     """Give every crop of a tiled image its own share of the tokens, by the thumbnail, and rank them by both views.
 
@@ -89,7 +87,7 @@ class GlobalCom2(Compressor):
 
     def select(self, view: StageView) -> Selection:
         items, device = view.items, view.hidden.device
-        groups = max(layout.n_crops for layout in items.layouts)
+        groups = view.most_crops
         z = self._scores(view, groups)
         overall, sums, guided = _guidance(view, z, groups)
         thumbnail = torch.tensor(
@@ -224,7 +222,7 @@ def _released_lines(layout: VisualItem) -> int:
 
 def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[int, int]) -> Selection:
     """The released order: its rows on each item's first places, newlines among them, instead of the model's own."""
-    keep, tokens = selection.keep.clone(), view.tokens.clone()
+    laid, tokens = selection.keep.clone(), view.tokens.clone()
     into, separators = torch.full_like(view.items.token, -1), view.separators.mask.clone()
     for layout, rows in _alike(view, newlines):
         grid, count = layout.regions[0][1:], layout.n_tokens - layout.newlines
@@ -234,8 +232,8 @@ def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[in
         newline = view.hidden[view.separators.row[rows], view.separators.index[rows, 0]]
         sequence = torch.cat([view.tokens[rows, :count], newline[:, None].expand(-1, lines, -1)], dim=1)
         tokens[rows, :count] = take_rows(sequence, order[:, :count])
-        keep[rows, :count] = torch.arange(count, device=keep.device) < kept.sum(1, keepdim=True) + lines
-        into[rows, :count] = torch.where(kept, order.argsort(dim=1)[:, :count], -1)
+        laid[rows, :count] = torch.arange(count, device=laid.device) < kept.sum(1, keepdim=True) + lines
+        into[rows, :count] = torch.where(kept, inverse(order)[:, :count], -1)
         separators[rows] = False
     counts = selection.counts and [count + newlines.get(item, 0) for item, count in enumerate(selection.counts)]
-    return Selection(keep, counts, tokens, into, separators)
+    return Selection(laid, counts, tokens, into, separators)

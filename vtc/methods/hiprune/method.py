@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,7 +18,7 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.registry import register
 from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
-from vtc.ops.select import apportion
+from vtc.ops.select import apportion, group_sizes
 
 Collision = Literal["exact", "official"]
 Split = Literal["exact", "floor"]
@@ -29,7 +28,6 @@ DEPTH, DEPTH_MROPE = 3 / 8, 1 / 2
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class HiPrune(Compressor):
     """Keep what a middle encoder layer attends to most, its four neighbours, and what the last layer attends to most.
 
@@ -117,9 +115,9 @@ class HiPrune(Compressor):
         share = _shares(view, budget, self.split)
         penalty = _penalty(view) if self.collision == "official" else None
         anchors = anchors_of(share, self.alpha)
-        keep = hierarchical(middle, deep, near, view.crop, share, anchors, items.mask, penalty)
+        kept = hierarchical(middle, deep, near, view.crop, share, anchors, items.mask, penalty)
         exact = self.collision == "exact" and self.split == "exact"
-        return Selection(keep, counts=budget if exact else None, separators=_separators(view, keep, self.newlines))
+        return Selection(kept, counts=budget if exact else None, separators=_separators(view, kept, self.newlines))
 
 
 def anchors_of(share: Tensor, alpha: float) -> Tensor:
@@ -144,14 +142,11 @@ def _places(view: StageView) -> tuple[Tensor, Tensor, Tensor]:
 
 def _shares(view: StageView, budget: Sequence[int], split: Split) -> Tensor:
     """[I, G] budget of every tile."""
-    tiles = [layout.n_crops for layout in view.items.layouts]
-    mask, most = view.items.mask, max(tiles)
-    sizes = torch.zeros(len(tiles), most + 1, dtype=torch.long, device=mask.device)
-    sizes = sizes.scatter_add(1, torch.where(mask, view.crop, most), mask.long())[:, :most]
+    sizes, device = group_sizes(view.crop, view.most_crops, view.items.mask), view.hidden.device
     if split == "exact":
-        return apportion(torch.tensor(budget, device=mask.device), sizes)
-    floor = [total // count for total, count in zip(budget, tiles, strict=True)]
-    return torch.tensor(floor, device=mask.device)[:, None].minimum(sizes)
+        return apportion(torch.tensor(budget, device=device), sizes)
+    floor = [total // layout.n_crops for total, layout in zip(budget, view.items.layouts, strict=True)]
+    return torch.tensor(floor, device=device)[:, None].minimum(sizes)
 
 
 def _penalty(view: StageView) -> Tensor:
@@ -160,12 +155,12 @@ def _penalty(view: StageView) -> Tensor:
     return 1 / torch.tensor(queries, device=view.hidden.device)[:, None]
 
 
-def _separators(view: StageView, keep: Tensor, newlines: Newlines) -> Tensor | Literal[False] | None:
+def _separators(view: StageView, kept: Tensor, newlines: Newlines) -> Tensor | Literal[False] | None:
     """What `Selection.separators` asks for; a budget above all tokens is spent on the first separators."""
     items, separators = view.items, view.separators
     if newlines == "keep" or not any(items.fixed):
         return None
-    device = keep.device
+    device = kept.device
     if newlines == "drop":
         spare = [max(0, total - now) for total, now in zip(view.granted, items.counts, strict=True)]
         if not any(spare):
@@ -177,7 +172,7 @@ def _separators(view: StageView, keep: Tensor, newlines: Newlines) -> Tensor | L
         layout.n_tokens - layout.newlines - math.prod(layout.regions[-1]) if layout.regions else 0
         for layout in items.layouts
     ]
-    counted = keep & items.mask & (items.token >= torch.tensor(begin, device=device)[:, None])
+    counted = kept & items.mask & (items.token >= torch.tensor(begin, device=device)[:, None])
     longest = max(layout.n_tokens for layout in items.layouts)
     total = torch.zeros(len(items), longest, dtype=torch.long, device=device)
     total = total.scatter_add(1, items.token, counted.long()).cumsum(1).gather(1, separators.token)

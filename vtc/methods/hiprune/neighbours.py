@@ -11,11 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtc.ops.rank import dense_rank, rank_in_group, run_starts
 from vtc.ops.select import settle
 
 Border = Literal["clamp", "drop"]
 STRIDE = 2**40
 """More than the places of any tile."""
+HALF = 0.5
+"""Coordinates this close are equal: rows and columns are at least one unit apart."""
 
 
 def tile_places(group: Tensor, row: Tensor, col: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,33 +34,16 @@ def tile_places(group: Tensor, row: Tensor, col: Tensor, mask: Tensor) -> tuple[
     [[[0, 1, 2, 3]], [[2, 2, 2, 2]], [[4, 4, 4, 4]]]
     """
     group = torch.where(mask, group, -1)
-    row, col = _number(row, group), _number(col, group)
+    row, col = (dense_rank(each, group, HALF) for each in (row, col))
     height, width = _most(row, group) + 1, _most(col, group) + 1
     place, width, size = (torch.where(mask, each, 0) for each in (row * width + col, width, height * width))
     return place, width, size
 
 
-def _number(values: Tensor, group: Tensor) -> Tensor:
-    """[I, N] number of each entry's value among the different values of its group; below half a unit is equal."""
-    order = values.argsort(dim=1, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-    ordered, member = values.gather(1, order), group.gather(1, order)
-    first = torch.ones_like(member, dtype=torch.bool)
-    first[:, 1:] = member[:, 1:] != member[:, :-1]
-    step = first.clone()
-    step[:, 1:] |= ordered[:, 1:] - ordered[:, :-1] > 0.5
-    count = step.long().cumsum(1)
-    base = torch.where(first, count, 0).cummax(1).values
-    return torch.empty_like(count).scatter_(1, order, count - base)
-
-
 def _most(numbers: Tensor, group: Tensor) -> Tensor:
     """[I, N] largest number in each entry's group; groups are numbers from -1 to N - 1, or fewer than N of any size."""
     order = group.argsort(dim=1, stable=True)
-    member = group.gather(1, order)
-    start = torch.ones_like(member, dtype=torch.bool)
-    start[:, 1:] = member[:, 1:] != member[:, :-1]
-    run = start.long().cumsum(1) - 1  # the groups that are there, numbered without gaps
+    run = run_starts(group.gather(1, order)).long().cumsum(1) - 1  # the groups that are there, numbered without gaps
     most = torch.zeros_like(numbers).scatter_reduce_(1, run, numbers.gather(1, order), "amax")
     return torch.empty_like(numbers).scatter_(1, order, most.gather(1, run))
 
@@ -122,33 +108,20 @@ def hierarchical(
     share, anchors = (torch.cat([each, each.new_zeros(len(each), 1)], dim=1) for each in (share, anchors))
     group = torch.where(mask, group, share.shape[1] - 1)
     limit = share.gather(1, group)
-    chosen = (_rank(group, object_scores) < anchors.gather(1, group)) & mask
+    chosen = (rank_in_group(group, best=object_scores) < anchors.gather(1, group)) & mask
     touched = torch.zeros_like(near[..., 0]).scatter_add(1, near.flatten(1), _repeated(chosen, near))
     union = (chosen | (touched > 0)) & mask
     tier = torch.where(chosen, 0, torch.where(union, 1, 2))
     if penalty is None:
         scores = torch.where(union, object_scores, deep_scores)
-        return (_rank(group, scores, tier) < limit) & mask
-    union &= _rank(group, object_scores, tier) < limit
+        return (rank_in_group(group, tier, best=scores) < limit) & mask
+    union &= rank_in_group(group, tier, best=object_scores) < limit
     taken = torch.zeros_like(share).scatter_add(1, group, union.long())
-    more = _rank(group, torch.where(union, deep_scores - penalty, deep_scores)) < (share - taken).gather(1, group)
+    lowered = torch.where(union, deep_scores - penalty, deep_scores)
+    more = rank_in_group(group, best=lowered) < (share - taken).gather(1, group)
     return (union | more) & mask
 
 
 def _repeated(marks: Tensor, near: Tensor) -> Tensor:
     """[I, N] -> [I, N * 4] int64"""
     return marks.long()[..., None].expand_as(near).flatten(1)
-
-
-def _rank(group: Tensor, scores: Tensor, tier: Tensor | None = None) -> Tensor:
-    """[I, N] place of every entry in its group: lower tiers first, then higher scores, then lower indices."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    for key in (tier, group):
-        if key is not None:
-            order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
-    ordered = group.gather(1, order)
-    slots = torch.arange(group.shape[1], device=group.device).expand_as(ordered)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    begin = torch.where(first, slots, 0).cummax(1).values
-    return torch.empty_like(order).scatter_(1, order, slots - begin)

@@ -1,6 +1,4 @@
-"""MustDrop (`method.py`), its uniform windows (`windows.py`, `window_merge.py`) and the two
-attention scores (`dual.py`).
-"""
+"""MustDrop (`method.py`), its uniform windows (`windows.py`) and the two attention scores (`dual.py`)."""
 
 from __future__ import annotations
 

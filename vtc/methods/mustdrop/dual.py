@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc.ops.attention import CHUNK, attention_rows
 from vtc.ops.checks import numbers
+from vtc.ops.rank import inverse, order_by
 from vtc.ops.select import group_sizes, settle, top_k_of_groups
 
 LIMIT = 2**24
@@ -86,8 +87,5 @@ def keep_with_keys(utility: Tensor, key: Tensor, keep: Tensor, mask: Tensor) -> 
     ...                torch.ones(1, 3, dtype=torch.bool)).tolist()
     [[True, False, True]]
     """
-    order = settle(utility, mask).argsort(dim=1, descending=True, stable=True)
     tier = torch.where(mask, torch.where(key, 0, 1), 2)
-    order = order.gather(1, tier.gather(1, order).argsort(dim=1, stable=True))
-    rank = torch.arange(mask.shape[1], device=mask.device).expand_as(order)
-    return torch.zeros_like(mask).scatter(1, order, rank < keep[:, None]) & mask
+    return (inverse(order_by(tier, best=settle(utility, mask))) < keep[:, None]) & mask

@@ -26,9 +26,9 @@ from vtc.method.base import (
     Stage,
     StageView,
 )
+from vtc.method.budget import left_by_stages
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, VisionReading
 from vtc.method.registry import register
-from vtc.method.schedule import left_by_stages
 from vtc.methods.mustdrop.dual import (
     attention_sum_and_max,
     dual_filter,
@@ -36,11 +36,10 @@ from vtc.methods.mustdrop.dual import (
     key_tokens,
     utilities,
 )
-from vtc.methods.mustdrop.window_merge import Windows, by_token
-from vtc.methods.mustdrop.windows import window_count
+from vtc.methods.mustdrop.windows import Windows, by_token, window_count
 from vtc.ops.select import front_pack, top_k
 
-Merge = Literal["threshold", "count", "off"]
+Windowing = Literal["threshold", "count", "off"]
 Filter = Literal["budget", "threshold", "off"]
 Average = Literal["true", "official"]
 
@@ -71,7 +70,6 @@ class Progress:
 
 
 @register
-@dataclass(frozen=True, kw_only=True)
 class MustDrop(Compressor):
     """Average uniform windows, drop what no text token looks at, and cache only what is left at the end.
 
@@ -113,7 +111,7 @@ class MustDrop(Compressor):
     threshold drops a token, and a budget keeps the first ones. With keep=, step 1 grants each tile that many tokens.
     """
 
-    merge: Merge = "threshold"
+    merge: Windowing = "threshold"
     window: tuple[int, int] = (3, 3)
     tau: float = 0.8
     retain: int | None = None
@@ -263,8 +261,8 @@ class MustDrop(Compressor):
         stage = self.after(view.model).index(layer)
         counts = [min(left[stage], now) for left, now in zip(progress.left, items.counts, strict=True)]
         utility = utilities(total, peak, self.gamma, self.alpha, items.mask)
-        keep = keep_with_keys(utility, key, torch.tensor(counts, device=key.device), items.mask)
-        return Selection(keep, counts=counts)
+        kept = keep_with_keys(utility, key, torch.tensor(counts, device=key.device), items.mask)
+        return Selection(kept, counts=counts)
 
     def _begin(self, view: StageView) -> Progress:
         """The key set and, under a budget, the schedule; synchronises once for the sizes of the key set."""
@@ -272,7 +270,9 @@ class MustDrop(Compressor):
         table = by_token(view, key)
         if self.filter == "threshold":
             return Progress(table, ())
-        return Progress(table, left_by_stages(view, key.sum(1).tolist(), self.spans(view.model)))
+        items, spans = view.items, self.spans(view.model)
+        columns = zip(items.counts, key.sum(1).tolist(), view.granted, items.fixed, items.input_counts, strict=True)
+        return Progress(table, tuple(left_by_stages(*item, spans) for item in columns))
 
     def attention(self, view: StageView, layer: int) -> Tensor:
         """[2, I, N] sum and maximum over the text of what it pays to each token in LLM layer `layer`."""
@@ -284,8 +284,7 @@ class MustDrop(Compressor):
             return torch.zeros_like(view.items.mask)
         table = view.memory.get((self, "scores"))
         score = self._scores(view) if table is None else table.to(view.items.token.device).gather(1, view.items.token)
-        crops = max(layout.n_crops for layout in view.items.layouts)
-        return key_tokens(score, view.crop, crops, self.key_rate, view.items.mask)
+        return key_tokens(score, view.crop, view.most_crops, self.key_rate, view.items.mask)
 
     def _scores(self, view: StageView) -> Tensor:
         return view.vision_attention(*self.salience(view.model))

@@ -7,13 +7,18 @@ at a raster's lower and right border belong to none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from vtc.method.base import Selection, StageView
 from vtc.ops.checks import numbers
-from vtc.ops.select import take_rows
+from vtc.ops.rank import inverse, order_by
+from vtc.ops.select import in_groups, take_rows
 
 EPSILON = 1e-8
 APART = -2.0
@@ -61,17 +66,11 @@ def window_members(window: Tensor, windows: int, size: int) -> tuple[Tensor, Ten
 
     >>> window_members(torch.tensor([[0, 1, -1, 0, 2]]), 3, 2)
     (tensor([[[0, 3],
-             [1, 4],
-             [4, 2]]]), tensor([[ True, False, False]]))
+             [1, 0],
+             [4, 0]]]), tensor([[ True, False, False]]))
     """
-    items, length = window.shape
-    number = torch.where(window < 0, windows, window)
-    order = number.argsort(dim=1, stable=True)
-    counts = window.new_zeros(items, windows + 1).scatter_add(1, number, torch.ones_like(number))
-    first = (counts.cumsum(1) - counts)[:, :windows]
-    slots = first[..., None] + torch.arange(size, device=window.device)
-    members = order.gather(1, slots.clamp(max=length - 1).flatten(1)).view(items, windows, size)
-    return members, counts[:, :windows] == size
+    members, real = in_groups(window, windows, size, window >= 0)
+    return members, real.all(2)
 
 
 def window_similarity(x: Tensor, members: Tensor, whole: Tensor) -> Tensor:
@@ -106,25 +105,91 @@ def merge_windows(x: Tensor, members: Tensor, chosen: Tensor) -> tuple[Tensor, T
     place = torch.where(chosen[..., None], members, length).flatten(1)
     taken = anchor[..., None].expand_as(members).flatten(1)
     into = members.new_full((items, length + 1), -1).scatter(1, place, taken)[:, :length]
-    keep = (into < 0) | (into == torch.arange(length, device=x.device))
-    return tokens, keep, into
+    kept = (into < 0) | (into == torch.arange(length, device=x.device))
+    return tokens, kept, into
 
 
-def merged_first(keep: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
+def merged_first(kept: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
     """The order with the merged tokens in front, the most uniform window first, then all others in token order.
 
-    keep: [I, N] bool of what is left after `merge_windows` (without padding); members, chosen, similarity as there and
+    kept: [I, N] bool of what is left after `merge_windows` (without padding); members, chosen, similarity as there and
     in `window_similarity`. Returns [I, N]: the token that goes to each place. Kept places in ascending order receive
     the tokens in the new order; the other places and tokens are matched somehow.
     """
-    items, length = keep.shape
+    items, length = kept.shape
     windows = chosen.shape[1]
-    tokens = torch.arange(length, device=keep.device)
+    tokens = torch.arange(length, device=kept.device)
     value = similarity.masked_fill(~chosen, -torch.inf)
-    rank = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-    key = torch.where(keep, tokens + windows, tokens + windows + length)
+    rank = inverse(order_by(best=value))
+    key = torch.where(kept, tokens + windows, tokens + windows + length)
     key = torch.cat([key, key.new_zeros(items, 1)], dim=1)
     key = key.scatter(1, torch.where(chosen, members[..., 0], length), rank)[:, :length]
     order = key.argsort(dim=1)
-    places = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
-    return torch.empty_like(order).scatter(1, places, order)
+    return torch.empty_like(order).scatter(1, order_by(~kept), order)
+
+
+# --- of a view
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of all items of a view.
+
+    members: [I, W, k] tokens of each window, whole: [I, W] bool, similarity: [I, W]; see `window_members` and
+    `window_similarity`. counts: windows per item in its layout, on the host.
+    """
+
+    view: StageView
+    members: Tensor
+    whole: Tensor
+    similarity: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, view: StageView, window: tuple[int, int]) -> Windows:
+        """Cut the rasters of the view's items into windows of (rows, columns)."""
+        counts = tuple(window_count(layout.regions, window) for layout in view.items.layouts)
+        members, whole = window_members(_numbers(view, window), max(counts), math.prod(window))
+        return cls(view, members, whole, window_similarity(view.tokens, members, whole), counts)
+
+    def merge(self, chosen: Tensor, *, in_front: bool = False) -> Selection:
+        """Average the chosen windows [I, W]; in_front: the merged tokens become the first ones of their item."""
+        items = self.view.items
+        tokens, kept, into = merge_windows(self.view.tokens, self.members, chosen)
+        kept = kept & items.mask
+        if in_front:
+            order = merged_first(kept, self.members, chosen, self.similarity)
+            tokens = take_rows(tokens, order)
+            steps = torch.arange(kept.shape[1], device=kept.device).expand_as(order)
+            place = torch.empty_like(order).scatter(1, order, steps)
+            into = place.gather(1, torch.where(into < 0, steps, into))
+        return Selection(kept, tokens=tokens, merged_into=into)
+
+    def average(self, values: Tensor, chosen: Tensor, *, in_front: bool = False) -> Tensor:
+        """[I, N] values of the tokens as they are after `merge`."""
+        merged, kept, _ = merge_windows(values[..., None], self.members, chosen)
+        if in_front:
+            kept = kept & self.view.items.mask
+            merged = take_rows(merged, merged_first(kept, self.members, chosen, self.similarity))
+        return merged[..., 0]
+
+
+def _numbers(view: StageView, window: tuple[int, int]) -> Tensor:
+    """[I, N] window of each token, -1 for none."""
+    device = view.hidden.device
+    known: dict[int, Tensor] = {}
+    for layout in view.items.layouts:
+        if id(layout) not in known:
+            newline = layout.newline.to(device)
+            number = raster_windows(layout.regions, window, device)
+            number = torch.nn.functional.pad(number, (0, layout.n_tokens - len(number)), value=-1)
+            rank = (~newline).cumsum(0).clamp(min=1) - 1
+            known[id(layout)] = number.gather(0, rank).masked_fill(newline, -1)
+    numbers = pad_sequence([known[id(layout)] for layout in view.items.layouts], batch_first=True, padding_value=-1)
+    return numbers.gather(1, view.items.token).masked_fill(~view.items.mask, -1)
+
+
+def by_token(view: StageView, values: Tensor) -> Tensor:
+    """[I, N] values of the tokens there are -> [I, Nmax] by the token's number in its item; zero for the others."""
+    items = view.items
+    width = max(layout.n_tokens for layout in items.layouts)  # input_counts may be what another method left
+    table = values.new_zeros(len(items), width + 1)
+    return table.scatter(1, torch.where(items.mask, items.token, width), values)[:, :width]

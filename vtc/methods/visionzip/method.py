@@ -5,39 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Order, Plan, Rows, Selection, StageView
 from vtc.method.layout import VisualItem
-from vtc.method.readings import AttentionCall, VisionReading
+from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
-from vtc.ops.select import apportion, in_groups, take_rows
+from vtc.ops.rank import order_by
+from vtc.ops.select import apportion, in_groups, out_of_groups, take_rows
 
 Place = Literal["llm", "projector"]
-Order = Literal["raster", "official"]
 
 
-@dataclass(frozen=True)
-class MeanKeys(VisionReading):
-    """The key vectors, mean over heads."""
-
-    name: ClassVar[str] = "mean keys"
-
-    def read(self, attention: AttentionCall) -> Tensor:
-        return attention.key.mean(1)
-
-
-MEAN_KEYS = MeanKeys()
+MEAN_KEYS = MeanKeys(rounded=True)
 
 
 @register
-@dataclass(frozen=True)
 class VisionZip(Compressor):
     """Keep the patches the class token looks at, and merge all others into a few evenly spaced contextual tokens.
 
@@ -111,8 +99,8 @@ class VisionZip(Compressor):
         into = torch.where(best, torch.arange(into.shape[1], device=into.device), into)
         if not official:
             return Selection(kept, counts=keep, tokens=tokens, merged_into=into)
-        order = torch.where(kept, self._block(view, target), 8).argsort(dim=1, stable=True)  # block by block
-        anchors = torch.where(kept, 0, 1).argsort(dim=1, stable=True)
+        order = order_by(torch.where(kept, self._block(view, target), 8))  # block by block
+        anchors = order_by(~kept)
         moved = torch.empty_like(order).scatter_(1, order, anchors)
         rows = anchors[..., None].expand_as(tokens)
         return Selection(
@@ -147,12 +135,9 @@ class VisionZip(Compressor):
         keys = take_rows(metric, flat).view(*crops, metric.shape[2])
         into = nearest_target(keys, target, there.view(crops) & ~best, most)
         goes = torch.where(into >= 0, place.view(crops).gather(1, into.clamp(min=0)), -1)
-        spare = torch.where(there.flatten(1), flat, score.shape[1])
 
         def back(values: Tensor, empty: int) -> Tensor:
-            """Per-crop values at the tokens' places; what lies in no crop is `empty`."""
-            full = values.new_full((len(score), score.shape[1] + 1), empty)
-            return full.scatter(1, spare, values.view(len(score), -1))[:, :-1]
+            return out_of_groups(values.view_as(place), place, there, score.shape[1], empty)
 
         return back(best, 0), back(target, 0), back(goes, -1)
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from vtc.ops.checks import numbers
 from vtc.ops.hashing import fingerprint, uniform
+from vtc.ops.rank import inverse, order_by
 from vtc.ops.select import first_best, take_rows
 
 _LIMIT = 2**24  # numbers in one block of a streamed pass
 _EPSILON = 1e-12
 _TIE = 1e-6  # cosines closer than this count as equal
-Order = Literal["first", "cluster_id", "size"]
+ClusterOrder = Literal["first", "cluster_id", "size"]
 
 
 class Clusters(NamedTuple):
@@ -155,7 +156,7 @@ def split_empty(tokens: Tensor, labels: Tensor, counts: Tensor, width: int, mask
     best = marked(_medoids(likeness, labels, members, mask), mask.shape[1])
     steps = torch.arange(width, device=labels.device)
     empty = (members.sizes == 0) & (steps < counts[:, None])
-    vacant = (~empty).to(torch.uint8).argsort(dim=1, stable=True)  # [I, K] empty clusters first, ascending
+    vacant = order_by(~empty)  # [I, K] empty clusters first, ascending
     free = (likeness / _TIE).round().masked_fill(best | ~mask, torch.inf)
     order = free.argsort(dim=1, stable=True)[:, : min(width, labels.shape[1])]
     steps = steps[: order.shape[1]]
@@ -191,7 +192,7 @@ def medoids(tokens: Tensor, labels: Tensor, width: int, mask: Tensor) -> Tensor:
     return _medoids(likeness, labels, describe(labels, width, mask), mask)
 
 
-def ordering(members: Members, order: Order = "first") -> Tensor:
+def ordering(members: Members, order: ClusterOrder = "first") -> Tensor:
     """[I, K] the clusters in output order, empty ones last.
 
     "first": by first member; "cluster_id": as numbered; "size": larger ones first, then by first member.
@@ -201,19 +202,14 @@ def ordering(members: Members, order: Order = "first") -> Tensor:
     """
     empty = members.sizes == 0
     if order == "cluster_id":
-        return empty.to(torch.uint8).argsort(dim=1, stable=True)
-    by_first = torch.where(empty, torch.iinfo(torch.long).max, members.first).argsort(dim=1, stable=True)
-    if order == "first":
-        return by_first
-    return by_first.gather(1, members.sizes.gather(1, by_first).argsort(dim=1, descending=True, stable=True))
+        return order_by(empty)
+    first = torch.where(empty, torch.iinfo(torch.long).max, members.first)
+    return order_by(first) if order == "first" else order_by(-members.sizes, first)
 
 
 def relabel(labels: Tensor, order: Tensor) -> Tensor:
     """Number the clusters by their rank: order [I, K] as from `ordering`, labels [I, N] -> [I, N]."""
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return rank.gather(1, labels)
+    return inverse(order).gather(1, labels)
 
 
 def marked(places: Tensor, length: int) -> Tensor:

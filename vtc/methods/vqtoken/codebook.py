@@ -90,17 +90,16 @@ class Clustering(Compressor):
         return torch.minimum(kink, held), min(most, max(view.items.counts))
 
 
-def lay(view: StageView, keep: Tensor, rows: Tensor, owner: Tensor, counts: Sequence[int] | None) -> Selection:
-    """Put `rows` [I, K, D] in their order on the anchors `keep` [I, N]; owner: [I, N] row that each token went into."""
-    slots = front_pack(keep, min(rows.shape[1], keep.shape[1]))
-    item = torch.arange(len(keep), device=keep.device)[:, None]
+def lay(view: StageView, kept: Tensor, rows: Tensor, owner: Tensor, counts: Sequence[int] | None) -> Selection:
+    """Put `rows` [I, K, D] in their order on the anchors `kept` [I, N]; owner: [I, N] row that each token went into."""
+    slots = front_pack(kept, min(rows.shape[1], kept.shape[1]))
+    item = torch.arange(len(kept), device=kept.device)[:, None]
     base = torch.zeros_like(view.tokens)
     tokens = base.index_put((item, slots), rows[:, : slots.shape[1]].to(base.dtype))
-    return Selection(keep, counts, tokens=tokens, merged_into=slots.gather(1, owner.clamp(max=slots.shape[1] - 1)))
+    return Selection(kept, counts, tokens=tokens, merged_into=slots.gather(1, owner.clamp(max=slots.shape[1] - 1)))
 
 
 @register
-@dataclass(frozen=True)
 class VQTokenCodebook(Clustering):
     """VQToken (codebook only, training-free): cluster all tokens of an item and send the K cluster means to the LLM.
 
@@ -148,6 +147,6 @@ class VQTokenCodebook(Clustering):
             codes = torch.nn.functional.normalize(codes, dim=-1) if normalized else codes
         placed = Members(members.sizes, anchor)
         order = cluster.ordering(placed, "first") if self.order == "place" else cluster.ordering(members, self.order)
-        keep = cluster.marked(anchor, labels.shape[1])
+        kept = cluster.marked(anchor, labels.shape[1])
         exact = self.clusters == "budget" and self.empty == "split"
-        return lay(view, keep, take_rows(codes, order), cluster.relabel(labels, order), view.keep if exact else None)
+        return lay(view, kept, take_rows(codes, order), cluster.relabel(labels, order), view.keep if exact else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,7 +41,6 @@ def occupancy(numbers: Tensor, frames: Tensor, width: int) -> Tensor:
 
 
 @register
-@dataclass(frozen=True)
 class VQToken(Clustering, LearnedCompressor):
     """VQToken: K cluster means of all tokens of a video, mixed by a trained block that reads where the clusters lie.
 
@@ -161,10 +159,10 @@ class VQToken(Clustering, LearnedCompressor):
             codes = self._noise(view, codes)
         mixed: Tensor = view.module["vq_attn"](numbers, codes, lines, counts, residual=self.residual)
         first = cluster.describe(labels, most, mask).first
-        keep = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
+        kept = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
         if self.clusters == "elbow":
-            return lay(view, keep, mixed, labels, None)
-        selection = lay(view, keep, mixed, labels, view.keep)
+            return lay(view, kept, mixed, labels, None)
+        selection = lay(view, kept, mixed, labels, view.keep)
         whole = [granted == held for granted, held in zip(view.keep, view.items.counts, strict=True)]
         assert selection.tokens is not None
         if any(whole):  # alone, such an item would not reach the method

@@ -149,18 +149,18 @@ def group_places(group: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) ->
 def lay_out(
     merge: Merge, rows: Tensor, places: Tensor, shape: tuple[int, int], *, raster: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keep = torch.zeros(shape, dtype=torch.bool)
+    kept = torch.zeros(shape, dtype=torch.bool)
     tokens = torch.zeros(*shape, rows.shape[2], dtype=rows.dtype)
     into = torch.full(shape, -1)
     for g, count in enumerate(merge.counts):
         anchors = merge.anchor[g, :count].tolist()
         seats = [divmod(int(places[g, each]), shape[1]) for each in (anchors if raster else sorted(anchors))]
         for row, (item, token) in enumerate(seats):
-            keep[item, token], tokens[item, token] = True, rows[g, row]
+            kept[item, token], tokens[item, token] = True, rows[g, row]
         for place, target in zip(places[g].tolist(), merge.target[g].tolist(), strict=True):
             if target < merge.anchor.shape[1]:
                 into[divmod(place, shape[1])] = seats[target][1]
-    return keep, tokens, into
+    return kept, tokens, into
 
 
 # --- cases: frames or crops of one size and of different sizes

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.select import apportion, front_pack, group_sizes, left_pack, take_last, take_rows, top_k, top_k_in_groups
+from vtc.ops.select import (
+    apportion,
+    front_pack,
+    group_sizes,
+    in_groups,
+    left_pack,
+    out_of_groups,
+    take_last,
+    take_rows,
+    top_k,
+    top_k_in_groups,
+)
 from vtc.testing.plain import OpCase, Size
 
 
@@ -63,15 +74,15 @@ def plain_top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tens
     return _marks(rows, scores.shape[1])
 
 
-def plain_left_pack(keep: Tensor, length: int) -> Tensor:
+def plain_left_pack(kept: Tensor, length: int) -> Tensor:
     """Dropped places, then kept ones, of each row; its last `length` entries."""
-    rows = [[p for p, k in enumerate(row) if not k] + [p for p, k in enumerate(row) if k] for row in keep.tolist()]
+    rows = [[p for p, k in enumerate(row) if not k] + [p for p, k in enumerate(row) if k] for row in kept.tolist()]
     return torch.tensor([row[len(row) - length :] for row in rows])
 
 
-def plain_front_pack(keep: Tensor, length: int) -> Tensor:
+def plain_front_pack(kept: Tensor, length: int) -> Tensor:
     """Kept places, then dropped ones, of each row; its first `length` entries."""
-    rows = [[p for p, k in enumerate(row) if k] + [p for p, k in enumerate(row) if not k] for row in keep.tolist()]
+    rows = [[p for p, k in enumerate(row) if k] + [p for p, k in enumerate(row) if not k] for row in kept.tolist()]
     return torch.tensor([row[:length] for row in rows])
 
 
@@ -105,6 +116,21 @@ def _grouped(size: Size) -> dict[str, Any]:
     return {name: given[name] for name in ("group", "groups", "mask")}
 
 
+def plain_out_of_groups(values: Tensor, place: Tensor, real: Tensor, length: int, empty: float = 0) -> Tensor:
+    """Write one value after the other to its place."""
+    full = values.new_full((len(values), length), empty)
+    for item, group, slot in real.nonzero().tolist():
+        full[item, place[item, group, slot]] = values[item, group, slot]
+    return full
+
+
+def _placed(size: Size) -> dict[str, Any]:
+    given = _grouped(size)
+    place, real = in_groups(**given, width=int(group_sizes(**given).max()))
+    values = torch.rand(place.shape, generator=torch.Generator().manual_seed(3))
+    return {"values": values, "place": place, "real": real, "length": given["mask"].shape[1], "empty": -1.0}
+
+
 def _shares(size: Size) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     rows, groups = (3, 4) if size == "small" else (500, 64)
@@ -115,8 +141,8 @@ def _shares(size: Size) -> dict[str, Any]:
 def _packed(size: Size) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(4)
     rows, width = (3, 9) if size == "small" else (8, 20000)
-    keep = torch.rand(rows, width, generator=generator) < 0.4
-    return {"keep": keep, "length": int(keep.sum(1).max())}
+    kept = torch.rand(rows, width, generator=generator) < 0.4
+    return {"kept": kept, "length": int(kept.sum(1).max())}
 
 
 def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
@@ -132,6 +158,7 @@ CASES = (
     OpCase(apportion, plain_apportion, _shares),
     OpCase(group_sizes, plain_group_sizes, _grouped),
     OpCase(top_k_in_groups, plain_top_k_in_groups, lambda size: _ranked(size, groups=5)),
+    OpCase(out_of_groups, plain_out_of_groups, _placed),
     OpCase(left_pack, plain_left_pack, _packed),
     OpCase(front_pack, plain_front_pack, _packed),
     OpCase(take_rows, plain_take_rows, _gathered),

@@ -31,21 +31,6 @@ def redundancy_score(own: Tensor, cross: Tensor) -> Tensor:
     return torch.tensor([[(a + b) / 2 for a, b in zip(x, y, strict=True)] for x, y in _rows(own, cross)])
 
 
-def dense_rank(values: Tensor, groups: Tensor) -> Tensor:
-    """Sort a group's values; a step of more than a hundredth opens the next line."""
-    out = []
-    for row, group in _rows(values, groups):
-        lines: dict[tuple[int, float], int] = {}
-        for number in set(group):
-            ordered = sorted(value for value, own in zip(row, group, strict=True) if own == number)
-            line = 0
-            for place, value in enumerate(ordered):
-                line += place > 0 and value - ordered[place - 1] > 1e-2
-                lines[number, value] = line
-        out.append([lines[number, value] for value, number in zip(row, group, strict=True)])
-    return torch.tensor(out)
-
-
 def on_grid(row: Tensor, col: Tensor, stride: int) -> Tensor:
     return torch.tensor(
         [[not (r % stride or c % stride) for r, c in zip(x, y, strict=True)] for x, y in _rows(row, col)]
@@ -133,35 +118,6 @@ def target_loss(mean: Tensor, target: float) -> Tensor:
     return torch.tensor(abs(sum(values) / len(values) - target))
 
 
-def decay_rate(tokens: Tensor, target: Tensor, layers: Sequence[int], depth: int) -> Tensor:
-    """Try every millionth, then the millionths of the best interval."""
-
-    def mean(count: float, alpha: float) -> float:
-        behind = [count * alpha ** (m + 1) for m in range(len(layers))]
-        ends = [*layers[1:], depth - 1]
-        return (
-            count * (layers[0] + 1) + sum(k * (b - a) for k, a, b in zip(behind, layers, ends, strict=True))
-        ) / depth
-
-    found = []
-    for count, goal in _rows(tokens, target):
-        if goal < mean(count, 0.0):
-            found.append(math.nan)
-            continue
-        low, step = 0.0, 1.0
-        for _ in range(12):
-            step /= 10
-            low += step * max(n for n in range(11) if n == 0 or mean(count, low + n * step) <= goal)
-        found.append(min(1.0, low))
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def decay_counts(tokens: Tensor, alpha: Tensor, modules: int) -> Tensor:
-    rates = [0.0 if math.isnan(rate) else rate for rate in alpha.tolist()]
-    pairs = list(zip(tokens.tolist(), rates, strict=True))
-    return torch.tensor([[max(1, math.floor(n * rate**m + 1e-9)) for n, rate in pairs] for m in range(1, modules + 1)])
-
-
 def sampling_grid(
     row: Tensor, col: Tensor, strides: Sequence[int], spatial_share: float, keep: Tensor, mask: Tensor
 ) -> Tensor:
@@ -211,12 +167,6 @@ def _scores(size: Size) -> dict[str, Any]:
 
 def _pair(size: Size) -> dict[str, Any]:
     return {"own": _table(size)[0], "cross": _table(size, 1)[0]}
-
-
-def _lines(size: Size) -> dict[str, Any]:
-    row, _ = _places(size)
-    shuffled = row[:, torch.randperm(row.shape[1], generator=torch.Generator().manual_seed(0))]
-    return {"values": shuffled * 2.0 + 0.5, "groups": torch.arange(row.shape[1]).expand_as(row) % 3 - 1}
 
 
 def _on_grid(size: Size) -> dict[str, Any]:
@@ -269,20 +219,6 @@ def _depths(size: Size) -> dict[str, Any]:
     return given
 
 
-def _rates(size: Size) -> dict[str, Any]:
-    items = 6 if size == "small" else 2000
-    tokens = torch.arange(items) * 7 + 30
-    share = torch.linspace(0.2, 1.0, items, dtype=torch.float64)
-    return {"tokens": tokens, "target": tokens * share, "layers": (4, 14, 24), "depth": 32}
-
-
-def _counts(size: Size) -> dict[str, Any]:
-    tokens = _rates(size)["tokens"]
-    alpha = torch.linspace(0, 1, len(tokens), dtype=torch.float64)
-    alpha[1] = math.nan
-    return {"tokens": tokens, "alpha": alpha, "modules": 3}
-
-
 def _sampling(size: Size) -> dict[str, Any]:
     row, col = _places(size)
     keep = torch.tensor([20, 9, 1, 3] if size == "small" else [700, 96, 4, 0] * 16)
@@ -301,7 +237,6 @@ def _budget(size: Size) -> dict[str, Any]:
 CASES = (
     OpCase(ops.min_max, min_max, _scores, 1e-6),
     OpCase(ops.redundancy_score, redundancy_score, _pair, 1e-6),
-    OpCase(ops.dense_rank, dense_rank, _lines),
     OpCase(ops.on_grid, on_grid, _on_grid),
     OpCase(ops.spatial_score, spatial_score, _spatial, 1e-6),
     OpCase(ops.pool_bins, pool_bins, _pool, 1e-6),
@@ -312,8 +247,6 @@ CASES = (
     OpCase(ops.mean_over_layers, mean_over_layers, _means, 1e-6),
     OpCase(ops.depth_loss, depth_loss, _depths, 1e-6),
     OpCase(ops.target_loss, target_loss, lambda size: {"mean": _kept(size)[0], "target": 144.0}, 1e-5),
-    OpCase(ops.decay_rate, decay_rate, _rates, 1e-9),
-    OpCase(ops.decay_counts, decay_counts, _counts),
     OpCase(ops.sampling_grid, sampling_grid, _sampling),
     OpCase(ops.budget_keep, budget_keep, _budget),
 )

@@ -78,7 +78,7 @@ def plain_window_similarity(x: Tensor, members: Tensor, whole: Tensor) -> Tensor
 
 def plain_merge_windows(x: Tensor, members: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Put the mean of a chosen window on its first member and strike out the others."""
-    tokens, keep = x.clone(), torch.ones(x.shape[:2], dtype=torch.bool)
+    tokens, kept = x.clone(), torch.ones(x.shape[:2], dtype=torch.bool)
     into = torch.full(x.shape[:2], -1)
     for item in range(len(x)):
         for each in range(chosen.shape[1]):
@@ -88,15 +88,15 @@ def plain_merge_windows(x: Tensor, members: Tensor, chosen: Tensor) -> tuple[Ten
                 for place in places:
                     total = total + x[item, place].float()
                     into[item, place] = places[0]
-                    keep[item, place] = place == places[0]
+                    kept[item, place] = place == places[0]
                 tokens[item, places[0]] = (total / len(places)).to(x.dtype)
-    return tokens, keep, into
+    return tokens, kept, into
 
 
-def plain_merged_first(keep: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
+def plain_merged_first(kept: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
     """Merged tokens by falling similarity, other kept ones, dropped ones; matched to kept places, then dropped ones."""
-    source = torch.empty(keep.shape, dtype=torch.long)
-    for item, row in enumerate(keep.tolist()):
+    source = torch.empty(kept.shape, dtype=torch.long)
+    for item, row in enumerate(kept.tolist()):
         picked = [each for each in range(chosen.shape[1]) if chosen[item, each]]
         picked.sort(key=lambda each: (-float(similarity[item, each]), each))
         merged: list[int] = [int(members[item, each, 0]) for each in picked]
@@ -141,10 +141,10 @@ def make_merge(size: Size) -> dict[str, Any]:
 
 def make_order(size: Size) -> dict[str, Any]:
     given = make_merge(size)
-    _, keep, _ = merge_windows(**given)
+    _, kept, _ = merge_windows(**given)
     similarity = window_similarity(**make_similarity(size))
     return {
-        "keep": keep & (make_members(size)["window"] >= -1),
+        "kept": kept & (make_members(size)["window"] >= -1),
         "members": given["members"],
         "chosen": given["chosen"],
         "similarity": similarity.mul(4).round(),  # ties

@@ -1,10 +1,11 @@
-"""Falling schedules: which share of the tokens every LLM layer sees, and how to make their mean meet a budget."""
+"""AIM's falling schedule: which share of the tokens every LLM layer sees, and how to make their mean meet a budget."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
+
+from vtc.method.budget import NOISE, spend
 
 
 def falling_shares(layers: int, start: float, end: float) -> list[float]:
@@ -22,41 +23,36 @@ def layer_tokens(entered: int, shares: Sequence[float]) -> list[int]:
     >>> layer_tokens(150, falling_shares(5, 0, 8))
     [150, 131, 112, 93, 75]
     """
-    return [math.floor(entered * share + 1e-9) for share in shares]
+    return [math.floor(entered * share + NOISE) for share in shares]
 
 
 def moved_tokens(entered: int, total: int, layers: int, start: int, end: int) -> list[int]:
     """Tokens that every layer sees when the schedule from `start` to `end` moves, so that they sum up to `total`.
 
     It moves by fractions of a layer. Moved to before layer 0 it begins there and gets steeper; layer 0 sees everything.
+    Raises BudgetError where that alone is more than a token per layer too many.
 
     >>> moved_tokens(100, 600, 8, 2, 6), moved_tokens(100, 150, 8, 2, 6)
     ([100, 100, 100, 100, 87, 62, 37, 12], [100, 50, 0, 0, 0, 0, 0, 0])
     """
 
-    def tokens(shift: float) -> list[int]:
+    def curve(shift: float) -> list[int]:
         first = max(start + shift, 0.0)
         return layer_tokens(entered, falling_shares(layers, first, max(end + shift, first + 1e-6)))
 
-    low, high = -float(end), float(layers)
-    for _ in range(50):  # the sum rises with the shift
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(tokens(middle)) <= total else (low, middle)
-    return min((tokens(low), tokens(high)), key=lambda option: abs(sum(option) - total))
+    return spend(total, [1] * layers, curve, between=(-float(end), float(layers)), slack=layers, of=entered)
 
 
 def entering_tokens(count: int, fixed: int, total: int, shares: Sequence[float]) -> int:
     """How many of `count` tokens should enter, beside `fixed` others, so that the layers' tokens sum up to `total`.
 
-    At least one and at most all of them.
+    At least one and at most all of them; layer 0 sees what entered.
 
     >>> entering_tokens(576, 0, 32 * 72, falling_shares(32, 13, 21))
     132
     """
 
-    def seen(keep: int) -> int:
-        return sum(layer_tokens(keep + fixed, shares))
+    def curve(x: float) -> list[int]:
+        return layer_tokens(max(1, math.floor(count * x + 0.5)) + fixed, shares)
 
-    above = bisect_left(range(1, count + 1), total, key=seen) + 1
-    options = [keep for keep in (above - 1, above) if 0 < keep <= count]
-    return min(options, key=lambda keep: abs(seen(keep) - total))
+    return spend(total, [1] * len(shares), curve, slack=math.inf)[0] - fixed

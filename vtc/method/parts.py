@@ -1,20 +1,76 @@
-"""Merging the tokens of a view: which tokens form a group, how many each group keeps, and where the means go."""
+"""Items in parts, their crops or frames: methods that choose in each part on its own, and merging inside parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vtc.method.base import Scope, Selection, StageView
+from vtc.ops.greedy import chosen
 from vtc.ops.merge import bipartite_merge, group_places, lay_out, merge_plan, merge_rows
-from vtc.ops.select import apportion_host
+from vtc.ops.select import apportion, apportion_host, group_sizes, in_groups, out_of_groups
 
 Sizes = list[list[int]]
 """Tokens of every group of every item, on the host."""
 
 
+# --- choosing
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """R groups of at most W tokens: the items themselves, or their crops one behind the other.
+
+    place: [R, W] of a group's tokens in its item, None where a group is an item. mask: [R, W]. keep: [R] tokens that a
+    group may keep. steps: no group may keep more.
+    """
+
+    place: Tensor | None
+    mask: Tensor
+    keep: Tensor
+    steps: int
+    items: Tensor
+
+    @staticmethod
+    def of(view: StageView, scope: Scope) -> Groups:
+        """The groups of a view; with scope "crop" an item's budget is split in proportion to the sizes of its crops."""
+        items, mask = view.items, view.items.mask
+        keep = torch.tensor(view.keep, device=mask.device)
+        if scope == "item" or view.most_crops == 1:
+            return Groups(None, mask, keep, max(view.keep, default=0), mask)
+        sizes = [layout.crop_sizes for layout in items.layouts]
+        width = min(mask.shape[1], max(map(max, sizes)))
+        place, real = in_groups(view.crop, view.most_crops, width, mask)
+        share = apportion(keep, real.sum(2))
+        steps = max(map(_largest_share, view.keep, items.counts, sizes))
+        return Groups(place.flatten(0, 1), real.flatten(0, 1), share.flatten(), steps, mask)
+
+    def take(self, values: Tensor) -> Tensor:
+        """[I, N, ...] of the items -> [R, W, ...] of the groups."""
+        if self.place is None:
+            return values
+        item = torch.arange(len(values), device=values.device).repeat_interleave(len(self.place) // len(values))
+        return values[item[:, None], self.place]
+
+    def chosen(self, order: Tensor) -> Tensor:
+        """Mark what the groups keep of their orders [R, steps]; bool [I, N] over the items."""
+        marks = chosen(order, self.keep, self.mask)
+        if self.place is None:
+            return marks
+        items, length = self.items.shape
+        marks, place, real = (each.view(items, -1, each.shape[1]) for each in (marks, self.place, self.mask))
+        return out_of_groups(marks, place, real, length)
+
+
+def _largest_share(keep: int, count: int, sizes: Sequence[int]) -> int:
+    """No crop may keep more of the item's `keep` tokens; only a bound where an earlier stage thinned the crops."""
+    if sum(sizes) != count:
+        return min(keep, max(sizes))
+    return max(min(size, size * keep // count + 1) for size in sizes)
+
+
+# --- merging
 def merge_items(
     view: StageView,
     keep: Sequence[int],
@@ -68,10 +124,7 @@ def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:
     whole = all(sum(layout.crop_sizes) == count for layout, count in zip(items.layouts, items.counts, strict=True))
     if whole:
         return view.crop, [list(layout.crop_sizes) for layout in items.layouts]
-    crop = torch.where(items.mask, view.crop, -1)
-    width = max(layout.n_crops for layout in items.layouts)
-    counted = items.token.new_zeros(len(items), width + 1).scatter_add(1, crop + 1, torch.ones_like(crop))
-    return crop, counted[:, 1:].tolist()
+    return view.crop, group_sizes(view.crop, view.most_crops, items.mask).tolist()
 
 
 def share(keep: int, sizes: Sequence[int]) -> list[int]:
