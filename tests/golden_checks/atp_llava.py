@@ -145,10 +145,10 @@ def budget(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
             with pytest.raises(BudgetError, match="cannot be met"):
                 answers(spec, tensors["S_redundant"], options, keep=keep)
         else:
-            with replay.watched(thresholds, "decay_rate") as rates:
+            with replay.watched(thresholds, "decay") as exact:
                 found = answers(spec, tensors["S_redundant"], options, keep=keep)
             assert [len(each) for each in found] == entry["kept"]
-            assert abs(rates[0].item() - entry["alpha"]) <= 1e-6
+            assert abs(exact[0][0] / len(place) - entry["alpha"]) <= 1e-6
     options = {"layers": (4,), "shares": (settings["k"] / len(place),), **replay.options(case, BUDGET)}
     (kept,) = answers(CLIP_L, tensors["S_redundant"], options)
     (least,) = answers(CLIP_L, -tensors["S_redundant"], options)
