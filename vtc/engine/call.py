@@ -18,6 +18,18 @@ from vtc.method.base import Positions, Selection, Stage
 from vtc.method.readings import LLMReading
 from vtc.ops.select import left_pack, take_last, take_rows
 
+OWN_DEVICE = ("cache", "record", "memory")
+"""What stays where it is: the cache's layers lie with the model's, the others are read by who moves what they hold."""
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, and what holds some, on another device."""
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(part, device) for part in value)
+    return value.to(device) if hasattr(value, "to") else value
+
 
 class Call:
     """One chunk on its way through the layers.
@@ -83,14 +95,9 @@ class Call:
         """Follow the hidden states of a split model to the next device."""
         if self.source.device == device:
             return
-        for name in ("logical", "valid", "visual", "prompt", "text", "source", "first", "last", "seen", "weights"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value.to(device))
-        self.llm_rows = {layer: rows.to(device) for layer, rows in self.llm_rows.items()}
-        if self.items is not None and self.separators is not None:
-            self.items, self.separators = self.items.to(device), self.separators.to(device)
-        if self.deepstack is not None:
-            self.deepstack = self.deepstack.to(device)
+        for name, value in list(vars(self).items()):
+            if name not in OWN_DEVICE:
+                setattr(self, name, _moved(value, device))
 
     # --- pruning
     def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:

@@ -168,9 +168,11 @@ class StageRunner:
 
     def evict(self, call: Call, hidden: Tensor, contexts: tuple[VisionContext, ...]) -> None:
         """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group."""
-        stage, cache, items = self.cache, call.cache, call.items
+        stage, cache = self.cache, call.cache
         if stage is None or cache is None:
             return
+        call.to(hidden.device)
+        items = call.items
         assert items is not None
         selection = self.select(stage, call, hidden, contexts)
         if selection is None:
