@@ -12,7 +12,18 @@ import torch
 import vtc
 from vtc import adapters
 from vtc.engine.engine import Engine
-from vtc.method.base import CacheStage, Compressor, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import (
+    CacheStage,
+    Compressor,
+    EncoderStage,
+    ModelSpec,
+    Needs,
+    Plan,
+    Rows,
+    Selection,
+    Stage,
+    StageView,
+)
 from vtc.ops.hashing import uniform
 from vtc.ops.select import top_k
 from vtc.testing import (
@@ -27,6 +38,8 @@ from vtc.testing import (
 )
 from vtc.testing.contract import LIMIT, MODES, modes, no_trace
 from vtc.testing.everything import OPTIONS
+from vtc.testing.measures import right_padding
+from vtc.testing.selections import false_counts
 
 STEPS = 3  # generated tokens: a wrong mask shows at the first, a wrong cache or position at the second
 
@@ -50,6 +63,7 @@ def verify(
         assert {f"oracle, {policy}, {mode}" for mode in set(modes(tiny_model(name))) & set(generation)} <= checks
         assert {f"{what}, {policy}" for what in ("batch = singles", "right = left padding", "two turns")} <= checks
     assert {"text only, bit-identical", "reads no padding", "nothing left behind", "bfloat16 runs"} <= checks
+    assert "counts are those of keep" in checks
     assert all(cell.passed and cell.limit <= LIMIT and cell.model == name for cell in cells)
 
 
@@ -182,3 +196,47 @@ class ReadsPaddedRows(Compressor):
 
 def test_attention_rows_have_padding_too() -> None:
     assert "reads no padding" in failures(ReadsPaddedRows(), "internvl", retention=0.7)
+
+
+@dataclass(frozen=True)
+class Miscounts(Compressor):
+    """Wrong on purpose: halves every item and tells the host `off` tokens more than it keeps, of the last item."""
+
+    stage: Stage = 0
+    off: int = 0
+
+    name: ClassVar[str] = "miscounts"
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((self.stage,), Needs(), "preserve")
+
+    def select(self, view: StageView) -> Selection:
+        counts = [count // 2 for count in view.items.counts]
+        keep = top_k(uniform(view.fingerprint, view.items.token, 0), torch.tensor(counts), view.items.mask)
+        return Selection(keep, counts=[*counts[:-1], counts[-1] + self.off])
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+@pytest.mark.parametrize("stage", [0, 2, CacheStage(1), EncoderStage(1), EncoderStage(3)], ids=str)
+def test_the_contract_notices_false_counts(stage: Any, off: int) -> None:
+    """One too few loses the first text token, which the trace the oracle follows loses as well."""
+    message = failures(Miscounts(stage, off))
+    assert "image: counts are those of keep: 1.00e+00" in message
+    inputs = tiny_inputs("llava-clip", [[4, "image", 3, "image", 5], [2, "image", 12], [9]])
+    assert false_counts(tiny_model("llava-clip"), inputs, lambda m: vtc.compress(m, Miscounts(stage))) == 0.0
+
+
+def test_methods_that_only_evict_lie_as_they_were_padded(clip: Any) -> None:
+    """No row leaves the prompt, so the last token of right-padded prompts stays in front of the padding."""
+    layout: list[list[Any]] = [[4, "image", 3], [9]]
+    attach = lambda m: vtc.compress(m, FixedKeep(at=(CacheStage(1),)))  # noqa: E731
+    assert right_padding(clip, "llava-clip", layout, attach) <= LIMIT
+
+
+def test_the_contract_notices_counts_of_other_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(self: Miscounts, view: StageView) -> Selection:
+        return Selection(view.items.mask, counts=view.items.counts[:1])
+
+    monkeypatch.setattr(Miscounts, "select", short)
+    assert "counts are those of keep: inf" in failures(Miscounts())

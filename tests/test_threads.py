@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vtc
 from vtc import adapters
-from vtc.method.base import Compressor, EncoderStage
+from vtc.method.base import Compressor, EncoderStage, Selection, Stage, StageView
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.everything import OPTIONS
@@ -24,6 +24,8 @@ LAYOUTS: list[list[list[Any]]] = [
     [[4, "image", 3, "image", 5], [2, "image", 12], [9]],
     [[2, "image", 7], [6, "image", 2]],
 ]
+ALIKE: list[list[list[Any]]] = [[[4, "image", 3, "image", 5], [2, "image", 12], [9]]] * 3
+"""Batches of one shape with other pictures: what one thread finds of another fits, and only numbers differ."""
 ENCODER: dict[str, dict[str, Any]] = {
     "tome": {"inside": True},
     "visionzip": {"before": "projector"},
@@ -72,14 +74,14 @@ def together(model: Any, calls: list[Callable[[], Any]], meet: bool = True) -> l
     return found
 
 
-def batches(name: str, model: Any) -> list[dict[str, Tensor]]:
-    return [tiny_inputs(name, layout, seed=seed, model=model) for seed, layout in enumerate(LAYOUTS)]
+def batches(name: str, model: Any, layouts: Any = LAYOUTS) -> list[dict[str, Tensor]]:
+    return [tiny_inputs(name, layout, seed=seed, model=model) for seed, layout in enumerate(layouts)]
 
 
-def check(model: Any, name: str, method: Compressor) -> vtc.Handle:
-    """Three threads with other texts, pictures and numbers of pictures get what each gets alone."""
+def check(model: Any, name: str, method: Compressor, layouts: Any = LAYOUTS) -> vtc.Handle:
+    """Three threads with other texts, pictures and, in LAYOUTS, numbers of pictures get what each gets alone."""
     budget = {"retention": 0.7} if method.needs_budget else {}
-    inputs = batches(name, model)
+    inputs = batches(name, model, layouts)
     with vtc.compress(model, method, **budget) as handle, torch.no_grad():
         alone = [model(**given).logits for given in inputs]
         calls = [lambda given=given: model(**given).logits for given in inputs]
@@ -98,14 +100,73 @@ def test_every_method(method: str, name: str) -> None:
     check(model, name, with_fresh_weights(vtc.create(method, **OPTIONS.get(method, {})), adapters.of(model).spec))
 
 
+@pytest.mark.parametrize("layouts", [LAYOUTS, ALIKE], ids=["other shapes", "one shape"])
 @pytest.mark.parametrize("method", ENCODER)
-def test_methods_inside_the_encoder(clip: Any, method: str) -> None:
-    handle = check(clip, CLIP, vtc.create(method, **ENCODER[method]))
+def test_methods_inside_the_encoder(clip: Any, method: str, layouts: Any) -> None:
+    handle = check(clip, CLIP, vtc.create(method, **ENCODER[method]), layouts)
     assert any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
 
 
-def test_two_encoder_stages(clip: Any) -> None:
-    check(clip, CLIP, FixedKeep(at=(EncoderStage(1), EncoderStage(2), 0, 2), static=False))
+def test_no_method_inside_the_encoder_is_left_out(clip: Any) -> None:
+    """Every method whose plan has an encoder stage, by default or by one of its options that say where it acts."""
+    spec, found = adapters.of(clip).spec, set[str]()
+    for name in vtc.list_methods():
+        for options in ({}, {"inside": True}, {"before": "projector"}):
+            try:
+                method = vtc.create(name, **options)
+            except vtc.VTCError:
+                continue
+            if any(isinstance(stage, EncoderStage) for stage in method.plan(spec).stages):
+                found.add(name)
+    assert found == set(ENCODER)
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, ALIKE], ids=["other shapes", "one shape"])
+def test_two_encoder_stages(clip: Any, layouts: Any) -> None:
+    check(clip, CLIP, FixedKeep(at=(EncoderStage(1), EncoderStage(2), 0, 2), static=False), layouts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembers(FixedKeep):
+    """Counts the stages of a call in the memory, and notes what it found there."""
+
+    found: list[tuple[Stage, int]] = dataclasses.field(default_factory=list, compare=False)
+
+    def select(self, view: StageView) -> Selection:
+        self.found.append((view.stage, view.memory.setdefault("stages", 0)))
+        view.memory["stages"] += 1
+        return super().select(view)
+
+
+@pytest.mark.parametrize("name", [CLIP, "llava-siglip"])
+def test_memory_begins_and_ends_with_a_call(name: str) -> None:
+    """The encoder's calls have one of their own, from stage to stage, and so has every forward pass of the LLM."""
+    model = tiny_model(name)
+    stages = (EncoderStage(1), EncoderStage(2), 0, 2, vtc.AFTER_PREFILL)
+    expected = list(zip(stages, (0, 1, 0, 1, 2), strict=True))
+    method = Remembers(at=stages)
+    given = [tiny_inputs(name, layout) for layout in LAYOUTS]
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with vtc.compress(model, method), torch.no_grad():
+        for inputs in given:
+            model(**inputs)
+            assert method.found == expected
+            method.found.clear()
+        for place in (adapters.of(model).vision_layers[1], adapters.of(model).layers[1]):
+            hook = place.register_forward_hook(broken)
+            with pytest.raises(ZeroDivisionError):
+                model(**given[0])
+            hook.remove()
+            assert method.found
+            method.found.clear()
+            model(**given[1])
+            assert method.found == expected
+            method.found.clear()
+        together(model, [lambda inputs=inputs: model(**inputs) for inputs in given])
+    assert sorted(map(repr, method.found)) == sorted(map(repr, expected * 3))
 
 
 def test_a_call_that_raised_leaves_nothing_to_the_next(clip: Any) -> None:

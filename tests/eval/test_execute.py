@@ -114,6 +114,12 @@ def test_documents_that_failed_alone_leave_their_block() -> None:
     )
 
 
+def test_documents_beyond_the_limit_are_not_asked_again() -> None:
+    """They may have failed in a run without one."""
+    items = list(plan(TASK, 6, ["a"], set(), 4, {1, 5, 6, 9}))
+    assert [item.doc_ids for item in items] == [(0, 2, 3), (4,), (1,), (5,)]
+
+
 def test_a_cell_that_fails_on_one_document_after_the_other_is_given_up(tmp_path: Path) -> None:
     """With one document to a batch, a broken method cannot be told from a broken document; patience ends."""
     store, progress, bad = Store(tmp_path), Recorder(), {("b", n) for n in range(100)} - {("b", 2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,37 @@ def test_metrics_families_and_clusters(blobs: Any) -> None:
 
 
 def test_only_the_first_documents_are_scored_where_fewer_are_wanted(blobs: Any) -> None:
-    assert score(blobs, rows(blobs, ANSWERS), 4)["accuracy"].value == 0.75
+    found = score(blobs, rows(blobs, ANSWERS), 4)
+    assert found["accuracy"].value == 0.75
+    assert found["accuracy"].doc_ids == (0, 1, 2, 3)
+    assert score(blobs, rows(blobs, ANSWERS[:4]), 4)["accuracy"].value == 0.75  # what was not asked is not missed
+
+
+def test_cells_are_compared_on_the_same_documents_only(blobs: Any) -> None:
+    reference = score(blobs, rows(blobs, ["red", "left"] * 5), 10)
+    others = reference | {"place": replace(reference["place"], doc_ids=reference["colour"].doc_ids)}
+    _, records = metric_records(blobs, "cell", 10, rows(blobs, ANSWERS), others)
+    compared = {record["metric"]: record["paired"] is not None for record in records}
+    assert compared == {"accuracy": True, "colour": True, "place": False}
+
+
+def test_every_filter_has_outcomes_of_its_own(tmp_path: Path, write_task: WriteTask) -> None:
+    folder = write_task(tmp_path)
+    yaml = (folder / "blobs.yaml").read_text()
+    filters = [
+        "  - {name: none, filter: [{function: take_first}]}",
+        "  - {name: small, filter: [{function: lowercase}, {function: take_first}]}",
+    ]
+    (folder / "blobs.yaml").write_text(yaml + "filter_list:\n" + "\n".join(filters) + "\n")
+    (task,) = load_tasks(["blobs"], [folder])
+    scored = score(task, rows(task, ["RED", "left", "red", "LEFT", "RED", "right"]), 6)
+    both = {name: scored[name].outcomes.scores for name in ("accuracy", "accuracy,small")}
+    assert {name: list(scores) for name, scores in both.items() if scores is not None} == {
+        "accuracy": [0, 1, 1, 0, 0, 0],
+        "accuracy,small": [1, 1, 1, 1, 1, 0],
+    }
+    assert (scored["accuracy"].value, scored["accuracy,small"].value) == pytest.approx((2 / 6, 5 / 6))
+    assert scored["accuracy,small"].doc_ids == (0, 1, 2, 3, 4, 5)
 
 
 def test_the_value_is_the_one_of_a_plain_lmms_eval_run(blobs: Any) -> None:

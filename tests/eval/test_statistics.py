@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vtc.eval.statistics import Outcomes, bonett_price, interval, paired, wilson
+from vtc.eval.statistics import PERMUTATIONS, RESAMPLES, Outcomes, bonett_price, interval, paired, wilson
 
 
 def mean(items: list[float]) -> float:
@@ -135,3 +135,55 @@ def test_pairs_of_metrics_that_are_no_means() -> None:
     assert found.diff == pytest.approx(1.0)
     assert (found.low, found.high) == pytest.approx((1.0, 1.0))
     assert found.p is not None and found.p < 0.01 and found.n_up is None
+
+
+def test_no_number_of_resamples_proves_anything() -> None:
+    """The observed arrangement is one of those that could be: p is never 0."""
+    theirs = list(np.random.default_rng(8).normal(size=60))
+    ours = [value + 5.0 for value in theirs]
+
+    def lowest(items: list[float]) -> float:
+        return min(items)
+
+    swapped = paired(Outcomes(ours, lowest, None), Outcomes(theirs, lowest, None))
+    extreme = swapped.p * (RESAMPLES + 1) - 1 if swapped.p is not None else -1.0
+    assert extreme >= -1e-9 and extreme == pytest.approx(round(extreme), abs=1e-6)
+
+    def median(items: list[float]) -> float:
+        return float(np.median(items))
+
+    assert paired(Outcomes(ours, median, None), Outcomes(theirs, median, None)).p == 1 / (RESAMPLES + 1)
+    flipped = paired(outcomes(np.array(ours)), outcomes(np.array(theirs)))
+    assert flipped.p == pytest.approx(2 / (PERMUTATIONS + 1))
+
+
+def test_a_cluster_brings_its_sum_and_its_size_together() -> None:
+    """Drawn apart, sums and sizes of unequal clusters would make a mean of anything."""
+    sizes = np.arange(1, 31)
+    clusters = list(np.repeat(np.arange(30), sizes))
+    scores = 0.5 + np.where(np.array(clusters) % 2, 0.01, -0.01)
+    found = interval(outcomes(scores, clusters=clusters))
+    assert found.how == "cluster bootstrap"
+    assert found.low is not None and found.high is not None
+    assert 0.49 <= found.low < found.high <= 0.51
+
+
+def test_both_cells_are_recomputed_on_the_same_documents() -> None:
+    theirs = list(np.random.default_rng(9).normal(size=40))
+    ours = [value + 1.0 for value in theirs]
+    cells = [Outcomes(values, lambda chosen: float(np.median(chosen)), None) for values in (ours, theirs)]
+    found = paired(*cells)
+    assert (found.low, found.high) == pytest.approx((1.0, 1.0))
+
+
+def test_the_design_effect_of_few_clusters() -> None:
+    """The variance of a mean over k clusters, with k / (k - 1) for the mean that was estimated from them."""
+    scores = np.array([1.0, 1, 1, 1, 1, 1, 0, 0, 0])
+    clusters = [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    mean = 6 / 9
+    residues = [4 - 4 * mean, 2 - 3 * mean, 0 - 2 * mean]
+    variance = 3 / 2 * sum(residue**2 for residue in residues) / 9**2
+    effective = mean * (1 - mean) / variance
+    assert effective < 9
+    found = interval(outcomes(scores, clusters=clusters))
+    assert (found.low, found.high) == pytest.approx(wilson(mean, effective), abs=1e-12)

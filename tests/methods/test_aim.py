@@ -24,6 +24,7 @@ from vtc.methods.aim.method import AIM, Importance
 from vtc.methods.aim.schedule import entering_tokens, falling_shares, moved_tokens
 from vtc.ops.merge import merge_plan
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
+from vtc.testing.plain import importance as plain_importance
 from vtc.testing.plain import merge as plain
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "aim"
@@ -450,3 +451,61 @@ def test_importance_is_read_only_where_it_ranks(monkeypatch: Any) -> None:
     with torch.no_grad(), vtc.compress(model, AIM(merge_ratio=0.5, schedule=(2, 5))) as handle:
         model(**tiny_inputs("internvl", [[4, "image", 3]], model=model))
     assert tuple(seen) == handle.stats.calls[0].layer_rows[2:4]  # l1 <= l < l2 - 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tau": 2.0}, {"iterations": 1}, {"damping": 0.9}, {"tau": 0.5, "iterations": 3, "damping": 0.3}],
+    ids=str,
+)
+def test_importance_has_the_options_of_the_method(options: dict[str, Any], monkeypatch: Any) -> None:
+    """What is kept is what the plain ranking with these options keeps, and not what it keeps without them."""
+    calls: list[tuple[Any, Any]] = []
+    original = Importance.read
+
+    def read(self: Importance, attention: Any, rows: Any) -> Tensor:
+        calls.append((attention, rows))
+        return original(self, attention, rows)
+
+    monkeypatch.setattr(Importance, "read", read)
+    model = tiny_model("llava-siglip", layers=6)
+    inputs = tiny_inputs("llava-siglip", [[4, "image", 3, "image", 5], [2, "image", 9]], seed=3)
+    with torch.no_grad(), vtc.compress(model, AIM(merge=False, schedule=(1, 4), **options)) as handle:
+        model(**inputs)
+    attention, rows = calls[0]
+    assert len(calls) == 2
+
+    def expected(**given: Any) -> list[list[int]]:
+        score = plain_importance.pagerank(
+            attention.query, attention.key, attention.scaling, mask=rows.mask, causal=True, voters=rows.prompt, **given
+        )
+        best = []
+        for item in handle.trace[0].items:
+            own = score[item.row, item.positions].tolist()
+            best.append(sorted(sorted(range(len(own)), key=lambda j: (-own[j], j))[: len(own) * 2 // 3]))
+        return best
+
+    assert [item.kept[2].tolist() for item in handle.trace[0].items] == expected(**options)
+    others = [expected(**{k: v for k, v in options.items() if k != left_out}) for left_out in options]
+    assert all(other != expected(**options) for other in others)
+
+
+@pytest.mark.parametrize("retention", [0.2, 0.45, 0.8])
+def test_layers_that_turn_out_not_to_rank_are_not_read(retention: float, monkeypatch: Any) -> None:
+    """A budget that moves the schedule could prune anywhere; most layers are not read then."""
+    seen: list[int] = []
+    original = Importance.read
+
+    def read(self: Importance, attention: Any, rows: Any) -> Tensor:
+        seen.append(attention.query.shape[2])
+        return original(self, attention, rows)
+
+    monkeypatch.setattr(Importance, "read", read)
+    model = tiny_model("llava-siglip", layers=8)
+    with torch.no_grad(), vtc.compress(model, AIM(), retention=retention) as handle:
+        model(**tiny_inputs("llava-siglip", [[4, "image", 3]], model=model))
+    rows, layers = handle.stats.calls[0].layer_rows, list(handle.plan.needs.llm)
+    ranked = [layer for layer in layers if rows[layer + 1] < rows[layer] and rows[layer + 1] > 7]
+    # The counts are fixed at the first stage, so the layer in front of it is read in any case.
+    assert seen == [rows[layer] for layer in layers if layer in ranked or layer == layers[0]]
+    assert len(seen) < len(layers)

@@ -323,7 +323,7 @@ class Engine:
         if aligned and self.pad_output:
             check_labels(one.now, one.labels)
         if one.losses:
-            self._loss.value = torch.stack(one.losses).sum()
+            self._loss.value = torch.stack([loss.to(one.losses[0].device) for loss in one.losses]).sum()
         if one.conducted and one.now.items is not None:
             self.stages.evict(one, output.last_hidden_state)
         with self._noting:

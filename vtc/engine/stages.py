@@ -172,9 +172,10 @@ class StageRunner:
 
     def evict(self, one: LLMPass, hidden: Tensor) -> None:
         """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group."""
-        stage, cache, batch = self.cache, one.cache, one.now
+        stage, cache = self.cache, one.cache
         if stage is None or cache is None:
             return
+        one.batch = batch = one.now.to(hidden.device)
         assert batch.items is not None
         selection = self.select(stage, one, hidden)
         if selection is None:

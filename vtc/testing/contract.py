@@ -2,7 +2,7 @@
 
 Pruning equals the unpruned model with the dropped tokens masked out; a batch equals its rows alone; what stands behind
 an item's end, padding side and generation mode do not matter; text-only prompts and retention 1.0 are bit-identical;
-nothing is left behind.
+the counts a method tells are those of what it keeps; nothing is left behind.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from vtc.testing.measures import (
 )
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
 from vtc.testing.padding import reads_padding
+from vtc.testing.selections import false_counts
 
 __all__ = [
     "LIMIT",
@@ -115,7 +116,9 @@ class _Check:
     steps: int
 
     def run(self, policies: Sequence[Positions], generation: Collection[str]) -> list[Deviation]:
-        cells: list[Deviation] = []
+        cells = self._counts(policies[-1])
+        if not all(cell.passed for cell in cells):
+            return cells  # the engine trusts counts: what follows would end in any error
         for layout_name, layout in layouts(self.name).items():
             cells += [
                 self._cell(f"{layout_name}: {c}", *found) for c, *found in self._batch(layout, policies, generation)
@@ -134,6 +137,16 @@ class _Check:
             self._cell("text only, bit-identical", identical(self.model, inputs, self._attach(policies[-1])), 0.0)
         )
         return cells
+
+    def _counts(self, policy: Positions) -> list[Deviation]:
+        batches = {
+            name: tiny_inputs(self.name, layout, seed=3, extra=1, model=self.model)
+            for name, layout in layouts(self.name).items()
+        }
+        return [
+            self._cell(f"{name}: counts are those of keep", false_counts(self.model, inputs, self._attach(policy)), 0.0)
+            for name, inputs in batches.items()
+        ]
 
     def _batch(
         self, layout: list[list[Part]], policies: Sequence[Positions], generation: Collection[str]

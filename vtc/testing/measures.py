@@ -155,7 +155,10 @@ def right_padding(model: Any, name: str, layout: list[list[Part]], attach: Attac
         if not adapters.of(model).spec.mrope:  # models with multi-axis positions derive them from the mask themselves
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with attach(model):
-            logits.append(model(**inputs).logits[:, -1])
+            rows = model(**inputs).logits
+        ends = inputs["attention_mask"] * torch.arange(1, inputs["attention_mask"].shape[1] + 1)
+        packed = rows.shape[1] < ends.shape[1]  # to the right; where no token was dropped, rows lie as they were given
+        logits.append(rows[:, -1] if packed else rows[torch.arange(len(rows)), ends.argmax(1)])
     return float((logits[0] - logits[1]).abs().max())
 
 

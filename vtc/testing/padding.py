@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.method.readings import LLMReading, VisionReading
 from vtc.method.view import Selection, StageView
 from vtc.testing.measures import Attach, generate
+from vtc.testing.selections import Select, stand_between
 
 SIZE = 1e3
 """Values behind an item's end, of both signs: a mean, a largest and a smallest value all change with them."""
@@ -40,28 +41,14 @@ class FilledView(StageView):
         return torch.where(mask, values, noise.to(values.dtype))
 
 
-class _Filled:
-    """A method that is shown filled views; everything else is its own."""
-
-    def __init__(self, method: Any) -> None:
-        self._method = method
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def select(self, view: StageView) -> Selection | None:
-        fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
-        found: Selection | None = self._method.select(FilledView(**fields))
-        return found
+def _filled(select: Select, view: StageView) -> Selection | None:
+    return select(FilledView(**{field.name: getattr(view, field.name) for field in dataclasses.fields(view)}))
 
 
 def reads_padding(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
     """Largest logit difference between a run and one with other values behind the items' ends."""
     _, expected = generate(model, inputs, attach(model), 1)
     handle = attach(model)
-    stages: Any = handle._engine.stages
-    for runner in (stages, stages.encoder):
-        if runner is not None:
-            runner.method = _Filled(runner.method)
+    stand_between(handle, _filled)
     _, found = generate(model, inputs, handle, 1)
     return float((found - expected).abs().max())

@@ -288,7 +288,7 @@ class AIM(Compressor):
 
     def _hide(self, view: StageView, layer: int, wanted: list[int]) -> Selection | None:
         items = view.items
-        seen = view.memory.get((self, "seen"), items.mask)
+        seen = view.memory.get((self, "seen"), items.mask).to(items.mask.device)
         if layer - 1 in view.needs.llm and any(wanted):
             scores = view.llm_attention(layer - 1, self.reading)
         else:
