@@ -148,11 +148,12 @@ def test_the_plain_choice(make_view: Any, kept: Any, variant: Any, pivot: Any, b
         assert numbers == plain_stage_1(x, attention, variant, pivot, view.keep[item])
 
 
-def test_all_crops_and_frames_share_one_budget(make_view: Any, kept: Any, shape: Any) -> None:
+@pytest.mark.parametrize("keep", [7, 14])  # one and eight of the first image, which has six newlines
+def test_all_crops_and_frames_share_one_budget(make_view: Any, kept: Any, shape: Any, keep: int) -> None:
     """And the pivot of an image with an overview is one of the overview's tokens."""
     shapes = [shape(((1, 3, 3), (2, 2, 7)), newlines=True), shape(((4, 5, 5),)), shape(((1, 3, 3), (2, 4, 4)))]
     vision = {(23, Rows.CLS_PATCHES): [torch.arange(float(s.item().n_tokens)) for s in shapes]}
-    view = make_view(shapes, vision=vision, keep=14)
+    view = make_view(shapes, vision=vision, keep=keep)
     first, video, last = view.items.layouts
     layouts = (dataclasses.replace(first, thumbnail=0), video, dataclasses.replace(last, thumbnail=2))
     view = dataclasses.replace(view, items=dataclasses.replace(view.items, layouts=layouts))
@@ -162,7 +163,7 @@ def test_all_crops_and_frames_share_one_budget(make_view: Any, kept: Any, shape:
         x = view.tokens[item, : view.items.counts[item]]
         places = plain_stage_1(x, attention, "max_sum", "cls", view.keep[item])
         assert found[item] == [view.items.token[item, place].item() for place in places]
-        assert len(found[item]) == 14 - layout.newlines
+        assert len(found[item]) == keep - layout.newlines
 
 
 def test_an_overview_of_which_nothing_is_left(make_view: Any, kept: Any) -> None:

@@ -237,7 +237,7 @@ class ATP(LearnedCompressor, ATPScores):
         assert isinstance(view.stage, int) and isinstance(view.module, ThresholdModules)
         if view.items.mask.shape[1] == 0:
             return None
-        before: Tensor = view.memory.get((self.name, "product"), view.items.mask.float()).to(view.items.mask.device)
+        before: Tensor = view.memory.get((self.name, "product"), view.items.mask.float())
         before = before.to(view.hidden.device)
         scores = self.scores(view, before > 0.5 if self.training else view.items.mask)
         module = view.module.part(view.stage - 1)
