@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vtc.errors import VTCError
 from vtc.method import weights as store
 from vtc.method.base import Compressor, ModelSpec
+from vtc.method.registry import create
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,6 @@ def load(weights: str | os.PathLike[str]) -> LearnedCompressor:
         with vtc.compress(model, vtc.learned.load("atp-tiny-llava")) as handle:
             model.generate(**inputs)
     """
-    from vtc.method.registry import create
-
     _, metadata = store.read(weights)
     if "compressor" not in metadata:
         raise VTCError(
