@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vtc.errors import InputError
+from vtc.errors import InputError, UnknownName
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import BASELINE
 from vtc.eval.columns import scoring_text
@@ -32,7 +32,10 @@ def rescore(folder: Path, include_path: Sequence[Path] = (), progress: SilentPro
     folders = [*include_path, *(path for path in dict.fromkeys(named) if path.is_dir())]
     tasks = []
     for name, settings in run["tasks"].items():
-        (task,) = load_tasks([name], folders, settings.get("prompt_profile", "default"))
+        try:
+            (task,) = load_tasks([name], folders, settings.get("prompt_profile", "default"))
+        except UnknownName as error:
+            raise UnknownName(f"{error}; give the folder that holds it with --include-path") from error
         if task.fingerprint != settings["fingerprint"]:
             raise InputError(
                 f"task {name!r} has changed since {str(folder)!r} was swept, and its answers may be to other questions;"
@@ -114,7 +117,7 @@ def _answerable(task: SweepTask, n: int, writer: Writer) -> list[int]:
 def _scored_before(
     task: SweepTask, n: int, left_out: list[int], store: Store
 ) -> tuple[dict[str, bool], dict[str, Record | None]]:
-    """Cells by this scoring on these documents, with whether they were compared; cells by others, with their scoring."""
+    """Cells by this scoring on these documents, with whether they were compared; cells by others, with theirs."""
     compared: dict[str, bool] = {}
     others: dict[str, Record | None] = {}
     for record in store.metrics():

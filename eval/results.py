@@ -141,22 +141,20 @@ def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record
 
 def _series_names(cells: dict[str, Record]) -> dict[str, str]:
     """A name per cell that tells methods apart: the label, with whatever else differs between cells of that label."""
-    shared = Counter((cell["label"], cell["retention"]) for cell in cells.values())
+    alike: dict[tuple[str, float | None], list[Record]] = defaultdict(list)
+    for cell in cells.values():
+        alike[cell["label"], cell["retention"]].append(_settings(cell))
     names = {}
     for key, cell in cells.items():
-        extra = {"positions": cell["positions"], **cell["parameters"], "version": cell["version"]}
-        others = [c for c in cells.values() if (c["label"], c["retention"]) == (cell["label"], cell["retention"])]
-        differing = [
-            f"{name}={value}"
-            for name, value in extra.items()
-            if any(
-                {"positions": c["positions"], **c["parameters"], "version": c["version"]}.get(name) != value
-                for c in others
-            )
-        ]
-        several = shared[cell["label"], cell["retention"]] > 1
-        names[key] = f"{cell['label']} [{', '.join(differing)}]" if several else cell["label"]
+        others = alike[cell["label"], cell["retention"]]
+        settings = _settings(cell).items()
+        differing = [f"{name}={value}" for name, value in settings if any(c.get(name) != value for c in others)]
+        names[key] = f"{cell['label']} [{', '.join(differing)}]" if len(others) > 1 else cell["label"]
     return names
+
+
+def _settings(cell: Record) -> Record:
+    return {"positions": cell.get("positions"), **cell["parameters"], "version": cell["version"]}
 
 
 def _incomplete(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vtc.errors import InputError
+from vtc.errors import InputError, UnknownName
 from vtc.eval import columns, scoring
 from vtc.eval.columns import COLUMNS, Column, Line
 from vtc.eval.progress import SilentProgress
@@ -141,7 +141,9 @@ def test_two_scorings_are_never_in_one_table(folder: Path, blobs: Any) -> None:
         before = (folder / "metrics.jsonl").read_text().count("\n")
         assert score_store(blobs, 6, "k0", writer, notes := Notes()) == []
         assert score_store(blobs, 6, "k0", writer, notes) == []
-    assert (folder / "metrics.jsonl").read_text().count("\n") == before + 1, "the one cell, once"
+    assert (folder / "metrics.jsonl").read_text().count("\n") == before + 2, (
+        "the one cell once, and what it is compared with"
+    )
     assert len(notes.lines) == 1 and by_cell(folder)["k1"]["value"] == pytest.approx(4 / 6)
     assert read_results(folder).outdated == []
 
@@ -174,7 +176,7 @@ def test_a_task_that_is_gone_is_named(folder: Path) -> None:
     run["sweeps"][0]["spec"] = {}
     with store.writing() as writer:
         writer.save_run(run)
-    with pytest.raises(InputError, match="unknown task 'blobs'"):
+    with pytest.raises(UnknownName, match=r"unknown task 'blobs'.*give the folder that holds it with --include-path"):
         rescore(folder)
 
 
