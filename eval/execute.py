@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from vtc.app.answer import Batch
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
 from vtc.eval.failures import FAULTS, failure_record
-from vtc.eval.runner import Batch, Runner, batch_seed
+from vtc.eval.runner import Runner, batch_seed
 from vtc.eval.store import Record, RowKey, Writer
 
 PATIENCE = 8

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from vtc.app.answer import Batch
 from vtc.eval.execute import PATIENCE, Item, Outcome, Worker, missing, plan, run_local
 from vtc.eval.failures import TaskKey, failed_alone, failure_record, unanswered
 from vtc.eval.progress import SilentProgress
-from vtc.eval.runner import Batch
 from vtc.eval.store import Store, row_key
 
 TASK: Any = SimpleNamespace(name="t", fingerprint="f", repeats=1, key=TaskKey("t", "f"))

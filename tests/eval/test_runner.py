@@ -172,7 +172,7 @@ def test_a_sweep_and_generate_show_the_same(runner: Runner, monkeypatch: pytest.
     monkeypatch.setattr(type(runner.model), "generate", record)
     answer(runner.loaded, [picture], question, max_new_tokens=2)
     prompt = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-    runner._generate(runner.prepare([prompt]), GREEDY, 0)
+    runner.generate(runner.prepare([prompt]), GREEDY.arguments)
     upright = picture.transpose(Image.Transpose.ROTATE_270)
     upright.getexif()[0x0112] = 1
     answer(runner.loaded, [upright], question, max_new_tokens=2)
@@ -194,7 +194,7 @@ def test_the_head_of_the_template_is_no_question(runner: Any, blobs: Any, monkey
         told.append(handle)
         return handle
 
-    monkeypatch.setattr(vtc, "compress", compress)
+    monkeypatch.setattr("vtc.app.answer.compress", compress)
     (cell,) = [c for c in make_cells(make_spec({"methods": ["random"], "retentions": [0.5]}), {}) if c.compressor]
     runner.answer(batch, cell, make_generation({"max_new_tokens": 1}, source="test"))
     assert told[-1].system_length == (short, long)
