@@ -126,7 +126,6 @@ def _compared(name: str, kind: type, meaning: str, field: str) -> Column:
         meaning,
         read=lambda line: line.paired.get(field),
         scored=lambda measured: getattr(measured.paired, field, None),
-        since=1,
     )
 
 
@@ -209,8 +208,8 @@ def column_page() -> str:
     rows = [[f"`{c.name}`", c.kind.__name__, str(c.since or ""), c.meaning] for c in COLUMNS]
     return page(
         "Columns of metrics.csv",
-        "make docs",
-        "One line per metric of each cell. A store that was scored before a column's version shows it where the stored"
+        "python -m vtc.eval.documents",
+        "one line per metric of each cell. A store that was scored before a column's version shows it where the stored"
         " answers tell it, and empty otherwise; `vtc report --rescore` computes all metrics again.",
         (["column", "type", "since scoring version", "meaning"], rows),
     )

@@ -18,7 +18,7 @@ import torch
 import vtc
 from vtc import adapters
 from vtc.app.pages import page, table, wrapped
-from vtc.eval.training.constants import calibrate_embedded, scene_prompts
+from vtc.eval.training.calibration import calibrate_embedded, scene_prompts
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.settings import command
 from vtc.method import learned, weights

@@ -50,8 +50,8 @@ class Recorder(SilentProgress):
     def __init__(self) -> None:
         self.answers, self.lost = 0, 0
 
-    def advance(self, answers: int) -> None:
-        self.answers += answers
+    def advance(self, count: int, status: str = "") -> None:
+        self.answers += count
 
     def fail(self, failure: dict[str, Any], lost: int) -> None:
         self.lost += lost

@@ -220,7 +220,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure the constant thresholds of atp_training_free with mode=calibrated on an embedded model."""
-    from vtc.eval.training.constants import calibrate_embedded
+    from vtc.eval.training.calibration import calibrate_embedded
     from vtc.method.text import pairs
 
     file, options = output_path(out), pairs(set_ or [], "--set", "atp_training_free")
