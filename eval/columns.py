@@ -102,31 +102,20 @@ def _mean(field: str, rows: Iterable[Record], doc_ids: Collection[int] | None) -
     return sum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
-def _stored(name: str, kind: type, meaning: str, scored: Callable[[Measured], Any]) -> Column:
-    return Column(name, kind, meaning, scored=scored)
-
-
 def _over_answers(name: str, meaning: str, since: int = 0) -> Column:
     """The mean of a field of the answers, which any store can still tell."""
     return Column(
-        name,
-        float,
-        meaning,
-        read=lambda line: line.mean(name),
-        scored=lambda measured: _mean(name, measured.rows, set(measured.doc_ids)),
-        since=since,
+        name, float, meaning, lambda line: line.mean(name), lambda m: _mean(name, m.rows, set(m.doc_ids)), since
     )
 
 
 def _compared(name: str, kind: type, meaning: str, field: str) -> Column:
     """A field of the comparison with the baseline, which scoring version 0 stored under "paired"."""
-    return Column(
-        name,
-        kind,
-        meaning,
-        read=lambda line: line.paired.get(field),
-        scored=lambda measured: getattr(measured.paired, field, None),
-    )
+    return Column(name, kind, meaning, lambda line: line.paired.get(field), lambda m: getattr(m.paired, field, None))
+
+
+def _seed(line: Line) -> Any:
+    return line.cell["parameters"].get("seed", line.cell["seed"])
 
 
 def scoring_text(scoring: Record | None) -> str:
@@ -150,40 +139,27 @@ COLUMNS = (
     Column("task", str, "task", lambda line: line.record["task"]),
     Column("metric", str, "metric of the task; its families are metrics as well", lambda line: line.record["metric"]),
     Column("method", str, "method; the untouched model is `none`", lambda line: line.name),
-    Column(
-        "retention",
-        float,
-        "share of the visual tokens that was asked for; empty where the method decides itself",
-        lambda line: line.cell["retention"],
-    ),
-    _stored("value", float, "the metric as the task aggregates it", lambda m: m.value),
-    _stored("ci_low", float, "lower end of its 95 % interval", lambda m: m.interval.low),
-    _stored("ci_high", float, "upper end", lambda m: m.interval.high),
-    _stored("n", int, "questions it is about", lambda m: len(m.doc_ids)),
+    Column("retention", float, "share of the visual tokens asked for, if any is", lambda line: line.cell["retention"]),
+    Column("value", float, "the metric as the task aggregates it", scored=lambda m: m.value),
+    Column("ci_low", float, "lower end of its 95 % interval", scored=lambda m: m.interval.low),
+    Column("ci_high", float, "upper end", scored=lambda m: m.interval.high),
+    Column("n", int, "questions it is about", scored=lambda m: len(m.doc_ids)),
     _over_answers("visual_tokens_in", "visual tokens of a question before compression"),
     _over_answers("visual_tokens_kept", "mean over the LLM's layers of those that enter the layer"),
-    _stored("higher_is_better", bool, "direction of the metric", lambda m: m.better),
+    Column("higher_is_better", bool, "direction of the metric", scored=lambda m: m.better),
     Column("positions", str, "position policy", lambda line: line.cell.get("positions")),
-    Column(
-        "seed",
-        int,
-        "seed of the method, or of the sweep",
-        lambda line: line.cell["parameters"].get("seed", line.cell["seed"]),
-    ),
+    Column("seed", int, "seed of the method, or of the sweep", _seed),
     _compared("diff", float, "value minus that of `none` on the same questions", "diff"),
     _compared("diff_ci_low", float, "lower end of its 95 % interval", "low"),
     _compared("diff_ci_high", float, "upper end", "high"),
     _compared("p", float, "p value of no difference, not corrected for the number of cells", "p"),
     _compared("n_up", int, "questions with a higher score than under `none`", "n_up"),
     _compared("n_down", int, "questions with a lower score", "n_down"),
-    _stored("ci_method", str, "where the interval comes from", lambda m: m.interval.how),
+    Column("ci_method", str, "where the interval comes from", scored=lambda m: m.interval.how),
     _compared("diff_method", str, "where p and the interval of the difference come from", "how"),
     _over_answers("output_tokens", "tokens of an answer, its end token included", since=1),
     Column(
-        "parameters",
-        str,
-        "all hyper-parameters, as JSON",
-        lambda line: json.dumps(line.cell["parameters"], sort_keys=True),
+        "parameters", str, "all hyper-parameters, as JSON", lambda c: json.dumps(c.cell["parameters"], sort_keys=True)
     ),
     Column("scoring", str, "what computed the metric", lambda line: scoring_text(line.record.get("scoring"))),
     Column("cell", str, "key of the cell in the store", lambda line: line.record["cell"]),

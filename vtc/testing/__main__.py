@@ -38,8 +38,8 @@ def main(models: Sequence[str]) -> None:
         for model, found in zip(models, pool.map(check, models), strict=True):
             cells += found
             print(f"{model}: {len(cells)} comparisons so far", file=sys.stderr, flush=True)
-    tables = [_worst_by(cells, by, models) for by in ("method", "check")]
-    sys.stdout.write(report(*tables, len(cells), max(cell.limit for cell in cells)))
+    by_method, by_check = (_worst_by(cells, by, models) for by in ("method", "check"))
+    sys.stdout.write(report(by_method, by_check, len(cells), max(cell.limit for cell in cells)))
 
 
 def _worst_by(cells: Sequence[Deviation], by: str, models: Sequence[str]) -> Table:
