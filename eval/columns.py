@@ -115,7 +115,8 @@ def _compared(name: str, kind: type, meaning: str, field: str) -> Column:
 
 
 def _seed(line: Line) -> Any:
-    return line.cell["parameters"].get("seed", line.cell["seed"])
+    own = line.cell["parameters"].get("seed")
+    return own if isinstance(own, int) else line.cell["seed"]
 
 
 def scoring_text(scoring: Record | None) -> str:

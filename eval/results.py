@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +101,31 @@ def read_results(folder: Path) -> Results:
     order = {key: position for position, key in enumerate(cells)}
     records, outdated = _of_one_scoring(run, store.metrics())
     lines = []
-    answers = _answers(store, run)
+
+    @cache
+    def answers() -> dict[tuple[str, str], list[Record]]:  # read for old stores alone: there may be millions
+        found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for row in _wanted(store, run):
+            found[row["task"], row["cell"]].append(row)
+        return found
+
+    def of(task: str, cell: str) -> list[Record]:
+        return answers()[task, cell]
+
     for record in sorted(records, key=lambda r: order[r["cell"]]):
         key = record["cell"]
-        lines.append(read_columns(Line(run, cells[key], names[key], record, answers[record["task"], key].copy)))
+        line = Line(run, cells[key], names[key], record, partial(of, record["task"], key))
+        lines.append(read_columns(line))
     lost = _unanswered(store, run)
-    return Results(run, lines, _incomplete(store, run, cells, names, lines, answers, lost), lost, outdated)
+    return Results(run, lines, _incomplete(store, run, cells, names, lines, lost), lost, outdated)
 
 
-def _answers(store: Store, run: Record) -> Mapping[tuple[str, str], list[Record]]:
-    """The answers by task and cell to the documents that the last sweep asked about."""
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+def _wanted(store: Store, run: Record) -> Iterator[Record]:
+    """The answers to documents that the last sweep asked about."""
     for row in store.rows():
         task = run["tasks"].get(row["task"])
         if task and row["task_fp"] == task["fingerprint"] and row["doc_id"] < task["documents"]:
-            found[row["task"], row["cell"]].append(row)
-    return found
+            yield row
 
 
 def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record], list[Outdated]]:
@@ -163,10 +173,9 @@ def _incomplete(
     cells: dict[str, Record],
     names: dict[str, str],
     lines: Sequence[Record],
-    answers: Mapping[tuple[str, str], Sequence[Record]],
     lost: Sequence[Unanswered],
 ) -> list[Incomplete]:
-    answered = Counter({key: len(rows) for key, rows in answers.items()})
+    answered = Counter((row["task"], row["cell"]) for row in _wanted(store, run))
     reasons = {
         (failure["task"], cell): f"{failure['stage']}: {failure['error']}: {failure['reason']}"
         for failure in store.failures()
