@@ -281,6 +281,8 @@ def test_the_report_stands_alone(folder: Path) -> None:
     assert "url(" not in text and "@import" not in text and "<script" not in text and "http" not in text
     shown = ("random(seed 1), pool", "&lt;disk&gt; full", "pool &lt;b&gt;", "72 of 144", "p = 0.08", "Wilson", "2.15")
     assert [words for words in shown if words not in text] == []
+    assert [name for name in NAMES if f">{name}</th>" not in text] == []
+    assert "Scored differently." in text and "by scoring version 0 are shown as they were scored" in text
     with Image.open(folder / "figure.png") as image:
         assert image.width > 600
 

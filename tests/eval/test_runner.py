@@ -92,6 +92,17 @@ def test_an_answers_length_ends_with_its_end_token(runner: Runner, monkeypatch: 
         assert runner._lengths(new) == lengths
 
 
+def test_a_batch_that_does_not_fit_says_what_to_change(
+    runner: Runner, conversations: list[Any], cells: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, **inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory, tried 2 GiB")
+
+    monkeypatch.setattr(type(runner.model), "generate", full)
+    with pytest.raises(InputError, match=r"device 'cpu' has not enough memory .*give fewer .*a smaller batch"):
+        runner.answer(runner.prepare(conversations[:1]), cells[-1], GREEDY)
+
+
 def test_prompts_without_a_picture_are_answered_beside_others(
     runner: Runner, conversations: list[Any], cells: list[Any]
 ) -> None:
