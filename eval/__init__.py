@@ -5,13 +5,14 @@ The modules, in the order in which a sweep uses them::
     spec.py        what the user asks for, from options or a YAML file; method_spec.py: its methods
     cells.py       one cell = one method with its hyper-parameters at one retention, and its key
     catalogue.py   lmms-eval tasks: documents and messages; fingerprint.py and generation.py go with it
-    runner.py      messages -> processor -> model.generate, with or without compression
+    runner.py      a cell answers messages through vtc.app.answer, with or without compression
     store.py       the append-only record of all answers
     execute.py     which answers are missing, and the loop that fetches them
     scoring.py     answers -> metrics, by lmms-eval's own code
     statistics.py  intervals and paired tests
+    columns.py     the columns of the results; rescoring.py: metrics that lack or are of another scoring
     results.py, tables.py, figure.py, report.py    metrics -> CSV, tables, figure and report
-    sweep.py, cli.py, lmms_model.py                the ways in
+    sweep.py, lmms_model.py                        the ways in
 
 Importing this package imports none of them: lmms-eval, datasets and matplotlib are loaded where they are used.
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from vtc.app.answer import Batch
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
 from vtc.eval.failures import FAULTS, failure_record
-from vtc.eval.runner import Batch, Runner, batch_seed
+from vtc.eval.progress import SilentProgress
+from vtc.eval.runner import Runner, batch_seed
 from vtc.eval.store import Record, RowKey, Writer
 
 PATIENCE = 8
@@ -43,19 +44,6 @@ class Outcome:
     cells: tuple[str, ...]
     rows: tuple[Record, ...] = ()
     failure: Record | None = None
-
-
-class Progress(Protocol):
-    """Where the loop reports to."""
-
-    def start(self, total: int, done: int) -> None:
-        """`total` answers are wanted, `done` of them are stored already."""
-
-    def advance(self, answers: int) -> None:
-        """So many more are stored."""
-
-    def fail(self, failure: Record, lost: int) -> None:
-        """A failure was recorded; `lost` answers will not be fetched in this run."""
 
 
 def plan(
@@ -174,7 +162,7 @@ class Worker:
         return tuple(rows)
 
 
-def run_local(items: Sequence[Item], worker: Worker, writer: Writer, progress: Progress) -> list[Record]:
+def run_local(items: Sequence[Item], worker: Worker, writer: Writer, progress: SilentProgress) -> list[Record]:
     """Work through `items` in this process and return the failures.
 
     A cell that fails on several documents alike, or on `PATIENCE` of them in a row, is left alone for the rest of this

@@ -16,13 +16,14 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.utils import Collator
 
 from vtc.app import loading
+from vtc.app.answer import Answer
 from vtc.app.images import pillow_defaults
 from vtc.app.preparation import Chat
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import conversation
 from vtc.eval.cells import BASELINE, make_cell
 from vtc.eval.generation import make_generation
-from vtc.eval.runner import Answer, Runner, batch_seed
+from vtc.eval.runner import Runner, batch_seed
 from vtc.method.base import Compressor, Positions
 from vtc.method.composite import combine
 from vtc.method.text import attachable, read

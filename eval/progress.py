@@ -1,4 +1,4 @@
-"""How a sweep reports to a person, on stderr: a bar with the remaining time, or plain lines without a terminal."""
+"""How long work reports to a person, on stderr: bars with the remaining time, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class SilentProgress:
     def note(self, text: str) -> None:
         """One line for the user."""
 
-    def start(self, total: int, done: int) -> None:
-        """`total` answers are wanted, `done` of them are stored already."""
+    def start(self, total: int, done: int, what: str = "answers") -> None:
+        """`total` of what is counted are wanted, `done` of them are there already; what was counted before is over."""
 
-    def advance(self, answers: int) -> None:
-        """So many more are stored."""
+    def advance(self, count: int, status: str = "") -> None:
+        """So many more are there; `status` says how it goes, losses for instance."""
 
     def fail(self, failure: Record, lost: int) -> None:
         """A failure was recorded; `lost` answers will not be fetched in this run."""
@@ -51,17 +51,19 @@ class ConsoleProgress(SilentProgress):
         self.console = Console(file=sys.stderr)
         self._every = every_seconds
         self._bar = Progress(
-            TextColumn("answers"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self._id: TaskID | None = None
+        self._what = ""
         self._total = self._done = self._stored = 0
         self._began = self._spoke = 0.0
 
@@ -69,22 +71,23 @@ class ConsoleProgress(SilentProgress):
         """Print one line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def start(self, total: int, done: int) -> None:
-        """Begin with `done` of `total` answers."""
-        self._total, self._done, self._stored = total, done, done
+    def start(self, total: int, done: int, what: str = "answers") -> None:
+        """Begin a bar with `done` of `total`."""
+        self._total, self._done, self._stored, self._what = total, done, done, what
         self._began = self._spoke = time.monotonic()
-        self._id = self._bar.add_task("answers", total=total, completed=done)
+        self._id = self._bar.add_task(what, total=total, completed=done, status="")
 
-    def advance(self, answers: int) -> None:
+    def advance(self, count: int, status: str = "") -> None:
         """Move the bar, or print a line when the last one is old."""
-        self._done += answers
+        self._done += count
         if self._id is not None:
-            self._bar.update(self._id, completed=self._done)
+            self._bar.update(self._id, completed=self._done, status=status)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._spoke >= self._every and self._done > self._stored:
             self._spoke = now
             left = (now - self._began) / (self._done - self._stored) * (self._total - self._done)
-            self.note(f"{self._done} of {self._total} answers, {timedelta(seconds=round(left))} left")
+            more = f", {status}" if status else ""
+            self.note(f"{self._done} of {self._total} {self._what}, {timedelta(seconds=round(left))} left{more}")
 
     def fail(self, failure: Record, lost: int) -> None:
         """Print the reason and shorten the bar."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from vtc.errors import InputError
 from vtc.eval import figure
+from vtc.eval.columns import COLUMNS
 from vtc.eval.results import Results, read_results, to_csv
 from vtc.eval.tables import Grid, grid, nominal, significant, tokens
 
@@ -52,6 +53,7 @@ def render(results: Results, picture: bytes) -> str:
     environment.globals.update(significant=significant, tokens=tokens, plain=_plain, nominal=nominal)
     return environment.get_template("report.html").render(
         results=results,
+        columns=COLUMNS,
         run=results.run,
         sweep=results.run["sweeps"][-1],
         picture=base64.b64encode(picture).decode(),

@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from vtc.eval.columns import NAMES, Line, read_columns, scoring_key, scoring_text
 from vtc.eval.failures import TaskKey, unanswered
+from vtc.eval.scoring import scoring_of
 from vtc.eval.store import Record, Store, row_key
-
-COLUMNS = (
-    "model",
-    "task",
-    "metric",
-    "method",
-    "retention",
-    "value",
-    "ci_low",
-    "ci_high",
-    "n",
-    "visual_tokens_in",
-    "visual_tokens_kept",
-    "higher_is_better",
-    "positions",
-    "seed",
-    "diff",
-    "diff_ci_low",
-    "diff_ci_high",
-    "p",
-    "n_up",
-    "n_down",
-    "ci_method",
-    "diff_method",
-    "parameters",
-    "cell",
-)
 
 
 @dataclass(frozen=True)
@@ -64,6 +39,27 @@ class Unanswered:
 
 
 @dataclass(frozen=True)
+class Outdated:
+    """Cells of a task whose metrics another scoring computed; `shown` is whether they are among the lines.
+
+    Lines of one task all have one scoring: the present one where it computed any of them, else the most frequent.
+    """
+
+    task: str
+    scoring: str
+    now: str
+    cells: int
+    shown: bool
+
+    def __str__(self) -> str:
+        what = "are shown as they were scored" if self.shown else "are left out beside those of this one"
+        return (
+            f"{self.task}: metrics of {self.cells} cells by scoring {self.scoring} {what}; this is {self.now}, and "
+            "`vtc report --rescore` computes all of them again from the stored answers"
+        )
+
+
+@dataclass(frozen=True)
 class Results:
     """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each."""
 
@@ -71,6 +67,7 @@ class Results:
     lines: Sequence[Record]
     incomplete: Sequence[Incomplete]
     unanswered: Sequence[Unanswered] = ()
+    outdated: Sequence[Outdated] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -102,52 +99,72 @@ def read_results(folder: Path) -> Results:
     run, cells = store.run(), store.cells()
     names = _series_names(cells)
     order = {key: position for position, key in enumerate(cells)}
+    records, outdated = _of_one_scoring(run, store.metrics())
     lines = []
-    for record in sorted(store.metrics(), key=lambda r: order[r["cell"]]):
-        task = run["tasks"].get(record["task"])
-        if task and (record["task_fp"], record["documents"]) == (task["fingerprint"], task["documents"]):
-            lines.append(_line(run, cells[record["cell"]], names[record["cell"]], record))
+
+    @cache
+    def answers() -> dict[tuple[str, str], list[Record]]:  # read for old stores alone: there may be millions
+        found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for row in _wanted(store, run):
+            found[row["task"], row["cell"]].append(row)
+        return found
+
+    def of(task: str, cell: str) -> list[Record]:
+        return answers()[task, cell]
+
+    for record in sorted(records, key=lambda r: order[r["cell"]]):
+        key = record["cell"]
+        line = Line(run, cells[key], names[key], record, partial(of, record["task"], key))
+        lines.append(read_columns(line))
     lost = _unanswered(store, run)
-    return Results(run, lines, _incomplete(store, run, cells, names, lines, lost), lost)
+    return Results(run, lines, _incomplete(store, run, cells, names, lines, lost), lost, outdated)
 
 
-def _line(run: Record, cell: Record, name: str, record: Record) -> Record:
-    paired = record["paired"] or {}
-    return {
-        "model": run["model"]["name"],
-        "method": name,
-        "retention": cell["retention"],
-        "positions": cell["positions"],
-        "seed": cell["parameters"].get("seed", cell["seed"]),
-        "diff": paired.get("diff"),
-        "diff_ci_low": paired.get("low"),
-        "diff_ci_high": paired.get("high"),
-        "p": paired.get("p"),
-        "n_up": paired.get("n_up"),
-        "n_down": paired.get("n_down"),
-        "diff_method": paired.get("how"),
-        "parameters": json.dumps(cell["parameters"], sort_keys=True),
-    } | {name: record[name] for name in COLUMNS if name in record}
+def _wanted(store: Store, run: Record) -> Iterator[Record]:
+    """The answers to documents that the last sweep asked about."""
+    for row in store.rows():
+        task = run["tasks"].get(row["task"])
+        if task and row["task_fp"] == task["fingerprint"] and row["doc_id"] < task["documents"]:
+            yield row
+
+
+def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record], list[Outdated]]:
+    """The metrics to show, and what is to be said of those that another scoring computed; see `Outdated`."""
+    shown: list[Record] = []
+    outdated = []
+    for name, task in run["tasks"].items():
+        about = name, task["fingerprint"], task["documents"]
+        here = [each for each in records if (each["task"], each["task_fp"], each["documents"]) == about]
+        groups: dict[str, list[Record]] = defaultdict(list)
+        for record in here:
+            groups[scoring_key(record.get("scoring"))].append(record)
+        now = scoring_of(task["fingerprint"])
+        best = max(groups, key=lambda key: (key == scoring_key(now), len(groups[key])), default="")
+        shown += groups.get(best, [])
+        for key, group in groups.items():
+            if key != scoring_key(now):
+                cells = len({record["cell"] for record in group})
+                before = scoring_text(group[0].get("scoring"))
+                outdated.append(Outdated(name, before, scoring_text(now), cells, key == best))
+    return shown, outdated
 
 
 def _series_names(cells: dict[str, Record]) -> dict[str, str]:
     """A name per cell that tells methods apart: the label, with whatever else differs between cells of that label."""
-    shared = Counter((cell["label"], cell["retention"]) for cell in cells.values())
+    alike: dict[tuple[str, float | None], list[Record]] = defaultdict(list)
+    for cell in cells.values():
+        alike[cell["label"], cell["retention"]].append(_settings(cell))
     names = {}
     for key, cell in cells.items():
-        extra = {"positions": cell["positions"], **cell["parameters"], "version": cell["version"]}
-        others = [c for c in cells.values() if (c["label"], c["retention"]) == (cell["label"], cell["retention"])]
-        differing = [
-            f"{name}={value}"
-            for name, value in extra.items()
-            if any(
-                {"positions": c["positions"], **c["parameters"], "version": c["version"]}.get(name) != value
-                for c in others
-            )
-        ]
-        several = shared[cell["label"], cell["retention"]] > 1
-        names[key] = f"{cell['label']} [{', '.join(differing)}]" if several else cell["label"]
+        others = alike[cell["label"], cell["retention"]]
+        settings = _settings(cell).items()
+        differing = [f"{name}={value}" for name, value in settings if any(c.get(name) != value for c in others)]
+        names[key] = f"{cell['label']} [{', '.join(differing)}]" if len(others) > 1 else cell["label"]
     return names
+
+
+def _settings(cell: Record) -> Record:
+    return {"positions": cell.get("positions"), **cell["parameters"], "version": cell["version"]}
 
 
 def _incomplete(
@@ -158,11 +175,7 @@ def _incomplete(
     lines: Sequence[Record],
     lost: Sequence[Unanswered],
 ) -> list[Incomplete]:
-    answered: Counter[tuple[str, str]] = Counter()
-    for row in store.rows():
-        task = run["tasks"].get(row["task"])
-        if task and row["task_fp"] == task["fingerprint"] and row["doc_id"] < task["documents"]:
-            answered[row["task"], row["cell"]] += 1
+    answered = Counter((row["task"], row["cell"]) for row in _wanted(store, run))
     reasons = {
         (failure["task"], cell): f"{failure['stage']}: {failure['error']}: {failure['reason']}"
         for failure in store.failures()
@@ -174,7 +187,8 @@ def _incomplete(
         wanted = (task["documents"] - sum(entry.task == name for entry in lost)) * task["repeats"]
         for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
             if answered[name, key] < wanted or (name, key) not in scored:
-                reason = reasons.get((name, key), "not answered yet")
+                default = "not answered yet" if answered[name, key] < wanted else "not scored by this version yet"
+                reason = reasons.get((name, key), default)
                 cell = cells[key]
                 incomplete.append(Incomplete(name, names[key], cell["retention"], answered[name, key], wanted, reason))
     return incomplete
@@ -192,9 +206,9 @@ def _unanswered(store: Store, run: Record) -> list[Unanswered]:
 
 
 def to_csv(results: Results) -> str:
-    """The lines as CSV with the columns `COLUMNS`; what does not exist is empty."""
+    """The lines as CSV with the columns of `vtc.eval.columns`; what does not exist is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, NAMES, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in line.items()} for line in results.lines)
     return text.getvalue()
@@ -213,4 +227,5 @@ def json_summary(results: Results) -> dict[str, Any]:
         "metrics": list(results.lines),
         "incomplete": [vars(entry) for entry in results.incomplete],
         "unanswered": [vars(entry) for entry in results.unanswered],
+        "outdated": [vars(entry) for entry in results.outdated],
     }

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,28 @@ import numpy as np
 from vtc.errors import InputError, VTCError
 from vtc.eval.aggregation import Aggregation, aggregations, arguments, collecting
 from vtc.eval.catalogue import SweepTask
+from vtc.eval.columns import Measured, scored_columns
 from vtc.eval.quiet import muted
 from vtc.eval.statistics import Outcomes, Paired, interval, paired
 from vtc.eval.store import Record
+
+VERSION = 1
+"""Raised whenever the same answers may give other metrics, intervals or comparisons, or more columns are stored.
+
+Version 0 is that of stores that name none.
+"""
+
+
+def scoring_of(task_fingerprint: str) -> Record:
+    """What metrics depend on besides the answers, as stored with them: metrics of two scorings are not compared.
+
+    The fingerprint covers the task's YAML and the code it names.
+    """
+    try:
+        lmms_eval = metadata.version("lmms-eval")
+    except metadata.PackageNotFoundError:
+        lmms_eval = "not installed"
+    return {"version": VERSION, "lmms-eval": lmms_eval, "task": task_fingerprint}
 
 
 @dataclass(frozen=True)
@@ -198,7 +218,8 @@ def metric_records(
     """
     scored = score(task, rows, documents, folder and folder / "submissions" / cell / task.name)
     better = task.lmms.higher_is_better()
-    tokens = {row["doc_id"]: (row["visual_tokens_in"], row["visual_tokens_kept"]) for row in rows}
+    about = {"cell": cell, "task": task.name, "task_fp": task.fingerprint, "documents": documents}
+    about |= {"scoring": scoring_of(task.fingerprint)}
     records = []
     for metric, result in scored.items():
         if not result.doc_ids:
@@ -206,27 +227,11 @@ def metric_records(
         with muted():  # the task's code may speak on every resample
             ends = interval(result.outcomes)
             against = _against(result, baseline.get(metric)) if baseline is not None else None
-        visual = np.array([tokens[doc_id] for doc_id in result.doc_ids], dtype=np.float64).mean(axis=0)
+        direction = bool(better.get(metric.split(",")[0], True))
+        measured = Measured(result.value, result.doc_ids, ends, against, direction, rows)
         scores = result.outcomes.scores
-        records.append(
-            {
-                "cell": cell,
-                "task": task.name,
-                "task_fp": task.fingerprint,
-                "documents": documents,
-                "metric": metric,
-                "value": result.value,
-                "ci_low": ends.low,
-                "ci_high": ends.high,
-                "ci_method": ends.how,
-                "n": len(result.doc_ids),
-                "higher_is_better": bool(better.get(metric.split(",")[0], True)),
-                "visual_tokens_in": float(visual[0]),
-                "visual_tokens_kept": float(visual[1]),
-                "paired": None if against is None else vars(against),
-                "scores": None if scores is None else dict(zip(map(str, result.doc_ids), scores.tolist(), strict=True)),
-            }
-        )
+        by_document = None if scores is None else dict(zip(map(str, result.doc_ids), scores.tolist(), strict=True))
+        records.append({**about, "metric": metric, **scored_columns(measured), "scores": by_document})
     return scored, records
 
 

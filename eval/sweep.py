@@ -9,17 +9,17 @@ from pathlib import Path
 
 from vtc.app import loading
 from vtc.errors import BudgetError
-from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
+from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.execute import Item, Worker, missing, plan, run_local
-from vtc.eval.failures import FAULTS, failed_alone, failure_record, unanswered
+from vtc.eval.failures import failed_alone
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
 from vtc.eval.progress import SilentProgress
 from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
+from vtc.eval.rescoring import score_store
 from vtc.eval.results import Results
 from vtc.eval.runner import Runner, few_threads
-from vtc.eval.scoring import Scored, metric_records
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store, Writer, check_writable
 
@@ -75,7 +75,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         writer.add_cells(cell.record() for cell in cells)
         answered, failures = _answer(spec, tasks, cells, runner, writer, progress)
         for task in tasks:
-            failures += _score(task, documents(spec, task), cells[0].key(), writer, progress)
+            failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
     return SweepResult(spec.folder, write_report(spec.folder), failures, answered, time.monotonic() - began)
 
 
@@ -119,53 +119,3 @@ def _answer(
         progress.start(total, total - left)
         failures = run_local(items, worker, writer, progress)
     return len(writer.seen) - before, failures
-
-
-def _score(task: SweepTask, n: int, baseline: str, writer: Writer, progress: SilentProgress) -> list[Record]:
-    """Score the store's cells that are complete on the first `n` documents and not scored there yet.
-
-    A cell that was scored while the baseline was incomplete is scored again, to be compared with it. Documents that
-    cannot be prepared, and so lack in every cell, are left out for all of them alike.
-    """
-    left_out = unanswered(writer.store.failures(), task.key, n, writer.seen)
-    doc_ids = [doc_id for doc_id in range(n) if doc_id not in left_out]
-    scored_before: dict[str, bool] = {}  # cell -> compared with the baseline
-    for record in writer.store.metrics():
-        about = record["task"], record["task_fp"], record["documents"], record["left_out"]
-        if about == (task.name, task.fingerprint, n, sorted(left_out)):
-            scored_before[record["cell"]] = scored_before.get(record["cell"], False) or record["paired"] is not None
-    complete = [key for key in writer.store.cells() if doc_ids and not missing(task, key, doc_ids, writer.seen)]
-    comparable = baseline in complete
-    todo = [
-        key
-        for key in complete
-        if key not in scored_before or (comparable and key != baseline and not scored_before[key])
-    ]
-    if not todo:
-        return []
-    if comparable:
-        todo = [baseline, *(key for key in todo if key != baseline)]
-    rows: dict[str, list[Record]] = {key: [] for key in todo}
-    for row in writer.store.rows():
-        same_task = row["task"] == task.name and row["task_fp"] == task.fingerprint
-        if same_task and row["cell"] in rows and row["doc_id"] < n:
-            rows[row["cell"]].append({**row, "doc_id": doc_ids.index(row["doc_id"])} if left_out else row)
-    scoring = task.only(doc_ids) if left_out else task
-    failures: list[Record] = []
-    reference: dict[str, Scored] | None = None
-    for key in todo:
-        try:
-            scored, records = metric_records(scoring, key, len(doc_ids), rows[key], reference, writer.store.folder)
-        except FAULTS as error:
-            failures.append(failure_record("score", task.key, (key,), (), root_cause(error)))
-            writer.add_failure(failures[-1])
-            progress.fail(failures[-1], 0)
-            continue
-        for record in records:
-            if record["scores"] is not None:
-                record["scores"] = {str(doc_ids[int(number)]): value for number, value in record["scores"].items()}
-            record |= {"documents": n, "left_out": sorted(left_out)}
-        writer.add_metrics(records)
-        if key == baseline:
-            reference = scored
-    return failures

@@ -6,7 +6,7 @@ The commands `vtc train` and `vtc calibrate` lie in `vtc.cli.sweep`. The modules
     prompts.py          batches of scenes with one question each, as a function of (seed, step)
     trainer.py          the resumable loop: answer loss through the real model plus the method's own loss
     measure.py          accuracy and tokens kept on held-out scenes, through processor and generate
-    constants.py        calibration of constant thresholds on training scenes
+    calibration.py      constant thresholds from training scenes
     atp_report.py       the generated page docs/results/atp.md
     vqtoken_report.py   the same for VQToken
 """

@@ -9,19 +9,18 @@ import argparse
 import dataclasses
 import json
 import math
-import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import vtc
 from vtc import adapters
-from vtc.eval.training.constants import calibrate_embedded, scene_prompts
+from vtc.app.pages import page, table, wrapped
+from vtc.eval.training.calibration import calibrate_embedded, scene_prompts
 from vtc.eval.training.measure import Measurement, measure
-from vtc.eval.training.settings import TrainingSettings
+from vtc.eval.training.settings import command
 from vtc.method import learned, weights
 from vtc.method.base import Compressor, ModelSpec
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
@@ -102,26 +101,8 @@ def compare(name: str, per_family: int, folder: Path, first_seed: int = SEED) ->
     return {label: found[label] for label in order}
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def command(run: dict[str, Any]) -> str:
-    """The command line of a training record."""
-    method, parameters = run["method"], run["parameters"]
-    usual = TrainingSettings(method).as_dict()
-    words = ["vtc", "train", "--method", method, "--out", f"runs/{method}"]
-    for name, value in run.items():
-        if name not in ("method", "parameters") and value != usual[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name, value in parameters.items():
-        words += ["--set", f"{name}={tuple(value) if isinstance(value, list) else value}".replace(" ", "")]
-    return shlex.join(words)
 
 
 def section(name: str, found: dict[str, Measurement]) -> str:
@@ -139,46 +120,42 @@ def section(name: str, found: dict[str, Measurement]) -> str:
         mean, half = advantage(found["trained"], found[label])
         gains.append([label, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
     target = run["parameters"]["target_tokens"]
-    return f"""## `{name}`: trained towards a mean of {target:g} of {found["trained"].tokens} tokens
-
-{run["steps"]} updates of {run["batch_size"]} questions on {about["data"]}, {about["seconds"]} s on one busy CPU core:
-
-    {command(run)}
-
-Right answers in percent:
-
-{_table(["form", *families, "mean"], accuracy)}
-
-The trained form against the others on the same questions, in points, with the 95 % interval:
-
-{_table(["against", "points", "interval"], gains)}
-
-Visual tokens kept in percent, mean over the LLM's layers; "spread" is the standard deviation over the questions, the
-families' columns show where the tokens went:
-
-{_table(["form", "kept", "spread", *families], kept)}
-
-Visual tokens that enter each layer:
-
-{_table(["form", *(f"layer {n}" for n in range(depth))], layers)}
-"""
+    return "\n\n".join([
+        f"## `{name}`: trained towards a mean of {target:g} of {found['trained'].tokens} tokens",
+        wrapped(f"{run['steps']} updates of {run['batch_size']} questions on {about['data']}, {about['seconds']} s on "
+                "one busy CPU core:"),
+        f"    {command(run)}",
+        "Right answers in percent:",
+        table(["form", *families, "mean"], accuracy),
+        "The trained form against the others on the same questions, in points, with the 95 % interval:",
+        table(["against", "points", "interval"], gains),
+        wrapped("""Visual tokens kept in percent, mean over the LLM's layers; "spread" is the standard deviation over
+        the questions, the families' columns show where the tokens went:"""),
+        table(["form", "kept", "spread", *families], kept),
+        "Visual tokens that enter each layer:",
+        table(["form", *(f"layer {n}" for n in range(depth))], layers),
+    ])  # fmt: skip
 
 
-def page(found: dict[str, dict[str, Measurement]], per_family: int) -> str:
+ABOUT = """{questions} questions about held-out scenes, {model} in float32, greedy answers, exact match. The modules
+were trained with the model frozen."""
+FORMS = """"trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same
+scores and reach the same mean: "same counts" keeps behind each layer as many tokens as the trained form does on
+average, for all questions alike, so what it lacks is what the thresholds gain by following the sample; "exact counts"
+is `atp_training_free` with its decaying counts; "calibrated" has constant thresholds from 200 training prompts;
+"random modules" is the learned form with random features and one common bias."""
+
+
+def report(found: dict[str, dict[str, Measurement]], per_family: int) -> str:
     """The page in Markdown; found: weights -> form -> measurement."""
     questions = max(len(measured["trained"].right) for measured in found.values())
-    head = f"""# ATP on the embedded model, with and without training
-
-Made by `python -m vtc.eval.training.atp_report --per-family {per_family}`: {questions} questions about held-out scenes,
-{MODEL} in float32, greedy answers, exact match. The modules were trained with the model frozen.
-
-"trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same scores and
-reach the same mean: "same counts" keeps behind each layer as many tokens as the trained form does on average, for all
-questions alike, so what it lacks is what the thresholds gain by following the sample; "exact counts" is
-`atp_training_free` with its decaying counts; "calibrated" has constant thresholds from 200 training prompts; "random
-modules" is the learned form with random features and one common bias.
-"""
-    return "\n".join([head, *(section(name, measured) for name, measured in found.items())])
+    return page(
+        "ATP on the embedded model, with and without training",
+        f"python -m vtc.eval.training.atp_report --per-family {per_family}",
+        ABOUT.format(questions=questions, model=MODEL),
+        wrapped(FORMS),
+        *(section(name, measured) for name, measured in found.items()),
+    )
 
 
 def main() -> None:
@@ -191,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = {name: compare(name, given.per_family, Path(folder)) for name in given.weights}
-    given.out.write_text(page(found, given.per_family))
+    given.out.write_text(report(found, given.per_family))
     sys.stdout.write(f"{given.out}\n")
 
 

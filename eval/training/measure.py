@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtc
+from vtc.app.answer import Answerer
+from vtc.app.preparation import Chat
 from vtc.eval.tiny.benchmark import Row, benchmark_rows, scene_image
-from vtc.eval.tiny.checking import CHECK_SEED, answer
+from vtc.eval.tiny.checking import CHECK_SEED
 from vtc.method.base import Compressor
 
 BATCH = 30
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,28 @@ def measure(
     loaded = load(name, device=device, dtype="float32")
     if state is not None:
         loaded.model.load_state_dict(state)
+    answerer = Answerer(loaded)
     rows = benchmark_rows(per_family, split, first_seed)
     replies: list[str] = []
     kept: list[float] = []
     layers: Counter[int] = Counter()
     for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        images = [scene_image(row.seed, split) for row in part]
-        texts = [row.question for row in part]
+        batch = answerer.prepare([_chat(row, split) for row in rows[start : start + BATCH]])
         if method is None:
-            replies += answer(loaded.processor, loaded.model, images, texts)
+            replies += [answer.text.strip() for answer in answerer.generate(batch, GREEDY)]
             continue
-        with vtc.compress(loaded.model, method, retention=retention, trace=False) as handle:
-            replies += answer(loaded.processor, loaded.model, images, texts)
+        with answerer.compressed(method, retention=retention) as handle:
+            replies += [answer.text.strip() for answer in answerer.generate(batch, GREEDY, handle)]
         call = handle.stats.calls[0]
         kept += call.visual_tokens_kept
         for layer, count in enumerate(_entering(call, loaded.model.config.get_text_config().num_hidden_layers)):
             layers[layer] += count
     return _result(rows, replies, kept, [layers[index] / len(rows) for index in sorted(layers)])
+
+
+def _chat(row: Row, split: str) -> Chat:
+    picture = {"type": "image", "image": scene_image(row.seed, split)}
+    return Chat([{"role": "user", "content": [picture, {"type": "text", "text": row.question}]}])
 
 
 def _entering(call: Any, depth: int) -> list[int]:

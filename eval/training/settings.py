@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,3 +71,16 @@ class TrainingSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and records."""
         return dataclasses.asdict(self)
+
+
+def command(run: dict[str, Any]) -> str:
+    """The command line of a training record."""
+    method, parameters = run["method"], run["parameters"]
+    usual = {each.name: each.default for each in dataclasses.fields(TrainingSettings)}
+    words = ["vtc", "train", "--method", method, "--out", f"runs/{method}"]
+    for name, value in run.items():
+        if name not in ("method", "parameters") and value != usual[name]:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in parameters.items():
+        words += ["--set", f"{name}={tuple(value) if isinstance(value, list) else value}".replace(" ", "")]
+    return shlex.join(words)

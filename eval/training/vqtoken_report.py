@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from vtc import adapters, create
+from vtc.app.pages import page, wrapped
 from vtc.eval.tiny.layout import VISUAL_TOKENS
 from vtc.eval.training.measure import Measurement, measure
+from vtc.eval.training.settings import command
 from vtc.method import weights
 from vtc.method.base import Compressor
 from vtc.method.learned import LearnedCompressor
@@ -77,64 +79,45 @@ def rows(plain: str | None, per_family: int, budgets: Sequence[int]) -> list[tup
     return found
 
 
-def command(settings: dict[str, Any]) -> str:
-    """The command that trained some weights."""
-    chosen = " ".join(f"--set '{key}={value}'" for key, value in settings["parameters"].items())
-    numbers = " ".join(
-        f"--{name.replace('_', '-')} {settings[name]}" for name in ("steps", "batch_size", "rate", "scenes")
-    )
-    return f"vtc train --method vqtoken --retention {settings['retention']} {numbers} {chosen} --out RUN"
+ABOUT = """accuracy in percent on the questions of the split "benchmark" ({questions} questions in nine families,
+scenes never seen in training), mean over the families, {model}, float32 on the CPU. Tokens: visual tokens that enter
+the LLM, of {tokens}."""
+ORIGIN = """The embedded weights `{name}` come from {steps} steps of {batch_size} questions at {tokens} tokens,
+{seconds} s on a shared CPU, while the language model, the tower and the projector were frozen:"""
+REMARKS = (
+    """One block serves every budget: nothing in it depends on the number of clusters. With random weights a residual
+    block disturbs the codes little (they are longer than its outputs), so what training gives is the distance to the
+    codes alone and to that line; a plain block with random weights is useless.""",
+    """Why this form. An image is one frame, so the published block has a single query and all its output rows are
+    equal. `queries="line"` gives twelve queries, but the block then has to invent tokens that a frozen language model
+    understands, from numbers that are arbitrary. The embedded block is residual instead: it begins as the codebook
+    alone and learns what to add, and `queries="cluster"` tells every code where its tokens were. Both are departures
+    from the paper, which fine-tunes the language model together with the block.""",
+)
+PLAIN = "The plain block was trained in the same way but without residual; its weights are not in the repository:"
 
 
-def page(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> str:
+def report(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> str:
     """The text of the page."""
     _, about = weights.read(EMBEDDED)
     settings = json.loads(about["training"])
-    lines = [
-        "# VQToken on the embedded model",
-        "",
-        "Written by `python -m vtc.eval.training.vqtoken_report`. Accuracy in percent on the questions of the split",
-        f'"benchmark" ({len(found[0][2].right)} questions in nine families, scenes never seen in training), mean over',
-        f"the families, {MODEL}, float32 on the CPU. Tokens: visual tokens that enter the LLM, of {VISUAL_TOKENS}.",
-        "",
-        "| method | tokens | mean | " + " | ".join(FAMILIES) + " |",
-        "|---|---|---|" + "---|" * len(FAMILIES),
+    columns = ("mean", *FAMILIES)
+    cells = [
+        [name, tokens, *(f"{100 * result.accuracy[column]:.1f}" for column in columns)]
+        for name, tokens, result in found
     ]
-    for name, tokens, result in found:
-        shares = [result.accuracy["mean"], *(result.accuracy[family] for family in FAMILIES)]
-        lines.append(f"| {name} | {tokens} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
-    lines += [
-        "",
-        f"The embedded weights `{EMBEDDED}` come from {settings['steps']} steps of {settings['batch_size']} questions",
-        f"at {round(VISUAL_TOKENS * settings['retention'])} tokens, {about['seconds']} s on a shared CPU, while the",
-        "language model, the tower and the projector were frozen:",
-        "",
-        "```",
-        command(settings),
-        "```",
-        "",
-        "One block serves every budget: nothing in it depends on the number of clusters. With random weights a",
-        "residual block disturbs the codes little (they are longer than its outputs), so what training gives is the",
-        "distance to the codes alone and to that line; a plain block with random weights is useless.",
-        "",
-        "Why this form. An image is one frame, so the published block has a single query and all its output rows are",
-        'equal. `queries="line"` gives twelve queries, but the block then has to invent tokens that a frozen language',
-        "model understands, from numbers that are arbitrary. The embedded block is residual instead: it begins as the",
-        'codebook alone and learns what to add, and `queries="cluster"` tells every code where its tokens were.',
-        "Both are departures from the paper, which fine-tunes the language model together with the block.",
-    ]
+    trained_at = round(VISUAL_TOKENS * settings["retention"])
+    origin = ORIGIN.format(name=EMBEDDED, **{**settings, "tokens": trained_at, "seconds": about["seconds"]})
+    parts = [wrapped(origin), _code(command(settings)), *map(wrapped, REMARKS)]
     if plain is not None:
-        _, about = weights.read(plain)
-        settings = json.loads(about["training"])
-        lines += [
-            "",
-            "The plain block was trained in the same way but without residual; its weights are not in the repository:",
-            "",
-            "```",
-            command(settings),
-            "```",
-        ]
-    return "\n".join(lines) + "\n"
+        parts += [PLAIN, _code(command(json.loads(weights.read(plain)[1]["training"])))]
+    given = ABOUT.format(questions=len(found[0][2].right), model=MODEL, tokens=VISUAL_TOKENS)
+    made_by = "python -m vtc.eval.training.vqtoken_report"
+    return page("VQToken on the embedded model", made_by, given, (["method", "tokens", *columns], cells), *parts)
+
+
+def _code(text: str) -> str:
+    return f"```\n{text}\n```"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,8 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plain", help="weights of a block without residual, for one more line")
     parser.add_argument("--per-family", type=int, default=80)
     given = parser.parse_args(arguments)
-    text = page(rows(given.plain, given.per_family, BUDGETS), given.plain)
-    given.out.write_text(text)
+    given.out.write_text(report(rows(given.plain, given.per_family, BUDGETS), given.plain))
 
 
 if __name__ == "__main__":

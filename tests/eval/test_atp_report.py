@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vtc.eval.training.atp_report import OTHERS, WEIGHTS, advantage, compare, page
+from vtc.eval.training.atp_report import OTHERS, WEIGHTS, advantage, compare, report
 from vtc.eval.training.measure import Measurement
 from vtc.method import learned, weights
 
@@ -35,7 +35,7 @@ def test_a_measurement_counts_by_family() -> None:
 def test_the_page_holds_every_form() -> None:
     labels = ("untouched", "trained", *OTHERS)
     found = {label: made([True, False, True, True]) for label in labels}
-    text = page({WEIGHTS: found, f"{WEIGHTS}-25": found}, 2)
+    text = report({WEIGHTS: found, f"{WEIGHTS}-25": found}, 2)
     assert all(text.count(f"| {label} | ") >= 2 for label in labels)
     assert "4 questions about held-out scenes" in text
     assert text.count("vtc train --method atp") == 2

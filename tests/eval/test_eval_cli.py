@@ -70,6 +70,10 @@ def test_json_is_alone_on_stdout(command: Command, arguments: list[object], tmp_
     code, out, _ = command("report", tmp_path / "out", "--json")
     assert code == 0 and json.loads(out)["metrics"] == summary["metrics"]
 
+    code, out, _ = command("report", tmp_path / "out", "--rescore", "--json")
+    assert code == 0 and (json.loads(out)["metrics"], json.loads(out)["outdated"]) == (summary["metrics"], [])
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 6  # three cells, scored twice
+
 
 def test_the_table_is_on_stdout(command: Command, arguments: list[object], tmp_path: Path) -> None:
     code, out, _ = command(*arguments)
@@ -99,6 +103,8 @@ def test_a_file_is_overridden_by_options(command: Command, arguments: list[objec
         (["sweep", "--tasks", ","], "tasks is empty"),
         (["sweep", "nope.yaml"], "no sweep file 'nope.yaml'"),
         (["report", "nowhere"], "'nowhere' holds no sweep"),
+        (["report", "nowhere", "--rescore"], "'nowhere' holds no sweep"),
+        (["report", "nowhere", "--include-path", "."], "add --rescore"),
         (["tasks", "--include-path", "nowhere"], "include path 'nowhere' is not a folder"),
         (["sweep", "--out", ""], "the output path is empty"),
         (["sweep", "--out", "x" * 300], "a name of 300 bytes"),

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from vtc.app.answer import Batch
 from vtc.eval.execute import PATIENCE, Item, Outcome, Worker, missing, plan, run_local
 from vtc.eval.failures import TaskKey, failed_alone, failure_record, unanswered
 from vtc.eval.progress import SilentProgress
-from vtc.eval.runner import Batch
 from vtc.eval.store import Store, row_key
 
 TASK: Any = SimpleNamespace(name="t", fingerprint="f", repeats=1, key=TaskKey("t", "f"))
@@ -50,8 +50,8 @@ class Recorder(SilentProgress):
     def __init__(self) -> None:
         self.answers, self.lost = 0, 0
 
-    def advance(self, answers: int) -> None:
-        self.answers += answers
+    def advance(self, count: int, status: str = "") -> None:
+        self.answers += count
 
     def fail(self, failure: dict[str, Any], lost: int) -> None:
         self.lost += lost

@@ -38,3 +38,18 @@ def test_redirecting_stderr_does_not_catch_the_progress(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     progress.note("still here")
     assert stream.getvalue() == "still here\n"
+
+
+def test_one_count_follows_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    clock = iter([0.0, 40.0, 41.0, 81.0])
+    monkeypatch.setattr("vtc.eval.progress.time.monotonic", lambda: next(clock))
+    with ConsoleProgress(every_seconds=30) as progress:
+        progress.start(10, 0, "scenes")
+        progress.advance(5)
+        progress.start(8, 4, "steps")
+        progress.advance(2, "loss 0.5")
+    assert stream.getvalue().splitlines() == [
+        "5 of 10 scenes, 0:00:40 left",
+        "6 of 8 steps, 0:00:40 left, loss 0.5",
+    ]

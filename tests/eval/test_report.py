@@ -17,8 +17,9 @@ from rich.console import Console
 
 from vtc.errors import InputError
 from vtc.eval import figure
+from vtc.eval.columns import NAMES
 from vtc.eval.report import write_report
-from vtc.eval.results import COLUMNS, Results, json_summary, read_results, to_csv
+from vtc.eval.results import Results, json_summary, read_results, to_csv
 from vtc.eval.store import Store
 from vtc.eval.tables import console_table, console_title, grid, short_names
 
@@ -95,8 +96,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_csv_has_one_line_per_metric_of_each_cell(folder: Path) -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(read_results(folder)))))
-    assert tuple(lines[0]) == COLUMNS
-    assert COLUMNS[:11] == (
+    assert tuple(lines[0]) == NAMES
+    assert NAMES[:11] == (
         "model", "task", "metric", "method", "retention", "value", "ci_low", "ci_high", "n", "visual_tokens_in",
         "visual_tokens_kept",
     )  # fmt: skip
@@ -280,6 +281,8 @@ def test_the_report_stands_alone(folder: Path) -> None:
     assert "url(" not in text and "@import" not in text and "<script" not in text and "http" not in text
     shown = ("random(seed 1), pool", "&lt;disk&gt; full", "pool &lt;b&gt;", "72 of 144", "p = 0.08", "Wilson", "2.15")
     assert [words for words in shown if words not in text] == []
+    assert [name for name in NAMES if f">{name}</th>" not in text] == []
+    assert "Scored differently." in text and "by scoring version 0 are shown as they were scored" in text
     with Image.open(folder / "figure.png") as image:
         assert image.width > 600
 

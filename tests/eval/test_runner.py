@@ -92,6 +92,17 @@ def test_an_answers_length_ends_with_its_end_token(runner: Runner, monkeypatch: 
         assert runner._lengths(new) == lengths
 
 
+def test_a_batch_that_does_not_fit_says_what_to_change(
+    runner: Runner, conversations: list[Any], cells: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, **inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory, tried 2 GiB")
+
+    monkeypatch.setattr(type(runner.model), "generate", full)
+    with pytest.raises(InputError, match=r"device 'cpu' has not enough memory .*give fewer .*a smaller batch"):
+        runner.answer(runner.prepare(conversations[:1]), cells[-1], GREEDY)
+
+
 def test_prompts_without_a_picture_are_answered_beside_others(
     runner: Runner, conversations: list[Any], cells: list[Any]
 ) -> None:
@@ -172,7 +183,7 @@ def test_a_sweep_and_generate_show_the_same(runner: Runner, monkeypatch: pytest.
     monkeypatch.setattr(type(runner.model), "generate", record)
     answer(runner.loaded, [picture], question, max_new_tokens=2)
     prompt = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-    runner._generate(runner.prepare([prompt]), GREEDY, 0)
+    runner.generate(runner.prepare([prompt]), GREEDY.arguments)
     upright = picture.transpose(Image.Transpose.ROTATE_270)
     upright.getexif()[0x0112] = 1
     answer(runner.loaded, [upright], question, max_new_tokens=2)
@@ -194,7 +205,7 @@ def test_the_head_of_the_template_is_no_question(runner: Any, blobs: Any, monkey
         told.append(handle)
         return handle
 
-    monkeypatch.setattr(vtc, "compress", compress)
+    monkeypatch.setattr("vtc.app.answer.compress", compress)
     (cell,) = [c for c in make_cells(make_spec({"methods": ["random"], "retentions": [0.5]}), {}) if c.compressor]
     runner.answer(batch, cell, make_generation({"max_new_tokens": 1}, source="test"))
     assert told[-1].system_length == (short, long)

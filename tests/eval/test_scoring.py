@@ -12,7 +12,7 @@ import pytest
 
 from vtc.eval.catalogue import load_tasks
 from vtc.eval.quiet import muted
-from vtc.eval.scoring import metric_records, score
+from vtc.eval.scoring import VERSION, metric_records, score, scoring_of
 
 WriteTask = Callable[..., Path]
 
@@ -20,7 +20,7 @@ WriteTask = Callable[..., Path]
 def rows(task: Any, answers: list[str]) -> list[dict[str, Any]]:
     return [
         {"cell": "c", "task": task.name, "task_fp": task.fingerprint, "doc_id": doc_id, "repeat": 0, "text": text}
-        | {"visual_tokens_in": 100 + doc_id, "visual_tokens_kept": 10.0 + doc_id}
+        | {"visual_tokens_in": 100 + doc_id, "visual_tokens_kept": 10.0 + doc_id, "output_tokens": doc_id}
         for doc_id, text in enumerate(answers)
     ]
 
@@ -105,14 +105,15 @@ def test_the_value_is_the_one_of_a_plain_lmms_eval_run(blobs: Any) -> None:
 def test_a_record_holds_tokens_interval_and_comparison(blobs: Any) -> None:
     reference, base_records = metric_records(blobs, "base", 10, rows(blobs, ["red", "left"] * 5), None)
     _, records = metric_records(blobs, "cell", 10, rows(blobs, ANSWERS), reference)
-    assert [r["paired"] for r in base_records] == [None, None, None]
+    assert [r["diff"] for r in base_records] == [None, None, None]
     record = records[2]
     assert (record["metric"], record["value"], record["n"], record["documents"]) == ("place", 0.8, 5, 10)
     assert record["higher_is_better"] is True
-    assert (record["visual_tokens_in"], record["visual_tokens_kept"]) == (105.0, 15.0)
+    assert (record["visual_tokens_in"], record["visual_tokens_kept"], record["output_tokens"]) == (105.0, 15.0, 5.0)
+    assert record["scoring"] == scoring_of(blobs.fingerprint) and record["scoring"]["version"] == VERSION
     assert record["ci_low"] < 0.8 < record["ci_high"]
-    assert record["paired"]["diff"] == pytest.approx(-0.2)
-    assert (record["paired"]["n_up"], record["paired"]["n_down"]) == (0, 1)
+    assert record["diff"] == pytest.approx(-0.2)
+    assert (record["n_up"], record["n_down"]) == (0, 1)
     assert record["scores"] == {"1": 1.0, "3": 0.0, "5": 1.0, "7": 1.0, "9": 1.0}
 
 
@@ -150,9 +151,9 @@ def test_aggregates_that_are_no_plain_means(tmp_path: Path, write_task: WriteTas
     accuracy, hundred, spread = by_name["accuracy"], by_name["hundred"], by_name["spread"]
     assert (hundred["value"], spread["value"]) == (70.0, 5.0)
     assert hundred["ci_low"] == pytest.approx(100 * accuracy["ci_low"])
-    assert hundred["paired"]["diff"] == pytest.approx(100 * accuracy["paired"]["diff"])
+    assert hundred["diff"] == pytest.approx(100 * accuracy["diff"])
     assert (spread["ci_method"], spread["scores"]) == ("cluster bootstrap", None)
-    assert spread["paired"]["how"] == "cluster bootstrap, swaps of clusters"
+    assert spread["diff_method"] == "cluster bootstrap, swaps of clusters"
 
     nothing = score(task, rows(task, ["wrong"] * 10), 10)
     assert nothing["hundred"].outcomes.scale == 100.0 and nothing["accuracy"].outcomes.scale == 1.0

@@ -239,7 +239,7 @@ def test_captions_are_scored_once_and_not_two_thousand_times(
     assert 0 < scored["coco_Bleu_1"].value < 1 and "coco_CIDEr" in scored
     assert [record["ci_low"] for record in records] == [None, None], "no resamples through an outside program"
     _, records = metric_records(task, "other", 2, texts, scored, tmp_path / "out")
-    assert [record["paired"]["diff"] for record in records] == [0.0, 0.0]
+    assert [record["diff"] for record in records] == [0.0, 0.0]
     assert files(tmp_path / "out" / "submissions" / "cell") == ["coco_here/coco_captions_val2014_alg_results.json"]
     assert not files(elsewhere)
 

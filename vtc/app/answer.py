@@ -1,15 +1,21 @@
-"""Ask one question about some images and videos: the smallest complete path from files to text."""
+"""The one path from conversations to answers: template, processor, `model.generate` under a method or not, text.
+
+`vtc generate` asks one question through `answer`; sweeps, lmms-eval and measurements of trainings use `Answerer`. A
+batch is prepared once and may be answered many times.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vtc import adapters
 from vtc.app.images import open_image
@@ -17,27 +23,144 @@ from vtc.app.loading import Loaded
 from vtc.app.nonsense import FiniteLogits, checking
 from vtc.app.preparation import Chat, on_device, prepare
 from vtc.app.template import system_length
-from vtc.engine.attach import compress
+from vtc.engine.attach import Handle, compress
+from vtc.errors import InputError
 from vtc.method.base import Compressor
 
 if TYPE_CHECKING:
     from vtc.app.media import Video
 
-__all__ = ["Answer", "answer", "open_image"]
+__all__ = ["Answer", "Answerer", "Batch", "answer", "open_image"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of B prompts on the model's device, left-padded.
+
+    `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words.
+    """
+
+    inputs: Mapping[str, Any]
+    visual_tokens: tuple[int, ...]
+    system_lengths: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.visual_tokens)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text. Visual tokens are those of the whole prompt; kept is the mean over the LLM layers."""
+    """One answer and what it cost.
+
+    `input_tokens` is the prompt's length before compression. `visual_tokens_kept` is the mean, over the layers of the
+    language model, of the visual tokens that enter the layer. `seconds` is this answer's share of the batch's generate
+    time, `engine_seconds` the part of it that the compression engine spent on the host.
+    """
 
     text: str
+    input_tokens: int
+    output_tokens: int
     visual_tokens_in: int
     visual_tokens_kept: float
-    prompt_tokens: int
     seconds: float
+    engine_seconds: float
 
 
-@torch.inference_mode()
+class Answerer:
+    """Answers batches of conversations with one loaded model."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.model = loaded.model
+        self.processor = loaded.processor
+
+    def prepare(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
+        """Render, tokenise and preprocess `conversations` as one left-padded batch.
+
+        Raises:
+            InputError: what `vtc.app.preparation.prepare` refuses; the message names the conversation.
+        """
+        inputs = prepare(self.loaded, conversations)
+        placeholders = torch.tensor(list(adapters.of(self.model).placeholders.values()), dtype=torch.long)
+        visual = torch.isin(inputs["input_ids"].cpu(), placeholders).sum(1)
+        heads = tuple(system_length(self.processor, conversation) for conversation in conversations)
+        return Batch(inputs, tuple(visual.tolist()), heads)
+
+    def compressed(self, method: str | Compressor, **settings: Any) -> Handle:
+        """`vtc.compress` with this model and processor; a context that ends it. No trace unless `trace` asks for one.
+
+        Raises:
+            VTCError: the method cannot run on this model, or not with these settings.
+        """
+        return compress(self.model, method, processor=self.processor, **{"trace": False, **settings})
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        batch: Batch,
+        arguments: Mapping[str, Any],
+        handle: Handle | None = None,
+        *,
+        seed: int | None = None,
+        blame: str | None = None,
+    ) -> list[Answer]:
+        """The B answers of the model as it is, which `handle` from `compressed` is attached to, or nothing.
+
+        arguments: of `model.generate`. seed: for sampling; the global generator stays as it was. blame: look for NaN
+        among what the method ranks by, and name it so; every ranking then waits for the device.
+
+        Raises:
+            InputError: the device has no room for the batch, or `arguments` ask for several answers to one prompt.
+            VTCError: the next token was picked by scores that are NaN, or the method ranks by NaN.
+            Exception: whatever else the method or the model raises; nothing is answered in its place.
+        """
+        start = time.perf_counter()
+        if handle is not None:
+            handle.system_length = batch.system_lengths
+        logits = FiniteLogits()
+        sampling = contextlib.nullcontext() if seed is None else _seeded(seed, self.model.device)
+        with sampling, contextlib.nullcontext() if blame is None else checking(blame):
+            output = on_device(
+                self.model, lambda: self.model.generate(**batch.inputs, **arguments, logits_processor=[logits])
+            )
+        logits.check("the question" if len(batch) == 1 else f"{len(batch)} questions")
+        new: Tensor = output[:, batch.inputs["input_ids"].shape[1] :]
+        if new.shape[0] != len(batch):
+            raise InputError(f"{new.shape[0]} answers to {len(batch)} questions; set num_return_sequences to 1")
+        kept: Sequence[float] = batch.visual_tokens
+        engine_seconds = 0.0
+        if handle is not None and any(batch.visual_tokens):
+            call = handle.stats.calls[-1]
+            kept = call.visual_tokens_kept[
+                :: max(1, len(call.visual_tokens_kept) // len(batch))
+            ]  # beams repeat prompts
+            engine_seconds = round(call.seconds / len(batch), 6)
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        prompt_lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        seconds = round((time.perf_counter() - start) / len(batch), 6)
+        columns = zip(texts, prompt_lengths, self._lengths(new), batch.visual_tokens, kept, strict=True)
+        return [
+            Answer(text, prompt, length, before, round(float(after), 4), seconds, engine_seconds)
+            for text, prompt, length, before, after in columns
+        ]
+
+    def _lengths(self, new: Tensor) -> list[int]:
+        """Generated tokens per answer, the end-of-sequence token included, the padding after it not."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device)).int()
+        lengths = torch.where(ended.any(1), ended.argmax(1) + 1, new.shape[1])
+        return [int(n) for n in lengths.tolist()]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def answer(
     loaded: Loaded,
     images: Sequence[Image.Image],
@@ -56,25 +179,15 @@ def answer(
     hyper-parameters. Raises InputError for what the model's processor refuses, see `vtc.app.preparation`, and VTCError
     where the model or the method computes NaN.
     """
-    model, processor = loaded.model, loaded.processor
+    answerer = Answerer(loaded)
     media = [{"type": "image", "image": image} for image in images] + [{"type": "video", "video": v} for v in videos]
-    content = [*media, {"type": "text", "text": prompt}]
-    chat = Chat([{"role": "user", "content": content}])
-    inputs = prepare(loaded, [chat])
-    attached = None
-    if method is not None:
-        options = {"system_length": system_length(processor, chat), "processor": processor, **options}
-        attached = compress(model, method, retention=retention, keep=keep, **options)
-    start = time.perf_counter()
-    logits = FiniteLogits()
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "logits_processor": [logits]}
-    with attached or nullcontext(), checking(getattr(method, "name", str(method))):
-        ids = on_device(model, lambda: model.generate(**inputs, **settings))
-    logits.check("the question")
-    seconds = time.perf_counter() - start
-    length = inputs["input_ids"].shape[1]
-    reply = processor.batch_decode(ids[:, length:], skip_special_tokens=True)[0].strip()
-    tokens = torch.tensor(list(adapters.of(model).placeholders.values()), device=inputs["input_ids"].device)
-    before = int(torch.isin(inputs["input_ids"], tokens).sum())
-    kept = attached.stats.visual_tokens_kept if attached is not None else float(before)
-    return Answer(reply, before, kept, length, seconds)
+    batch = answerer.prepare([Chat([{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}])])
+    if "system_length" in options:
+        batch = dataclasses.replace(batch, system_lengths=options.pop("system_length"))
+    arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if method is None:
+        (reply,) = answerer.generate(batch, arguments)
+    else:
+        with answerer.compressed(method, retention=retention, keep=keep, **options) as handle:
+            (reply,) = answerer.generate(batch, arguments, handle, blame=getattr(method, "name", str(method)))
+    return dataclasses.replace(reply, text=reply.text.strip())

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vtc.app.options import JsonOption, PluginOption, SetOption, output_path, use_plugins
+from vtc.errors import InputError
 
 if TYPE_CHECKING:
     from vtc.eval.results import Results
@@ -99,14 +101,28 @@ def sweep(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Compute all metrics again from the stored answers, without the model.")
+    ] = False,
+    include_path: IncludePath = None,
     as_json: JsonOption = False,
 ) -> None:
     """Redraw metrics.csv, figure.png and report.html of a sweep from its stored answers and scores."""
     from vtc.eval.report import write_report
 
+    if include_path and not rescore:
+        raise InputError("--include-path tells where tasks lie, which only scoring reads; add --rescore")
+    failures: Sequence[Any] = ()
     with _free_stdout():
+        if rescore:
+            from vtc.eval.progress import ConsoleProgress
+            from vtc.eval.rescoring import rescore as run
+
+            failures = run(folder, include_path or (), ConsoleProgress())
         results = write_report(folder)
     _show(results, folder, as_json=as_json)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -122,7 +138,9 @@ def tasks(
 ) -> None:
     """List the tasks that a sweep can name."""
     if path:
-        print(Path(__file__).parent / "tasks")
+        from vtc.eval.catalogue import EMBEDDED
+
+        print(EMBEDDED)
         return
     with _free_stdout():
         from vtc.eval.catalogue import list_tasks
@@ -202,7 +220,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure the constant thresholds of atp_training_free with mode=calibrated on an embedded model."""
-    from vtc.eval.training.constants import calibrate_embedded
+    from vtc.eval.training.calibration import calibrate_embedded
     from vtc.method.text import pairs
 
     file, options = output_path(out), pairs(set_ or [], "--set", "atp_training_free")
@@ -240,11 +258,13 @@ def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult 
             say(console_title(results, task))
             console.print(console_table(results, task, console.width), crop=False, no_wrap=True, overflow="ignore")
             say(NOTE)
+    for entry in results.outdated:
+        say(f"note: {entry}")
     for lost in results.unanswered:
         say(f"left out: {lost.task}, document {lost.doc_id}: {lost.reason}")
-    for entry in results.incomplete:
-        cell = f"{entry.task}, {entry.method} at {nominal(entry.retention)}"
-        say(f"incomplete: {cell}: {entry.answered} of {entry.wanted} answers; {entry.reason}")
+    for each in results.incomplete:
+        cell = f"{each.task}, {each.method} at {nominal(each.retention)}"
+        say(f"incomplete: {cell}: {each.answered} of {each.wanted} answers; {each.reason}")
     if result is not None:
         say(f"{result.answered} answers in {result.seconds:.0f} s")
     say(f"{folder / 'report.html'} is written; figure.png and metrics.csv lie beside it")

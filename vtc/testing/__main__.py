@@ -7,25 +7,28 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import torch
-import transformers
-
+from vtc.app.pages import Table, page
 from vtc.testing.contract import Deviation
 from vtc.testing.everything import RETENTION, STEPS, check
 from vtc.testing.models import TINY_MODELS
 
-HEAD = """# Contract: worst difference of logits per cell
 
-Made by `python -m vtc.testing`: {count} comparisons on tiny random models of every family, float32, one CPU thread,
-retention {retention}, {steps} decode steps, images and videos; learned methods with fresh weights. Methods run with
-their own position policy, greedy, with beams and without a cache; the probes `fixed_keep` and `last_row_top_k`, which
-act at every kind of stage, with all policies and modes. A cell above its limit makes the command fail.
-torch {torch}, transformers {transformers}.
-
-## By method
-
-Limit {limit:.0e}.
-"""
+def report(by_method: Table, by_check: Table, count: int, limit: float) -> str:
+    """The document around the two tables, of `count` comparisons that stay below `limit`."""
+    about = f"""{count} comparisons on tiny random models of every family, float32, one CPU thread, retention
+    {RETENTION}, {STEPS} decode steps, images and videos; learned methods with fresh weights. Methods run with their
+    own position policy, greedy, with beams and without a cache; the probes `fixed_keep` and `last_row_top_k`, which
+    act at every kind of stage, with all policies and modes. A cell above its limit makes the command fail."""
+    return page(
+        "Contract: worst difference of logits per cell",
+        "python -m vtc.testing",
+        about,
+        f"## By method\n\nLimit {limit:.0e}.",
+        by_method,
+        "## By check\n\nAll methods together; checks for equal bits show 0. `-`: not a case of this family.",
+        by_check,
+        packages=("torch", "transformers"),
+    )
 
 
 def main(models: Sequence[str]) -> None:
@@ -35,20 +38,16 @@ def main(models: Sequence[str]) -> None:
         for model, found in zip(models, pool.map(check, models), strict=True):
             cells += found
             print(f"{model}: {len(cells)} comparisons so far", file=sys.stderr, flush=True)
-    facts = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
-    limit = max(cell.limit for cell in cells)
-    print(HEAD.format(count=len(cells), retention=RETENTION, steps=STEPS, limit=limit, **facts))
-    _table(cells, "method", dict.fromkeys(cell.method for cell in cells), models)
-    print("\n## By check\n\nAll methods together; checks for equal bits show 0. `-`: not a case of this family.\n")
-    _table(cells, "check", dict.fromkeys(cell.check for cell in cells), models)
+    by_method, by_check = (_worst_by(cells, by, models) for by in ("method", "check"))
+    sys.stdout.write(report(by_method, by_check, len(cells), max(cell.limit for cell in cells)))
 
 
-def _table(cells: Sequence[Deviation], by: str, rows: Iterable[str], models: Sequence[str]) -> None:
-    print(f"| {by} | " + " | ".join(models) + " |")
-    print("|---" * (len(models) + 1) + "|")
-    for row in rows:
-        worst = [_worst(cell for cell in cells if (getattr(cell, by), cell.model) == (row, model)) for model in models]
-        print(f"| {row} | " + " | ".join(worst) + " |")
+def _worst_by(cells: Sequence[Deviation], by: str, models: Sequence[str]) -> Table:
+    rows = []
+    for name in dict.fromkeys(getattr(cell, by) for cell in cells):
+        these = [cell for cell in cells if getattr(cell, by) == name]
+        rows.append([name, *(_worst(cell for cell in these if cell.model == model) for model in models)])
+    return [by, *models], rows
 
 
 def _worst(cells: Iterable[Deviation]) -> str:

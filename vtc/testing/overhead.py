@@ -8,17 +8,18 @@ so that the figures are about the language model. Medians; the natively short pr
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
+from vtc.app.pages import page
 from vtc.engine.attach import compress, share_encoder
 from vtc.errors import BudgetError
-from vtc.method.registry import METHODS
+from vtc.method.registry import METHODS, create
 from vtc.testing.family import IMAGE, text_settings
 
 SIDE, PATCH, TEXT = 336, 14, 40
@@ -83,8 +84,6 @@ def measure(method: str, batch: int, padding: int, repeats: int) -> dict[str, fl
 
     arms: dict[str, Callable[[], None]] = {"full": full, "compressed": compressed, "native": native}
     times: dict[str, list[float]] = {name: [] for name in arms}
-    from vtc.method.registry import create
-
     with share_encoder(model, [create(method)]):
         for repeat in range(repeats + 2):
             for name, arm in arms.items():
@@ -104,29 +103,29 @@ def _feasible(model: Any, method: str, retention: float) -> bool:
     return True
 
 
-HEAD = f"""# Cost of a compressed prefill
-
-Made by `python -m vtc.testing.overhead`: LLaMA-type stack, hidden {HIDDEN}, {LAYERS} layers, {TEXT} text and
-{(SIDE // PATCH) ** 2} visual tokens, CPU, one thread, medians of {{repeats}} interleaved repetitions, attach and detach
-included. Images are encoded once and shared (not by methods that act inside the encoder). The limit is the same model
-on a natively short sequence, as long as the compressed one in the mean over the layers. torch {{torch}}, transformers
-{{transformers}}.
-"""
+def report(rows: Iterable[Sequence[str]], repeats: int) -> str:
+    """The document around the rows."""
+    about = f"""LLaMA-type stack, hidden {HIDDEN}, {LAYERS} layers, {TEXT} text and {(SIDE // PATCH) ** 2} visual
+    tokens, CPU, one thread, medians of {repeats} interleaved repetitions, attach and detach included. Images are
+    encoded once and shared (not by methods that act inside the encoder). The limit is the same model on a natively
+    short sequence, as long as the compressed one in the mean over the layers."""
+    head = "method", "visual tokens", "batch", "full ms", "compressed ms", "limit ms", "compressed / limit", "engine ms"
+    title, packages = "Cost of a compressed prefill", ("torch", "transformers")
+    return page(title, "python -m vtc.testing.overhead", about, (head, rows), packages=packages)
 
 
 def main(repeats: int = 9) -> None:
-    """Print a Markdown table."""
+    """Print the document; each line of its table goes to stderr as soon as it is measured."""
     torch.set_num_threads(1)
-    print(HEAD.format(repeats=repeats, torch=torch.__version__.split("+")[0], transformers=transformers.__version__))
-    print("| method | visual tokens | batch | full ms | compressed ms | limit ms | compressed / limit | engine ms |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for method in [name for name in METHODS.names() if not METHODS.get(name).trained]:
         for batch, padding in ((1, 0), (4, 5)):
             row = measure(method, batch, padding, repeats)
             ratio = row["compressed"] / row["native"]
             cells = [f"{row[arm]:.1f}" for arm in ("full", "compressed", "native")]
-            cells = [method, f"{row['kept']:.0f}", str(batch), *cells, f"{ratio:.2f}", f"{row['engine']:.2f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            rows.append([method, f"{row['kept']:.0f}", str(batch), *cells, f"{ratio:.2f}", f"{row['engine']:.2f}"])
+            print(*rows[-1], file=sys.stderr, flush=True)
+    sys.stdout.write(report(rows, repeats))
 
 
 if __name__ == "__main__":

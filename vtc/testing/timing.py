@@ -7,12 +7,14 @@ with loops over items and tokens, so the ratio says what batching is worth on on
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from vtc.app.pages import page
 from vtc.testing.plain import OpCase, op_cases
 
 ROUNDS, ENOUGH = 5, 6.0
@@ -38,21 +40,25 @@ def measure(case: OpCase) -> tuple[float, float | None]:
     return medians[0], medians[1] if case.plain else None
 
 
+def report(rows: Iterable[Sequence[str]]) -> str:
+    """The document around the rows."""
+    about = f"""CPU, one thread, medians of up to {ROUNDS} interleaved rounds on the large arguments of
+    `vtc.testing.plain`; a dash where a function only moves data and has no reference."""
+    head = "function", "ms", "plain ms", "plain / function"
+    title = "Functions of vtc.ops against their plain references"
+    return page(title, "python -m vtc.testing.timing", about, (head, rows), packages=("torch",))
+
+
 def main() -> None:
-    """Print a Markdown table."""
+    """Print the document; each line of its table goes to stderr as soon as it is measured."""
     torch.set_num_threads(1)
-    print("# Functions of vtc.ops against their plain references\n")
-    print(
-        f"Made by `python -m vtc.testing.timing`: CPU, one thread, medians of up to {ROUNDS} interleaved rounds on the"
-    )
-    print("large arguments of `vtc.testing.plain`; a dash where a function only moves data and has no reference.")
-    print(f"torch {torch.__version__.split('+')[0]}.\n")
-    print("| function | ms | plain ms | plain / function |")
-    print("|---|---|---|---|")
+    rows = []
     for name, case in op_cases().items():
         ours, plain = measure(case)
-        rest = "- | -" if plain is None else f"{plain:.1f} | {plain / ours:.1f}"
-        print(f"| {name} | {ours:.2f} | {rest} |", flush=True)
+        rest = ["-", "-"] if plain is None else [f"{plain:.1f}", f"{plain / ours:.1f}"]
+        rows.append([name, f"{ours:.2f}", *rest])
+        print(*rows[-1], file=sys.stderr, flush=True)
+    sys.stdout.write(report(rows))
 
 
 if __name__ == "__main__":
