@@ -48,8 +48,8 @@ class Tower:
 
 
 def build(
-    family: str, side: int, width: int, *, crops: int = 1, tokens: int = 0, size: tuple[int, int] | None = None, patch: int = 1,
-    layers: int = 24, heads: int = 1, llm: int = 1, **more: Any,
+    family: str, side: int, width: int, *, crops: int = 1, tokens: int = 0, size: tuple[int, int] | None = None,
+    patch: int = 1, layers: int = 24, heads: int = 1, llm: int = 1, **more: Any,
 ) -> Tower:  # fmt: skip
     """A LLaVA of square crops of side x side patches and an LLM of `llm` layers that is `width` wide, in float32.
 
