@@ -1,7 +1,7 @@
 """Running a whole model on what a stored case recorded, so that a method meets the case's tensors and nothing else.
 
-A model is built in the case's sizes and run through `vtc.compress` as a user would. On the way the recorded tensors take
-the place of what the random weights compute: rows that enter a module, and the queries and keys of an attention layer.
+A model is built in the case's sizes and run through `vtc.compress` as a user would. On the way recorded tensors take
+the place of what random weights compute: rows that enter a module, and the queries and keys of an attention layer.
 Readings, plan, stages, packing, positions and caches are those of the library; layers that nothing was recorded of keep
 their random attention, so a method that reads another layer than the published one chooses other tokens.
 
@@ -19,6 +19,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ Outputs = dict[str, tuple[Tensor, float, float]]
 class Check:
     """How cases of one kind are checked.
 
-    run: (description, given tensors) -> every other tensor. given: names or prefixes of what is given. corrected:
-    (description, all tensors) -> values that replace stored ones, where the case's own arithmetic is at fault.
+    run: (description, given tensors) -> every other tensor. given: names or prefixes of what is given, or says nothing
+    about this library. corrected: (description, all tensors) -> values that replace stored ones, where the case's own
+    arithmetic is at fault.
     """
 
     run: Callable[[dict[str, Any], dict[str, Tensor]], Outputs]
@@ -46,7 +48,7 @@ class Check:
 
     def inputs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The given ones among a case's tensors."""
-        return {k: v for k, v in tensors.items() if k in self.given or k.startswith(self.given)}
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(self.given)}
 
 
 def settings(case: dict[str, Any]) -> dict[str, Any]:
@@ -70,30 +72,26 @@ class Attention(NamedTuple):
     scaling: float = 1.0
 
 
-def class_row(weights: Tensor) -> Attention:
-    """A layer whose first row pays `weights` [crops, heads, T] (or their logarithms are its logits, up to a constant)."""
-    return class_logits(weights.double().clamp(min=1e-30).log())
+def logits(weights: Tensor) -> Tensor:
+    """What a softmax makes `weights` of, up to a constant that keeps them small; float32."""
+    found = weights.double().clamp(min=1e-30).log()
+    return (found - found.mean(-1, keepdim=True)).float()
 
 
-def class_logits(logits: Tensor) -> Attention:
-    """A layer whose first row has these logits [crops, heads, T]; all other rows are even."""
-    key = logits.float()[..., None]
-    query = torch.zeros_like(key)
-    query[..., 0, 0] = 1
-    return Attention(query, key)
+def class_row(row: Tensor) -> Attention:
+    """A layer whose first row has the logits `row` [crops, heads, T]; all other rows are even."""
+    query = torch.zeros_like(row).index_fill(-1, torch.tensor(0), 1)
+    return Attention(query[..., None], row[..., None])
 
 
-def even_rows(weights: Tensor) -> Attention:
-    """A layer all of whose rows pay `weights` [crops, heads, T]."""
-    logits = weights.double().clamp(min=1e-30).log()
-    key = (logits - logits.mean(-1, keepdim=True)).float()[..., None]
-    return Attention(torch.ones_like(key), key)
+def every_row(row: Tensor) -> Attention:
+    """A layer all of whose rows have the logits `row` [crops, heads, T]."""
+    return Attention(torch.ones_like(row)[..., None], row[..., None])
 
 
-def matrix(weights: Tensor) -> Attention:
-    """A layer with the attention `weights` [crops, heads, T, T]."""
-    keys = torch.eye(weights.shape[-1]).expand_as(weights)
-    return Attention(weights.double().clamp(min=1e-30).log().float(), keys)
+def all_rows(rows: Tensor) -> Attention:
+    """A layer with the logits `rows` [crops, heads, T, T]."""
+    return Attention(rows, torch.eye(rows.shape[-1]).expand_as(rows))
 
 
 # --- running
@@ -103,44 +101,36 @@ class Run:
 
     states: last hidden state (after the final norm) of every call, [B, rows, D]. inputs: rows that entered every LLM
     layer at the prefill, [B, rows, D]. keys: rotated keys of every layer after the prefill, [B, heads, rows, D].
-    positions: of every call, what the rotary embedding was asked for, one tensor per group of layers. calls: (view,
-    answer) of every stage. attention: LLM layer -> queries and keys of the prefill. items: trace of every item. alive: stage -> rows of the first prompt that are left, text too.
+    positions: of every call, what the rotary embedding was asked for, one tensor per group of layers. attention: of
+    every LLM layer at the prefill. calls: (view, answer) of every stage.
     """
 
     states: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     positions: list[list[Tensor]] = field(default_factory=list)
-    calls: list[tuple[StageView, Selection | None]] = field(default_factory=list)
     attention: dict[int, Attention] = field(default_factory=dict)
-    handle: vtc.Handle | None = None
-
-    @property
-    def items(self) -> list[Any]:
-        return self.handle.trace[0].items if self.handle is not None else []
+    calls: list[tuple[StageView, Selection | None]] = field(default_factory=list)
+    handle: Any = None
 
     @property
     def kept(self) -> dict[Stage, Tensor]:
         """Stage -> image tokens of the first item that passed it, in ascending order."""
-        return self.items[0].kept if self.items else {}
+        return self.handle.trace[0].items[0].kept  # type: ignore[no-any-return]
 
     @property
     def alive(self) -> dict[Stage, Tensor]:
-        keep = self.handle.trace[0].keep if self.handle is not None else {}
-        return {stage: rows[0].nonzero().flatten() for stage, rows in keep.items()}
+        """Stage -> rows of the first prompt that are left behind it, text too."""
+        return {stage: rows[0].nonzero().flatten() for stage, rows in self.handle.trace[0].keep.items()}
 
     @property
     def lengths(self) -> list[int]:
         """Rows in every layer's cache after the prefill."""
         return [each.shape[-2] for each in self.keys]
 
-    def view(self, stage: Stage) -> StageView:
-        return next(view for view, _ in self.calls if view.stage == stage)
-
-    def answer(self, stage: Stage) -> Selection:
-        found = next(answer for view, answer in self.calls if view.stage == stage)
-        assert found is not None
-        return found
+    def at(self, stage: Stage) -> tuple[StageView, Selection]:
+        """What the method was shown at a stage, and what it answered."""
+        return next((view, answer) for view, answer in self.calls if view.stage == stage and answer is not None)
 
 
 @torch.no_grad()
@@ -153,37 +143,31 @@ def run(
     entering: Mapping[nn.Module, Tensor] | None = None,
     attention: Mapping[nn.Module, Attention | Callable[[Tensor], Attention]] | None = None,
     readings: Mapping[type[LLMReading], Callable[[int, Tensor], Tensor]] | None = None,
-    number: Callable[[int, int], int] | None = None,
     **options: Any,
 ) -> Run:
     """Prefill with `inputs`, then one decode step for every further entry of `rows`.
 
     rows: [B, L, D] what enters the LLM in place of the embeddings, for the prefill and for every step. entering: what
     enters a module in place of its own input. attention: queries and keys of an attention module, or a function of the
-    rows [B, L, D] that entered its LLM layer. readings: kind of reading -> what is read of an LLM layer, from its number and those rows, in
-    place of its own. number: (step, group of layers) -> position of a decoded token in place of
-    the engine's. method: None runs the model alone. options: of `vtc.compress`.
+    rows [B, L, D] that entered its LLM layer. readings: kind of reading -> what is read of an LLM layer, from its
+    number and those rows, in place of its own. method: None runs the model alone. options: of `vtc.compress`.
     """
     stack, found = adapters.of(model).language_model, Run()
     recorded = {id(module): each for module, each in (attention or {}).items()}
+    numbers = {id(layer.self_attn): number for number, layer in enumerate(stack.layers)}
 
     def feed(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         found.positions.append([])
         if rows:
-            kwargs["inputs_embeds"] = rows[len(found.states)].to(kwargs["inputs_embeds"])
+            kwargs["inputs_embeds"] = rows[len(found.states)]
         return args, kwargs
+
+    def ask(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found.positions[-1].append(args[1] if len(args) > 1 else kwargs["position_ids"])
 
     def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if not found.states:
             found.inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    def ask(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
-        asked = args[1] if len(args) > 1 else kwargs["position_ids"]
-        call = found.positions[-1]
-        if number is not None and found.states:
-            asked = torch.full_like(asked, number(len(found.states) - 1, len(call)))
-        call.append(asked)
-        return (args[0], asked), {}
 
     def leave(module: Any, args: Any, output: Any) -> None:
         found.states.append(output.last_hidden_state.clone())
@@ -194,20 +178,37 @@ def run(
             hooks.callback(handle.remove)
 
         for module, given in (entering or {}).items():
-            hook(module.register_forward_pre_hook(lambda module, args, given=given: (given.to(args[0]), *args[1:])))
+            hook(module.register_forward_pre_hook(lambda module, args, given=given: (given, *args[1:])))
         hook(stack.register_forward_pre_hook(feed, with_kwargs=True))
         hook(stack.rotary_emb.register_forward_pre_hook(ask, with_kwargs=True))
         for kind, read in (readings or {}).items():
             told = lambda *_, read=read: read(len(found.inputs) - 1, found.inputs[-1])  # noqa: E731
             hooks.enter_context(watched(kind, "read", told))
         if method is not None:
-            hooks.enter_context(_seen(method, found.calls))
+            select = type(method).select
+
+            def seen(self: Compressor, view: StageView) -> Selection | None:
+                found.calls.append((view, select(self, view)))
+                return found.calls[-1][1]
+
+            hooks.enter_context(mock.patch.object(type(method), "select", seen))
             found.handle = hooks.enter_context(vtc.compress(model, method, **options))
         hook(stack.register_forward_hook(leave))
         for layer in stack.layers:  # behind the engine's own hooks, so that they see what the layer gets
             hook(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        numbers = {id(layer.self_attn): number for number, layer in enumerate(stack.layers)}
-        hooks.enter_context(_replaced(recorded, numbers, found))
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]  # and whoever reads what it is given
+
+        def replayed(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not found.states:
+                given = recorded.get(id(module), Attention(query, key, kwargs["scaling"]))
+                given = given if isinstance(given, Attention) else given(found.inputs[-1])
+                if given.key.shape[2] == key.shape[2]:  # otherwise other tokens are here than were recorded
+                    query, key, kwargs["scaling"] = given
+                if id(module) in numbers:
+                    found.attention[numbers[id(module)]] = given
+            return attend(module, query, key, value, *args, **kwargs)
+
+        hooks.enter_context(mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping, {"sdpa": replayed}))
         cache = model(**inputs, use_cache=True).past_key_values
         found.keys = [layer.keys.clone() for layer in cache.layers]
         for _ in rows[1:]:
@@ -217,81 +218,20 @@ def run(
 
 
 @contextlib.contextmanager
-def _seen(method: Compressor, calls: list[tuple[StageView, Selection | None]]) -> Iterator[None]:
-    """Note what a method is shown and what it answers."""
-    kind, original = type(method), type(method).select
-    own = "select" in vars(kind)
-
-    def select(self: Any, view: StageView) -> Selection | None:
-        calls.append((view, answer := original(self, view)))
-        return answer
-
-    kind.select = select  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own:
-            kind.select = original  # type: ignore[method-assign]
-        else:
-            del kind.select
-
-
-@contextlib.contextmanager
-def _replaced(recorded: Mapping[int, Any], numbers: Mapping[int, int], found: Run) -> Iterator[None]:
-    """Hand recorded queries and keys to the attention function, in front of whoever reads them there."""
-    below = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    local = "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given = recorded.get(id(module))
-        if given is not None and not found.states:
-            given = given(found.inputs[-1]) if callable(given) else given
-            if given.key.shape[2] == key.shape[2]:  # otherwise other tokens are here than were recorded
-                query, key, kwargs["scaling"] = given
-        if id(module) in numbers and not found.states:
-            found.attention[numbers[id(module)]] = Attention(query, key, kwargs["scaling"])
-        return below(module, query, key, value, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
-        yield
-    finally:
-        if local:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = below
-        else:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-@contextlib.contextmanager
 def watched(place: Any, name: str, instead: Callable[..., Any] | None = None) -> Iterator[list[Any]]:
     """The results of a function that a method calls by `place.name`; instead: what it calls in its place."""
-    original, results = getattr(place, name), list[Any]()
+    function, results = instead or getattr(place, name), list[Any]()
 
-    def function(*args: Any, **kwargs: Any) -> Any:
-        results.append((instead or original)(*args, **kwargs))
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        results.append(function(*args, **kwargs))
         return results[-1]
 
-    setattr(place, name, function)
-    try:
+    with mock.patch.object(place, name, noted):
         yield results
-    finally:
-        setattr(place, name, original)
 
 
-def again(method: Compressor, view: StageView, **budget: Any) -> Selection:
-    """What a method answers to a view it was shown, under another budget."""
+def again(method: Compressor, view: StageView, **budget: Any) -> Tensor:
+    """[I, N] what a method keeps of a view that it was shown, under another budget."""
     answer = method.select(replace(view, budget=vtc.Budget(**budget)))
     assert answer is not None
-    return answer
-
-
-def order(method: Compressor, view: StageView, steps: int) -> Tensor:
-    """The order in which a greedy method picks its first `steps` tokens of the first item, from growing budgets."""
-    seen, picked = torch.zeros(view.items.mask.shape[1], dtype=torch.bool), []
-    for keep in range(1, steps + 1):
-        answer = again(method, view, keep=keep)
-        new = answer.keep[0] & ~seen
-        assert int(new.sum()) == 1 and bool(answer.keep[0][seen].all()), "a larger budget keeps what a smaller one does"
-        picked.append(int(new.nonzero()))
-        seen |= new
-    return torch.tensor(picked)
+    return answer.keep

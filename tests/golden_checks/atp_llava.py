@@ -1,8 +1,8 @@
 """ATP: scores, thresholds and masks of one module; losses and soft masks of the training; exact budgets.
 
 One module runs in an LLM whose layer has the case's queries and keys, with the case's weights from a file. The training
-is asked for its products and its loss stage by stage, each module's soft mask being the case's. Budgets are met with the
-case's redundancy as what visual and text rows pay.
+is asked for its products and its loss stage by stage, each module's soft mask being the case's. Budgets are met with
+the case's redundancy as what visual and text rows pay.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def module(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
         run = llm.run(model, method=method, **prompt)
         soft = vtc.create("atp", **options, weights=path, training=True)
         (answer,) = [soft.select(replace(view, memory={})) for view, _ in run.calls]
-    view = run.view(layer + 1)
+    view, _ = run.at(layer + 1)
     scores, mask = method.scores(view, view.items.mask), view.items.mask
     theta_r, theta_s = view.module.part(layer)(scores.own, scores.cross, mask)
     raw = vtc.create("atp", **options | {"score_norm": "none"}).scores(view, mask)

@@ -40,7 +40,7 @@ def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     view = shown(view, projected.flatten(0, 1)[None], torch.empty(0, projected.shape[2]))
     with replay.watched(type(method), "quality", lambda self, view: quality):
         rank = min(keep, int(torch.linalg.matrix_rank(projected.double(), rtol=1e-6).min()))
-        picked = replay.again(method, view, keep=crops * rank).keep.view(crops, count)
+        picked = replay.again(method, view, keep=crops * rank).view(crops, count)
     known = picked.gather(1, stored[:, :rank]).all(1, keepdim=True)
     marks = picked.scatter(1, stored[:, rank:], True) & known
     return {

@@ -10,15 +10,17 @@ from _replay import Outputs
 from torch import Tensor
 
 import vtc
+from vtc.methods import divprune
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     settings, embeds, method = replay.settings(case), tensors["in.inputs_embeds"], vtc.create("divprune")
     start, image = settings["visual_start"], settings["num_visual"]
     model = llm.bare(width=embeds.shape[2], layers=1, image=image)
-    run = llm.run(model, embeds, start=start, image=image, method=method, retention=settings["subset_ratio"])
+    with replay.watched(divprune, "k_center") as orders:
+        run = llm.run(model, embeds, start=start, image=image, method=method, retention=settings["subset_ratio"])
     return {
-        "out.selected_in_order": (replay.order(method, run.view(0), settings["keep"]), 0.0, 0.0),
+        "out.selected_in_order": (orders[0][0], 0.0, 0.0),
         "out.kept": (run.kept[0], 0.0, 0.0),
         "out.inputs_embeds": (run.inputs[0][None], 0.0, 0.0),
     }

@@ -29,7 +29,7 @@ def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     assert run.lengths == case["kv_cache_lengths_after_prefill"]
     return {
         "mid.attn": (matrix(*published.attention[layer - 1]), 1e-4, 1e-7),
-        "mid.score": (published.view(layer).llm_attention(layer - 1, Rows.LAST)[0], 1e-4, 0.0),
+        "mid.score": (published.at(layer)[0].llm_attention(layer - 1, Rows.LAST)[0], 1e-4, 0.0),
         "out.keep_index": (run.alive[layer], 0.0, 0.0),
         "out.kept_image": (published.kept[layer], 0.0, 0.0),
         "out.hidden_after_prune": (run.inputs[layer][None], 0.0, 2e-4),

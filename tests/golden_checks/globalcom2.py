@@ -16,7 +16,6 @@ from _replay import Attention, Outputs
 from torch import Tensor
 
 import vtc
-from vtc import adapters
 from vtc.methods.globalcom2 import crops
 
 OPTIONS = {"temperature": "tau"}
@@ -24,27 +23,24 @@ HEADS = 4
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
-    settings, computed = replay.settings(case), "in.hidden" in tensors
-    side, tiles = settings["patches_per_side"], settings["num_tiles"]
-    (width, height), detail = settings["image_size_w_h"], next(iter(case["details"].values()))
-    pinpoints = [[h, w] for w, h in settings["grid_pinpoints_w_h"]]
-    model = towers.build("llava-next", side, width=2 * HEADS, patch=14, heads=HEADS, image_grid_pinpoints=pinpoints)
-    torch.nn.init.constant_(model.model.image_newline, -1.0)
-    adapter = adapters.of(model)
-    patches = torch.cartesian_prod(torch.arange(tiles), torch.arange(side * side)).float()
-    patches = torch.nn.functional.pad(patches, (0, 2 * HEADS - 2)).view(tiles, side * side, -1)
+    settings, computed, outputs = replay.settings(case), "in.hidden" in tensors, Outputs()
+    side, tiles, (width, height) = settings["patches_per_side"], settings["num_tiles"], settings["image_size_w_h"]
+    detail = next(iter(case["details"].values()))
     columns, rows = detail["valid_w_h"]
-    tokens, lines = side * side + columns * rows, detail["newline_tokens"]
-    inputs = towers.prompt(tokens + rows) | {"image_sizes": torch.tensor([[height, width]])}
-    inputs["pixel_values"] = towers.pixels(1, tiles, 3, 14 * side, 14 * side)
-    logits = torch.nn.functional.pad(tensors["in.cls_logits"], (1, 0))[:, None].expand(-1, HEADS, -1)
-    attention = projected(tensors) if computed else replay.class_logits(logits)
+    tokens = side * side + columns * rows
+    tower = towers.build(
+        "llava-next", side, 2 * HEADS, crops=tiles, tokens=tokens + rows, size=(height, width), patch=14, heads=HEADS,
+        image_grid_pinpoints=[[h, w] for w, h in settings["grid_pinpoints_w_h"]],
+    )  # fmt: skip
+    torch.nn.init.constant_(tower.model.model.image_newline, -1.0)
+    row = torch.nn.functional.pad(tensors["in.cls_logits"], (1, 0))[:, None].expand(-1, HEADS, -1)
+    recorded: dict[str, Any] = {"attention": {23: projected(tensors) if computed else replay.class_row(row)}}
+    recorded["projected"] = towers.numbered(tiles, side * side, 2 * HEADS)
     method = vtc.create("globalcom2", layout="official", exact_total=False, **replay.options(case, OPTIONS))
-    recorded = {"attention": {adapter.vision_attention[-1]: attention}, "entering": {adapter.projector: patches}}
-    ratios, outputs = settings["retention_ratios"], Outputs()
+    ratios, lines = settings["retention_ratios"], detail["newline_tokens"]
     granted = [round(ratio * tokens) for ratio in ratios]
-    with vtc.share_encoder(model, [method]), replay.watched(crops, "crop_ratios") as shares:
-        runs = [replay.run(model, inputs, method, keep=keep + lines, **recorded) for keep in granted]
+    with vtc.share_encoder(tower.model, [method]), replay.watched(crops, "crop_ratios") as shares:
+        runs = [tower.run(method, keep=keep + lines, **recorded) for keep in granted]
     for ratio, keep, share, run in zip(ratios, granted, shares, runs, strict=True):
         tile, token = run.inputs[0][0, 1:-1, :2].long().unbind(1)
         marks = torch.zeros(tiles, side * side, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """ToDRE: pivots and orders of both variants on an image and a video, and the decisions of the second stage.
 
-Stage 1 runs on a LLaVA or a LLaVA-NeXT-Video whose projector hands on the case's tokens; orders are read off growing
-budgets. Stage 2 runs on an LLM in which one layer has the case's attention, a prompt of the case a row.
+Stage 1 runs on a LLaVA or a LLaVA-NeXT-Video whose projector hands on the case's tokens; the order is that
+of the walk it asks for. Stage 2 runs on an LLM in which one layer has the case's attention, a prompt of the case a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from _replay import Outputs
 from torch import Tensor
 
 import vtc
-from vtc import adapters
 from vtc.methods import todre
 
 
@@ -25,32 +24,28 @@ def diverse(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     settings, tokens, attention = replay.settings(case), tensors["tokens"], tensors["cls_attention"]
     tokens, attention = tokens.view(-1, *tokens.shape[-2:]), attention.view(-1, attention.shape[-1])
     frames, count, width = tokens.shape
-    side = round(count**0.5)
-    if settings["layout"] == "video":  # two by two patches make a token of a frame
-        model = towers.build("llava-next-video", 2 * side, width, video_token_index=towers.VIDEO)
+    side, video = round(count**0.5), settings["layout"] == "video"
+    if video:  # two by two patches make a token of a frame
+        tower = towers.build("llava-next-video", 2 * side, width, crops=frames, tokens=frames * count)
         attention = attention.view(frames, side, side).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
-        inputs = towers.prompt(frames * count, token=towers.VIDEO)
-        inputs["pixel_values_videos"] = towers.pixels(1, frames, 3, 2 * side, 2 * side)
     else:
-        model = towers.build("llava", side, width)
-        inputs = towers.prompt(count) | {"pixel_values": towers.pixels(1, 3, side, side)}
-    adapter = adapters.of(model)
-    rows = replay.class_row(torch.nn.functional.pad(attention, (1, 0), value=1.0)[:, None])
-    recorded = {"attention": {adapter.vision_attention[-1]: rows}, "entering": {adapter.projector: tokens}}
-    run = replay.run(model, inputs, vtc.create("todre", relevance=False), keep=settings["k"], **recorded)
-    view, outputs = run.view(0), Outputs()
+        tower = towers.build("llava", side, width)
+    row = replay.class_row(replay.logits(torch.nn.functional.pad(attention, (1, 0), value=1.0))[:, None])
+    method = vtc.create("todre", relevance=False)
+    run = tower.run(method, keep=settings["k"], attention={23: row}, projected=tokens)
+    (view, _), found = run.at(0), dict[str, Tensor]()
     for variant in ("max_sum", "k_center"):
         method = vtc.create("todre", relevance=False, variant=variant)
-        found = replay.order(method, view, settings["k"])
-        outputs[f"{variant}_indices"] = (found, 0.0, 0.0)
-        outputs[f"kept_sorted_{variant}"] = (found.sort().values, 0.0, 0.0)
-    assert torch.equal(run.kept[0], outputs["kept_sorted_max_sum"][0])
+        with replay.watched(todre, variant) as orders:
+            found[f"kept_sorted_{variant}"] = replay.again(method, view, keep=settings["k"])[0].nonzero().flatten()
+        found[f"{variant}_indices"] = orders[0][0]
+    assert torch.equal(run.kept[0], found["kept_sorted_max_sum"])
     for name, pivot in (("pivot", "cls"), ("pivot_center", "center"), ("pivot_farthest", "farthest")):
         method = vtc.create("todre", relevance=False, pivot=pivot)
-        outputs[name] = (replay.order(method, view, 1)[0], 0.0, 0.0)
-    if settings["layout"] == "video":
-        outputs["frame_best"] = (best_of_frames(view, frames, count), 0.0, 0.0)
-    return outputs
+        found[name] = replay.again(method, view, keep=1)[0].nonzero()[0, 0]
+    if video:
+        found["frame_best"] = best_of_frames(view, frames, count)
+    return {name: (value, 0.0, 0.0) for name, value in found.items()}
 
 
 def best_of_frames(view: Any, frames: int, count: int) -> Tensor:
@@ -60,8 +55,8 @@ def best_of_frames(view: Any, frames: int, count: int) -> Tensor:
         inside = view.crop == frame
         moved = torch.arange(view.hidden.shape[1]).expand(view.hidden.shape[:2])
         alone = replace(view, items=view.items.kept(inside, (count,), moved))
-        found.append(int(alone.items.token[0, replay.order(method, alone, 1)]))
-    return torch.tensor(found)
+        found.append(alone.items.token[replay.again(method, alone, keep=1)])
+    return torch.cat(found)
 
 
 def relevant(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
@@ -79,7 +74,7 @@ def relevant(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
             with replay.watched(todre, "shares") as shares:
                 run = llm.run(
                     model, llm.numbered(length), start=start, image=image, method=method, system_length=system,
-                    attention={layer: replay.matrix(matrix[None])},
+                    attention={layer: replay.all_rows(replay.logits(matrix[None]))},
                 )  # fmt: skip
             fired.append(len(run.kept[15]) == 0)
             assert fired[-1] or len(run.kept[15]) == image

@@ -16,7 +16,6 @@ from _replay import Attention, Outputs
 from torch import Tensor
 
 import vtc
-from vtc import adapters
 from vtc.method.base import EncoderStage
 
 
@@ -31,22 +30,18 @@ def recorded(weights: Tensor, keys: Tensor) -> Attention:
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     settings, hidden = replay.settings(case), tensors["in.hidden"]
-    dominant, contextual = settings["dominant_patches"], settings["contextual"]
-    images, count, width = hidden.shape[0], hidden.shape[1] - 1, hidden.shape[2]
-    model = towers.build("llava", 8, width=width, heads=tensors["in.keys"].shape[1], layers=4)
-    adapter = adapters.of(model)
-    inputs = towers.prompt(count, images) | {"pixel_values": towers.pixels(images, 3, 8, 8)}
-    replayed: dict[str, Any] = {
-        "attention": {adapter.vision_attention[2]: recorded(tensors["in.cls_attn"], tensors["in.keys"])},
-        "entering": {adapter.projector: hidden[:, 1:]},
-    }
-    share = dominant / (dominant + contextual)
-    method = vtc.create("visionzip", share=share, before="projector", layout="official")
-    run = replay.run(model, inputs, method, keep=dominant + contextual, **replayed)
+    images, heads, keep = len(hidden), tensors["in.keys"].shape[1], settings["total_tokens"] - 1
+    share = settings["dominant_patches"] / keep
+    tower = towers.build("llava", 8, hidden.shape[2], crops=images, heads=heads, layers=4)
+    run = tower.run(
+        vtc.create("visionzip", share=share, before="projector", layout="official"), keep=keep,
+        attention={2: recorded(tensors["in.cls_attn"], tensors["in.keys"])}, projected=hidden[:, 1:],
+    )  # fmt: skip
     # In the order of the picture all kept tokens are anchors; with nothing else to spend, only the dominant ones stay.
-    view = run.view(EncoderStage(3))
-    both = replay.again(vtc.create("visionzip", share=share, before="projector"), view, keep=dominant + contextual).keep
-    best = replay.again(vtc.create("visionzip", share=1.0, before="projector"), view, keep=dominant).keep
+    view, _ = run.at(EncoderStage(3))
+    both = replay.again(vtc.create("visionzip", share=share, before="projector"), view, keep=keep)
+    dominant = vtc.create("visionzip", share=1.0, before="projector")
+    best = replay.again(dominant, view, keep=settings["dominant_patches"])
 
     def places(keep: Tensor) -> Tensor:
         return 1 + keep.nonzero()[:, 1].view(images, -1)

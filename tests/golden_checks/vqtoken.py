@@ -1,8 +1,8 @@
 """VQToken: clustering with a fixed K, the elbow over all K, and the attention block, each through the method.
 
-Starting tokens are drawn at random, so the case's stand in for the draws. Clusters are read off what the method sends to
-the LLM: each row's anchor and the tokens that went into it. The case of the block stores a codebook and a map; tokens
-that are the codes themselves, where the map says so, are clustered to just these.
+Starting tokens are drawn at random, so the case's stand in for the draws. Clusters are read off what the method sends
+to the LLM: each row's anchor and the tokens that went into it. The case of the block stores a codebook and a map;
+tokens that are the codes themselves, where the map says so, are clustered to just these.
 """
 
 from __future__ import annotations
