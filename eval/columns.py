@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vtc.app.pages import page
 from vtc.errors import InputError
 from vtc.eval.store import Record
 
@@ -180,8 +181,6 @@ def read_columns(line: Line) -> Record:
 
 def column_page() -> str:
     """The document about the columns, in Markdown."""
-    from vtc.app.pages import page
-
     rows = [[f"`{c.name}`", c.kind.__name__, str(c.since or ""), c.meaning] for c in COLUMNS]
     return page(
         "Columns of metrics.csv",

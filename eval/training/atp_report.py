@@ -17,6 +17,7 @@ import torch
 
 import vtc
 from vtc import adapters
+from vtc.app.loading import load
 from vtc.app.pages import page, table, wrapped
 from vtc.eval.training.calibration import calibrate_embedded, scene_prompts
 from vtc.eval.training.measure import Measurement, measure
@@ -48,8 +49,6 @@ def random_modules(method: ATP, spec: ModelSpec, bias: float, seed: int = 0) -> 
 @torch.no_grad()
 def random_form(method: ATP, retention: float, folder: Path, prompts: int = 60) -> ATP:
     """The method with random modules whose common bias is chosen so that training prompts keep `retention`."""
-    from vtc.app.loading import load
-
     model = load(MODEL, device="cpu", dtype="float32").model
     spec, batches = adapters.of(model).spec, list(scene_prompts(prompts, 0, "cpu"))
     low, high = -6.0, 6.0

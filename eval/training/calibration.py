@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
+from vtc.app.loading import load
 from vtc.errors import BudgetError, VTCError
 from vtc.eval.tiny.batches import normalise
 from vtc.eval.tiny.scenes import make_scene
@@ -163,8 +164,6 @@ def calibrate_embedded(
     device: str = "auto",
 ) -> Path:
     """Write the thresholds that reach `retention` on average over `prompts` questions; returns the file."""
-    from vtc.app.loading import load
-
     method = create("atp_training_free", **parameters)
     if not isinstance(method, ATPTrainingFree) or method.mode != "budget":
         raise VTCError("a calibration makes the constants itself; leave mode and weights out")

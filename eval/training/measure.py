@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from vtc.app.answer import Answerer
+from vtc.app.loading import load
 from vtc.app.preparation import Chat
 from vtc.eval.tiny.benchmark import Row, benchmark_rows, scene_image
 from vtc.eval.tiny.checking import CHECK_SEED
+from vtc.eval.tiny.layout import VISUAL_TOKENS
 from vtc.method.base import Compressor
 
 BATCH = 30
@@ -80,8 +82,6 @@ def measure(
 
     method: None leaves the model untouched. state: weights of the model to use instead of its own.
     """
-    from vtc.app.loading import load
-
     loaded = load(name, device=device, dtype="float32")
     if state is not None:
         loaded.model.load_state_dict(state)
@@ -117,8 +117,6 @@ def _entering(call: Any, depth: int) -> list[int]:
 
 
 def _result(rows: Sequence[Row], replies: Sequence[str], kept: list[float], layers: list[float]) -> Measurement:
-    from vtc.eval.tiny.layout import VISUAL_TOKENS
-
     right = tuple(row.answer == reply for row, reply in zip(rows, replies, strict=True))
     return Measurement(
         right,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
+from vtc.app.loading import load
 from vtc.eval.tiny import checkpoint, optim
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
@@ -44,8 +45,6 @@ class Trainer:
     @classmethod
     def create(cls, settings: TrainingSettings, out: Path, device: torch.device, scenes: SceneCache) -> Trainer:
         """Fresh learned parts from the seed of the settings, attached to the model."""
-        from vtc.app.loading import load
-
         torch.manual_seed(settings.seed)
         model = load(settings.model, device=device.type, dtype="float32").model.requires_grad_(False)
         method = settings.compressor()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vtc import adapters, create
+from vtc.app.loading import load
 from vtc.app.pages import page, wrapped
 from vtc.eval.tiny.layout import VISUAL_TOKENS
 from vtc.eval.training.measure import Measurement, measure
@@ -44,8 +45,6 @@ def trained(source: str) -> LearnedCompressor:
 
 def untrained(source: str, folder: Path, **changes: Any) -> LearnedCompressor:
     """The same block with random weights and gains of one, so that a residual block does not begin as nothing."""
-    from vtc.app.loading import load
-
     torch.manual_seed(0)
     method = create("vqtoken", **{**parameters(source), **changes}, training=True)
     assert isinstance(method, LearnedCompressor)

@@ -225,7 +225,7 @@ def test_separators_of_rows_that_still_have_tokens(make_view: Any, kept: Any, sh
             assert selection.separators[item, : len(ends)].tolist() == expected
             assert len(tokens) + sum(expected) <= max(budget, 1 + sum(expected))
             dropped += expected.count(False)
-            misleading += any(j < last for j in tokens) and not expected[:1] == [True]
+            misleading += any(j < last for j in tokens) and expected[:1] != [True]
     assert dropped > 3
     assert misleading > 0
 

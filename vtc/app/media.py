@@ -86,7 +86,7 @@ def read_video(
 
     threads: of the decoder. Raises InputError for a missing, broken or empty file.
     """
-    from vtc.app.decoders import open_clip
+    from vtc.app.decoders import open_clip  # PyAV comes with the extra `eval`; everything else works without it
 
     file, name = Path(path), f"video {str(path)!r}"
     if str(path).lower().startswith(SCHEMES):

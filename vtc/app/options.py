@@ -29,7 +29,7 @@ def use_plugins(names: Sequence[str]) -> None:
     """Import plugins and say on stderr which methods each one registers."""
     if not names:
         return
-    from vtc.method.plugins import load_plugin
+    from vtc.method.plugins import load_plugin  # brings in torch, which most commands do without
 
     for name in names:
         sys.stderr.write(f"plugin {name}: {', '.join(load_plugin(name))}\n")

@@ -18,7 +18,7 @@ import torch
 
 from vtc import adapters
 from vtc.engine.attach import Handle, compress
-from vtc.method.base import CacheStage, Compressor, ModelSpec, Positions
+from vtc.method.base import AFTER_PREFILL, CacheStage, Compressor, ModelSpec, Positions
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import create
 from vtc.method.weights import SUFFIX
@@ -41,6 +41,7 @@ from vtc.testing.measures import (
 )
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
 from vtc.testing.padding import reads_padding
+from vtc.testing.probes import FixedKeep, LastRowTopK
 from vtc.testing.selections import false_counts
 
 __all__ = [
@@ -194,9 +195,6 @@ def with_fresh_weights(method: Compressor, model: ModelSpec, folder: Path | None
 
 def check_adapter(name: str, *, steps: int = 8) -> list[Deviation]:
     """Run the contract on one tiny model with probe methods at every kind of stage."""
-    from vtc.method.base import AFTER_PREFILL
-    from vtc.testing.probes import FixedKeep, LastRowTopK
-
     cells: list[Deviation] = []
     for at in ((0,), (2,), (0, 2), (0, 1, 3), (0, AFTER_PREFILL), (1, CacheStage(2))):
         cells += check_method(FixedKeep(at=at), models=[name], steps=steps)
