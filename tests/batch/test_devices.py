@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtc
-from vtc.batch.rows import Rows as HeldRows
+from vtc.batch.rows import RowTable
 from vtc.batch.trace import CallRecord
 from vtc.engine.cache import CompressedCache
 from vtc.method.base import AFTER_PREFILL, Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
@@ -82,7 +82,7 @@ def test_everything_of_a_batch_follows_the_hidden_states() -> None:
         finally:
             hook.remove()
     assert {device for _, device in found} == {"cpu"}
-    for part in (*(f.name for f in fields(HeldRows)), "deepstack", "items", "separators"):
+    for part in (*(f.name for f in fields(RowTable)), "deepstack", "items", "separators"):
         assert any(part in path for path, _ in found), f"nothing fills {part}"
     assert [path for path, _ in moved] == [path for path, _ in found]
     assert [path for path, device in moved if device != "meta"] == []

@@ -18,7 +18,7 @@ Side = Literal["front", "left"]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowTable:
     """What is known of each of the rows [B, L] of a sequence. Padding holds harmless values.
 
     source: input position. logical: [..., B, L] position ids that the untouched model would use. visual, prompt, text:
@@ -42,22 +42,22 @@ class Rows:
         """[B, L] bool, `valid` also where it is None."""
         return torch.ones_like(self.source, dtype=torch.bool) if self.valid is None else self.valid
 
-    def take(self, index: Tensor) -> Rows:
+    def take(self, index: Tensor) -> RowTable:
         """The rows that `index` [B, L'] names."""
         return self._each(lambda values: take_last(values, index))
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> RowTable:
         """The same rows on another device."""
         return self._each(lambda values: values.to(device))
 
-    def note(self, key: Any, values: Tensor) -> Rows:
+    def note(self, key: Any, values: Tensor) -> RowTable:
         """With `values` [..., B, L] in `extra`."""
         return replace(self, extra={**self.extra, key: values})
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> RowTable:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
-        return Rows(**changed, extra={key: change(value) for key, value in self.extra.items()})
+        return RowTable(**changed, extra={key: change(value) for key, value in self.extra.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Batch:
     length: rows at input. totals: valid rows of each batch row, text_count: most text of a batch row; on the host.
     """
 
-    rows: Rows
+    rows: RowTable
     length: int
     items: ItemTable | None = None
     separators: ItemTable | None = None
@@ -132,7 +132,7 @@ class Batch:
         )
         return packed, take_rows(hidden, index)
 
-    def _softened(self, selection: Selection, items: ItemTable) -> Rows:
+    def _softened(self, selection: Selection, items: ItemTable) -> RowTable:
         """The rows with hidden tokens and soft masks noted for the layers to come."""
         rows = self.rows
         if selection.hide is not None:

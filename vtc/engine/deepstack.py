@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.batch.rows import Rows
+from vtc.batch.rows import RowTable
 
 PLACE = "deepstack"
-"""Key in `Rows.extra` of each row's place in the features, -1 where it has none."""
+"""Key in `RowTable.extra` of each row's place in the features, -1 where it has none."""
 
 
-def take_over(kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Tensor, ...], Rows]:
+def take_over(kwargs: dict[str, Any], rows: RowTable) -> tuple[tuple[Tensor, ...], RowTable]:
     """One [V, D] tensor per layer, in prompt order, out of the language model's arguments, and the rows' places in it.
 
     No tensors for models or calls without them.
@@ -29,7 +29,7 @@ def take_over(kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Tensor, ...], R
     return tuple(features), rows.note(PLACE, torch.where(mask, number, -1))
 
 
-def add_features(features: tuple[Tensor, ...], layer: int, hidden: Tensor, rows: Rows) -> Tensor:
+def add_features(features: tuple[Tensor, ...], layer: int, hidden: Tensor, rows: RowTable) -> Tensor:
     """[B, L, D] input of LLM layer `layer`, with the rows that belong behind the layer before it."""
     if not 0 < layer <= len(features):
         return hidden

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vtc.batch.rows import Batch, Rows
+from vtc.batch.rows import Batch, RowTable
 from vtc.engine.passes import Pass
 from vtc.method.base import EncoderStage, Selection
 from vtc.method.items import ItemTable
@@ -51,7 +51,7 @@ class EncoderPass(Pass):
             sources=numbers, counts=counts, fixed=(0,) * crops, input_counts=counts, entered=counts,
             layouts=(_crop(self.patches, device),) * crops,
         )  # fmt: skip
-        rows = Rows(torch.arange(length, device=device).expand(crops, -1))
+        rows = RowTable(torch.arange(length, device=device).expand(crops, -1))
         self.batch = Batch(rows, length, table, table.split()[1], (length,) * crops)
 
     def drop_prefix(self, prefix: int) -> None:

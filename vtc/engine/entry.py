@@ -9,7 +9,7 @@ import torch
 from vtc.adapters.base import Adapter
 from vtc.batch.items import find_items, host_counts
 from vtc.batch.prompt import Bounds, Prompt
-from vtc.batch.rows import Batch, Rows
+from vtc.batch.rows import Batch, RowTable
 from vtc.engine.cache import CompressedCache
 from vtc.engine.generating import GenerateWatch, control_tokens
 from vtc.engine.inputs import logical_positions, mask_2d, placeholder_masks
@@ -36,11 +36,11 @@ class Entry:
         device, seen = kwargs["inputs_embeds"].device, 0 if before is None else before.get_seq_length()
         source = torch.arange(length, device=device).expand(size, -1)
         if one.placeholders is None and not isinstance(before, CompressedCache):
-            return Batch(Rows(source), length)
+            return Batch(RowTable(source), length)
         mask, ids = mask_2d(kwargs), kwargs.get("position_ids")
         logical = logical_positions(ids, size, length, seen, device, mrope=self.adapter.spec.mrope)
         valid = mask[:, -length:].bool() if mask is not None and length > 1 else None
-        batch = Batch(Rows(source, logical, valid=valid), length)
+        batch = Batch(RowTable(source, logical, valid=valid), length)
         if one.placeholders is None:
             return batch
         visual = one.placeholders.any(0)

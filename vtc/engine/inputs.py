@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
-from vtc.batch.rows import Batch, Rows
+from vtc.batch.rows import Batch, RowTable
 from vtc.engine.cache import CompressedCache, check_plain
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.maker import Maker
@@ -133,7 +133,7 @@ def logical_positions(
 
 
 # --- outputs
-def spread(rows: Rows, length: int, hidden: Tensor) -> Tensor:
+def spread(rows: RowTable, length: int, hidden: Tensor) -> Tensor:
     """[B, L, D] rows at their input positions, [B, length, D]; zeros where a token was removed."""
     source, held = rows.source.to(hidden.device), rows.held.to(hidden.device)
     full = hidden.new_zeros(len(source), length + 1, hidden.shape[-1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.batch.context import VisionContext
-from vtc.batch.rows import Batch, Rows
+from vtc.batch.rows import Batch, RowTable
 from vtc.batch.trace import CallRecord, CallStats, StageStats
 from vtc.engine.cache import CompressedCache
 from vtc.engine.passes import Pass
@@ -58,7 +58,7 @@ class LLMPass(Pass):
     group: int = 0
     mask: Any = None
     rotary: Any = None
-    left: dict[int, Rows] = field(default_factory=dict)
+    left: dict[int, RowTable] = field(default_factory=dict)
     spans: list[tuple[int, int, list[int]]] = field(default_factory=list)
     stages: list[StageStats] = field(default_factory=list)
     record: CallRecord | None = None
@@ -176,7 +176,7 @@ class LLMPass(Pass):
         )
 
 
-def row_ends(rows: Rows) -> tuple[Tensor, Tensor]:
+def row_ends(rows: RowTable) -> tuple[Tensor, Tensor]:
     """[B, 1] positions of each row's first and last token, the outermost of multi-axis positions.
 
     Not the smallest and largest ones: some models place text behind a video in front of the video's last frames.
