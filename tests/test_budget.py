@@ -167,7 +167,7 @@ def test_the_named_budget_always_works(count: int, layers: int, data: st.DataObj
 def test_stages_leave_what_they_left(
     tokens: int, least: int, granted: int, fixed: int, spans: tuple[int, ...], left: tuple[int, ...]
 ) -> None:
-    assert left_by_stages(tokens, least, granted, fixed, tokens + fixed, spans) == left
+    assert left_by_stages(tokens, least, granted, fixed, tokens + fixed, tuple(spans)) == left
 
 
 def test_what_every_layer_sees_counts() -> None:

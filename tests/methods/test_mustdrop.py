@@ -128,9 +128,9 @@ def test_the_schedule_meets_the_budget(tokens: int, rate: float, fixed: int, spa
     room = (total - spans[0] * tokens) / (layers - spans[0])
     if room < 0.5:
         with pytest.raises(BudgetError, match=rf"a mean of {granted} of {tokens + fixed} visual tokens per layer"):
-            left_by_stages(tokens, keys, granted, fixed, tokens + fixed, spans)
+            left_by_stages(tokens, keys, granted, fixed, tokens + fixed, tuple(spans))
         return
-    left = list(left_by_stages(tokens, keys, granted, fixed, tokens + fixed, spans))
+    left = list(left_by_stages(tokens, keys, granted, fixed, tokens + fixed, tuple(spans)))
     assert left == sorted(left, reverse=True)
     assert 1 <= left[-1] <= left[0] <= tokens
     seen = spans[0] * tokens + sum(n * count for n, count in zip(spans[1:], left, strict=True))
@@ -147,7 +147,7 @@ def test_published_means() -> None:
     assert (method.spans(LLAVA), official.spans(LLAVA)) == ([3, 4, 4, 4, 17], [2, 4, 4, 4, 18])  # type: ignore[attr-defined]
     for mean in (192, 128):
         for spans in ([3, 4, 4, 4, 17], [2, 4, 4, 4, 18]):
-            left = left_by_stages(576, 47, mean, 0, 576, spans)
+            left = left_by_stages(576, 47, mean, 0, 576, tuple(spans))
             assert abs(sum(n * c for n, c in zip(spans, [576, *left], strict=True)) / 32 - mean) <= 0.5
 
 

@@ -7,6 +7,7 @@ so that 0.25 costs the same wherever a method acts.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from vtc.errors import BudgetError, shown
 
 STEPS = 50
 """Halvings of an interval: far below what moves a count. More of them would tell apart what rounding alone parts."""
+CACHED = 4096
+"""Solved budgets that are remembered: the items of a benchmark come in few sizes."""
 NOISE = 1e-9
 """What rounding may have taken from a number that is whole."""
 
@@ -71,6 +74,7 @@ class Budget:
         assert self.keep is not None
         return min(count, self.keep)
 
+    @functools.lru_cache(CACHED)  # noqa: B019 - a budget is two numbers
     def tokens_from_layer(self, count: int, layer: int, layers: int) -> int:
         """Tokens to keep from LLM layer `layer` on, so that the mean entering all `layers` layers meets the budget.
 
@@ -140,8 +144,9 @@ def spend(
     return min(curve(low), curve(high), key=lambda counts: abs(excess(counts)))
 
 
+@functools.lru_cache(CACHED)
 def left_by_stages(
-    tokens: int, least: int, granted: int, fixed: int, given: int, spans: Sequence[int]
+    tokens: int, least: int, granted: int, fixed: int, given: int, spans: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Tokens of an item left behind each stage in the LLM, shrinking by a common factor, so that the budget is met.
 

@@ -126,7 +126,7 @@ class PyramidDrop(Compressor):
             return {}
 
         def counts(layers: tuple[int, ...]) -> dict[int, int]:
-            spans = [after - before for before, after in pairwise((0, *layers, model.llm_layers))]
+            spans = tuple(after - before for before, after in pairwise((0, *layers, model.llm_layers)))
             return dict(zip(layers, left_by_stages(entered, 1, granted, fixed, given, spans), strict=True))
 
         *rather, last = self.lists(model)

@@ -198,7 +198,7 @@ class AIM(Compressor):
         return ranked and any(counts[layer + 1] for counts in schedule)
 
     # --- how much
-    def shares(self, model: ModelSpec) -> list[float]:
+    def shares(self, model: ModelSpec) -> tuple[float, ...]:
         """Share of the entered tokens that each LLM layer sees."""
         return falling_shares(model.llm_layers, *self.bounds(model))
 

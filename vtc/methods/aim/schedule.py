@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
-from vtc.method.budget import NOISE, spend
+from vtc.method.budget import CACHED, NOISE, spend
 
 
-def falling_shares(layers: int, start: float, end: float) -> list[float]:
+def falling_shares(layers: int, start: float, end: float) -> tuple[float, ...]:
     """Shares of a schedule that falls linearly: all tokens up to layer `start`, none from layer `end` on.
 
     >>> falling_shares(6, 1, 5)
-    [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    (1.0, 1.0, 0.75, 0.5, 0.25, 0.0)
     """
-    return [min(1.0, max(0.0, 1 - (layer - start) / (end - start))) for layer in range(layers)]
+    return tuple(min(1.0, max(0.0, 1 - (layer - start) / (end - start))) for layer in range(layers))
 
 
 def layer_tokens(entered: int, shares: Sequence[float]) -> list[int]:
@@ -43,7 +44,8 @@ def moved_tokens(entered: int, total: int, layers: int, start: int, end: int) ->
     return spend(total, [1] * layers, curve, between=(-float(end), float(layers)), slack=layers, of=entered)
 
 
-def entering_tokens(count: int, fixed: int, total: int, shares: Sequence[float]) -> int:
+@functools.lru_cache(CACHED)
+def entering_tokens(count: int, fixed: int, total: int, shares: tuple[float, ...]) -> int:
     """How many of `count` tokens should enter, beside `fixed` others, so that the layers' tokens sum up to `total`.
 
     At least one and at most all of them; layer 0 sees what entered.

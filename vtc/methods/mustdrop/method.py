@@ -270,7 +270,7 @@ class MustDrop(Compressor):
         table = by_token(view, key)
         if self.filter == "threshold":
             return Progress(table, ())
-        items, spans = view.items, self.spans(view.model)
+        items, spans = view.items, tuple(self.spans(view.model))
         columns = zip(items.counts, key.sum(1).tolist(), view.granted, items.fixed, items.input_counts, strict=True)
         return Progress(table, tuple(left_by_stages(*item, spans) for item in columns))
 
