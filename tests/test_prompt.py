@@ -14,7 +14,7 @@ from torch import Tensor
 import vtc
 from vtc.app.template import system_length
 from vtc.batch.prompt import Prompt, system_rows, unanswered
-from vtc.engine.generating import control_tokens
+from vtc.engine.entry import control_tokens
 from vtc.errors import InputError, UnsupportedCall
 from vtc.method.base import Compressor, StageView
 from vtc.testing import snapshot, tiny_inputs, tiny_model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.method.items import ItemTable
 from vtc.method.view import Selection
-from vtc.ops.select import front_pack, left_pack, take_last, take_rows
+from vtc.ops.select import front_pack, left_pack, take_rows
 
 Side = Literal["front", "left"]
 """Where padding goes: behind what is left, as in the vision encoder, or in front of it, as in the LLM."""
@@ -44,7 +44,7 @@ class RowTable:
 
     def take(self, index: Tensor) -> RowTable:
         """The rows that `index` [B, L'] names."""
-        return self._each(lambda values: take_last(values, index))
+        return self._each(lambda values: values.gather(-1, index.expand(*values.shape[:-2], *index.shape)))
 
     def to(self, device: torch.device) -> RowTable:
         """The same rows on another device."""
