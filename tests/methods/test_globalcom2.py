@@ -21,7 +21,7 @@ from vtc.adapters.anyres import anyres_item
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Needs, Rows
 from vtc.method.layout import VisualItem
-from vtc.methods.globalcom2.crops import exact_shares, unlike_mean
+from vtc.methods.globalcom2.crops import crop_ratios, exact_shares, unlike_mean
 from vtc.methods.globalcom2.method import overview
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import crops as plain
@@ -109,6 +109,19 @@ def view_of(make_view: Any, shape: Any) -> Any:
         return make_view(shapes, vision={recorded: values}, **options)
 
     return make
+
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.0])
+def test_no_crop_is_worth_more_than_all_of_it(ratio: float) -> None:
+    """Where one crop has nearly all of the overview's score; the others are worth what the formula says."""
+    sums = torch.tensor([[0.0, 90.0, 10.0, 20.0], [0.0, 3.0, 3.0, 3.0]])
+    arguments = (sums, torch.tensor([[False, True, True, True]] * 2), torch.full((2,), ratio), 10.0)
+    found = crop_ratios(*arguments)
+    assert torch.allclose(found, plain.plain_crop_ratios(*arguments), rtol=0, atol=1e-12)
+    assert float(found.max()) <= 1
+    assert (float(found[0, 1]) == 1) == (ratio >= 0.9)
+    assert float(found[0, 0]) == pytest.approx(ratio)  # takes no part
 
 
 # --- the plain method
