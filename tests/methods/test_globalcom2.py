@@ -111,7 +111,6 @@ def view_of(make_view: Any, shape: Any) -> Any:
     return make
 
 
-
 @pytest.mark.parametrize("ratio", [0.3, 0.9, 1.0])
 def test_no_crop_is_worth_more_than_all_of_it(ratio: float) -> None:
     """Where one crop has nearly all of the overview's score; the others are worth what the formula says."""

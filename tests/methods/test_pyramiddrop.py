@@ -92,7 +92,8 @@ def test_the_published_setting(make_view: Any) -> None:
     assert not method.needs_budget
     view = make_view([(24, 24), (3, 3), (3, 5), (1, 1)], spec=LLAMA)
     found = left(method, view)
-    assert found == [[576, 288, 144, 72], [9, 4, 2, 1], [15, 7, 3, 1], [1, 1, 1, 1]]  # whole numbers are cut off, one stays
+    # What is no whole number is cut off; one token stays.
+    assert found == [[576, 288, 144, 72], [9, 4, 2, 1], [15, 7, 3, 1], [1, 1, 1, 1]]
     assert mean_of(method, LLAMA, found[0]) / 576 == 15 / 32  # 46.9 %
     solved = make_view([(24, 24)], spec=LLAMA, retention=15 / 32)
     (counts,) = left(vtc.create("pyramiddrop"), solved)

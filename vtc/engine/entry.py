@@ -1,6 +1,6 @@
 """What enters the language model: from the arguments of a call to a batch with its prompt and its items.
 
-Where the prompt ends is known from what generate() was given, where the question begins from the tokens that part turns.
+Where the prompt ends is known from what generate() was given, where the question begins from tokens that part turns.
 """
 
 from __future__ import annotations
