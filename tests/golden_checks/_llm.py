@@ -17,6 +17,7 @@ Cases that store attention instead of weights run on `bare` models, whose layers
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import _replay as replay
@@ -97,18 +98,22 @@ def run(
     start: int,
     image: int,
     method: Compressor | None = None,
+    attention: Mapping[int, Any] | None = None,
     **more: Any,
 ) -> replay.Run:
     """Prefill with the rows `embeds` [1, L, D] or [L, D], then one step per row of `decode` ([S, D] or [1, S, D]).
 
-    start: first of the `image` rows that are the image. more: as `_replay.run`. Tensors of the result lack the batch.
+    start: first of the `image` rows that are the image. attention: by LLM layer; it and more: as `_replay.run`. Tensors
+    of the result lack the batch.
     """
     embeds, steps = embeds.flatten(0, -2).float(), [] if decode is None else list(decode.flatten(0, -2).float())
     side, tiles = tile(image)
     inputs = towers.prompt(image, before=start, after=len(embeds) - start - image)
     inputs["pixel_values"] = towers.pixels(tiles, 3, 2 * side, 2 * side)
+    layers = model.model.language_model.layers
+    recorded = {layers[number].self_attn: each for number, each in (attention or {}).items()}
     given = [embeds[None], *(step[None, None] for step in steps)]
-    found = replay.run(model, inputs, method, rows=given, **more)
+    found = replay.run(model, inputs, method, rows=given, attention=recorded, **more)
     found.states, found.inputs, found.keys = (
         [each[0] for each in some] for some in (found.states, found.inputs, found.keys)
     )

@@ -82,7 +82,7 @@ def importance(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     method = vtc.create("aim", merge=False, schedule=(settings["l1"], settings["l2"]), **replay.options(case, OPTIONS))
     at, schedule = settings["l1"], vtc.create("aim").bounds(adapters.of(model).spec)  # type: ignore[attr-defined]
     assert schedule == (settings["l1"], settings["l2"])
-    run = llm.run(model, method=method, attention={model.model.language_model.layers[at].self_attn: given}, **prompt)
+    run = llm.run(model, method=method, attention={at: given}, **prompt)
     plain = run.at(at + 1)[0].llm_rows[at, method.reading]  # type: ignore[attr-defined]
     masked = read(method, given, tensors["input.valid_masked"])
 

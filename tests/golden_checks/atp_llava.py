@@ -45,8 +45,7 @@ def module(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     given = Attention(tensors["query"][None], tensors["key"][None], settings["head_dim"] ** -0.5)
     spec, options = adapters.of(model).spec, {"layers": (layer,), **replay.options(case, MODULE)}
     prompt: dict[str, Any] = {"embeds": llm.numbered(len(kind), settings["heads"] * settings["head_dim"])}
-    prompt |= {"start": int((kind == 1).nonzero()[0]), "image": image}
-    prompt["attention"] = {model.model.language_model.layers[layer].self_attn: given}
+    prompt |= {"start": int((kind == 1).nonzero()[0]), "image": image, "attention": {layer: given}}
     with tempfile.TemporaryDirectory() as folder:
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith("atp.")}
         fresh = vtc.create("atp", **options, training=True)

@@ -78,10 +78,8 @@ def text_pays(weights: Tensor, start: int) -> Callable[[Tensor], Attention]:
         whole[..., there] = paid
         whole[..., 0] = 1 - paid.sum(-1)
         key = whole.clamp(min=1e-30).log().float().transpose(1, 2)  # rows sum to one as they are
-        query = torch.cat(
-            [key.new_zeros(heads, len(number) - asking, asking), torch.eye(asking).expand(heads, -1, -1)], 1
-        )
-        return Attention(query[None], key[None])
+        query = torch.eye(asking).expand(heads, -1, -1)
+        return Attention(torch.nn.functional.pad(query, (0, 0, len(number) - asking, 0))[None], key[None])
 
     return attention
 
@@ -96,10 +94,9 @@ def filters(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     prompt, off = prompt_of(settings), {"merge": "off", "cache": False, "key_rate": 0.0}
     model = llm.bare(image=settings["n_visual"], layers=3, heads=settings["heads"])
     pays = text_pays(tensors["input.text_to_vision_attn"], prompt["start"])
-    recorded = {model.model.language_model.layers[1].self_attn: pays}
     for name, (gamma, alpha) in settings["pairs"].items():
         given = {"filter": "threshold", "layers": (1,), "depth": None, "gamma": gamma, "alpha": alpha}
-        run = llm.run(model, method=vtc.create("mustdrop", **off, **given), attention=recorded, **prompt)
+        run = llm.run(model, method=vtc.create("mustdrop", **off, **given), attention={1: pays}, **prompt)
         outputs[f"output.kept_{name}"] = (run.kept[2], 0.0, 0.0)
     return outputs
 
@@ -125,8 +122,8 @@ def chain(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
     settings, weights = replay.settings(case), tensors["input.text_to_vision_attn"]
     layers, prompt = settings["pruning_layers"], prompt_of(settings)
     model = llm.bare(image=prompt["image"], layers=settings["num_layers"], heads=settings["heads"])
-    stack, start, end = model.model.language_model.layers, prompt["start"], prompt["start"] + prompt["image"]
-    pays = {stack[n].self_attn: text_pays(rows, start) for n, rows in zip(layers, weights, strict=True)}
+    start, end = prompt["start"], prompt["start"] + prompt["image"]
+    pays = {layer: text_pays(rows, start) for layer, rows in zip(layers, weights, strict=True)}
     with replay.watched(code, "dual_filter") as alone:
         run = dropped(model, case, tensors["input.key_idx"], attention=pays, **prompt)
     rows = [llm.numbers(each) for each in run.inputs]

@@ -67,14 +67,13 @@ def relevant(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
         image = int((kinds == 1).sum())
         start, system = int((kinds == 1).nonzero()[0]), int((kinds == 0).sum())
         model = llm.bare(image=image, layers=16, heads=heads)
-        layer = model.model.language_model.layers[14].self_attn  # 7/8 of the depth
         fired = []
         for tau in settings["tau"]:
             method = vtc.create("todre", diversity=False, tau=tau)
             with replay.watched(todre, "shares") as shares:
                 run = llm.run(
                     model, llm.numbered(length), start=start, image=image, method=method, system_length=system,
-                    attention={layer: replay.all_rows(replay.logits(matrix[None]))},
+                    attention={14: replay.all_rows(replay.logits(matrix[None]))},
                 )  # fmt: skip
             fired.append(len(run.kept[15]) == 0)
             assert fired[-1] or len(run.kept[15]) == image

@@ -248,6 +248,10 @@ def test_literal_steps_and_ratio(make_view: Any, kept: Any, shape: Any) -> None:
     odd = AIM(steps=(98, 24)).select(view)
     assert odd is not None
     assert odd.counts == [4 * 74, 74]
+    capped = AIM(steps=(150, 10)).select(view)  # no step merges more than half
+    assert capped is not None
+    assert capped.counts == [4 * 88, 88]
+    assert [len(each) for each in kept(view, capped)] == [4 * 88, 88]
     assert AIM(merge_ratio=1.0).select(view) is None
 
 

@@ -339,6 +339,19 @@ def test_the_released_sequence(
     assert exact.counts == [round(ratio * patches) + lines, 9]
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_newlines_of_the_released_order_leave_one_token(view_of: Any, kept: Any, exact: bool) -> None:
+    """Eight of them in a budget of three; the token that stays is the thumbnail's best."""
+    item = anyres(4, (2, 2))
+    scores = torch.arange(item.n_tokens).float()
+    view = view_of([item], [scores.where(item.crop == 0, 0.0)], keep=3)
+    selection = vtc.create("globalcom2", layout="official", exact_total=exact).select(view)
+    (numbers,) = kept(view, selection)
+    assert len(numbers) == 8 + 1
+    into = selection.merged_into[0]
+    assert (into >= 0).nonzero().flatten().tolist() == [int(scores.where(item.crop == 0, -1.0).argmax())]
+
+
 def test_the_released_order_where_it_is_not_defined(view_of: Any, kept: Any) -> None:
     names = ["shrunk", "tiles", "tiles with known places", "one crop", "video with a newline"]
     items = [ITEMS[name]() for name in names]
