@@ -13,7 +13,8 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import media
 from vtc.batch.context import VisionContext
 from vtc.method.base import ModelSpec
-from vtc.method.layout import Grid, Kind, VisualItem
+from vtc.method.layout import Kind, VisualItem
+from vtc.ops.grid import Grid
 from vtc.ops.hashing import fingerprint
 
 

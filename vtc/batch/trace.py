@@ -10,7 +10,8 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import Selection, Stage
 from vtc.method.items import ItemTable
-from vtc.method.layout import Grid, Kind, VisualItem
+from vtc.method.layout import Kind, VisualItem
+from vtc.ops.grid import Grid
 
 
 @dataclass(frozen=True)

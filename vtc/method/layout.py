@@ -11,9 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from vtc.ops.grid import Grid
+
 Kind = Literal["image", "video"]
-Grid = tuple[int, int, int]
-"""(frames or tiles, rows, columns) of a raster."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.ops.select import apportion_host
 
 Grid = tuple[int, int, int]
+"""(frames or tiles, rows, columns) of a raster."""
 
 
 @lru_cache(maxsize=1024)
