@@ -64,6 +64,9 @@ class Family(Protocol):
     def build(self, attention: str) -> Any:
         """The model with fresh weights from torch's global generator."""
 
+    def tower(self, model: Any) -> Any:
+        """The vision tower of a model."""
+
     def processor(self) -> Any:
         """Tokenizer, image and video processor and chat template."""
 

@@ -101,6 +101,10 @@ class OneVision:
             embeddings.position_embedding.weight += sine_positions(self.hidden, self.grid)
         return model
 
+    def tower(self, model: Any) -> Any:
+        """SigLIP without its pooling head."""
+        return model.model.vision_tower
+
     def processor(self) -> Any:
         """AnyRes images, clips of all their frames, and LLaVA's chat template."""
         pixels = {"image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD), "size": {"height": TILE, "width": TILE}}

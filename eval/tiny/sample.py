@@ -61,7 +61,7 @@ class Sample:
 Ask = Callable[[Facts, random.Random], Question | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A generator of samples and its question families.
 

@@ -22,15 +22,18 @@ from vtc.eval.tiny import checkpoint, layout, optim, record
 from vtc.eval.tiny.batches import Batch, make_batch, scene_numbers
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
+from vtc.eval.tiny.mixture import MixTrainer, MixValidation
 from vtc.eval.tiny.model import TRAINING_ATTENTION, AuxiliaryHeads, answer_logits, build_model, see
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.progress import Reporter
+from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.settings import Settings, Stage
 from vtc.eval.tiny.validation import Validation
 from vtc.eval.tiny.vocabulary import END, TOKEN
 
 VALIDATION_SCENES = 256
 VALIDATE_EVERY = 200  # steps
+TINY_LLAVA = "tiny-llava"
 StepHook = Callable[[str, int], None]
 
 
@@ -99,11 +102,11 @@ class Trainer:
 
 
 def run_stage(
-    trainer: Trainer,
+    trainer: Any,
     index: int,
     progress: checkpoint.Progress,
     state: dict[str, Any] | None,
-    validation: Validation,
+    validation: Any,
     reporter: Reporter,
     save_every: int,
     on_step: StepHook,
@@ -187,7 +190,34 @@ def train(
     return folder
 
 
-def _resume(trainer: Trainer) -> tuple[checkpoint.Progress, dict[str, Any] | None]:
+def train_mixture(
+    out: Path,
+    recipe: Recipe,
+    device: str = "auto",
+    threads: int = 0,
+    save_every: int = 50,
+    on_step: StepHook = lambda stage, step: None,
+) -> Path:
+    """Like `train`, for a recipe that mixes tasks."""
+    chosen = pick_device(device)
+    if threads > 0:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    with Reporter(out / "log.jsonl") as reporter:
+        trainer = MixTrainer.create(recipe, out, chosen)
+        progress, state = _resume(trainer)
+        validation = MixValidation.create(recipe, out / "samples")
+        while progress.stage < len(recipe.stages):
+            run_stage(trainer, progress.stage, progress, state, validation, reporter, save_every, on_step)
+            progress = checkpoint.Progress(progress.stage + 1, 0, progress.seconds)
+            state = None
+    folder = out / "model"
+    export(trainer.model, folder, trainer.processor)
+    record.write(folder, recipe.as_dict(), progress.seconds, chosen.type)
+    return folder
+
+
+def _resume(trainer: Any) -> tuple[checkpoint.Progress, dict[str, Any] | None]:
     """Load the checkpoint of the output folder into the trainer, if there is one."""
     state = checkpoint.load(trainer.out, trainer.settings.as_dict(), trainer.device)
     if state is None:

@@ -1,0 +1,277 @@
+"""Batches of a mixture of tasks, one task and one geometry each, and the model's losses on them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtc.eval.tiny import sequence
+from vtc.eval.tiny.family import Family, media_inputs, prefix_ids
+from vtc.eval.tiny.model import TRAINING_ATTENTION
+from vtc.eval.tiny.packing import IGNORED
+from vtc.eval.tiny.recipes import Recipe
+from vtc.eval.tiny.sample import Facts, Task, pack
+from vtc.eval.tiny.settings import Stage
+from vtc.eval.tiny.stream import Stream
+from vtc.eval.tiny.targets import PATCH_CLASSES, cell_targets
+from vtc.eval.tiny.tasks import TASKS
+from vtc.eval.tiny.vocabulary import END, TOKEN
+
+CHECKED = 96  # validation samples of every task
+
+
+def streams(recipe: Recipe, folder: Path, split: str = "train") -> list[Stream]:
+    """All series of the tasks that a recipe mixes."""
+    return [
+        Stream(TASKS[name], geometry, split, folder, max(1, recipe.different // TASKS[name].geometries))
+        for name, share in recipe.shares
+        if share > 0
+        for geometry in range(TASKS[name].geometries)
+    ]
+
+
+def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
+    """Which of the `streams` each of the first `count` batches comes from, and with which of its entries it starts."""
+    rng = random.Random(recipe.seed)
+    owners = [(TASKS[name], share) for name, share in recipe.shares if share > 0]
+    first = {task.name: sum(t.geometries for t, _ in owners[:index]) for index, (task, _) in enumerate(owners)}
+    used: Counter[int] = Counter()
+    batches = []
+    for _ in range(count):
+        (task, _), = rng.choices(owners, [share for _, share in owners])
+        chosen = first[task.name] + rng.randrange(task.geometries)
+        batches.append((chosen, used[chosen]))
+        used[chosen] += recipe.batch_size
+    return batches
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """Model inputs, targets of the cells (views, 5, cells), prompt prefix (1, P), packed ids and labels (B, T)."""
+
+    task: Task
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    prefix: Tensor
+    ids: Tensor
+    labels: Tensor
+    families: list[list[str]]
+
+
+class CellHeads(nn.Module):
+    """Linear read-outs of the tower that exist in training only: content, row and column of every cell of a view."""
+
+    def __init__(self, width: int, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.content = nn.Linear(width, sum(PATCH_CLASSES.values()))
+        self.place = nn.Linear(width, 2 * grid)
+
+    def forward(self, cells: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Losses "content" and "place" for cells (V, n, width) and targets (V, 5, n)."""
+        return {"content": self._content_loss(cells, targets), "place": self._place_loss(cells, targets)}
+
+    def content_logits(self, cells: Tensor) -> tuple[Tensor, ...]:
+        """One (V, n, classes) tensor per entry of `PATCH_CLASSES`."""
+        return tuple(torch.split(self.content(cells).float(), list(PATCH_CLASSES.values()), dim=-1))
+
+    def _content_loss(self, cells: Tensor, targets: Tensor) -> Tensor:
+        """Half mean over all cells, half mean over those that hold something, summed over the kinds of content."""
+        total = cells.new_zeros((), dtype=torch.float32)
+        for index, logits in enumerate(self.content_logits(cells)):
+            target = targets[:, index].long()
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            filled = target > 0
+            total = total + 0.5 * loss.mean() + 0.5 * (loss * filled).sum() / filled.sum().clamp_min(1)
+        return total
+
+    def _place_loss(self, cells: Tensor, targets: Tensor) -> Tensor:
+        """Row and column, mostly of cells that hold something or its centre."""
+        logits = self.place(cells).float().transpose(1, 2)
+        number = torch.arange(self.grid**2, device=cells.device).expand(len(cells), -1)
+        row = F.cross_entropy(logits[:, : self.grid], number // self.grid, reduction="none")
+        column = F.cross_entropy(logits[:, self.grid :], number % self.grid, reduction="none")
+        filled, centre = targets[:, 0] > 0, targets[:, 4] > 0
+        weight = 0.2 / number.numel() + filled / filled.sum().clamp_min(1) + centre / centre.sum().clamp_min(1)
+        return 0.5 * (weight * (row + column)).sum()
+
+
+def packed_hidden(family: Family, model: Any, batch: MixedBatch, tokens: Tensor) -> Tensor:
+    """Last hidden states of the packed text behind the visual tokens, (B, T, hidden)."""
+    size, prefix = len(batch.ids), batch.prefix.shape[1]
+    ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], dim=1)
+    embedded = model.get_input_embeddings()(ids).to(tokens.dtype)
+    visual = ((ids == TOKEN["<image>"]) | (ids == TOKEN["<video>"])).unsqueeze(-1)
+    embedded = embedded.masked_scatter(visual, tokens)
+    lengths = tuple(length for _, length in batch.task.slots)
+    places = family.positions(model, batch.prefix, batch.task.media, batch.inputs, sequence.offsets(lengths))
+    mask = sequence.additive_mask(prefix, lengths, tokens.dtype, ids.device)
+    output = model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=mask.expand(size, -1, -1, -1),
+        position_ids=places.to(ids.device).expand(*places.shape[:-2], size, -1),
+        use_cache=False,
+        prefix=prefix,
+    )
+    hidden: Tensor = output.last_hidden_state[:, prefix:]
+    return hidden
+
+
+@dataclass
+class MixTrainer:
+    """Model, auxiliary heads and data of a run on one device."""
+
+    settings: Recipe
+    out: Path
+    device: torch.device
+    family: Family
+    processor: Any
+    model: Any
+    heads: CellHeads
+    series: list[Stream]
+    batches: list[tuple[int, int]]
+    prefixes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, recipe: Recipe, out: Path, device: torch.device) -> MixTrainer:
+        """Fresh weights from the seed of the recipe."""
+        torch.manual_seed(recipe.seed)
+        family = recipe.family()
+        model = family.build(TRAINING_ATTENTION).to(device).train()
+        heads = CellHeads(family.width, family.grid).to(device)
+        batches = plan(recipe, sum(stage.steps for stage in recipe.stages))
+        series = streams(recipe, out / "samples")
+        return cls(recipe, out, device, family, family.processor(), model, heads, series, batches)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds."""
+        return {"model": self.model, "heads": self.heads}
+
+    def trained(self, stage: Stage) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that a stage updates."""
+        source = self.model if stage.language else self.family.tower(self.model)
+        return [*source.named_parameters(), *((f"heads.{n}", p) for n, p in self.heads.named_parameters())]
+
+    def batch(self, index: int, step: int) -> MixedBatch:
+        """Batch of a step of a stage."""
+        at = step + sum(stage.steps for stage in self.settings.stages[:index])
+        chosen, start = self.batches[at]
+        stream = self.series[chosen]
+        numbers = [stream.number(start + n, self.settings.seed) for n in range(self.settings.batch_size)]
+        return self.make(stream, numbers, random.Random(f"{self.settings.seed} {at}"))
+
+    def make(self, stream: Stream, numbers: Sequence[int], rng: random.Random) -> MixedBatch:
+        """These samples of a series with one random packed text each."""
+        task = stream.task
+        pictures, facts = stream.read(numbers)
+        packed = [pack(task, known, rng) for known in facts]
+        key = (task.name, stream.geometry)
+        if key not in self.prefixes:
+            self.prefixes[key] = prefix_ids(self.processor, task.media, pictures[0]).to(self.device)
+        inputs = media_inputs(self.processor, task.media, pictures)
+        return MixedBatch(
+            task,
+            {name: value.to(self.device) for name, value in inputs.items()},
+            self._targets(task, facts).to(self.device),
+            self.prefixes[key],
+            torch.tensor([text.ids for text in packed], device=self.device),
+            torch.tensor([text.labels for text in packed], device=self.device),
+            [text.families for text in packed],
+        )
+
+    def _targets(self, task: Task, facts: Sequence[Facts]) -> Tensor:
+        made = [
+            cell_targets(known.pictures[view.picture], view.box, self.family.grid, self.family.pixels)
+            for known in facts
+            for view in self.family.views(task.media, len(known.pictures), known.size)
+        ]
+        return torch.from_numpy(np.stack(made))
+
+    def losses(self, batch: MixedBatch, stage: Stage) -> dict[str, Tensor]:
+        """Unweighted losses of one batch."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            seen = self.family.see(self.model, batch.task.media, batch.inputs)
+            losses: dict[str, Tensor] = self.heads(seen.cells, batch.targets)
+            if stage.language:
+                hidden = packed_hidden(self.family, self.model, batch, seen.tokens)
+                answer = self._answer_loss(hidden, batch.labels)
+                losses |= {"answer": answer, batch.task.name: answer.detach()}
+        return losses
+
+    def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of the answers, plus a little of the end tokens behind those of one word."""
+        asked = labels != IGNORED
+        loss = F.cross_entropy(self.model.lm_head(hidden[asked]).float(), labels[asked], reduction="none")
+        one_word = (labels == TOKEN[END]) & (labels.roll(2, dims=1) == IGNORED)
+        weight = torch.where(one_word[asked], self.settings.end_weight, 1.0)
+        return (loss * weight).sum() / weight.sum()
+
+    def total(self, losses: dict[str, Tensor], stage: Stage) -> Tensor:
+        """Weighted sum to minimise."""
+        auxiliary = losses["content"] + losses["place"]
+        if not stage.language:
+            return auxiliary
+        return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary
+
+
+def slot_hits(batch: MixedBatch, logits: Tensor) -> Iterator[tuple[str, int, int]]:
+    """Family, right answers and answers of every slot; of a list its words, given those before, count one by one."""
+    asked = (batch.labels != IGNORED) & (batch.labels != TOKEN[END])
+    right = (logits.argmax(-1) == batch.labels) & asked
+    lengths = [length for _, length in batch.task.slots]
+    good = torch.stack([part.sum(1) for part in right.split(lengths, 1)], 1).tolist()
+    every = torch.stack([part.sum(1) for part in asked.split(lengths, 1)], 1).tolist()
+    for names, hits, totals in zip(batch.families, good, every, strict=True):
+        for name, hit, number in zip(names, hits, totals, strict=True):
+            if name:
+                yield f"{batch.task.name.removeprefix('tiny_')}/{name}", hit, number
+
+
+@dataclass(frozen=True)
+class MixValidation:
+    """Held-out samples of every task with a fixed random text each."""
+
+    series: list[Stream]
+
+    @classmethod
+    def create(cls, recipe: Recipe, folder: Path) -> MixValidation:
+        """The first samples of the split "check"."""
+        made = streams(recipe, folder, "check")
+        return cls(
+            [Stream(s.task, s.geometry, s.split, s.folder, max(1, CHECKED // s.task.geometries)) for s in made]
+        )
+
+    @torch.no_grad()
+    def measure(self, trainer: MixTrainer, stage: Stage) -> dict[str, float]:
+        """Accuracy per kind of cell content, and per task and family where the stage trains the language model."""
+        right: Counter[str] = Counter()
+        total: Counter[str] = Counter()
+        for stream in self.series:
+            size = 32
+            for start in range(0, stream.different, size):
+                numbers = range(start, min(start + size, stream.different))
+                batch = trainer.make(stream, numbers, random.Random(start))
+                with torch.autocast(trainer.device.type, torch.bfloat16):
+                    seen = trainer.family.see(trainer.model, batch.task.media, batch.inputs)
+                    for index, (name, logits) in enumerate(
+                        zip(PATCH_CLASSES, trainer.heads.content_logits(seen.cells), strict=True)
+                    ):
+                        filled = batch.targets[:, index] > 0
+                        right[f"cell {name}"] += int(((logits.argmax(-1) == batch.targets[:, index]) & filled).sum())
+                        total[f"cell {name}"] += int(filled.sum())
+                    if stage.language:
+                        hidden = packed_hidden(trainer.family, trainer.model, batch, seen.tokens)
+                        for name, good, every in slot_hits(batch, trainer.model.lm_head(hidden)):
+                            right[name] += good
+                            total[name] += every
+        return {name: right[name] / total[name] for name in sorted(total) if total[name]}
