@@ -20,7 +20,7 @@ from vtc.eval.tiny.scenes import SPLITS
 
 STREAM = 2  # third number of the seed
 SIZE = 84  # pixels
-FRAMES = (8, 8, 12, 16)  # of clip number n: FRAMES[n % 4]
+FRAMES = (8, 8, 8, 12, 16)  # of clip number n: FRAMES[n % 5]
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MAX_TIMES = 3
 _RADIUS = (7.5, 11.0)  # px

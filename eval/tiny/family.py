@@ -67,6 +67,9 @@ class Family(Protocol):
     def tower(self, model: Any) -> Any:
         """The vision tower of a model."""
 
+    def layers(self, model: Any) -> Any:
+        """The layers of the tower."""
+
     def processor(self) -> Any:
         """Tokenizer, image and video processor and chat template."""
 

@@ -157,6 +157,18 @@ class MixTrainer:
         """What a checkpoint holds."""
         return {"model": self.model, "heads": self.heads}
 
+    def compile(self) -> None:
+        """Compile the layers of tower and language model, for any length of the sequence."""
+        torch._dynamo.config.recompile_limit = 64  # graphs of one layer: kinds of layers, with and without gradients
+        for layer in (*self.family.layers(self.model), *self.model.model.language_model.layers):
+            layer.compile(dynamic=True)
+
+    def exported(self) -> Any:
+        """A copy of the model without anything of the training."""
+        model = self.family.build("sdpa")
+        model.load_state_dict(self.model.state_dict())
+        return model
+
     def trained(self, stage: Stage) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that a stage updates."""
         source = self.model if stage.language else self.family.tower(self.model)

@@ -96,14 +96,17 @@ class OneVision:
         generation.bos_token_id, generation.eos_token_id = TOKEN[BEGIN], TOKEN[END]
         generation.pad_token_id = TOKEN[PAD]
         with torch.no_grad():
-            embeddings = model.model.vision_tower
-            embeddings = getattr(embeddings, "vision_model", embeddings).embeddings
+            embeddings = self.tower(model).embeddings
             embeddings.position_embedding.weight += sine_positions(self.hidden, self.grid)
         return model
 
     def tower(self, model: Any) -> Any:
         """SigLIP without its pooling head."""
         return model.model.vision_tower
+
+    def layers(self, model: Any) -> Any:
+        """Of SigLIP."""
+        return self.tower(model).encoder.layers
 
     def processor(self) -> Any:
         """AnyRes images, clips of all their frames, and LLaVA's chat template."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vtc.app.options import output_path
 from vtc.embedded import NAMES, model_path
+
+if TYPE_CHECKING:
+    from vtc.eval.tiny.recipes import Recipe
 
 app = typer.Typer(help="Train and check the embedded model; make the questions of its benchmark.", no_args_is_help=True)
 
@@ -18,26 +21,61 @@ def train(
     out: Annotated[
         str, typer.Option(metavar="PATH", help="Folder of the run: scenes, checkpoint, log and the exported model.")
     ],
+    model: Annotated[str, typer.Option(help="Which of the embedded models.")] = NAMES[0],
     steps_tower: Annotated[int | None, typer.Option(help="Steps of the vision tower alone.")] = None,
     steps_joint: Annotated[int | None, typer.Option(help="Steps of the whole model.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Scenes per step.")] = None,
-    scenes: Annotated[int | None, typer.Option(help="Different training scenes, 85 kB of disk each.")] = None,
+    scenes: Annotated[
+        int | None, typer.Option(help="Different training scenes (of every task), about 100 kB of disk each.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and questions.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Compile the layers; not for tiny-llava.")] = True,
 ) -> None:
-    """Train the model from nothing; the same command goes on after an interruption."""
+    """Train a model from nothing; the same command goes on after an interruption."""
     from vtc.eval.tiny.settings import Settings
     from vtc.eval.tiny.train import train as run
+    from vtc.eval.tiny.train import train_mixture
 
     given: dict[str, Any] = {
         "steps_tower": steps_tower,
         "steps_joint": steps_joint,
         "batch_size": batch_size,
-        "scenes": scenes,
+        "different" if model != NAMES[0] else "scenes": scenes,
     }
+    if model != NAMES[0]:
+        recipe = _recipe(model, seed=seed, **{name: value for name, value in given.items() if value is not None})
+        typer.echo(str(train_mixture(output_path(out), recipe, device, threads, compiled=compile)))
+        return
     settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     typer.echo(str(run(output_path(out), settings, device=device, threads=threads)))
+
+
+def _recipe(model: str, **given: Any) -> Recipe:
+    from vtc.eval.tiny.recipes import Recipe
+
+    recipe = Recipe(model, **given)
+    recipe.family()
+    return recipe
+
+
+@app.command()
+def render(
+    out: Annotated[str, typer.Option(metavar="PATH", help="Folder of a run that goes on or will be started.")],
+    model: Annotated[str, typer.Option(help="Which of the embedded models.")],
+) -> None:
+    """Render the samples of a run ahead, so that the training beside it does not have to."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vtc.eval.tiny.mixture import streams
+    from vtc.eval.tiny.stream import render_ahead
+
+    series = streams(_recipe(model), output_path(out) / "samples")
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("samples", total=sum(stream.different for stream in series))
+        render_ahead(series, lambda count: bar.advance(task, count))
 
 
 @app.command()
