@@ -39,10 +39,12 @@ def chat_template(image: str = IMAGE, video: str = VIDEO) -> str:
 
 @dataclass(frozen=True)
 class View:
-    """A square part of picture number `picture`, in its pixels, that the tower sees as a grid of cells."""
+    """A part of one or several pictures, in their pixels, that the tower sees as rows and columns of cells."""
 
-    picture: int
+    pictures: tuple[int, ...]
     box: Box
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,12 @@ class Seen:
 class Family(Protocol):
     """One model class."""
 
-    grid: int  # cells per side of a view
-    pixels: int  # px per side of a view as the tower sees it
-    width: int  # of the cells
+    grid: int  # cells per side of a view, all of which are square; 0 for a tower without absolute positions
+    media: tuple[Media, ...]  # what the class reads
+
+    @property
+    def width(self) -> int:
+        """Width of the cells."""
 
     def build(self, attention: str) -> Any:
         """The model with fresh weights from torch's global generator."""
@@ -69,6 +74,9 @@ class Family(Protocol):
 
     def layers(self, model: Any) -> Any:
         """The layers of the tower."""
+
+    def speed_up(self, model: Any) -> None:
+        """Replace what is slow in training by the same calculation; nothing of it is exported."""
 
     def processor(self) -> Any:
         """Tokenizer, image and video processor and chat template."""

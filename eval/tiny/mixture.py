@@ -68,17 +68,24 @@ class MixedBatch:
 
 
 class CellHeads(nn.Module):
-    """Linear read-outs of the tower that exist in training only: content, row and column of every cell of a view."""
+    """Linear read-outs of the tower that exist in training only: content, row and column of every cell of a view.
+
+    `grid` is the number of cells per side of a view, 0 for a tower without absolute positions, which is not asked for
+    rows and columns.
+    """
 
     def __init__(self, width: int, grid: int) -> None:
         super().__init__()
         self.grid = grid
         self.content = nn.Linear(width, sum(PATCH_CLASSES.values()))
-        self.place = nn.Linear(width, 2 * grid)
+        self.place = nn.Linear(width, 2 * grid) if grid else None
 
     def forward(self, cells: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Losses "content" and "place" for cells (V, n, width) and targets (V, 5, n)."""
-        return {"content": self._content_loss(cells, targets), "place": self._place_loss(cells, targets)}
+        """Losses "content" and, for a tower that knows positions, "place"; cells (V, n, width), targets (V, 5, n)."""
+        losses = {"content": self._content_loss(cells, targets)}
+        if self.place is not None:
+            losses["place"] = self._place_loss(self.place(cells), targets)
+        return losses
 
     def content_logits(self, cells: Tensor) -> tuple[Tensor, ...]:
         """One (V, n, classes) tensor per entry of `PATCH_CLASSES`."""
@@ -94,10 +101,10 @@ class CellHeads(nn.Module):
             total = total + 0.5 * loss.mean() + 0.5 * (loss * filled).sum() / filled.sum().clamp_min(1)
         return total
 
-    def _place_loss(self, cells: Tensor, targets: Tensor) -> Tensor:
+    def _place_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Row and column, mostly of cells that hold something or its centre."""
-        logits = self.place(cells).float().transpose(1, 2)
-        number = torch.arange(self.grid**2, device=cells.device).expand(len(cells), -1)
+        logits = logits.float().transpose(1, 2)
+        number = torch.arange(self.grid**2, device=logits.device).expand(len(logits), -1)
         row = F.cross_entropy(logits[:, : self.grid], number // self.grid, reduction="none")
         column = F.cross_entropy(logits[:, self.grid :], number % self.grid, reduction="none")
         filled, centre = targets[:, 0] > 0, targets[:, 4] > 0
@@ -147,6 +154,7 @@ class MixTrainer:
         torch.manual_seed(recipe.seed)
         family = recipe.family()
         model = family.build(TRAINING_ATTENTION).to(device).train()
+        family.speed_up(model)
         heads = CellHeads(family.width, family.grid).to(device)
         batches = plan(recipe, sum(stage.steps for stage in recipe.stages))
         series = streams(recipe, out / "samples")
@@ -202,11 +210,11 @@ class MixTrainer:
         )
 
     def _targets(self, task: Task, facts: Sequence[Facts]) -> Tensor:
-        made = [
-            cell_targets(known.pictures[view.picture], view.box, self.family.grid, self.family.pixels)
-            for known in facts
-            for view in self.family.views(task.media, len(known.pictures), known.size)
-        ]
+        made = []
+        for known in facts:
+            for view in self.family.views(task.media, len(known.pictures), known.size):
+                items = [item for number in view.pictures for item in known.pictures[number]]
+                made.append(cell_targets(items, view.box, view.rows, view.columns))
         return torch.from_numpy(np.stack(made))
 
     def losses(self, batch: MixedBatch, stage: Stage) -> dict[str, Tensor]:
@@ -230,7 +238,7 @@ class MixTrainer:
 
     def total(self, losses: dict[str, Tensor], stage: Stage) -> Tensor:
         """Weighted sum to minimise."""
-        auxiliary = losses["content"] + losses["place"]
+        auxiliary = losses["content"] + losses.get("place", 0.0)
         if not stage.language:
             return auxiliary
         return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary

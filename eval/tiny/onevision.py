@@ -44,7 +44,7 @@ class OneVision:
     heads: int = 4
     key_heads: int = 2
     grid = TILE // PATCH
-    pixels = TILE
+    media = ("image", "images", "video")
 
     @property
     def width(self) -> int:
@@ -108,6 +108,9 @@ class OneVision:
         """Of SigLIP."""
         return self.tower(model).encoder.layers
 
+    def speed_up(self, model: Any) -> None:
+        """Nothing is slow."""
+
     def processor(self) -> Any:
         """AnyRes images, clips of all their frames, and LLaVA's chat template."""
         pixels = {"image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD), "size": {"height": TILE, "width": TILE}}
@@ -125,7 +128,7 @@ class OneVision:
         height, width = size
         whole = (0.0, 0.0, float(width), float(height))
         if media != "image":
-            return [View(number, whole) for number in range(count)]
+            return [View((number,), whole, self.grid, self.grid) for number in range(count)]
         rows, columns = select_best_resolution(size, PINPOINTS)
         scale = min(rows / height, columns / width)
         side = TILE / scale
@@ -135,7 +138,7 @@ class OneVision:
             for r in range(rows // TILE)
             for c in range(columns // TILE)
         ]
-        return [View(0, box) for box in (whole, *tiles)]
+        return [View((0,), box, self.grid, self.grid) for box in (whole, *tiles)]
 
     def see(self, model: Any, media: Media, inputs: dict[str, Tensor]) -> Seen:
         """What the projector reads, and what the packing of the class makes of what it writes."""

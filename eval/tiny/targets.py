@@ -19,6 +19,7 @@ PATCH_CLASSES = {  # 0 is "nothing" everywhere
     "centre": 3,  # nothing, the middle of a shape, the middle of a digit or word
 }
 PRESENCE_BITS = len(SHAPES) * len(COLOURS) + 10 + len(WORDS)
+CELL = 14  # px of a cell as the tower sees it, in every model
 _LEGIBLE = 8.0  # px of the shorter side of a thing
 _MIN_OVERLAP = 0.12  # share of a patch that a thing must cover to become its content
 
@@ -45,32 +46,32 @@ def patch_targets(items: Sequence[Item]) -> NDArray[np.uint8]:
     return targets.reshape(len(PATCH_CLASSES), -1)
 
 
-def cell_targets(items: Sequence[Item], view: Box, grid: int, pixels: int) -> NDArray[np.uint8]:
-    """Classes of the grid x grid cells of a view, (5, grid * grid), as `patch_targets` gives them for a whole scene.
+def cell_targets(items: Sequence[Item], box: Box, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Classes of the cells of a view, (5, rows * columns), as `patch_targets` gives them for a whole scene.
 
-    `view` is the part of the picture, in its own pixels, that is resized to `pixels` x `pixels`. Things too small to be
+    `box` is the part of the picture, in its own pixels, that is resized to `CELL` px per cell. Things too small to be
     told apart at that size count as nothing.
     """
-    targets = np.zeros((len(PATCH_CLASSES), grid, grid), dtype=np.uint8)
-    best = np.full((grid, grid), _MIN_OVERLAP)
-    left, top, right, bottom = view
-    across, down = grid / (right - left), grid / (bottom - top)
-    edges = np.arange(grid + 1)
+    targets = np.zeros((len(PATCH_CLASSES), rows, columns), dtype=np.uint8)
+    best = np.full((rows, columns), _MIN_OVERLAP)
+    left, top, right, bottom = box
+    across, down = columns / (right - left), rows / (bottom - top)
+    x_edges, y_edges = np.arange(columns + 1), np.arange(rows + 1)
     for item in items:
         x0, x1 = (item.box[0] - left) * across, (item.box[2] - left) * across
         y0, y1 = (item.box[1] - top) * down, (item.box[3] - top) * down
-        legible = min(x1 - x0, y1 - y0) * pixels / grid >= _LEGIBLE
-        if x1 <= 0 or y1 <= 0 or x0 >= grid or y0 >= grid or not legible:
+        legible = min(x1 - x0, y1 - y0) * CELL >= _LEGIBLE
+        if x1 <= 0 or y1 <= 0 or x0 >= columns or y0 >= rows or not legible:
             continue
-        columns = np.clip(np.minimum(x1, edges[1:]) - np.maximum(x0, edges[:-1]), 0, None)
-        rows = np.clip(np.minimum(y1, edges[1:]) - np.maximum(y0, edges[:-1]), 0, None)
-        overlap = rows[:, None] * columns[None]
+        along_x = np.clip(np.minimum(x1, x_edges[1:]) - np.maximum(x0, x_edges[:-1]), 0, None)
+        along_y = np.clip(np.minimum(y1, y_edges[1:]) - np.maximum(y0, y_edges[:-1]), 0, None)
+        overlap = along_y[:, None] * along_x[None]
         wins = overlap > best
         best[wins] = overlap[wins]
         for row, value in enumerate(_content(item)):
             targets[row][wins] = value
         cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
-        if 0 <= cx < grid and 0 <= cy < grid:
+        if 0 <= cx < columns and 0 <= cy < rows:
             targets[4][int(cy), int(cx)] = 1 if item.kind == "shape" else 2
     return targets.reshape(len(PATCH_CLASSES), -1)
 
