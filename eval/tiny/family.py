@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vtc.eval.tiny.canvas import Box
 from vtc.eval.tiny.sample import Media
-from vtc.eval.tiny.vocabulary import EXTENDED, IMAGE, VIDEO
+from vtc.eval.tiny.vocabulary import BEGIN, END, EXTENDED, IMAGE, PAD, TOKEN, VIDEO, VISION_END, VISION_START
 
-SPECIAL = (VIDEO, "<vision_start>", "<vision_end>")
+SPECIAL = (VIDEO, VISION_START, VISION_END)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
@@ -32,9 +32,52 @@ CHAT_TEMPLATE = (
 )
 
 
+class Recorder:
+    """Takes down what a module reads or writes while it is entered."""
+
+    def __init__(self, module: Any, *, output: bool = False) -> None:
+        self.value: Any = None
+        self._module, self._output = module, output
+
+    def __enter__(self) -> Recorder:
+        def note(module: Any, args: tuple[Any, ...], result: Any) -> None:
+            self.value = result if self._output else args[0]
+
+        self._hook = self._module.register_forward_hook(note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+
 def chat_template(image: str = IMAGE, video: str = VIDEO) -> str:
     """LLaVA-1.5's template with placeholders where the message has pictures or clips."""
     return CHAT_TEMPLATE.replace("@IMAGE@", image).replace("@VIDEO@", video)
+
+
+def text_settings(hidden: int, inner: int, layers: int, heads: int, key_heads: int) -> dict[str, Any]:
+    """What the configurations of all language models here have in common."""
+    return {
+        "vocab_size": len(EXTENDED),
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": TOKEN[BEGIN],
+        "eos_token_id": TOKEN[END],
+        "pad_token_id": TOKEN[PAD],
+    }
+
+
+def with_generation_settings(model: Any) -> Any:
+    """The model, which knows now how answers begin and end."""
+    generation = model.generation_config
+    generation.bos_token_id, generation.eos_token_id = TOKEN[BEGIN], TOKEN[END]
+    generation.pad_token_id = TOKEN[PAD]
+    return model
 
 
 @dataclass(frozen=True)
@@ -50,16 +93,20 @@ class View:
 @dataclass(frozen=True)
 class Seen:
     """Embeddings for the placeholders of a batch, (placeholders, hidden) in reading order, and what the auxiliary heads
-    read: (views, cells, width), the views of the first sample first."""
+    read: cells (views, cells, width), the views of the first sample first, and class tokens (views, hidden) if the
+    tower has them."""
 
     tokens: Tensor
     cells: Tensor
+    classes: Tensor | None = None
 
 
 class Family(Protocol):
     """One model class."""
 
     grid: int  # cells per side of a view, all of which are square; 0 for a tower without absolute positions
+    hidden: int  # width of class tokens, where there are any
+    has_classes: bool
     media: tuple[Media, ...]  # what the class reads
 
     @property
@@ -123,4 +170,3 @@ def prefix_ids(processor: Any, media: Media, pictures: NDArray[np.uint8]) -> Ten
     return ids[:, :-2]  # without the question mark and ASSISTANT:
 
 
-VOCABULARY_SIZE = len(EXTENDED)

@@ -15,40 +15,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.eval.tiny import sequence
-from vtc.eval.tiny.family import Family, media_inputs, prefix_ids
+from vtc.eval.tiny.family import Family, Seen, media_inputs, prefix_ids
 from vtc.eval.tiny.model import TRAINING_ATTENTION
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.sample import Facts, Task, pack
 from vtc.eval.tiny.settings import Stage
 from vtc.eval.tiny.stream import Stream
-from vtc.eval.tiny.targets import PATCH_CLASSES, cell_targets
+from vtc.eval.tiny.targets import PATCH_CLASSES, PRESENCE_BITS, cell_targets, legible_items, presence
 from vtc.eval.tiny.tasks import TASKS
 from vtc.eval.tiny.vocabulary import END, TOKEN
 
 CHECKED = 96  # validation samples of every task
 
 
+def mixed(recipe: Recipe) -> list[tuple[Task, float]]:
+    """The tasks that a recipe mixes and its model can read, with their shares of the batches."""
+    media = recipe.family().media
+    return [(TASKS[name], share) for name, share in recipe.shares if share > 0 and TASKS[name].media in media]
+
+
 def streams(recipe: Recipe, folder: Path, split: str = "train") -> list[Stream]:
-    """All series of the tasks that a recipe mixes."""
+    """All series of these tasks."""
     return [
-        Stream(TASKS[name], geometry, split, folder, max(1, recipe.different // TASKS[name].geometries))
-        for name, share in recipe.shares
-        if share > 0
-        for geometry in range(TASKS[name].geometries)
+        Stream(task, geometry, split, folder, max(1, recipe.different // task.geometries))
+        for task, _ in mixed(recipe)
+        for geometry in range(task.geometries)
     ]
 
 
 def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
     """Which of the `streams` each of the first `count` batches comes from, and with which of its entries it starts."""
     rng = random.Random(recipe.seed)
-    owners = [(TASKS[name], share) for name, share in recipe.shares if share > 0]
-    first = {task.name: sum(t.geometries for t, _ in owners[:index]) for index, (task, _) in enumerate(owners)}
+    tasks, shares = zip(*mixed(recipe), strict=True)
+    first = [sum(task.geometries for task in tasks[:index]) for index in range(len(tasks))]
     used: Counter[int] = Counter()
     batches = []
     for _ in range(count):
-        (task, _), = rng.choices(owners, [share for _, share in owners])
-        chosen = first[task.name] + rng.randrange(task.geometries)
+        (index,) = rng.choices(range(len(tasks)), shares)
+        chosen = first[index] + rng.randrange(tasks[index].geometries)
         batches.append((chosen, used[chosen]))
         used[chosen] += recipe.batch_size
     return batches
@@ -56,11 +61,12 @@ def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Model inputs, targets of the cells (views, 5, cells), prompt prefix (1, P), packed ids and labels (B, T)."""
+    """Model inputs, targets of cells (views, 5, cells) and class tokens (views, PRESENCE_BITS), prompt prefix (1, P), packed ids and labels (B, T)."""
 
     task: Task
     inputs: dict[str, Tensor]
     targets: Tensor
+    present: Tensor
     prefix: Tensor
     ids: Tensor
     labels: Tensor
@@ -70,21 +76,29 @@ class MixedBatch:
 class CellHeads(nn.Module):
     """Linear read-outs of the tower that exist in training only: content, row and column of every cell of a view.
 
+    Class tokens are asked for what the view holds, which makes their attention point at things.
     `grid` is the number of cells per side of a view, 0 for a tower without absolute positions, which is not asked for
     rows and columns.
     """
 
-    def __init__(self, width: int, grid: int) -> None:
+    def __init__(self, width: int, grid: int, class_width: int = 0) -> None:
         super().__init__()
         self.grid = grid
+        self.presence = nn.Linear(class_width, PRESENCE_BITS) if class_width else None
         self.content = nn.Linear(width, sum(PATCH_CLASSES.values()))
         self.place = nn.Linear(width, 2 * grid) if grid else None
 
-    def forward(self, cells: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Losses "content" and, for a tower that knows positions, "place"; cells (V, n, width), targets (V, 5, n)."""
-        losses = {"content": self._content_loss(cells, targets)}
+    def forward(self, seen: Seen, targets: Tensor, present: Tensor) -> dict[str, Tensor]:
+        """Losses "content", for a tower that knows positions "place", for one with class tokens "presence".
+
+        `targets` (V, 5, n) and `present` (V, PRESENCE_BITS) say what the views hold.
+        """
+        losses = {"content": self._content_loss(seen.cells, targets)}
         if self.place is not None:
-            losses["place"] = self._place_loss(self.place(cells), targets)
+            losses["place"] = self._place_loss(self.place(seen.cells), targets)
+        if self.presence is not None:
+            logits = self.presence(seen.classes).float()
+            losses["presence"] = 10 * F.binary_cross_entropy_with_logits(logits, present.float())
         return losses
 
     def content_logits(self, cells: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +169,7 @@ class MixTrainer:
         family = recipe.family()
         model = family.build(TRAINING_ATTENTION).to(device).train()
         family.speed_up(model)
-        heads = CellHeads(family.width, family.grid).to(device)
+        heads = CellHeads(family.width, family.grid, family.hidden if family.has_classes else 0).to(device)
         batches = plan(recipe, sum(stage.steps for stage in recipe.stages))
         series = streams(recipe, out / "samples")
         return cls(recipe, out, device, family, family.processor(), model, heads, series, batches)
@@ -199,29 +213,32 @@ class MixTrainer:
         if key not in self.prefixes:
             self.prefixes[key] = prefix_ids(self.processor, task.media, pictures[0]).to(self.device)
         inputs = media_inputs(self.processor, task.media, pictures)
+        targets, present = self._targets(task, facts)
         return MixedBatch(
             task,
             {name: value.to(self.device) for name, value in inputs.items()},
-            self._targets(task, facts).to(self.device),
+            targets.to(self.device),
+            present.to(self.device),
             self.prefixes[key],
             torch.tensor([text.ids for text in packed], device=self.device),
             torch.tensor([text.labels for text in packed], device=self.device),
             [text.families for text in packed],
         )
 
-    def _targets(self, task: Task, facts: Sequence[Facts]) -> Tensor:
-        made = []
+    def _targets(self, task: Task, facts: Sequence[Facts]) -> tuple[Tensor, Tensor]:
+        cells, present = [], []
         for known in facts:
             for view in self.family.views(task.media, len(known.pictures), known.size):
                 items = [item for number in view.pictures for item in known.pictures[number]]
-                made.append(cell_targets(items, view.box, view.rows, view.columns))
-        return torch.from_numpy(np.stack(made))
+                cells.append(cell_targets(items, view.box, view.rows, view.columns))
+                present.append(presence(legible_items(items, view.box, view.rows, view.columns)))
+        return torch.from_numpy(np.stack(cells)), torch.from_numpy(np.stack(present))
 
     def losses(self, batch: MixedBatch, stage: Stage) -> dict[str, Tensor]:
         """Unweighted losses of one batch."""
         with torch.autocast(self.device.type, torch.bfloat16):
             seen = self.family.see(self.model, batch.task.media, batch.inputs)
-            losses: dict[str, Tensor] = self.heads(seen.cells, batch.targets)
+            losses: dict[str, Tensor] = self.heads(seen, batch.targets, batch.present)
             if stage.language:
                 hidden = packed_hidden(self.family, self.model, batch, seen.tokens)
                 answer = self._answer_loss(hidden, batch.labels)
@@ -238,7 +255,7 @@ class MixTrainer:
 
     def total(self, losses: dict[str, Tensor], stage: Stage) -> Tensor:
         """Weighted sum to minimise."""
-        auxiliary = losses["content"] + losses.get("place", 0.0)
+        auxiliary = losses["content"] + losses.get("place", 0.0) + losses.get("presence", 0.0)
         if not stage.language:
             return auxiliary
         return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary

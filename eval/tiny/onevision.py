@@ -22,11 +22,19 @@ from transformers import (
 from transformers.image_processing_utils import select_best_resolution
 
 from vtc.eval.tiny.batches import PIXEL_MEAN, PIXEL_STD
-from vtc.eval.tiny.family import SPECIAL, VOCABULARY_SIZE, Seen, View, chat_template
+from vtc.eval.tiny.family import (
+    SPECIAL,
+    Recorder,
+    Seen,
+    View,
+    chat_template,
+    text_settings,
+    with_generation_settings,
+)
 from vtc.eval.tiny.model import sine_positions
 from vtc.eval.tiny.processor import build_tokenizer
 from vtc.eval.tiny.sample import Media
-from vtc.eval.tiny.vocabulary import BEGIN, END, EXTENDED, IMAGE, PAD, TOKEN, VIDEO
+from vtc.eval.tiny.vocabulary import EXTENDED, IMAGE, TOKEN, VIDEO
 
 TILE, PATCH = 84, 14  # px
 PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
@@ -44,6 +52,7 @@ class OneVision:
     heads: int = 4
     key_heads: int = 2
     grid = TILE // PATCH
+    has_classes = False
     media = ("image", "images", "video")
 
     @property
@@ -63,17 +72,7 @@ class OneVision:
             vision_use_head=False,
         )
         text = Qwen2Config(
-            vocab_size=VOCABULARY_SIZE,
-            hidden_size=self.hidden,
-            intermediate_size=self.text_inner,
-            num_hidden_layers=self.text_layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            max_position_embeddings=2048,
-            tie_word_embeddings=False,
-            bos_token_id=TOKEN[BEGIN],
-            eos_token_id=TOKEN[END],
-            pad_token_id=TOKEN[PAD],
+            **text_settings(self.hidden, self.text_inner, self.text_layers, self.heads, self.key_heads)
         )
         return LlavaOnevisionConfig(
             vision_config=vision,
@@ -91,10 +90,7 @@ class OneVision:
         """Fresh weights; the sine code of `sine_positions` is added to the position embedding."""
         config = self.config()
         config._attn_implementation = attention
-        model = LlavaOnevisionForConditionalGeneration(config)
-        generation = model.generation_config
-        generation.bos_token_id, generation.eos_token_id = TOKEN[BEGIN], TOKEN[END]
-        generation.pad_token_id = TOKEN[PAD]
+        model = with_generation_settings(LlavaOnevisionForConditionalGeneration(config))
         with torch.no_grad():
             embeddings = self.tower(model).embeddings
             embeddings.position_embedding.weight += sine_positions(self.hidden, self.grid)
@@ -142,23 +138,17 @@ class OneVision:
 
     def see(self, model: Any, media: Media, inputs: dict[str, Tensor]) -> Seen:
         """What the projector reads, and what the packing of the class makes of what it writes."""
-        read: list[Tensor] = []
-        hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-        try:
+        with Recorder(model.model.multi_modal_projector) as read:
             if media == "video":
                 output = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-                tokens = output.pooler_output.flatten(0, 1)
-            else:
-                output = model.model.get_image_features(
-                    inputs["pixel_values"],
-                    inputs["image_sizes"],
-                    batch_num_images=inputs["batch_num_images"],
-                    return_dict=True,
-                )
-                tokens = torch.cat(output.pooler_output)
-        finally:
-            hook.remove()
-        return Seen(tokens, read[0])
+                return Seen(output.pooler_output.flatten(0, 1), read.value)
+            output = model.model.get_image_features(
+                inputs["pixel_values"],
+                inputs["image_sizes"],
+                batch_num_images=inputs["batch_num_images"],
+                return_dict=True,
+            )
+            return Seen(torch.cat(output.pooler_output), read.value)
 
     def positions(self, model: Any, ids: Tensor, media: Media, inputs: dict[str, Tensor], offsets: Tensor) -> Tensor:
         """One count over the sequence."""

@@ -47,7 +47,7 @@ def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY, special: Sequence[st
         padding_side="left",
         additional_special_tokens=[IMAGE, USER, ASSISTANT, *special],
         model_max_length=MAX_LENGTH,
-        **named,
+        **({"model_specific_special_tokens": named} if named else {}),
     )
 
 

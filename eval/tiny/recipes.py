@@ -49,9 +49,11 @@ class Recipe:
 
     def family(self) -> Family:
         """The model class with the sizes of this recipe."""
+        from vtc.eval.tiny.internvl import InternVL
         from vtc.eval.tiny.onevision import OneVision
+        from vtc.eval.tiny.qwen import Qwen
 
-        families: dict[str, Any] = {"tiny-onevision": OneVision}
+        families: dict[str, Any] = {"tiny-onevision": OneVision, "tiny-qwen": Qwen, "tiny-internvl": InternVL}
         if self.model not in families:
             raise unknown_name("model", self.model, tuple(families))
         made: Family = families[self.model](**dict(self.sizes))

@@ -46,6 +46,21 @@ def patch_targets(items: Sequence[Item]) -> NDArray[np.uint8]:
     return targets.reshape(len(PATCH_CLASSES), -1)
 
 
+def legible_items(items: Sequence[Item], box: Box, rows: int, columns: int) -> list[Item]:
+    """The things that a view shows at least in part and large enough to be told apart."""
+    left, top, right, bottom = box
+    across, down = columns * CELL / (right - left), rows * CELL / (bottom - top)  # px of the view per px of the picture
+    return [
+        item
+        for item in items
+        if min((item.box[2] - item.box[0]) * across, (item.box[3] - item.box[1]) * down) >= _LEGIBLE
+        and item.box[0] < right
+        and item.box[2] > left
+        and item.box[1] < bottom
+        and item.box[3] > top
+    ]
+
+
 def cell_targets(items: Sequence[Item], box: Box, rows: int, columns: int) -> NDArray[np.uint8]:
     """Classes of the cells of a view, (5, rows * columns), as `patch_targets` gives them for a whole scene.
 
@@ -57,12 +72,9 @@ def cell_targets(items: Sequence[Item], box: Box, rows: int, columns: int) -> ND
     left, top, right, bottom = box
     across, down = columns / (right - left), rows / (bottom - top)
     x_edges, y_edges = np.arange(columns + 1), np.arange(rows + 1)
-    for item in items:
+    for item in legible_items(items, box, rows, columns):
         x0, x1 = (item.box[0] - left) * across, (item.box[2] - left) * across
         y0, y1 = (item.box[1] - top) * down, (item.box[3] - top) * down
-        legible = min(x1 - x0, y1 - y0) * CELL >= _LEGIBLE
-        if x1 <= 0 or y1 <= 0 or x0 >= columns or y0 >= rows or not legible:
-            continue
         along_x = np.clip(np.minimum(x1, x_edges[1:]) - np.maximum(x0, x_edges[:-1]), 0, None)
         along_y = np.clip(np.minimum(y1, y_edges[1:]) - np.maximum(y0, y_edges[:-1]), 0, None)
         overlap = along_y[:, None] * along_x[None]

@@ -7,18 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vtc.eval.tiny.family import Family, encoded
+from vtc.eval.tiny.family import Family, encoded, media_inputs
+from vtc.eval.tiny.internvl import InternVL
 from vtc.eval.tiny.mixture import MixTrainer, packed_hidden
 from vtc.eval.tiny.model import TRAINING_ATTENTION
 from vtc.eval.tiny.onevision import OneVision
+from vtc.eval.tiny.qwen import Qwen
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.stream import Stream
 from vtc.eval.tiny.tasks import TASKS
 from vtc.eval.tiny.vocabulary import ASSISTANT, EXTENDED, PAD, TOKEN
 
 SMALL = {"hidden": 64, "vision_layers": 2, "vision_inner": 96, "text_layers": 3, "text_inner": 96}
-FAMILIES: dict[str, Family] = {"tiny-onevision": OneVision(**SMALL)}
+FAMILIES: dict[str, Family] = {
+    "tiny-onevision": OneVision(**SMALL),
+    "tiny-qwen": Qwen(**SMALL),
+    "tiny-internvl": InternVL(**SMALL),
+}
 CASES = [(name, geometry) for name, task in TASKS.items() for geometry in range(task.geometries)]
 
 
@@ -40,6 +47,8 @@ def single(trainer: MixTrainer) -> Any:
 @pytest.mark.parametrize(("name", "geometry"), CASES)
 def test_packed_logits_equal_single_prompts(trainer: MixTrainer, single: Any, name: str, geometry: int) -> None:
     assert trainer.model.config._attn_implementation == TRAINING_ATTENTION
+    if TASKS[name].media not in trainer.family.media:
+        pytest.skip("this class reads no clips here")
     (stream,) = [s for s in trainer.series if (s.task.name, s.geometry) == (name, geometry)]
     numbers = [0, 1]
     batch = trainer.make(stream, numbers, random.Random(geometry))
@@ -76,31 +85,34 @@ def test_list_answers_are_predicted_word_by_word(trainer: MixTrainer, single: An
         answer = torch.tensor([ids[at + 1 :]])
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, answer.shape[1]))
         expected = single(**inputs).logits[0, -1 - answer.shape[1] :]
     assert answer.shape[1] >= 8
     torch.testing.assert_close(logits[at : len(ids)], expected, atol=2e-4, rtol=0)
     assert batch.labels[0, at : len(ids)].tolist() == [*ids[at + 1 :], TOKEN["</s>"]]
 
 
-def test_views_cover_what_the_tower_sees(trainer: MixTrainer) -> None:
-    """A bright square at the centre of every cell of a view lights up that cell in the processor's pixels."""
-    family = trainer.family
-    for stream in (s for s in trainer.series if s.task.name == "tiny_detail"):
+@torch.no_grad()
+def test_cells_are_where_the_views_say(trainer: MixTrainer) -> None:
+    """A bright square inside one cell changes that cell of the same view more than any other."""
+    family, model = trainer.family, trainer.model
+    for stream in (s for s in trainer.series if s.task.name in ("tiny_detail", "tiny_video", "tiny_multi")):
+        media = stream.task.media
         pictures, facts = stream.read([0])
-        views = family.views("image", 1, facts[0].size)
+        views = family.views(media, pictures.shape[1], facts[0].size)
+        blank = pictures * 0
+        before = family.see(model, media, media_inputs(trainer.processor, media, blank)).cells
         for index, view in enumerate(views):
             left, top, right, bottom = view.box
-            x, y = left + 0.75 * (right - left), top + 0.25 * (bottom - top)
-            if not (0 <= x < facts[0].size[1] and 0 <= y < facts[0].size[0]):
-                continue
-            marked = pictures.copy() * 0
-            marked[0, 0, int(y) - 4 : int(y) + 4, int(x) - 4 : int(x) + 4] = 255
-            inputs = trainer.processor.image_processor(
-                [[torch.from_numpy(marked[0, 0]).permute(2, 0, 1)]], return_tensors="pt"
-            )
-            seen = inputs["pixel_values"][0, index].mean(0)
-            row, column = divmod(int(seen.argmax()), seen.shape[1])
-            assert abs(row / seen.shape[0] - 0.25) < 0.1 and abs(column / seen.shape[1] - 0.75) < 0.1
+            width, height = (right - left) / view.columns, (bottom - top) / view.rows
+            row, column = view.rows // 2, view.columns // 2 - 1
+            x, y = round(left + column * width), round(top + row * height)
+            marked = blank.copy()
+            marked[0, list(view.pictures), y + 2 : y + round(height) - 2, x + 2 : x + round(width) - 2] = 255
+            after = family.see(model, media, media_inputs(trainer.processor, media, marked)).cells
+            change = (after - before)[index].norm(dim=-1)
+            assert divmod(int(change.argmax()), view.columns) == (row, column), (stream.task.name, index)
 
 
 def test_streams_repeat_in_another_order(trainer: MixTrainer) -> None:
