@@ -85,7 +85,6 @@ TASK = Task(
         "objects": objects,
         "words": words,
         "digits": digits,
-        # One-word questions that fill the pack in training; the benchmark asks for lists only.
         "existence": about_picture(questions.existence),
         "counting": about_picture(questions.counting),
         "relation": about_picture(questions.relation),
@@ -99,4 +98,5 @@ TASK = Task(
         *(("existence", 8), ("counting", 9), ("relation", 13), ("location", 8)),
     ),
     fallbacks=("digits", "existence"),
+    fillers=("existence", "counting", "relation", "location"),
 )

@@ -67,7 +67,7 @@ class Task:
 
     Sample number n has geometry n % `geometries` (picture size or number of frames), so that batches of one geometry
     can be drawn. `slots` are the families and token lengths of a packed text, `answers` the closed sets of one-word
-    answers; a family without one answers with a list. Where a sample has no question for a slot, `fallbacks` are asked.
+    answers; a family without one answers with a list. Families among `fillers` are asked in training only. Where a sample has no question for a slot, `fallbacks` are asked.
     """
 
     name: str
@@ -78,6 +78,12 @@ class Task:
     answers: dict[str, tuple[str, ...]]
     slots: tuple[tuple[str, int], ...]
     fallbacks: tuple[str, ...]
+    fillers: tuple[str, ...] = ()
+
+    @property
+    def graded(self) -> tuple[str, ...]:
+        """The families of the benchmark: all but those that only fill packs in training."""
+        return tuple(name for name in self.families if name not in self.fillers)
 
     @property
     def text_tokens(self) -> int:

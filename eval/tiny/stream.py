@@ -63,10 +63,13 @@ class Stream:
 
 @lru_cache(maxsize=32)
 def _order(seed: int, lap: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, lap]).permutation(count)
+    """A shuffled pass, chunk by chunk, so that a batch needs one or two of them."""
+    rng = np.random.default_rng([seed, lap])
+    parts = [rng.permutation(np.arange(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    return np.concatenate([parts[index] for index in rng.permutation(len(parts))])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _open(stream: Stream, chunk: int) -> tuple[NDArray[np.uint8], list[Facts]]:
     path = stream.path(chunk)
     stream.folder.mkdir(parents=True, exist_ok=True)
