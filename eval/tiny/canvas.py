@@ -115,9 +115,7 @@ class Canvas:
         ink = drawing.sample(ink, y * step + 3.5, x * step + 3.5)
         return self._add_plate("digit", str(value), np.clip(1.3 * ink, 0, 1), 0.7)
 
-    def add_shape(
-        self, radius: tuple[float, float], shapes: tuple[str, ...], colours: tuple[str, ...]
-    ) -> Item | None:
+    def add_shape(self, radius: tuple[float, float], shapes: tuple[str, ...], colours: tuple[str, ...]) -> Item | None:
         """A shape of a random form, colour, size and rotation."""
         rng = self.rng
         r = rng.uniform(*radius)
@@ -137,9 +135,7 @@ class Canvas:
         return np.clip(self.image, 0, 255).astype(np.uint8)
 
 
-def draw_shape(
-    image: Array, name: str, centre: tuple[float, float], radius: float, angle: float, paint: Array
-) -> None:
+def draw_shape(image: Array, name: str, centre: tuple[float, float], radius: float, angle: float, paint: Array) -> None:
     """Draw a shape into `image` (H, W, 3) in place; what lies outside is cut off."""
     (cx, cy), reach = centre, int(radius) + 2
     top, left = max(0, int(cy) - reach), max(0, int(cx) - reach)

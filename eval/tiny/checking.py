@@ -58,7 +58,8 @@ def answer(
 def glance(task: Task, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What a model sees at a glance: of a clip the frame in the middle, of pictures 84 px overviews."""
     if task.media == "video":
-        return pictures[len(pictures) // 2][None]
+        middle: NDArray[np.uint8] = pictures[len(pictures) // 2][None]
+        return middle
     small = [Image.fromarray(picture).resize((GLANCE, GLANCE), Image.Resampling.BICUBIC) for picture in pictures]
     return np.stack([np.asarray(picture) for picture in small])
 

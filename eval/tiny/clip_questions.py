@@ -12,7 +12,13 @@ from vtc.eval.tiny.questions import Question
 from vtc.eval.tiny.sample import Actor, Facts, Task
 from vtc.eval.tiny.vocabulary import NUMBERS
 
-TEMPORAL = ("direction", "order", "onset", "repeats", "while")  # near chance for a model that sees the middle frame only
+TEMPORAL = (
+    "direction",
+    "order",
+    "onset",
+    "repeats",
+    "while",
+)  # near chance for a model that sees the middle frame only
 
 _WHILE_WEIGHTS = {"yes": 1.0, "no": 3.0}  # where a clip offers both, as guests are rarely away all the time
 
@@ -41,9 +47,7 @@ def order(facts: Facts, rng: random.Random) -> Question | None:
     if len(once) < 2:
         return None
     a, b = rng.sample(once, 2)
-    return Question(
-        f"Does the {_name(a)} appear before the {_name(b)}?", "yes" if a.starts[0] < b.starts[0] else "no"
-    )
+    return Question(f"Does the {_name(a)} appear before the {_name(b)}?", "yes" if a.starts[0] < b.starts[0] else "no")
 
 
 def onset(facts: Facts, rng: random.Random) -> Question | None:

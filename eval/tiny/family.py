@@ -92,9 +92,11 @@ class View:
 
 @dataclass(frozen=True)
 class Seen:
-    """Embeddings for the placeholders of a batch, (placeholders, hidden) in reading order, and what the auxiliary heads
-    read: cells (views, cells, width), the views of the first sample first, and class tokens (views, hidden) if the
-    tower has them."""
+    """What a tower made of a batch.
+
+    Embeddings for the placeholders, (placeholders, hidden) in reading order, and what the auxiliary heads read: cells
+    (views, cells, width), the views of the first sample first, and class tokens (views, hidden) if the tower has them.
+    """
 
     tokens: Tensor
     cells: Tensor
@@ -135,7 +137,7 @@ class Family(Protocol):
         """Run tower and projector on what the processor made of a batch."""
 
     def positions(self, model: Any, ids: Tensor, media: Media, inputs: dict[str, Tensor], offsets: Tensor) -> Tensor:
-        """Position ids of a prefix `ids` (1, P) and of text tokens at `offsets` (T,) of their slots, (..., 1, P + T)."""
+        """Positions of a prefix `ids` (1, P) and of text tokens at `offsets` (T,) of their slots, (..., 1, P + T)."""
 
 
 def media_inputs(processor: Any, media: Media, pictures: NDArray[np.uint8]) -> dict[str, Tensor]:
@@ -168,5 +170,3 @@ def prefix_ids(processor: Any, media: Media, pictures: NDArray[np.uint8]) -> Ten
     """Token ids of the prompt in front of the question for a sample (N, H, W, 3), (1, P)."""
     ids: Tensor = encoded(processor, media, [pictures], ["?"])["input_ids"]
     return ids[:, :-2]  # without the question mark and ASSISTANT:
-
-

@@ -90,9 +90,7 @@ TASK = Task(
         "relation": about_picture(questions.relation),
         "location": about_picture(questions.location),
     },
-    answers={
-        name: questions.ANSWERS[name] for name in ("existence", "counting", "relation", "location")
-    },
+    answers={name: questions.ANSWERS[name] for name in ("existence", "counting", "relation", "location")},
     slots=(
         *(("objects", 26), ("objects", 26), ("words", 20), ("digits", 20), ("words", 20)),
         *(("existence", 8), ("counting", 9), ("relation", 13), ("location", 8)),

@@ -61,7 +61,11 @@ def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Model inputs, targets of cells (views, 5, cells) and class tokens (views, PRESENCE_BITS), prompt prefix (1, P), packed ids and labels (B, T)."""
+    """Inputs of the tower and of the language model for B samples of one geometry.
+
+    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). prefix: the
+    prompt up to the question, (1, P). ids, labels: packed questions with answers, (B, T).
+    """
 
     task: Task
     inputs: dict[str, Tensor]
@@ -266,8 +270,8 @@ def slot_hits(batch: MixedBatch, logits: Tensor) -> Iterator[tuple[str, int, int
     asked = (batch.labels != IGNORED) & (batch.labels != TOKEN[END])
     right = (logits.argmax(-1) == batch.labels) & asked
     lengths = [length for _, length in batch.task.slots]
-    good = torch.stack([part.sum(1) for part in right.split(lengths, 1)], 1).tolist()
-    every = torch.stack([part.sum(1) for part in asked.split(lengths, 1)], 1).tolist()
+    good = torch.stack([part.sum(1) for part in torch.split(right, lengths, 1)], 1).tolist()
+    every = torch.stack([part.sum(1) for part in torch.split(asked, lengths, 1)], 1).tolist()
     for names, hits, totals in zip(batch.families, good, every, strict=True):
         for name, hit, number in zip(names, hits, totals, strict=True):
             if name:
@@ -284,9 +288,7 @@ class MixValidation:
     def create(cls, recipe: Recipe, folder: Path) -> MixValidation:
         """The first samples of the split "check"."""
         made = streams(recipe, folder, "check")
-        return cls(
-            [Stream(s.task, s.geometry, s.split, s.folder, max(1, CHECKED // s.task.geometries)) for s in made]
-        )
+        return cls([Stream(s.task, s.geometry, s.split, s.folder, max(1, CHECKED // s.task.geometries)) for s in made])
 
     @torch.no_grad()
     def measure(self, trainer: MixTrainer, stage: Stage) -> dict[str, float]:

@@ -71,9 +71,7 @@ class OneVision:
             patch_size=PATCH,
             vision_use_head=False,
         )
-        text = Qwen2Config(
-            **text_settings(self.hidden, self.text_inner, self.text_layers, self.heads, self.key_heads)
-        )
+        text = Qwen2Config(**text_settings(self.hidden, self.text_inner, self.text_layers, self.heads, self.key_heads))
         return LlavaOnevisionConfig(
             vision_config=vision,
             text_config=text,

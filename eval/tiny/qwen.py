@@ -168,7 +168,7 @@ def _attend(
     query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
     lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1]
     mixed = torch.empty_like(value)
-    for length in lengths.unique().tolist():
+    for length in sorted(set(lengths.tolist())):
         rows = starts[lengths == length, None] + torch.arange(length, device=states.device)
         parts = [part[rows].transpose(1, 2) for part in (query, key, value)]
         found, _weights = plain_attention(module, parts[0], parts[1], parts[2], None, module.scaling)

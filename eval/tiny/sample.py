@@ -67,7 +67,8 @@ class Task:
 
     Sample number n has geometry n % `geometries` (picture size or number of frames), so that batches of one geometry
     can be drawn. `slots` are the families and token lengths of a packed text, `answers` the closed sets of one-word
-    answers; a family without one answers with a list. Families among `fillers` are asked in training only. Where a sample has no question for a slot, `fallbacks` are asked.
+    answers; a family without one answers with a list. Families among `fillers` are asked in training only. Where a
+    sample has no question for a slot, `fallbacks` are asked.
     """
 
     name: str

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vtc.errors import unknown_name
 from vtc.eval.tiny import drawing
-from vtc.eval.tiny.canvas import COLOURS, PALETTE, SHAPES, Canvas, Item, subset
+from vtc.eval.tiny.canvas import COLOURS, SHAPES, Canvas, Item, subset
 from vtc.eval.tiny.drawing import Array
 
 SIZE = 168  # pixels

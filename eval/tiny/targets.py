@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vtc.eval.tiny.canvas import Box
+from vtc.eval.tiny.canvas import COLOURS, SHAPES, Box, Item
 from vtc.eval.tiny.glyphs import WORDS
-from vtc.eval.tiny.scenes import COLOURS, GRID, SHAPES, Item, centre_patch, grid_overlap
+from vtc.eval.tiny.scenes import GRID, centre_patch, grid_overlap
 
 PATCH_CLASSES = {  # 0 is "nothing" everywhere
     "kind": 1 + len(SHAPES) + 2,  # nothing, the six shapes, digit, word

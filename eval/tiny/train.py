@@ -127,7 +127,7 @@ def run_stage(
     while progress.step < stage.steps:
         optim.set_rate(optimisers, optim.rate(stage, progress.step))
         losses = trainer.losses(trainer.batch(index, progress.step), stage)
-        trainer.total(losses, stage).backward()  # type: ignore[no-untyped-call]
+        trainer.total(losses, stage).backward()
         nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], settings.clip)
         for optimiser in optimisers:
             optimiser.step()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from vtc.errors import InputError
+from vtc.eval.tiny.canvas import COLOURS, SHAPES
 from vtc.eval.tiny.glyphs import WORDS
-from vtc.eval.tiny.scenes import COLOURS, SHAPES
 
 PAD, UNKNOWN, BEGIN, END, IMAGE, USER, ASSISTANT = SPECIAL = (
     "<pad>",

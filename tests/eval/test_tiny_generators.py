@@ -1,4 +1,4 @@
-"""The generated tasks: the same pixels everywhere, answers that follow from what happens, balance, and what they need."""
+"""The generated tasks: the same pixels everywhere, answers that follow from what happens, balance, what they need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,7 @@ def solve_video(facts: Facts, text: str) -> str:
 
     def moving(name: str) -> list[bool]:
         (actor,) = [a for a in facts.actors if f"{a.colour} {a.name}" == name]
-        return [a != b for a, b in zip(actor.path, actor.path[1:], strict=False)]
+        return [a != b for a, b in pairwise(actor.path)]
 
     guests = {f"{a.colour} {a.name}" for a in facts.actors if not all(seen(f"{a.colour} {a.name}"))}
     if match := re.fullmatch(r"Which way does the (\w+ \w+) move\?", text):
@@ -242,7 +243,7 @@ def test_lists_have_8_to_40_tokens_and_an_unambiguous_order() -> None:
             if question is not None:
                 assert 8 <= len(encode(question.answer)) <= 40
         centres = sorted(i.centre[0] for i in facts.pictures[0] if i.kind == "shape")
-        assert all(b - a >= 5 for a, b in zip(centres, centres[1:], strict=False))
+        assert all(b - a >= 5 for a, b in pairwise(centres))
 
 
 def test_small_things_lose_themselves_in_the_overview() -> None:

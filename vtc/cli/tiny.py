@@ -1,4 +1,4 @@
-"""Commands of the small model: `train`, `check` and `questions`."""
+"""Commands of the small models: `train`, `render`, `check`, `questions` and `table`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import typer
 
 from vtc.app.options import output_path
 from vtc.embedded import NAMES, model_path
+from vtc.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from vtc.eval.tiny.recipes import Recipe
+    from vtc.eval.tiny.sample import Task
 
-app = typer.Typer(help="Train and check the embedded model; make the questions of its benchmark.", no_args_is_help=True)
+app = typer.Typer(help="Train and check the embedded models; make their benchmarks.", no_args_is_help=True)
 
 
 @app.command()
@@ -80,43 +82,82 @@ def render(
 
 @app.command()
 def check(
-    model: Annotated[Path | None, typer.Option(help="Exported folder; the embedded model if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Exported folder or name of an embedded model; tiny-llava if left out.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Task to answer.")] = "tiny_image",
     per_family: Annotated[int, typer.Option(min=1, help="Questions per family.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    glance: Annotated[
+        bool, typer.Option("--glance", help="Show the middle frame of clips, and pictures of 84 px, only.")
+    ] = False,
     record: Annotated[bool, typer.Option(help="Write the result into training.json of the folder.")] = False,
 ) -> None:
-    """Measure accuracy per family on held-out scenes through processor, generate and exact match."""
+    """Measure the score per family on held-out samples through processor and generate."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
     from vtc.eval.tiny import checking
-    from vtc.eval.tiny.benchmark import benchmark_rows
+    from vtc.eval.tiny.benchmark import task_rows
     from vtc.eval.tiny.record import add_accuracy
 
-    folder = model or model_path(NAMES[0])
-    rows = benchmark_rows(per_family, "check", checking.CHECK_SEED)
+    folder = model_path(model or NAMES[0]) if model is None or model in NAMES else Path(model)
+    rows = task_rows(_task(task), per_family, "check", checking.CHECK_SEED)
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("questions", total=len(rows))
+        shown = bar.add_task("questions", total=len(rows))
         shares = checking.accuracy(
-            folder, rows, batch_size=batch_size, device=device, done=lambda count: bar.advance(task, count)
+            folder,
+            rows,
+            batch_size=batch_size,
+            device=device,
+            done=lambda count: bar.advance(shown, count),
+            task=task,
+            glanced=glance,
         )
     table = Table("family", "accuracy")
     for name, share in shares.items():
         table.add_row(name, f"{100 * share:.1f} %")
     Console().print(table)
     if record:
-        add_accuracy(folder, shares, per_family)
+        add_accuracy(folder, shares, per_family, task, glanced=glance)
+
+
+def _task(name: str) -> Task:
+    from vtc.eval.tiny.tasks import TASKS
+
+    if name not in TASKS:
+        raise unknown_name("task", name, TASKS)
+    return TASKS[name]
 
 
 @app.command()
 def questions(
     out: Annotated[str, typer.Option(metavar="PATH", help="File to write, one JSON object per line.")],
+    task: Annotated[str, typer.Option(help="Benchmark task.")] = "tiny_image",
 ) -> None:
-    """Make the questions of the benchmark task tiny_image."""
-    from vtc.eval.tiny.benchmark import benchmark_rows, write_rows
+    """Make the questions of a benchmark task."""
+    from vtc.eval.tiny.benchmark import QUESTIONS, task_rows, write_rows
 
-    file, rows = output_path(out), benchmark_rows()
+    file, rows = output_path(out), task_rows(_task(task), QUESTIONS[_task(task).name])
     write_rows(rows, file)
     typer.echo(f"{len(rows)} questions about {len({row.seed for row in rows})} scenes")
+
+
+@app.command()
+def table(
+    folder: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A trained model beside the embedded ones.")
+    ] = None,
+) -> None:
+    """Print the held-out scores that the records of trained models hold, as Markdown."""
+    from vtc.eval.tiny.tables import document
+
+    folders = {name: model_path(name) for name in NAMES}
+    for given in folder or []:
+        name, _, path = given.partition("=")
+        if not (Path(path) / "training.json").is_file():
+            raise InputError(f"--folder {given!r}: write NAME=PATH with a folder that holds training.json")
+        folders[name] = Path(path)
+    typer.echo(document(folders), nl=False)
