@@ -288,7 +288,14 @@ class MixValidation:
     def create(cls, recipe: Recipe, folder: Path) -> MixValidation:
         """The first samples of the split "check"."""
         made = streams(recipe, folder, "check")
-        return cls([Stream(s.task, s.geometry, s.split, s.folder, max(1, CHECKED // s.task.geometries)) for s in made])
+        return cls(
+            [
+                Stream(
+                    s.task, s.geometry, s.split, s.folder, max(1, min(CHECKED, recipe.different) // s.task.geometries)
+                )
+                for s in made
+            ]
+        )
 
     @torch.no_grad()
     def measure(self, trainer: MixTrainer, stage: Stage) -> dict[str, float]:

@@ -50,7 +50,8 @@ def held_out(folder: Path) -> dict[str, dict[str, Any]]:
     """What the record of a folder says per task: "questions_per_family" and "accuracy"."""
     record = json.loads((folder / NAME).read_text())
     first: dict[str, dict[str, Any]] = {"tiny_image": record["held_out"]} if "held_out" in record else {}
-    return first | record.get("tasks", {})
+    others: dict[str, dict[str, Any]] = record.get("tasks", {})
+    return first | others
 
 
 def _store(folder: Path, record: dict[str, Any]) -> None:
