@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -287,15 +287,9 @@ class MixValidation:
     @classmethod
     def create(cls, recipe: Recipe, folder: Path) -> MixValidation:
         """The first samples of the split "check"."""
+        count = min(CHECKED, recipe.different)
         made = streams(recipe, folder, "check")
-        return cls(
-            [
-                Stream(
-                    s.task, s.geometry, s.split, s.folder, max(1, min(CHECKED, recipe.different) // s.task.geometries)
-                )
-                for s in made
-            ]
-        )
+        return cls([replace(stream, different=max(1, count // stream.task.geometries)) for stream in made])
 
     @torch.no_grad()
     def measure(self, trainer: MixTrainer, stage: Stage) -> dict[str, float]:
