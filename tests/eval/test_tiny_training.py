@@ -22,7 +22,7 @@ from vtc.eval.tiny.checking import accuracy
 from vtc.eval.tiny.mixture import mixed, plan, streams
 from vtc.eval.tiny.model import ModelShape
 from vtc.eval.tiny.optim import rate
-from vtc.eval.tiny.recipes import Recipe
+from vtc.eval.tiny.recipes import RECIPES, Recipe
 from vtc.eval.tiny.record import add_accuracy
 from vtc.eval.tiny.settings import Settings
 from vtc.eval.tiny.stream import render_ahead
@@ -169,8 +169,8 @@ def test_a_mixture_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> No
 
 
 def test_recipes_fit_the_repository_and_mix_what_their_model_reads() -> None:
-    for name in ("tiny-onevision", "tiny-qwen", "tiny-internvl"):
-        recipe = Recipe(name)
+    assert set(RECIPES) == {"tiny-onevision", "tiny-qwen", "tiny-internvl"}
+    for name, recipe in RECIPES.items():
         model = recipe.family().build()
         assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 8_000_000
         assert model.config.get_text_config().num_hidden_layers >= 12

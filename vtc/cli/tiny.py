@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,11 +56,11 @@ def train(
 
 
 def _recipe(model: str, **given: Any) -> Recipe:
-    from vtc.eval.tiny.recipes import Recipe
+    from vtc.eval.tiny.recipes import RECIPES
 
-    recipe = Recipe(model, **given)
-    recipe.family()
-    return recipe
+    if model not in RECIPES:
+        raise unknown_name("model", model, (NAMES[0], *RECIPES))
+    return replace(RECIPES[model], **given)
 
 
 @app.command()
