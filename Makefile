@@ -70,6 +70,7 @@ results: docs
 	$(BIN)/python -m vtc.eval.training.atp_report
 	$(BIN)/python -m vtc.eval.training.vqtoken_report
 	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
+	$(BIN)/vtc tiny table > docs/results/tiny_models.md
 
 clean:
 	rm -rf $(VENV) $(OLD) results build dist *.egg-info

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vtc.eval.tiny.cache import SceneCache
+from vtc.eval.tiny.canvas import Item
 from vtc.eval.tiny.packing import pack
-from vtc.eval.tiny.scenes import Item
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vtc.eval.tiny.scenes import Item, make_scene
+from vtc.eval.tiny.canvas import Item
+from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.tiny.targets import patch_targets, presence
 
 CHUNK = 2000

@@ -100,11 +100,11 @@ def background(rng: np.random.Generator, size: int) -> Array:
 
 def clutter(rng: np.random.Generator, image: Array, strokes: int) -> None:
     """Draw short gray strokes, a little lighter or darker than what they cover."""
-    size = image.shape[0]
+    height, width = image.shape[:2]
     for _ in range(strokes):
         half, angle, thickness = rng.uniform(4, 16), rng.uniform(0, math.pi), rng.uniform(0.7, 3.0)
         reach = int(half) + 3
-        cy, cx = rng.uniform(reach, size - reach - 1, 2)
+        cy, cx = rng.uniform(reach, (height - reach - 1, width - reach - 1))
         gray = image[int(cy), int(cx)].mean() + (1 if rng.random() < 0.5 else -1) * rng.uniform(15, 45)
         top, left = int(cy) - reach, int(cx) - reach
         x, y = rotated_grid(top, left, 2 * reach, 2 * reach, cy, cx, angle)

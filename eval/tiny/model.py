@@ -117,6 +117,9 @@ def plain_attention(
     shows them, those behind the prefix.
     """
     query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
+    if key.shape[1] != query.shape[1]:  # fewer key heads than query heads
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if prefix == 0 or attention_mask is None:
         mixed = _mix(query, key, value, attention_mask)
     else:

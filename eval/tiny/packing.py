@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vtc.eval.tiny.canvas import Item
 from vtc.eval.tiny.layout import SLOTS
 from vtc.eval.tiny.questions import FAMILIES, Question
-from vtc.eval.tiny.scenes import Item
 from vtc.eval.tiny.vocabulary import ASSISTANT, END, PAD, TOKEN, encode
 
 IGNORED = -100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -9,7 +10,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 from vtc.eval.tiny.batches import PIXEL_MEAN, PIXEL_STD
 from vtc.eval.tiny.scenes import PATCH, SIZE
-from vtc.eval.tiny.vocabulary import ASSISTANT, BEGIN, END, IMAGE, PAD, TOKEN, UNKNOWN, USER
+from vtc.eval.tiny.vocabulary import ASSISTANT, BEGIN, END, IMAGE, PAD, TOKEN, UNKNOWN, USER, VOCABULARY
 
 MAX_LENGTH = 1024  # tokens
 CHAT_TEMPLATE = (
@@ -26,9 +27,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> Any:
-    """A word-level tokenizer: lower case, punctuation as words, `<s>` in front."""
-    core = Tokenizer(models.WordLevel(dict(TOKEN), unk_token=UNKNOWN))
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY, special: Sequence[str] = (), **named: str) -> Any:
+    """A word-level tokenizer: lower case, punctuation as words, `<s>` in front.
+
+    `special` are further words that are never cut or lower-cased, `named` attributes of the tokenizer such as
+    ``image_token``.
+    """
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     core.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(r"[?.,]"), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.WhitespaceSplit()])
@@ -40,8 +45,9 @@ def build_tokenizer() -> Any:
         pad_token=PAD,
         unk_token=UNKNOWN,
         padding_side="left",
-        additional_special_tokens=[IMAGE, USER, ASSISTANT],
+        additional_special_tokens=[IMAGE, USER, ASSISTANT, *special],
         model_max_length=MAX_LENGTH,
+        **({"model_specific_special_tokens": named} if named else {}),
     )
 
 

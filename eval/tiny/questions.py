@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vtc.eval.tiny.canvas import COLOURS, SHAPES, Item
 from vtc.eval.tiny.glyphs import WORDS
-from vtc.eval.tiny.scenes import COLOURS, SHAPES, Item, border_distance, quadrant
+from vtc.eval.tiny.scenes import border_distance, quadrant
 from vtc.eval.tiny.vocabulary import LOCATIONS, NUMBERS, PLURALS
 
 MAX_COUNT = 4

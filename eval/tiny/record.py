@@ -22,14 +22,36 @@ def write(folder: Path, settings: dict[str, Any], seconds: float, device: str) -
     _store(folder, record)
 
 
-def add_accuracy(folder: Path, accuracy: dict[str, float], questions_per_family: int) -> None:
-    """Add the accuracy on held-out scenes to the record, if the folder has one."""
+def add_accuracy(
+    folder: Path,
+    accuracy: dict[str, float],
+    questions_per_family: int,
+    task: str = "tiny_image",
+    *,
+    glanced: bool = False,
+) -> None:
+    """Add the accuracy on held-out samples of a task to the record, if the folder has one.
+
+    That of tiny_image is "held_out"; those of other tasks, and what a glance gives, are in "tasks".
+    """
     if not (folder / NAME).is_file():
         return
     record = json.loads((folder / NAME).read_text())
     rounded = {name: round(value, 4) for name, value in accuracy.items()}
-    record["held_out"] = {"questions_per_family": questions_per_family, "accuracy": rounded}
+    entry = {"questions_per_family": questions_per_family, "accuracy": rounded}
+    if task == "tiny_image" and not glanced:
+        record["held_out"] = entry
+    else:
+        record.setdefault("tasks", {})[f"{task}, glance" if glanced else task] = entry
     _store(folder, record)
+
+
+def held_out(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the record of a folder says per task: "questions_per_family" and "accuracy"."""
+    record = json.loads((folder / NAME).read_text())
+    first: dict[str, dict[str, Any]] = {"tiny_image": record["held_out"]} if "held_out" in record else {}
+    others: dict[str, dict[str, Any]] = record.get("tasks", {})
+    return first | others
 
 
 def _store(folder: Path, record: dict[str, Any]) -> None:

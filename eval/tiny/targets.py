@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vtc.eval.tiny.canvas import COLOURS, SHAPES, Box, Item
 from vtc.eval.tiny.glyphs import WORDS
-from vtc.eval.tiny.scenes import COLOURS, GRID, SHAPES, Item, centre_patch, grid_overlap
+from vtc.eval.tiny.scenes import GRID, centre_patch, grid_overlap
 
 PATCH_CLASSES = {  # 0 is "nothing" everywhere
     "kind": 1 + len(SHAPES) + 2,  # nothing, the six shapes, digit, word
@@ -18,6 +19,8 @@ PATCH_CLASSES = {  # 0 is "nothing" everywhere
     "centre": 3,  # nothing, the middle of a shape, the middle of a digit or word
 }
 PRESENCE_BITS = len(SHAPES) * len(COLOURS) + 10 + len(WORDS)
+CELL = 14  # px of a cell as the tower sees it, in every model
+_LEGIBLE = 8.0  # px of the shorter side of a thing
 _MIN_OVERLAP = 0.12  # share of a patch that a thing must cover to become its content
 
 
@@ -40,6 +43,48 @@ def patch_targets(items: Sequence[Item]) -> NDArray[np.uint8]:
         for row, value in enumerate(_content(item)):
             targets[row][wins] = value
         targets[4][centre_patch(item)] = 1 if item.kind == "shape" else 2
+    return targets.reshape(len(PATCH_CLASSES), -1)
+
+
+def legible_items(items: Sequence[Item], box: Box, rows: int, columns: int) -> list[Item]:
+    """The things that a view shows at least in part and large enough to be told apart."""
+    left, top, right, bottom = box
+    across, down = columns * CELL / (right - left), rows * CELL / (bottom - top)  # px of the view per px of the picture
+    return [
+        item
+        for item in items
+        if min((item.box[2] - item.box[0]) * across, (item.box[3] - item.box[1]) * down) >= _LEGIBLE
+        and item.box[0] < right
+        and item.box[2] > left
+        and item.box[1] < bottom
+        and item.box[3] > top
+    ]
+
+
+def cell_targets(items: Sequence[Item], box: Box, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Classes of the cells of a view, (5, rows * columns), as `patch_targets` gives them for a whole scene.
+
+    `box` is the part of the picture, in its own pixels, that is resized to `CELL` px per cell. Things too small to be
+    told apart at that size count as nothing.
+    """
+    targets = np.zeros((len(PATCH_CLASSES), rows, columns), dtype=np.uint8)
+    best = np.full((rows, columns), _MIN_OVERLAP)
+    left, top, right, bottom = box
+    across, down = columns / (right - left), rows / (bottom - top)
+    x_edges, y_edges = np.arange(columns + 1), np.arange(rows + 1)
+    for item in legible_items(items, box, rows, columns):
+        x0, x1 = (item.box[0] - left) * across, (item.box[2] - left) * across
+        y0, y1 = (item.box[1] - top) * down, (item.box[3] - top) * down
+        along_x = np.clip(np.minimum(x1, x_edges[1:]) - np.maximum(x0, x_edges[:-1]), 0, None)
+        along_y = np.clip(np.minimum(y1, y_edges[1:]) - np.maximum(y0, y_edges[:-1]), 0, None)
+        overlap = along_y[:, None] * along_x[None]
+        wins = overlap > best
+        best[wins] = overlap[wins]
+        for row, value in enumerate(_content(item)):
+            targets[row][wins] = value
+        cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+        if 0 <= cx < columns and 0 <= cy < rows:
+            targets[4][int(cy), int(cx)] = 1 if item.kind == "shape" else 2
     return targets.reshape(len(PATCH_CLASSES), -1)
 
 

@@ -22,9 +22,11 @@ from vtc.eval.tiny import checkpoint, layout, optim, record
 from vtc.eval.tiny.batches import Batch, make_batch, scene_numbers
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
+from vtc.eval.tiny.mixture import MixTrainer, MixValidation
 from vtc.eval.tiny.model import TRAINING_ATTENTION, AuxiliaryHeads, answer_logits, build_model, see
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.progress import Reporter
+from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.settings import Settings, Stage
 from vtc.eval.tiny.validation import Validation
 from vtc.eval.tiny.vocabulary import END, TOKEN
@@ -99,11 +101,11 @@ class Trainer:
 
 
 def run_stage(
-    trainer: Trainer,
+    trainer: Any,
     index: int,
     progress: checkpoint.Progress,
     state: dict[str, Any] | None,
-    validation: Validation,
+    validation: Any,
     reporter: Reporter,
     save_every: int,
     on_step: StepHook,
@@ -125,7 +127,7 @@ def run_stage(
     while progress.step < stage.steps:
         optim.set_rate(optimisers, optim.rate(stage, progress.step))
         losses = trainer.losses(trainer.batch(index, progress.step), stage)
-        trainer.total(losses, stage).backward()  # type: ignore[no-untyped-call]
+        trainer.total(losses, stage).backward()
         nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], settings.clip)
         for optimiser in optimisers:
             optimiser.step()
@@ -187,7 +189,37 @@ def train(
     return folder
 
 
-def _resume(trainer: Trainer) -> tuple[checkpoint.Progress, dict[str, Any] | None]:
+def train_mixture(
+    out: Path,
+    recipe: Recipe,
+    device: str = "auto",
+    threads: int = 0,
+    save_every: int = 50,
+    on_step: StepHook = lambda stage, step: None,
+    compiled: bool = False,
+) -> Path:
+    """Like `train`, for a recipe that mixes tasks. `compiled` makes steps faster and the start slower, by minutes."""
+    chosen = pick_device(device)
+    if threads > 0:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    with Reporter(out / "log.jsonl") as reporter:
+        trainer = MixTrainer.create(recipe, out, chosen)
+        progress, state = _resume(trainer)
+        validation = MixValidation.create(recipe, out / "samples")
+        if compiled:
+            trainer.compile()
+        while progress.stage < len(recipe.stages):
+            run_stage(trainer, progress.stage, progress, state, validation, reporter, save_every, on_step)
+            progress = checkpoint.Progress(progress.stage + 1, 0, progress.seconds)
+            state = None
+    folder = out / "model"
+    export(trainer.exported(), folder, trainer.processor)
+    record.write(folder, recipe.as_dict(), progress.seconds, chosen.type)
+    return folder
+
+
+def _resume(trainer: Any) -> tuple[checkpoint.Progress, dict[str, Any] | None]:
     """Load the checkpoint of the output folder into the trainer, if there is one."""
     state = checkpoint.load(trainer.out, trainer.settings.as_dict(), trainer.device)
     if state is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from vtc.errors import InputError
+from vtc.eval.tiny.canvas import COLOURS, SHAPES
 from vtc.eval.tiny.glyphs import WORDS
-from vtc.eval.tiny.scenes import COLOURS, SHAPES
 
 PAD, UNKNOWN, BEGIN, END, IMAGE, USER, ASSISTANT = SPECIAL = (
     "<pad>",
@@ -17,6 +17,7 @@ PAD, UNKNOWN, BEGIN, END, IMAGE, USER, ASSISTANT = SPECIAL = (
     "USER:",
     "ASSISTANT:",
 )
+VIDEO, VISION_START, VISION_END = "<video>", "<vision_start>", "<vision_end>"
 PLURALS = {shape: f"{shape}es" if shape.endswith("ss") else f"{shape}s" for shape in SHAPES}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 LOCATIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -36,7 +37,18 @@ VOCABULARY: tuple[str, ...] = (
     *(str(digit) for digit in range(10)),
     *LOCATIONS,
 )
-TOKEN = {word: index for index, word in enumerate(VOCABULARY)}
+# Words of the tasks that came after tiny-llava, whose vocabulary ends above. Trained models know words by their number:
+# append here, never insert.
+EXTENDED: tuple[str, ...] = (
+    *VOCABULARY,
+    *(VIDEO, VISION_START, VISION_END),
+    *("small", "large", "picture", "pictures", "holds", "hold", "which", "most", "does", "move", "moves", "way"),
+    *("appear", "appears", "before", "after", "first", "second", "third", "fourth", "last", "while", "times"),
+    *("up", "down", "list", "read", "all", "every", "from", "words", "digits", "shapes", "colors", "seven", "eight"),
+    *("and", "with", "same", "different", "both", "each", "or", "not", "it", "frame", "frames", "video", "then"),
+    *(f"frame{number}:" for number in range(1, 17)),
+)
+TOKEN = {word: index for index, word in enumerate(EXTENDED)}
 
 
 def words(text: str) -> list[str]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vtc.eval.tiny.batches import normalise, scene_numbers
 from vtc.eval.tiny.cache import SceneCache
+from vtc.eval.tiny.canvas import Item
 from vtc.eval.tiny.layout import VISUAL_TOKENS
 from vtc.eval.tiny.packing import IGNORED, tokens
 from vtc.eval.tiny.questions import FAMILIES, Question
-from vtc.eval.tiny.scenes import Item
 from vtc.eval.tiny.vocabulary import BEGIN, END, IMAGE, PAD, TOKEN, USER
 
 

@@ -14,10 +14,11 @@ import pytest
 
 from vtc.errors import InputError
 from vtc.eval.tiny.benchmark import PER_FAMILY, benchmark_rows, write_rows
+from vtc.eval.tiny.canvas import Item
 from vtc.eval.tiny.layout import SLOTS
 from vtc.eval.tiny.packing import tokens
 from vtc.eval.tiny.questions import ANSWERS, FAMILIES, Question
-from vtc.eval.tiny.scenes import SIZE, Item, make_scene
+from vtc.eval.tiny.scenes import SIZE, make_scene
 from vtc.eval.tiny.vocabulary import TOKEN, UNKNOWN, encode
 
 COMMITTED = Path(__file__).resolve().parents[2] / "eval" / "tasks" / "tiny_image" / "tiny_image.jsonl"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vtc.errors import UnknownName
+from vtc.eval.tiny.canvas import PALETTE, Item
 from vtc.eval.tiny.glyphs import TRAIN_DIGITS, draw_digit
-from vtc.eval.tiny.scenes import GRID, PALETTE, PATCH, SIZE, SPLITS, Item, Scene, make_scene
+from vtc.eval.tiny.scenes import GRID, PATCH, SIZE, SPLITS, Scene, make_scene
 from vtc.eval.tiny.targets import PRESENCE_BITS, patch_targets, presence
 
 DIGESTS = {

@@ -17,7 +17,7 @@ TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
 def load() -> Callable[[str], dict[str, Any]]:
     from lmms_eval.tasks import TaskManager, get_task_dict
 
-    manager = TaskManager(include_path=str(TASKS / "tiny_image"), include_defaults=False)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     return lambda name: dict(get_task_dict([name], manager, "chat"))
 
 
@@ -90,3 +90,53 @@ def test_the_first_word_counts(load: Callable[[str], dict[str, Any]], reply: str
     document = {"seed": 5, "family": "colour", "question": "", "answer": "red"}
     entry = {"score": score, "scene": "5"}
     assert task.process_results(document, [reply]) == {"accuracy": entry, "colour": entry}
+
+
+NEW = {"tiny_detail": 6, "tiny_video": 8, "tiny_list": 3, "tiny_multi": 7}  # families
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_every_task_scores_right_answers_one_and_wrong_ones_zero(
+    load: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    tasks = load(name)
+    families = set(tasks[name].test_docs()["family"])
+    assert len(families) == NEW[name]
+    right = _replay(tasks, lambda document: f" {document['answer'].upper()}. ")[name]
+    wrong = _replay(tasks, lambda document: "a")[name]
+    for metric in ("accuracy", *families):
+        assert right[f"{metric},none"] == 1.0
+        assert wrong[f"{metric},none"] == 0.0
+    assert "accuracy_stderr_clustered,none" in right
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_messages_hold_what_the_task_shows(load: Callable[[str], dict[str, Any]], name: str) -> None:
+    task = load(name)[name]
+    document = task.test_docs()[0]
+    visuals = task.doc_to_visual(document)
+    (message,) = task.doc_to_messages(document)
+    *media, text = message["content"]
+    assert text == {"type": "text", "text": document["question"]}
+    if name == "tiny_video":
+        assert media == [{"type": "video", "url": visuals}] and 8 <= len(visuals) <= 16
+    else:
+        assert media == [{"type": "image", "url": picture} for picture in visuals]
+        assert len(visuals) == (2 if name == "tiny_multi" else 1)  # number 0 has two pictures
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("red ring, blue star", 1.0),
+        ("Blue star ,red ring.", 1.0),
+        ("red ring", 2 / 3),
+        ("red ring, red ring, blue star", 4 / 5),
+        ("red star, blue ring", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_lists_are_scored_by_what_they_name(load: Callable[[str], dict[str, Any]], reply: str, score: float) -> None:
+    task = load("tiny_list")["tiny_list"]
+    document = {"seed": 5, "family": "objects", "question": "", "answer": "red ring, blue star"}
+    assert task.process_results(document, [reply])["objects"]["score"] == pytest.approx(score)

@@ -17,10 +17,18 @@ from typer.testing import CliRunner
 from vtc.cli.tiny import app
 from vtc.embedded import NAMES, model_path
 from vtc.errors import InputError, UnknownName
+from vtc.eval.tiny.benchmark import task_rows
+from vtc.eval.tiny.checking import accuracy
+from vtc.eval.tiny.mixture import mixed, plan, streams
 from vtc.eval.tiny.model import ModelShape
 from vtc.eval.tiny.optim import rate
+from vtc.eval.tiny.recipes import RECIPES, Recipe
+from vtc.eval.tiny.record import add_accuracy
 from vtc.eval.tiny.settings import Settings
-from vtc.eval.tiny.train import train
+from vtc.eval.tiny.stream import render_ahead
+from vtc.eval.tiny.tables import document
+from vtc.eval.tiny.tasks import TASKS
+from vtc.eval.tiny.train import train, train_mixture
 
 SHAPE = ModelShape(hidden=32, vision_layers=2, text_layers=2, heads=2, vision_inner=32, text_inner=32)
 SETTINGS = Settings(steps_tower=3, steps_joint=5, batch_size=2, scenes=6, shape=SHAPE)
@@ -109,7 +117,70 @@ def test_model_path_knows_its_names() -> None:
 
 
 def test_the_commands_explain_themselves() -> None:
-    for command in ("train", "check", "questions"):
+    for command in ("train", "render", "check", "questions", "table"):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
     assert CliRunner().invoke(app, ["check", "--per-family", "0"]).exit_code == 2
+
+
+SIZES = tuple({"hidden": 32, "vision_layers": 2, "vision_inner": 32, "text_layers": 2, "text_inner": 32}.items())
+MIXTURE = Recipe("tiny-onevision", steps_tower=2, steps_joint=5, batch_size=2, different=10, sizes=SIZES)
+KILLED_MIXTURE = """
+import os, signal, sys
+from pathlib import Path
+from vtc.eval.tiny.recipes import Recipe
+from vtc.eval.tiny.train import train_mixture
+
+def kill(stage, step):
+    if (stage, step) == ("joint", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+recipe = Recipe("tiny-onevision", steps_tower=2, steps_joint=5, batch_size=2, different=10, sizes=@SIZES@)
+train_mixture(Path(sys.argv[1]), recipe, device="cpu", threads=1, save_every=2, on_step=kill)
+""".replace("@SIZES@", repr(SIZES))
+
+
+def test_a_mixture_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_MIXTURE, tmp_path / "killed"]
+    killed = subprocess.run(command, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    resumed: list[tuple[str, int]] = []
+
+    def note(stage: str, step: int) -> None:
+        resumed.append((stage, step))
+
+    first = train_mixture(tmp_path / "killed", MIXTURE, device="cpu", save_every=2, on_step=note)
+    assert resumed == [("joint", 3), ("joint", 4), ("joint", 5)]
+    render_ahead(streams(MIXTURE, tmp_path / "whole" / "samples"))  # another process may have rendered before
+    second = train_mixture(tmp_path / "whole", MIXTURE, device="cpu")
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert sum(path.stat().st_size for path in first.iterdir()) < 8_000_000
+    log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in log] == [("tower", 2), ("joint", 5)]
+    assert {"image/existence", "cell kind"} <= log[-1]["measured"].keys()
+
+    folder = first
+    rows = task_rows(TASKS["tiny_list"], 2, "check", 100_000)
+    shares = accuracy(folder, rows, task="tiny_list")
+    assert set(shares) == {"objects", "words", "digits", "mean"} and all(0 <= share <= 1 for share in shares.values())
+    add_accuracy(folder, shares, 2, "tiny_list")
+    assert f"| mean |  | {100 * shares['mean']:.1f} |" in document({"tiny-onevision": folder})
+
+
+def test_recipes_fit_the_repository_and_mix_what_their_model_reads() -> None:
+    assert set(RECIPES) == {"tiny-onevision", "tiny-qwen", "tiny-internvl"}
+    for name, recipe in RECIPES.items():
+        model = recipe.family().build()
+        assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 8_000_000
+        assert model.config.get_text_config().num_hidden_layers >= 12
+        assert ("tiny_video" in {task.name for task, _ in mixed(recipe)}) == (name != "tiny-internvl")
+        assert plan(recipe, 50) == plan(recipe, 60)[:50]
+    with pytest.raises(UnknownName, match="tiny-qwen"):
+        Recipe("tiny-quen").family()
+
+
+@pytest.mark.parametrize("wrong", [{"steps_tower": 0}, {"seed": -1}, {"batch_size": 0}])
+def test_impossible_recipes_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError):
+        Recipe("tiny-onevision", **wrong)  # type: ignore[arg-type]
