@@ -252,12 +252,13 @@ def test_separators_count_against_the_budget_and_stay(name: str, method: str) ->
 def _contexts(model: Any, inputs: dict[str, Tensor]) -> list[Any]:
     from vtc.engine.encoder import VisionRecorder
 
-    recorder = VisionRecorder(adapters.of(model), Needs())
+    found: list[Any] = []
+    recorder = VisionRecorder(adapters.of(model), Needs(), encoded=found.append)
     recorder.install()
     try:
         with torch.no_grad():
             model(**inputs)
-        return list(recorder.contexts)
+        return found
     finally:
         recorder.remove()
 

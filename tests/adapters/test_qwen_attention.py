@@ -16,6 +16,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import vtc
 from vtc import adapters
+from vtc.batch.context import VisionContext
 from vtc.engine.encoder import VisionRecorder
 from vtc.engine.taps import AttentionCall, TapSet
 from vtc.method.base import Needs, Rows
@@ -79,11 +80,12 @@ def every_row(call: AttentionCall) -> Tensor:
 def recorded(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[int, Tensor]]:
     """kind -> encoder layer -> [I, Nmax] attention per token, as methods get it."""
     adapter = adapters.of(model)
-    recorder = VisionRecorder(adapter, Needs(dict.fromkeys(range(len(adapter.vision_layers)), Rows.RECEIVED)))
+    needs, found = Needs(dict.fromkeys(range(len(adapter.vision_layers)), Rows.RECEIVED)), list[VisionContext]()
+    recorder = VisionRecorder(adapter, needs, encoded=found.append)
     recorder.install()
     try:
         model(**inputs)
-        return {context.kind: {k: v for (k, _), v in context.attention.items()} for context in recorder.contexts}
+        return {context.kind: {k: v for (k, _), v in context.attention.items()} for context in found}
     finally:
         recorder.remove()
 
