@@ -54,7 +54,7 @@ def test_cells_are_compared_on_the_same_documents_only(blobs: Any) -> None:
     reference = score(blobs, rows(blobs, ["red", "left"] * 5), 10)
     others = reference | {"place": replace(reference["place"], doc_ids=reference["colour"].doc_ids)}
     _, records = metric_records(blobs, "cell", 10, rows(blobs, ANSWERS), others)
-    compared = {record["metric"]: record["paired"] is not None for record in records}
+    compared = {record["metric"]: record["diff"] is not None for record in records}
     assert compared == {"accuracy": True, "colour": True, "place": False}
 
 

@@ -20,7 +20,7 @@ from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.eval.training import calibration
 from vtc.method.base import ModelSpec, Rows, StageView
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
-from vtc.methods.atp.thresholds import decay_counts
+from vtc.methods.atp.thresholds import decay_counts, sampling_grid
 from vtc.ops.rank import dense_rank
 from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 from vtc.testing.plain import thresholds as plain
@@ -222,6 +222,20 @@ def test_soft_masks_multiply_and_set_the_losses(view: Any) -> None:
     assert float(last.loss) == pytest.approx(float(alone) + distance, rel=1e-5)
 
 
+def test_text_in_front_of_every_image_asks_nothing(view: Any) -> None:
+    """Its rows see no visual token and do not count in the mean."""
+    made = view()
+    found = ATP(score_norm="none").scores(made, made.items.mask)
+    sums_of_text = made.llm_rows[LAYER, Rows.GROUP_SUMS][0]
+    for item, layout in enumerate(made.items.layouts):
+        row = int(made.items.row[item])
+        first = int(made.visual[row].int().argmax())
+        behind = int(made.text[row, first:].sum())
+        assert 0 < behind < int(made.text[row].sum())
+        places = made.items.index[item][: layout.n_tokens]
+        assert torch.allclose(found.cross[item, : layout.n_tokens], sums_of_text[row, places] / behind)
+
+
 def test_what_is_half_masked_sets_no_scale(view: Any) -> None:
     method = ATP(layers=(LAYER,), bins=8, hidden=8, training=True)
     seen = with_module(view([(5, 5)]), method)
@@ -389,6 +403,15 @@ def test_the_mean_is_met_on_every_model(name: str, retention: float) -> None:
         for row, (kept_, tokens) in enumerate(zip(call.visual_tokens_kept, call.visual_tokens_in, strict=True)):
             items = sum(item.row == row for item in handle.trace[0].items)
             assert abs(kept_ - retention * tokens) <= max(0.01 * tokens, 1.5 * items)
+
+
+@pytest.mark.parametrize(("keep", "stride"), [(64, 2), (63, 4), (16, 4), (15, 8), (4, 8), (3, None)])
+def test_the_densest_grid_that_fits_fills_its_share_exactly(keep: int, stride: int | None) -> None:
+    """An 8 x 8 raster has grids of 16, 4 and 1 tokens; a quarter of the kept ones may lie on one."""
+    row, col = (each[None] for each in torch.cartesian_prod(torch.arange(8), torch.arange(8)).T)
+    found = sampling_grid(row, col, (2, 4, 8), 0.25, torch.tensor([keep]), torch.ones(1, 64, dtype=torch.bool))
+    expected = [stride is not None and r % stride == c % stride == 0 for r in range(8) for c in range(8)]
+    assert found[0].tolist() == expected
 
 
 def test_counts_may_be_given_outright(clip: Any) -> None:

@@ -340,6 +340,16 @@ def test_the_released_sequence(
 
 
 @pytest.mark.parametrize("exact", [True, False])
+def test_an_item_that_fits_into_the_budget_stays_whole(view_of: Any, kept: Any, exact: bool) -> None:
+    """Beside one that does not: where R = 1 no crop is worth less, whatever the thumbnail says of it."""
+    items = [anyres(3, (2, 2)), anyres(6, (2, 2))]
+    view = view_of(items, [torch.randn(item.n_tokens).mul(50) for item in items], keep=60)
+    found = kept(view, vtc.create("globalcom2", exact_total=exact).select(view))
+    assert len(found[0]) == items[0].n_tokens - items[0].newlines
+    assert len(found[1]) <= 60
+
+
+@pytest.mark.parametrize("exact", [True, False])
 def test_newlines_of_the_released_order_leave_one_token(view_of: Any, kept: Any, exact: bool) -> None:
     """Eight of them in a budget of three; the token that stays is the thumbnail's best."""
     item = anyres(4, (2, 2))

@@ -294,6 +294,15 @@ def test_the_plain_merge(make_view: Any, kept: Any, shape: Any, options: Any, sp
     assert merged > 2
 
 
+def test_a_window_of_exactly_tau_merges(make_view: Any, kept: Any) -> None:
+    """Equal tokens have a mean cosine of one; in the second item one token of one window differs."""
+    view = make_view([(3, 6), (3, 6)], spec=QWEN)
+    view.hidden[:] = torch.eye(6)[0]
+    view.hidden[0, view.items.index[1, 0]] = torch.eye(6)[1]
+    selection = vtc.create("mustdrop", merge="threshold", tau=1.0, filter="off").select(view)
+    assert [len(numbers) for numbers in kept(view, selection)] == [2, 10]
+
+
 def test_the_count_of_a_budget(make_view: Any, kept: Any) -> None:
     """r = ceil((N - target) / 8): the published counts 192, 128 and 64 of 576 exactly."""
     for target in (192, 128, 64, 190, 10, 576, 570):

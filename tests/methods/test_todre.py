@@ -210,6 +210,14 @@ def test_both_shares_have_to_be_small() -> None:
     assert decide(0.16) == [True, True, False, True]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_share_of_exactly_tau_is_not_below_it(which: int) -> None:
+    visual, text = torch.tensor([[True, True, False, False]]), torch.tensor([[False, False, True, True]])
+    sums = torch.zeros(2, 1, 4)
+    sums[which, 0, [0, 1] if which == 0 else [2, 3]] = 0.25  # of two rows: a share of a quarter
+    assert [parted(sums, visual, text, tau).item() for tau in (0.2, 0.25, 0.3)] == [False, False, True]
+
+
 def test_a_row_loses_all_or_nothing(make_view: Any, shape: Any) -> None:
     shapes = [shape(((1, 2, 2),), newlines=True), (2, 3), (3, 3)]
     first = make_view(shapes)

@@ -16,6 +16,7 @@ import vtc
 from vtc import adapters
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import EncoderStage, ModelSpec, Needs, Rows
+from vtc.methods.visionzip.contextual import nearest_target
 from vtc.methods.visionzip.method import MEAN_KEYS, longest
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
@@ -274,3 +275,12 @@ def test_the_budget_is_met(name: str, options: Any) -> None:
             for item in handle.trace[0].items:
                 wanted[item.row] += vtc.tokens_to_keep(len(item.positions), retention)
             assert list(handle.stats.calls[0].visual_tokens_kept) == wanted
+
+
+@pytest.mark.parametrize(("angle", "target"), [(0.0995, 0), (0.1005, 1)])
+def test_the_nearer_of_two_targets_that_lie_close(angle: float, target: int) -> None:
+    """Two angles whose cosines differ by a ten-thousandth; only equal ones go to the lower target."""
+    angles = torch.tensor([[0.0, 0.2, angle]])
+    metric = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    marks, left = torch.tensor([[True, True, False]]), torch.ones(1, 3, dtype=torch.bool)
+    assert nearest_target(metric, marks, left, 2).tolist() == [[0, 1, target]]
