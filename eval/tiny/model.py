@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vtc.eval.tiny.heads import content_loss, place_loss, split_content
 from vtc.eval.tiny.layout import PREFIX, VISUAL_TOKENS
 from vtc.eval.tiny.scenes import GRID, PATCH, SIZE
 from vtc.eval.tiny.targets import PATCH_CLASSES, PRESENCE_BITS
@@ -190,35 +191,14 @@ class AuxiliaryHeads(nn.Module):
     def forward(self, vision: Vision, targets: Tensor, present: Tensor) -> dict[str, Tensor]:
         """Losses "content", "place" and "presence" for `targets` (B, 5, 144) and `present` (B, 64)."""
         return {
-            "content": self._content_loss(vision.patches, targets),
-            "place": self._place_loss(vision.patches, targets),
+            "content": content_loss(self.content_logits(vision.patches), targets),
+            "place": place_loss(self.place(vision.patches), targets, GRID),
             "presence": self._presence_loss(vision, present),
         }
 
     def content_logits(self, patches: Tensor) -> tuple[Tensor, ...]:
         """One (B, 144, classes) tensor per entry of `PATCH_CLASSES`."""
-        logits = self.content(patches).float()
-        return tuple(torch.split(logits, list(PATCH_CLASSES.values()), dim=-1))
-
-    def _content_loss(self, patches: Tensor, targets: Tensor) -> Tensor:
-        """Half mean over all patches, half mean over those that hold something, summed over the kinds of content."""
-        total = patches.new_zeros((), dtype=torch.float32)
-        for index, logits in enumerate(self.content_logits(patches)):
-            target = targets[:, index].long()
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-            filled = target > 0
-            total = total + 0.5 * loss.mean() + 0.5 * (loss * filled).sum() / filled.sum().clamp_min(1)
-        return total
-
-    def _place_loss(self, patches: Tensor, targets: Tensor) -> Tensor:
-        """Row and column of patches, mostly of those that hold something or its centre."""
-        logits = self.place(patches).float()
-        number = torch.arange(GRID * GRID, device=patches.device).expand(len(patches), -1)
-        row = F.cross_entropy(logits[..., :GRID].transpose(1, 2), number // GRID, reduction="none")
-        column = F.cross_entropy(logits[..., GRID:].transpose(1, 2), number % GRID, reduction="none")
-        filled, centre = targets[:, 0] > 0, targets[:, 4] > 0
-        weight = 0.2 / number.numel() + filled / filled.sum().clamp_min(1) + centre / centre.sum().clamp_min(1)
-        return 0.5 * (weight * (row + column)).sum()
+        return split_content(self.content(patches))
 
     def _presence_loss(self, vision: Vision, present: Tensor) -> Tensor:
         target = present.float()

@@ -7,8 +7,6 @@ and answers packed questions. Both see complete pictures only: no visual token i
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtc.errors import InputError
-from vtc.eval.tiny import checkpoint, layout, optim, record
+from vtc.eval.tiny import layout, loop, record
 from vtc.eval.tiny.batches import Batch, make_batch, scene_numbers
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
-from vtc.eval.tiny.mixture import MixTrainer, MixValidation
 from vtc.eval.tiny.model import TRAINING_ATTENTION, AuxiliaryHeads, answer_logits, build_model, see
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.progress import Reporter
-from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.settings import Settings, Stage
 from vtc.eval.tiny.validation import Validation
 from vtc.eval.tiny.vocabulary import END, TOKEN
 
 VALIDATION_SCENES = 256
-VALIDATE_EVERY = 200  # steps
-StepHook = Callable[[str, int], None]
 
 
 @dataclass
@@ -48,6 +41,7 @@ class Trainer:
     heads: AuxiliaryHeads
     mask: Tensor
     positions: Tensor
+    validation: Validation
 
     @classmethod
     def create(cls, settings: Settings, out: Path, device: torch.device, scenes: SceneCache) -> Trainer:
@@ -56,7 +50,8 @@ class Trainer:
         model = build_model(settings.shape, TRAINING_ATTENTION).to(device).train()
         heads = AuxiliaryHeads(settings.shape.hidden).to(device)
         mask = layout.additive_mask(torch.bfloat16, device)
-        return cls(settings, out, device, scenes, model, heads, mask, layout.positions().to(device))
+        validation = Validation.create(out / "scenes", min(VALIDATION_SCENES, settings.scenes))
+        return cls(settings, out, device, scenes, model, heads, mask, layout.positions().to(device), validation)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -67,6 +62,10 @@ class Trainer:
         """Names and parameters that a stage updates."""
         source = self.model if stage.language else self.model.model.vision_tower
         return [*source.named_parameters(), *((f"heads.{n}", p) for n, p in self.heads.named_parameters())]
+
+    def measure(self, stage: Stage) -> dict[str, float]:
+        """Accuracies on held-out scenes."""
+        return self.validation.measure(self, stage)
 
     def losses(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
         """Unweighted losses of one batch."""
@@ -100,59 +99,6 @@ class Trainer:
         return make_batch(self.scenes, numbers, rng, self.device)
 
 
-def run_stage(
-    trainer: Any,
-    index: int,
-    progress: checkpoint.Progress,
-    state: dict[str, Any] | None,
-    validation: Any,
-    reporter: Reporter,
-    save_every: int,
-    on_step: StepHook,
-) -> None:
-    """Train the rest of one stage, saving and validating on the way; `state` is the checkpoint it continues, if any."""
-    settings, stage = trainer.settings, trainer.settings.stages[index]
-    parameters = trainer.trained(stage)
-    optimisers = optim.make_optimisers(parameters, settings.weight_decay)
-    if state is not None:
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-    started, before = time.monotonic(), progress.seconds
-
-    def save() -> None:
-        progress.seconds = before + time.monotonic() - started
-        checkpoint.save(trainer.out, settings.as_dict(), progress, trainer.modules, optimisers)
-
-    reporter.start(stage, progress.step)
-    while progress.step < stage.steps:
-        optim.set_rate(optimisers, optim.rate(stage, progress.step))
-        losses = trainer.losses(trainer.batch(index, progress.step), stage)
-        trainer.total(losses, stage).backward()
-        nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], settings.clip)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        progress.step += 1
-        reporter.advance({name: float(loss.detach()) for name, loss in losses.items()})
-        finished = progress.step == stage.steps
-        if progress.step % VALIDATE_EVERY == 0 or finished:
-            seconds = before + time.monotonic() - started
-            reporter.log(stage, progress.step, seconds, validation.measure(trainer, stage))
-        if progress.step % save_every == 0 or finished:
-            save()
-        on_step(stage.name, progress.step)
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device of a name; "auto" is the GPU if there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}: write auto, cpu or cuda") from error
-
-
 def train(
     out: Path,
     settings: Settings | None = None,
@@ -160,7 +106,7 @@ def train(
     threads: int = 0,
     workers: int | None = None,
     save_every: int = 50,
-    on_step: StepHook = lambda stage, step: None,
+    on_step: loop.StepHook = lambda stage, step: None,
 ) -> Path:
     """Train a model into `out`, or go on with the run that `out` holds; returns the exported folder `out/model`.
 
@@ -169,7 +115,7 @@ def train(
     steps)` is called after every step.
     """
     settings = settings or Settings()
-    chosen = pick_device(device)
+    chosen = loop.pick_device(device)
     if threads > 0:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -177,57 +123,8 @@ def train(
         count = torch.get_num_threads() if workers is None else workers
         scenes = render_scenes(out / "scenes", "train", settings.scenes, count, reporter.rendering(settings.scenes))
         trainer = Trainer.create(settings, out, chosen, scenes)
-        progress, state = _resume(trainer)
-        validation = Validation.create(out / "scenes", min(VALIDATION_SCENES, settings.scenes))
-        while progress.stage < len(settings.stages):
-            run_stage(trainer, progress.stage, progress, state, validation, reporter, save_every, on_step)
-            progress = checkpoint.Progress(progress.stage + 1, 0, progress.seconds)
-            state = None
+        seconds = loop.run(trainer, reporter, save_every, on_step)
     folder = out / "model"
     export(trainer.model, folder)
-    record.write(folder, settings.as_dict(), progress.seconds, chosen.type)
+    record.write(folder, settings.as_dict(), seconds, chosen.type)
     return folder
-
-
-def train_mixture(
-    out: Path,
-    recipe: Recipe,
-    device: str = "auto",
-    threads: int = 0,
-    save_every: int = 50,
-    on_step: StepHook = lambda stage, step: None,
-    compiled: bool = False,
-) -> Path:
-    """Like `train`, for a recipe that mixes tasks. `compiled` makes steps faster and the start slower, by minutes."""
-    chosen = pick_device(device)
-    if threads > 0:
-        torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
-    with Reporter(out / "log.jsonl") as reporter:
-        trainer = MixTrainer.create(recipe, out, chosen)
-        progress, state = _resume(trainer)
-        validation = MixValidation.create(recipe, out / "samples")
-        if compiled:
-            trainer.compile()
-        while progress.stage < len(recipe.stages):
-            run_stage(trainer, progress.stage, progress, state, validation, reporter, save_every, on_step)
-            progress = checkpoint.Progress(progress.stage + 1, 0, progress.seconds)
-            state = None
-    folder = out / "model"
-    export(trainer.exported(), folder, trainer.processor)
-    record.write(folder, recipe.as_dict(), progress.seconds, chosen.type)
-    return folder
-
-
-def _resume(trainer: Any) -> tuple[checkpoint.Progress, dict[str, Any] | None]:
-    """Load the checkpoint of the output folder into the trainer, if there is one."""
-    state = checkpoint.load(trainer.out, trainer.settings.as_dict(), trainer.device)
-    if state is None:
-        return checkpoint.Progress(), None
-    for name, module in trainer.modules.items():
-        module.load_state_dict(state["modules"][name])
-    torch.set_rng_state(state["random"].cpu())
-    progress = checkpoint.Progress(**state["progress"])
-    if progress.step == trainer.settings.stages[progress.stage].steps:
-        return checkpoint.Progress(progress.stage + 1, 0, progress.seconds), None
-    return progress, state

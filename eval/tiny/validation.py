@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtc.eval.tiny.batches import Batch, make_batch
 from vtc.eval.tiny.cache import SceneCache, render_scenes
+from vtc.eval.tiny.heads import CellHeads
 from vtc.eval.tiny.layout import SLOTS
 from vtc.eval.tiny.model import AuxiliaryHeads, answer_logits, see
 from vtc.eval.tiny.packing import IGNORED
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _BATCH = 64
 
 
-def content_accuracy(heads: AuxiliaryHeads, patches: Tensor, targets: Tensor) -> dict[str, tuple[int, int]]:
+def content_accuracy(heads: AuxiliaryHeads | CellHeads, patches: Tensor, targets: Tensor) -> dict[str, tuple[int, int]]:
     """Right and all patches that hold something, per kind of content."""
     counts = {}
     for index, (name, logits) in enumerate(zip(PATCH_CLASSES, heads.content_logits(patches), strict=True)):

@@ -19,8 +19,8 @@ from vtc.app.loading import load
 from vtc.eval.tiny import checkpoint, optim
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
+from vtc.eval.tiny.loop import pick_device
 from vtc.eval.tiny.progress import Reporter
-from vtc.eval.tiny.train import pick_device
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.prompts import training_batch
 from vtc.eval.training.settings import TrainingSettings

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from vtc.eval.tiny.family import Family, encoded, media_inputs
 from vtc.eval.tiny.internvl import InternVL
-from vtc.eval.tiny.mixture import MixTrainer, packed_hidden
+from vtc.eval.tiny.mixed_batches import packed_hidden
+from vtc.eval.tiny.mixture import MixTrainer
 from vtc.eval.tiny.model import TRAINING_ATTENTION
 from vtc.eval.tiny.onevision import OneVision
 from vtc.eval.tiny.qwen import Qwen

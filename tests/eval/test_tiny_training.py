@@ -19,7 +19,8 @@ from vtc.embedded import NAMES, model_path
 from vtc.errors import InputError, UnknownName
 from vtc.eval.tiny.benchmark import task_rows
 from vtc.eval.tiny.checking import accuracy
-from vtc.eval.tiny.mixture import mixed, plan, streams
+from vtc.eval.tiny.mixed_batches import mixed, plan, streams
+from vtc.eval.tiny.mixture import train_mixture
 from vtc.eval.tiny.model import ModelShape
 from vtc.eval.tiny.optim import rate
 from vtc.eval.tiny.recipes import RECIPES, Recipe
@@ -28,7 +29,7 @@ from vtc.eval.tiny.settings import Settings
 from vtc.eval.tiny.stream import render_ahead
 from vtc.eval.tiny.tables import document
 from vtc.eval.tiny.tasks import TASKS
-from vtc.eval.tiny.train import train, train_mixture
+from vtc.eval.tiny.train import train
 
 SHAPE = ModelShape(hidden=32, vision_layers=2, text_layers=2, heads=2, vision_inner=32, text_inner=32)
 SETTINGS = Settings(steps_tower=3, steps_joint=5, batch_size=2, scenes=6, shape=SHAPE)
@@ -129,7 +130,7 @@ KILLED_MIXTURE = """
 import os, signal, sys
 from pathlib import Path
 from vtc.eval.tiny.recipes import Recipe
-from vtc.eval.tiny.train import train_mixture
+from vtc.eval.tiny.mixture import train_mixture
 
 def kill(stage, step):
     if (stage, step) == ("joint", 3):
@@ -158,7 +159,7 @@ def test_a_mixture_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> No
     assert sum(path.stat().st_size for path in first.iterdir()) < 8_000_000
     log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in log] == [("tower", 2), ("joint", 5)]
-    assert {"image/existence", "cell kind"} <= log[-1]["measured"].keys()
+    assert {"image/existence", "patch kind"} <= log[-1]["measured"].keys()
 
     folder = first
     rows = task_rows(TASKS["tiny_list"], 2, "check", 100_000)

@@ -37,9 +37,9 @@ def train(
     compile: Annotated[bool, typer.Option(help="Compile the layers; not for tiny-llava.")] = True,
 ) -> None:
     """Train a model from nothing; the same command goes on after an interruption."""
+    from vtc.eval.tiny.mixture import train_mixture
     from vtc.eval.tiny.settings import Settings
     from vtc.eval.tiny.train import train as run
-    from vtc.eval.tiny.train import train_mixture
 
     given: dict[str, Any] = {
         "steps_tower": steps_tower,
@@ -72,7 +72,7 @@ def render(
     from rich.console import Console
     from rich.progress import Progress
 
-    from vtc.eval.tiny.mixture import streams
+    from vtc.eval.tiny.mixed_batches import streams
     from vtc.eval.tiny.stream import render_ahead
 
     series = streams(_recipe(model), output_path(out) / "samples")
