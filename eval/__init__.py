@@ -20,3 +20,10 @@ Importing this package imports none of them: lmms-eval, datasets and matplotlib 
 >>> SweepSpec(model="tiny-llava", limit=24).retentions
 (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TASKS = Path(__file__).parent / "tasks"
+"""Folder of the tasks that ship."""

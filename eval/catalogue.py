@@ -17,12 +17,12 @@ from typing import Any
 from vtc.app.images import open_image, pillow_defaults
 from vtc.app.preparation import Chat
 from vtc.errors import InputError, UnknownName, one_line
+from vtc.eval import TASKS
 from vtc.eval.failures import TaskKey
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
 from vtc.eval.quiet import muted
 
-EMBEDDED = Path(__file__).parent / "tasks"
 GENERATE = "generate_until"
 
 
@@ -143,7 +143,7 @@ def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> A
 
         # Else every load of a local parquet or json file counts itself at a server, which delays machines without one.
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        folders = [str(folder) for folder in (*include_path, EMBEDDED) if folder.is_dir()]
+        folders = [str(folder) for folder in (*include_path, TASKS) if folder.is_dir()]
         return TaskManager(include_path=folders, include_defaults=defaults, model_name=profile)
 
 

@@ -21,7 +21,6 @@ from vtc.testing.everything import OPTIONS
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
 READS = {
     "mustdrop": "the size of the key set, once per call, for the schedule",
-    "atp_training_free": "a schedule computed from host numbers, in tensors of the CPU",
     "vqtoken": "whether k-means is done, on the CPU alone",
     "vqtoken_codebook": "whether k-means is done, on the CPU alone",
 }

@@ -358,4 +358,5 @@ def test_the_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     lines = [line for line in text.splitlines() if line.startswith("| ") and "method" not in line]
     assert len(lines) == 6
     assert all(line.count("|") == 13 for line in lines)
-    assert text.count("vtc train --method vqtoken --retention 0.083333 --steps 1200") == 2
+    command = "vtc train --method vqtoken --out runs/vqtoken --batch-size 32 --rate 0.002 --retention 0.083333"
+    assert text.count(command) == 2

@@ -138,9 +138,9 @@ def tasks(
 ) -> None:
     """List the tasks that a sweep can name."""
     if path:
-        from vtc.eval.catalogue import EMBEDDED
+        from vtc.eval import TASKS
 
-        print(EMBEDDED)
+        print(TASKS)
         return
     with _free_stdout():
         from vtc.eval.catalogue import list_tasks

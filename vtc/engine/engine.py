@@ -257,7 +257,8 @@ class Engine:
     @_guarded
     def _leave_llm(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         one = self.passes.current
-        if one is None:
+        if one is None or one.batch is None:  # nothing was entered; of pixels that went in the model's hook knows
+            self._leave(module)
             return output
         try:
             if output is not None:
