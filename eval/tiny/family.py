@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vtc.eval.tiny.batches import PIXEL_MEAN, PIXEL_STD
 from vtc.eval.tiny.canvas import Box
 from vtc.eval.tiny.sample import Media
 from vtc.eval.tiny.vocabulary import BEGIN, END, EXTENDED, IMAGE, PAD, TOKEN, VIDEO, VISION_END, VISION_START
@@ -138,6 +139,16 @@ class Family(Protocol):
 
     def positions(self, model: Any, ids: Tensor, media: Media, inputs: dict[str, Tensor], offsets: Tensor) -> Tensor:
         """Positions of a prefix `ids` (1, P) and of text tokens at `offsets` (T,) of their slots, (..., 1, P + T)."""
+
+
+def pixel_settings(side: int) -> dict[str, Any]:
+    """What image and video processors are told of pictures of `side` px and of their normalisation."""
+    return {"image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD), "size": {"height": side, "width": side}}
+
+
+def counted(prefix: int, offsets: Tensor) -> Tensor:
+    """Positions (1, prefix + T) of a prefix and of text tokens at `offsets` (T,) of their slots, as one count."""
+    return torch.cat([torch.arange(prefix), prefix + offsets])[None]
 
 
 def media_inputs(processor: Any, media: Media, pictures: NDArray[np.uint8]) -> dict[str, Tensor]:

@@ -21,13 +21,14 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from vtc.eval.tiny.batches import PIXEL_MEAN, PIXEL_STD
 from vtc.eval.tiny.family import (
     SPECIAL,
     Recorder,
     Seen,
     View,
     chat_template,
+    counted,
+    pixel_settings,
     text_settings,
     with_generation_settings,
 )
@@ -104,7 +105,7 @@ class InternVL:
 
     def processor(self) -> Any:
         """One to four tiles and, where there are several, the thumbnail behind them."""
-        pixels = {"image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD), "size": {"height": TILE, "width": TILE}}
+        pixels = pixel_settings(TILE)
         tokenizer = build_tokenizer(
             EXTENDED,
             SPECIAL,
@@ -140,5 +141,4 @@ class InternVL:
 
     def positions(self, model: Any, ids: Tensor, media: Media, inputs: dict[str, Tensor], offsets: Tensor) -> Tensor:
         """One count over the sequence."""
-        prefix = ids.shape[1]
-        return torch.cat([torch.arange(prefix), prefix + offsets])[None]
+        return counted(ids.shape[1], offsets)

@@ -21,13 +21,14 @@ from transformers import (
 )
 from transformers.image_processing_utils import select_best_resolution
 
-from vtc.eval.tiny.batches import PIXEL_MEAN, PIXEL_STD
 from vtc.eval.tiny.family import (
     SPECIAL,
     Recorder,
     Seen,
     View,
     chat_template,
+    counted,
+    pixel_settings,
     text_settings,
     with_generation_settings,
 )
@@ -107,7 +108,7 @@ class OneVision:
 
     def processor(self) -> Any:
         """AnyRes images, clips of all their frames, and LLaVA's chat template."""
-        pixels = {"image_mean": list(PIXEL_MEAN), "image_std": list(PIXEL_STD), "size": {"height": TILE, "width": TILE}}
+        pixels = pixel_settings(TILE)
         return LlavaOnevisionProcessor(
             LlavaOnevisionImageProcessor(image_grid_pinpoints=PINPOINTS, **pixels),
             build_tokenizer(EXTENDED, SPECIAL),
@@ -150,5 +151,4 @@ class OneVision:
 
     def positions(self, model: Any, ids: Tensor, media: Media, inputs: dict[str, Tensor], offsets: Tensor) -> Tensor:
         """One count over the sequence."""
-        prefix = ids.shape[1]
-        return torch.cat([torch.arange(prefix), prefix + offsets])[None]
+        return counted(ids.shape[1], offsets)

@@ -29,12 +29,6 @@ class EncoderPass(Pass):
     prefix: int = 0
     left: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    @property
-    def now(self) -> Batch:
-        """The batch, once the first stage was reached."""
-        assert self.batch is not None
-        return self.batch
-
     def recorded(self, *, packed: bool) -> dict[tuple[int, VisionReading], Tensor]:
         """What was recorded so far; a packed encoder calls attention segment by segment, any other crop by crop."""
         return {pair: torch.cat(rows, dim=1 if packed else 0) for pair, rows in self.readings.items()}

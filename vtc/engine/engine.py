@@ -309,7 +309,8 @@ class Engine:
         one.adopted = not isinstance(before, CompressedCache)  # asked before it is adopted in place
         one.cache = adopt_cache(kwargs, self.adapter.language_model, self.stages.starts, self.maker)
         kwargs["past_key_values"] = one.cache
-        one.ends = row_ends(one.now.rows)
+        if one.now.items is not None and one.policy != "preserve":  # nothing else is ever renumbered by a stage
+            one.ends = row_ends(one.now.rows)
         if one.cache is not None:
             one.cache.begin()
         one.conducted = True

@@ -55,7 +55,7 @@ class Entry:
         counts = host_counts(one.placeholders, prompt)
         if not any(counts.kinds):
             return batch
-        one.contexts = self.adapter.regroup(one.given or tuple(one.contexts), one.placeholders, one.ids)
+        one.contexts = self.adapter.regroup(one.given or one.contexts, one.placeholders, one.ids)
         return find_items(batch, one.placeholders, one.contexts, list(self.adapter.placeholders), counts, prompt)
 
 

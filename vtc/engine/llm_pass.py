@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.batch.context import VisionContext
-from vtc.batch.rows import Batch, RowTable
+from vtc.batch.rows import RowTable
 from vtc.batch.trace import CallRecord, CallStats, StageStats
 from vtc.engine.cache import CompressedCache
 from vtc.engine.passes import Pass
@@ -30,10 +29,11 @@ class LLMPass(Pass):
 
     conducted: the engine changes what the layers see; otherwise the model runs untouched. policy: of positions. cache:
     None without one; adopted: it was a plain one before. features: see `vtc.engine.deepstack`. ends: [B, 1] positions
-    of each row's first and last token at input. staged: a stage was reached, whether it dropped something or not, so
-    that renumbering does not depend on what else is in the batch; pruned: something was dropped. group: first layer of
-    the current group of layers that hold the same rows; mask, rotary: what its layers take. left: the rows of each
-    group so far. spans: first layer, rows and visual tokens per batch row of each group. seconds: host time so far.
+    of each row's first and last token at input, where something may be renumbered. staged: a stage was reached, whether
+    it dropped something or not, so that renumbering does not depend on what else is in the batch; pruned: something was
+    dropped. group: first layer of the current group of layers that hold the same rows; mask, rotary: what its layers
+    take. left: the rows of each group so far. spans: first layer, rows and visual tokens per batch row of each group.
+    seconds: host time so far.
     """
 
     outermost: Any = None
@@ -42,7 +42,7 @@ class LLMPass(Pass):
     control: Tensor | None = None
     ids: Tensor | None = None
     given: tuple[VisionContext, ...] = ()
-    contexts: Sequence[VisionContext] = ()
+    contexts: tuple[VisionContext, ...] = ()
     numbered: bool = False
     media: bool = False
     inside: bool = False
@@ -63,12 +63,6 @@ class LLMPass(Pass):
     stages: list[StageStats] = field(default_factory=list)
     record: CallRecord | None = None
     seconds: float = 0.0
-
-    @property
-    def now(self) -> Batch:
-        """The batch, once the language model was entered."""
-        assert self.batch is not None
-        return self.batch
 
     # --- pruning
     def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:

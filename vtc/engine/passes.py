@@ -19,6 +19,12 @@ class Pass:
     memory: dict[Any, Any] = field(default_factory=dict)
     around: weakref.ref[Pass] | None = None
 
+    @property
+    def now(self) -> Batch:
+        """The batch, once it is known."""
+        assert self.batch is not None
+        return self.batch
+
 
 P = TypeVar("P", bound=Pass)
 _innermost: ContextVar[weakref.ref[Pass] | None] = ContextVar("vtc_innermost_pass", default=None)
