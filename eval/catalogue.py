@@ -14,13 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vtc.app.images import open_image, pillow_defaults
+from vtc.app.images import pillow_defaults
 from vtc.app.preparation import Chat
-from vtc.errors import InputError, UnknownName, one_line
+from vtc.errors import InputError, UnknownName
 from vtc.eval import TASKS
 from vtc.eval.failures import TaskKey
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
+from vtc.eval.messages import Clips, conversation
 from vtc.eval.quiet import muted
 
 GENERATE = "generate_until"
@@ -66,24 +67,24 @@ class SweepTask:
         """The first metric that the task declares."""
         return str(next(iter(self.lmms.aggregation())))
 
-    def conversation(self, doc_id: int) -> Chat:
-        """The chat messages of one document in the form that `processor.apply_chat_template` takes, images as PIL.
+    def conversation(self, doc_id: int, clips: Clips | None = None) -> Chat:
+        """The chat messages of one document, with its pictures and videos opened, see `vtc.eval.messages`.
 
         Raises:
-            InputError: the document carries video, audio or a picture that cannot be read.
+            InputError: the document carries audio, or a picture or video that cannot be read.
         """
         with pillow_defaults():
             messages = self.lmms.doc_to_messages(self.documents[doc_id])
-            return conversation(messages, f"task {self.name!r}, document {doc_id}")
+            return conversation(messages, f"task {self.name!r}, document {doc_id}", clips)
 
-    def probe(self) -> None:
+    def probe(self, clips: Clips | None = None) -> Chat:
         """Read the first question, so that a task whose documents cannot be used is refused before a sweep begins.
 
         Raises:
             InputError: they cannot; the message says why.
         """
         try:
-            self.conversation(0)
+            return self.conversation(0, clips)
         except InputError:
             raise
         except Exception as error:
@@ -107,30 +108,6 @@ class SweepTask:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the task's settings, the code of its functions or its data."""
         return task_fingerprint(vars(self.lmms.config), self.documents, self.profile)
-
-
-def conversation(messages: Any, source: str) -> Chat:
-    """lmms-eval's chat `messages` in the form that `processor.apply_chat_template` takes, images as PIL in RGB.
-
-    Raises:
-        InputError: no chat messages, video, audio, or a picture that cannot be read; the message names `source`.
-    """
-    from lmms_eval.protocol import ChatMessages
-
-    try:
-        converted: list[dict[str, Any]] = ChatMessages(messages=messages).to_hf_messages()
-    except ValueError as error:
-        raise InputError(f"{source} is not made of chat messages: {one_line(error)}") from error
-    for message in converted:
-        for part in message["content"]:
-            if part["type"] == "image":
-                try:
-                    part["image"] = open_image(part["image"])
-                except InputError as error:
-                    raise InputError(f"{source}: {error}") from error
-            elif part["type"] != "text":
-                raise InputError(f"{source}: {part['type']} input; this version evaluates image tasks")
-    return Chat(converted, source)
 
 
 def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:

@@ -11,16 +11,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from vtc.app.answer import Batch
+from vtc.app.preparation import Chat, alike
+from vtc.app.video_reading import VideoReading
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
 from vtc.eval.failures import FAULTS, failure_record
+from vtc.eval.messages import Clips
 from vtc.eval.progress import SilentProgress
 from vtc.eval.runner import Runner, batch_seed
 from vtc.eval.store import Record, RowKey, Writer
 
+Chats = Mapping[int, Chat]
+"""Conversations by document."""
+Readings = Mapping[int, Chat | BaseException]
+"""The same, with what went wrong in the place of those that cannot be read."""
 PATIENCE = 8
 """A cell that failed on so many documents in a row is left alone for the rest of a run."""
 
@@ -79,47 +88,90 @@ def _keys(task: SweepTask, cell: str, doc_ids: Iterable[int]) -> Iterator[RowKey
 
 
 class Worker:
-    """Answers items with one model, each batch encoded once for all cells (but those that act inside the encoder)."""
+    """Answers items with one model, each batch encoded once for all cells (but those that act inside the encoder).
 
-    def __init__(self, runner: Runner, tasks: Sequence[SweepTask], cells: Sequence[Cell]) -> None:
+    Pictures and videos are read once per document, in a thread that is one item ahead where the next one is known.
+    """
+
+    def __init__(
+        self, runner: Runner, tasks: Sequence[SweepTask], cells: Sequence[Cell], reading: VideoReading | None = None
+    ) -> None:
         self.runner = runner
         self.tasks = {task.name: task for task in tasks}
         self.cells: Mapping[str, Cell] = {cell.key(): cell for cell in cells}
+        self.reading = reading
+        self._ahead: tuple[Item, Future[Readings]] | None = None
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
 
-    def run(self, item: Item) -> Iterator[Outcome]:
+    def close(self) -> None:
+        """End the thread; what it still reads is thrown away."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def run(self, item: Item, following: Item | None = None) -> Iterator[Outcome]:
         """Outcomes of every cell of `item`, each as soon as it is known.
 
         A document that cannot be prepared is one failure of all cells, and the others are answered without it. A cell
-        that fails on a batch is asked about its documents one by one.
+        that fails on a batch is asked about its documents one by one. following: what is run next, to be read ahead.
         """
         task = self.tasks[item.task]
-        batches, failures = self._prepared(task, item)
-        for failure in failures:
-            yield Outcome(item.cells, failure=failure)
-        for doc_ids, batch in batches:
-            yield from self._answered(task, item, doc_ids, batch)
+        chats = self._chats(item)
+        if following is not None:
+            self._ahead = following, self._thread.submit(self._read, following)
+        good = []
+        for doc_id, chat in chats.items():
+            if isinstance(chat, Chat):
+                good.append(doc_id)
+            else:
+                yield Outcome(item.cells, failure=failure_record("prepare", task.key, item.cells, (doc_id,), chat))
+        read = {doc_id: chat for doc_id in good if isinstance(chat := chats[doc_id], Chat)}
+        for group in alike(list(read.values())):
+            batches, failures = self._prepared(task, item, {good[place]: read[good[place]] for place in group})
+            for failure in failures:
+                yield Outcome(item.cells, failure=failure)
+            for doc_ids, batch in batches:
+                yield from self._answered(task, item, {doc_id: read[doc_id] for doc_id in doc_ids}, batch)
 
-    def _prepared(self, task: SweepTask, item: Item) -> tuple[list[tuple[tuple[int, ...], Batch]], list[Record]]:
-        """The documents of `item` as batches, one if possible, and a failure for each that cannot be prepared alone."""
-        whole = self._prepare(task, item, item.doc_ids)
+    def _chats(self, item: Item) -> Readings:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead[0].task, ahead[0].doc_ids) == (item.task, item.doc_ids):
+            return ahead[1].result()
+        return self._read(item)
+
+    def _read(self, item: Item) -> Readings:
+        """The conversation of each document, or what went wrong when it was read."""
+        clips = Clips(self.reading)
+        return {doc_id: self._conversation(self.tasks[item.task], doc_id, clips) for doc_id in item.doc_ids}
+
+    def _conversation(self, task: SweepTask, doc_id: int, clips: Clips) -> Chat | BaseException:
+        try:
+            return task.conversation(doc_id, clips)
+        except FAULTS as error:
+            return error
+
+    def _prepared(
+        self, task: SweepTask, item: Item, chats: Chats
+    ) -> tuple[list[tuple[tuple[int, ...], Batch]], list[Record]]:
+        """`chats` as batches, one if possible, and a failure for each that cannot be prepared alone."""
+        whole = self._prepare(task, item, chats)
         if isinstance(whole, Batch):
-            return [(item.doc_ids, whole)], []
-        if len(item.doc_ids) == 1:
+            return [(tuple(chats), whole)], []
+        if len(chats) == 1:
             return [], [whole]
-        each = {doc_id: self._prepare(task, item, (doc_id,)) for doc_id in item.doc_ids}
+        each = {doc_id: self._prepare(task, item, {doc_id: chat}) for doc_id, chat in chats.items()}
         failures = [found for found in each.values() if not isinstance(found, Batch)]
         good = {(doc_id,): found for doc_id, found in each.items() if isinstance(found, Batch)}
-        others = tuple(doc_id for (doc_id,) in good)
+        others = {doc_id: chats[doc_id] for (doc_id,) in good}
         together = self._prepare(task, item, others) if failures and others else None
-        return [(others, together)] if isinstance(together, Batch) else list(good.items()), failures
+        return [(tuple(others), together)] if isinstance(together, Batch) else list(good.items()), failures
 
-    def _prepare(self, task: SweepTask, item: Item, doc_ids: tuple[int, ...]) -> Batch | Record:
+    def _prepare(self, task: SweepTask, item: Item, chats: Chats) -> Batch | Record:
         try:
-            return self.runner.prepare([task.conversation(doc_id) for doc_id in doc_ids])
+            return self.runner.prepare(list(chats.values()))
         except FAULTS as error:
-            return failure_record("prepare", task.key, item.cells, doc_ids, error)
+            return failure_record("prepare", task.key, item.cells, tuple(chats), error)
 
-    def _answered(self, task: SweepTask, item: Item, doc_ids: tuple[int, ...], batch: Batch) -> Iterator[Outcome]:
+    def _answered(self, task: SweepTask, item: Item, chats: Chats, batch: Batch) -> Iterator[Outcome]:
+        doc_ids = tuple(chats)
         pending = [cell for cell in self.cells.values() if cell.key() in item.cells]
         again = []
         with self.runner.sharing(pending):
@@ -131,15 +183,13 @@ class Worker:
                     again.append(cell)
         for cell in again:  # alone, where nothing but its own method can make a cell fail
             outcome = self._outcome(task, batch, cell, doc_ids)
-            yield from [outcome] if outcome.failure is None else self._one_by_one(task, item, cell, doc_ids, outcome)
+            yield from [outcome] if outcome.failure is None else self._one_by_one(task, item, cell, chats, outcome)
 
-    def _one_by_one(
-        self, task: SweepTask, item: Item, cell: Cell, doc_ids: tuple[int, ...], failed: Outcome
-    ) -> list[Outcome]:
+    def _one_by_one(self, task: SweepTask, item: Item, cell: Cell, chats: Chats, failed: Outcome) -> list[Outcome]:
         """The outcomes of every document of a batch that failed; just `failed` if none of them can be answered."""
         outcomes = []
-        for doc_id in doc_ids if len(doc_ids) > 1 else ():
-            batch = self._prepare(task, item, (doc_id,))
+        for doc_id, chat in chats.items() if len(chats) > 1 else ():
+            batch = self._prepare(task, item, {doc_id: chat})
             if isinstance(batch, Batch):
                 outcomes.append(self._outcome(task, batch, cell, (doc_id,)))
         return outcomes if any(outcome.failure is None for outcome in outcomes) else [failed]
@@ -177,11 +227,11 @@ def run_local(items: Sequence[Item], worker: Worker, writer: Writer, progress: S
             waiting[item.task, cell] += missing(tasks[item.task], cell, item.doc_ids, writer.seen)
     failures: list[Record] = []
     stopped: set[tuple[str, str]] = set()
-    for item in items:
+    for item, following in zip_longest(items, items[1:]):
         cells = tuple(cell for cell in item.cells if (item.task, cell) not in stopped)
         if not cells:
             continue
-        for outcome in worker.run(replace(item, cells=cells)):
+        for outcome in worker.run(replace(item, cells=cells), following):
             if outcome.failure is None:
                 stored = writer.add_rows(outcome.rows)
                 waiting[item.task, outcome.cells[0]] -= stored

@@ -52,6 +52,7 @@ def run_record(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells:
         "model": {"name": loaded.name, "fingerprint": _plain(cells[0].model)},
         "seed": spec.seed,
         "generation": _plain(spec.generation),
+        "video": spec.video.settings(),
         "tasks": run["tasks"],
         "sweeps": [*run["sweeps"], sweep],
     }
@@ -69,9 +70,10 @@ def check_same_sweep(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], 
     if there != here:
         changed = [f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there.get(key) != here[key]]
         raise InputError(f"{where} of {run['model']['name']!r} ({'; '.join(changed)}); choose another --out")
-    for setting, now in (("seed", spec.seed), ("generation", _plain(spec.generation))):
-        if run[setting] != now:
-            raise InputError(f"{where} with {setting} {run[setting]!r}, not {now!r}; choose another --out")
+    settings = {"seed": spec.seed, "generation": _plain(spec.generation), "video": spec.video.settings()}
+    for setting, now in settings.items():
+        if run.get(setting, {}) != now:  # stores from before videos could be swept say nothing of them
+            raise InputError(f"{where} with {setting} {run.get(setting)!r}, not {now!r}; choose another --out")
     for task in tasks:
         stored = run["tasks"].get(task.name)
         if stored is not None and stored["fingerprint"] != task.fingerprint:

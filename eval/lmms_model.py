@@ -18,11 +18,13 @@ from lmms_eval.utils import Collator
 from vtc.app import loading
 from vtc.app.answer import Answer
 from vtc.app.images import pillow_defaults
-from vtc.app.preparation import Chat
+from vtc.app.media import Sampling
+from vtc.app.preparation import Chat, alike
+from vtc.app.video_reading import VideoReading
 from vtc.errors import InputError, one_line
-from vtc.eval.catalogue import conversation
 from vtc.eval.cells import BASELINE, make_cell
-from vtc.eval.generation import make_generation
+from vtc.eval.generation import Generation, make_generation
+from vtc.eval.messages import Clips, conversation
 from vtc.eval.runner import Runner, batch_seed
 from vtc.method.base import Compressor, Positions
 from vtc.method.composite import combine
@@ -38,7 +40,8 @@ class VTC(lmms):  # type: ignore[misc]
     `pretrained` is what `vtc.app.loading.load` takes. `method` is ``none`` for the untouched model, else a method as a
     sweep takes it as text; one that takes a budget needs `retention` or `keep`. Further arguments are hyper-parameters
     of the method; one that it does not have is refused. `batch_size` may be ``auto``, which is `max_batch_size` or 8,
-    whichever is smaller: memory is not probed. `answers` holds token counts by task and document, which lmms-eval has
+    whichever is smaller: memory is not probed. `frames`, `fps`, `sampling` and `max_pixels` are those of
+    `vtc.app.video_reading.VideoReading`. `answers` holds token counts by task and document, which lmms-eval has
     no place for.
 
     Raises:
@@ -62,11 +65,18 @@ class VTC(lmms):  # type: ignore[misc]
         revision: str | None = None,
         seed: int | str = 0,
         max_batch_size: int | str | None = None,
+        frames: int | str | None = None,
+        fps: float | str | None = None,
+        sampling: Sampling | None = None,
+        max_pixels: int | str | None = None,
         **hyper_parameters: Any,
     ) -> None:
         super().__init__()
         self.batch_size = _batch_size(batch_size, max_batch_size)
         number = _number("seed", seed, int)
+        self.reading = VideoReading(
+            _number("frames", frames, int), _number("fps", fps, float), sampling, _number("max_pixels", max_pixels, int)
+        )
         limits: dict[str, Any] = {
             "retention": _number("retention", retention, float),
             "keep": _number("keep", keep, int),
@@ -110,12 +120,9 @@ class VTC(lmms):  # type: ignore[misc]
         for chunk in collator.get_batched(n=self.batch_size):
             _, _, settings, first, task, _ = chunk[0]
             generation = make_generation(settings, source=f"task {task!r}")
-            prompts = []
-            for _, to_messages, _, doc_id, name, split in chunk:
-                prompts.append(self._read(to_messages, name, split, doc_id))
-            answers = self.runner.answer(
-                self.runner.prepare(prompts), self.cell, generation, seed=batch_seed(self.cell.seed, task, first)
-            )
+            clips = Clips(self.reading)
+            prompts = [self._read(to_messages, name, split, i, clips) for _, to_messages, _, i, name, split in chunk]
+            answers = self._answered(prompts, generation, batch_seed(self.cell.seed, task, first))
             for (_, _, _, doc_id, name, _), answer in zip(chunk, answers, strict=True):
                 self.answers[name, doc_id] = answer
                 answered.append(answer)
@@ -124,7 +131,15 @@ class VTC(lmms):  # type: ignore[misc]
         ordered: list[GenerationResult] = collator.get_original(results)
         return ordered
 
-    def _read(self, to_messages: Any, task: str, split: str, doc_id: int) -> Chat:
+    def _answered(self, prompts: Sequence[Chat], generation: Generation, seed: int) -> list[Answer]:
+        """The answers to `prompts` in their order; those that cannot stand in one batch are asked in several."""
+        found: dict[int, Answer] = {}
+        for places in alike(prompts):
+            batch = self.runner.prepare([prompts[place] for place in places])
+            found |= zip(places, self.runner.answer(batch, self.cell, generation, seed=seed), strict=True)
+        return [found[place] for place in range(len(prompts))]
+
+    def _read(self, to_messages: Any, task: str, split: str, doc_id: int, clips: Clips) -> Chat:
         """The chat messages of one document; InputError that names it if the task's code or its pictures fail."""
         source = f"task {task!r}, document {doc_id}"
         with pillow_defaults():
@@ -132,7 +147,7 @@ class VTC(lmms):  # type: ignore[misc]
                 messages = to_messages(self.task_dict[task][split][doc_id])
             except Exception as error:
                 raise InputError(f"{source} cannot be read: {one_line(error)}") from error
-            return conversation(messages, source)
+            return conversation(messages, source, clips)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Not offered."""
@@ -158,7 +173,7 @@ def _number(name: str, given: Any, kind: type) -> Any:
     try:
         return given if given is None else kind(given)
     except (TypeError, ValueError) as error:
-        example = {"retention": "0.25", "keep": "64", "seed": "0"}.get(name, "8")
+        example = {"retention": "0.25", "keep": "64", "seed": "0", "fps": "1"}.get(name, "8")
         raise InputError(f"{name}={given!r} is no number; write for example {name}={example}") from error
 
 

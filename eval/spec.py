@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from vtc.app.options import output_path
+from vtc.app.video_reading import VideoReading
 from vtc.errors import BudgetError, InputError
 from vtc.eval.method_spec import MethodSpec, fraction, method_entries, sequence
 from vtc.method.base import Positions
@@ -43,7 +45,8 @@ class SweepSpec(BaseModel):
     visual tokens, in (0, 1]. `limit` is the number of questions per task, from its beginning; None means all of them.
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
-    ``qwen2_5_vl``, where a task words its prompts differently for each model family.
+    ``qwen2_5_vl``, where a task words its prompts differently for each model family. `video` says how videos become
+    frames, with the fields of `VideoReading`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -61,6 +64,7 @@ class SweepSpec(BaseModel):
     positions: Positions | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
     prompt_profile: str = "default"
+    video: VideoReading = Field(default_factory=VideoReading)
     device: str = "auto"
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -126,13 +130,13 @@ def make_spec(settings: Mapping[str, Any], *, source: str = "sweep") -> SweepSpe
     if isinstance(cause, InputError | BudgetError):
         raise type(cause)(f"{source}: {cause}")
     where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         raise InputError(f"{source}: unknown key {where!r}{_nearest_key(where)}")
     raise InputError(f"{source}: {where}: {problem['msg'].lower()}, got {problem['input']!r}")
 
 
 def _nearest_key(key: str) -> str:
-    known = list(SweepSpec.model_fields)
+    known = [*SweepSpec.model_fields, *(f"video.{field.name}" for field in fields(VideoReading))]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f". Known keys: {', '.join(known)}"
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vtc.app import loading
+from vtc.app.preparation import check_modalities
 from vtc.errors import BudgetError
 from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.execute import Item, Worker, missing, plan, run_local
 from vtc.eval.failures import failed_alone
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
+from vtc.eval.messages import Clips
 from vtc.eval.progress import SilentProgress
 from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
@@ -51,9 +54,10 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     make_methods(spec)
     check_writable(spec.folder)
     tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile)
+    first = []
     for task in tasks:
         task.generation(spec.generation)
-        task.probe()
+        first.append(task.probe(Clips(spec.video)))
         rehearse(task, progress.note)
     progress.note(f"loading {spec.model}")
     loaded = loading.load(
@@ -63,6 +67,8 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         attn_implementation=spec.attn_implementation,
         revision=spec.revision,
     )
+    for chat in first:
+        check_modalities(loaded, chat)
     runner = Runner(loaded)
     cells = _feasible(make_cells(spec, loaded.fingerprint()), runner, progress)
     store = Store(spec.folder)
@@ -114,8 +120,8 @@ def _answer(
         return 0, []
     before = len(writer.seen)
     pending = {key for item in items for key in item.cells}
-    worker = Worker(runner, tasks, [cell for cell in cells if cell.key() in pending])
-    with few_threads(runner.model), progress:
+    worker = Worker(runner, tasks, [cell for cell in cells if cell.key() in pending], spec.video)
+    with few_threads(runner.model), contextlib.closing(worker), progress:
         progress.start(total, total - left)
         failures = run_local(items, worker, writer, progress)
     return len(writer.seen) - before, failures

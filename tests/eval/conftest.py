@@ -137,3 +137,22 @@ def blobs(task_folder: Path) -> Any:
     from vtc.eval.catalogue import load_tasks
 
     return load_tasks(["blobs"], [task_folder])[0]
+
+
+def _video_model(name: str, folder: Path) -> Path:
+    from vtc.eval.tiny.export import export
+    from vtc.eval.tiny.family import Family
+    from vtc.eval.tiny.onevision import OneVision
+    from vtc.eval.tiny.qwen import Qwen
+
+    small = {"hidden": 64, "vision_layers": 2, "vision_inner": 96, "text_layers": 3, "text_inner": 96}
+    family: Family = {"onevision": OneVision, "qwen": Qwen}[name](**small)
+    torch.manual_seed(0)
+    export(family.build("sdpa"), folder, family.processor())
+    return folder
+
+
+@pytest.fixture(scope="session", params=["onevision", "qwen"])
+def video_model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a small model with random weights that takes pictures and videos."""
+    return _video_model(request.param, tmp_path_factory.mktemp("models") / request.param)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from vtc.errors import InputError, UnknownName
-from vtc.eval.catalogue import conversation, list_tasks, load_tasks
+from vtc.eval.catalogue import list_tasks, load_tasks
+from vtc.eval.messages import conversation
 
 WriteTask = Callable[..., Path]
 
@@ -80,12 +81,6 @@ def test_a_task_whose_questions_cannot_be_read_is_refused(tmp_path: Path, write_
         task.probe()
 
 
-def test_video_is_refused() -> None:
-    messages = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}]}]
-    with pytest.raises(InputError, match="task 'x': video input; this version evaluates image tasks"):
-        conversation(messages, "task 'x'")
-
-
 def test_the_fingerprint_knows_settings_code_and_data_but_not_the_place(tmp_path: Path, write_task: WriteTask) -> None:
     def fingerprint(folder: Path, profile: str = "default") -> str:
         return load_tasks(["blobs"], [folder], profile)[0].fingerprint
@@ -141,6 +136,8 @@ def test_messages_that_cannot_be_used_name_their_document(tmp_path: Path) -> Non
         (image(3), "a picture cannot be of type int"),
         (image("https://127.0.0.1:1/a.png"), "cannot be fetched"),
         ([{"role": "narrator", "content": []}], "is not made of chat messages"),
+        ([{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}], "audio input; this version evaluates"),
+        ([{"role": "user", "content": [{"type": "video", "url": "no.mp4"}]}], r"video 'no\.mp4' does not exist"),
     ):
         with pytest.raises(InputError, match=f"task 'x', document 3.*{words}") as refused:
             conversation(messages, "task 'x', document 3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from vtc.app.answer import Batch
+from vtc.app.preparation import Chat
 from vtc.eval.execute import PATIENCE, Item, Outcome, Worker, missing, plan, run_local
 from vtc.eval.failures import TaskKey, failed_alone, failure_record, unanswered
 from vtc.eval.progress import SilentProgress
@@ -30,7 +32,7 @@ class FakeWorker:
         self.fails, self.unreadable = fails, prepare
         self.asked: list[Item] = []
 
-    def run(self, item: Item) -> Iterator[Outcome]:
+    def run(self, item: Item, following: Item | None = None) -> Iterator[Outcome]:
         self.asked.append(item)
         if self.unreadable & set(item.doc_ids):
             error = OSError("picture is broken")
@@ -133,7 +135,7 @@ def test_a_cell_that_fails_on_one_document_after_the_other_is_given_up(tmp_path:
 
 def test_an_interrupt_is_not_a_failure(tmp_path: Path) -> None:
     class Interrupted(FakeWorker):
-        def run(self, item: Item) -> Iterator[Outcome]:
+        def run(self, item: Item, following: Item | None = None) -> Iterator[Outcome]:
             yield Outcome(("a",), rows=(row("a", item.doc_ids[0]),))
             raise KeyboardInterrupt
 
@@ -151,13 +153,12 @@ class FakeRunner:
         fails_shared: bool = False,
         unreadable: set[int] = frozenset(),  # type: ignore[assignment]
         heavy: set[int] = frozenset(),  # type: ignore[assignment]
+        missing: set[int] = frozenset(),  # type: ignore[assignment]
     ) -> None:
+        self.missing = missing
         self.fails, self.fails_shared, self.inside = fails, fails_shared, False
         self.unreadable, self.heavy = unreadable, heavy
         self.prepared: list[tuple[int, ...]] = []
-
-    def sharing_groups(self, cells: list[Any]) -> list[list[Any]]:
-        return [list(cells)]
 
     def sharing(self, cells: list[Any]) -> FakeRunner:
         return self
@@ -169,10 +170,11 @@ class FakeRunner:
         self.inside = False
 
     def prepare(self, conversations: list[Any]) -> Any:
-        self.prepared.append(tuple(conversations))
-        if self.unreadable & set(conversations):
+        numbers = [int(chat.source) for chat in conversations]
+        self.prepared.append(tuple(numbers))
+        if self.unreadable & set(numbers):
             raise SystemExit("a task's code gave up")
-        return Batch({"ids": conversations}, (1,) * len(conversations))
+        return Batch({"ids": numbers}, (1,) * len(numbers))
 
     def answer(self, batch: Any, cell: Any, generation: Any, seed: int) -> list[Any]:
         if self.heavy & set(batch.inputs["ids"]) and cell.key() == "c":
@@ -185,7 +187,13 @@ class FakeRunner:
 def asked(runner: FakeRunner, doc_ids: tuple[int, ...] = (0, 1, 2, 3)) -> list[Outcome]:
     """What the cells a, b and c make of a block."""
     cells: list[Any] = [SimpleNamespace(key=lambda k=k: k, seed=0, generation={}) for k in "abc"]
-    task: Any = SimpleNamespace(**vars(TASK), conversation=lambda doc_id: doc_id, generation=lambda overrides: None)
+
+    def conversation(doc_id: int, clips: Any) -> Chat:
+        if doc_id in runner.missing:
+            raise OSError("no such file")
+        return Chat([], str(doc_id))
+
+    task: Any = SimpleNamespace(**vars(TASK), conversation=conversation, generation=lambda overrides: None)
     return list(Worker(runner, [task], cells).run(Item("t", doc_ids, ("a", "b", "c"))))  # type: ignore[arg-type]
 
 
@@ -204,6 +212,33 @@ def test_a_document_that_cannot_be_prepared_costs_no_other() -> None:
     assert [outcome.failure["doc_ids"] for outcome in asked(FakeRunner(unreadable={5}), (5,)) if outcome.failure] == [
         [5]
     ]
+
+
+def test_a_document_that_cannot_be_read_costs_no_other() -> None:
+    runner = FakeRunner(missing={1})
+    outcomes = asked(runner)
+    assert [(o.failure["doc_ids"], o.failure["reason"]) for o in outcomes if o.failure] == [([1], "no such file")]
+    assert runner.prepared == [(0, 2, 3)]
+    assert sum(len(outcome.rows) for outcome in outcomes) == 9
+
+
+def test_the_next_item_is_read_ahead_and_once() -> None:
+    read: list[tuple[int, str]] = []
+
+    def conversation(doc_id: int, clips: Any) -> Chat:
+        read.append((doc_id, threading.current_thread().name))
+        return Chat([], str(doc_id))
+
+    cells: list[Any] = [SimpleNamespace(key=lambda: "a", seed=0, generation={})]
+    task: Any = SimpleNamespace(**vars(TASK), conversation=conversation, generation=lambda overrides: None)
+    worker = Worker(FakeRunner(), [task], cells)  # type: ignore[arg-type]
+    items = [Item("t", (0, 1), ("a",)), Item("t", (2, 3), ("a",)), Item("t", (7,), ("a",))]
+    assert [len(o.rows) for o in worker.run(items[0], items[1])] == [2]
+    assert [len(o.rows) for o in worker.run(items[1])] == [2]
+    assert [len(o.rows) for o in worker.run(items[2])] == [1]
+    worker.close()
+    ahead = {doc_id for doc_id, thread in read if thread.startswith("read-ahead")}
+    assert [doc_id for doc_id, _ in read] == [0, 1, 2, 3, 7] and ahead == {2, 3}
 
 
 def test_a_document_that_one_cell_cannot_answer_costs_no_other() -> None:

@@ -80,11 +80,19 @@ def frame_indices(
 
 
 def read_video(
-    path: str | Path, sampling: Sampling = "uniform", *, frames: int = 8, fps: float = 1.0, threads: int = 1
+    path: str | Path,
+    sampling: Sampling = "uniform",
+    *,
+    frames: int = 8,
+    fps: float = 1.0,
+    start: float | None = None,
+    end: float | None = None,
+    threads: int = 1,
 ) -> Video:
     """Decode the chosen frames of a video file or an animated picture; see `frame_indices` for the choice.
 
-    threads: of the decoder. Raises InputError for a missing, broken or empty file.
+    start, end: choose among the frames shown in [start, end] seconds alone; times stay those of the file. threads: of
+    the decoder. Raises InputError for a missing, broken or empty file, and for a part in which no frame is shown.
     """
     from vtc.app.decoders import open_clip  # PyAV comes with the extra `eval`; everything else works without it
 
@@ -100,7 +108,10 @@ def read_video(
         source = open_clip(file, threads)
         total = len(source.seconds)
         rate = total / source.duration
-        indices = frame_indices(total, rate, sampling, frames=frames, fps=fps, seconds=source.seconds)
+        first, last = _part(source.seconds, source.duration, start, end, name)
+        shown = source.seconds[first:last]
+        chosen = frame_indices(last - first, rate, sampling, frames=frames, fps=fps, seconds=shown - shown[0])
+        indices = [first + index for index in chosen]
         pixels = source.frames(indices)
     except (InputError, ImportError):
         raise
@@ -111,3 +122,18 @@ def read_video(
     if len(sizes) > 1:
         raise InputError(f"{name} changes its picture size on the way; give a video of one size")
     return Video(np.stack(pixels), source.seconds[indices], rate, total, str(path))
+
+
+def _part(
+    seconds: NDArray[np.float64], duration: float, start: float | None, end: float | None, name: str
+) -> tuple[int, int]:
+    """Numbers of the first frame shown in [start, end] and of the one behind the last; a frame is shown until the next.
+
+    Raises InputError if there is none.
+    """
+    begin, stop = start or 0.0, duration if end is None else end
+    first = max(0, int(np.searchsorted(seconds, begin, side="right")) - 1)
+    last = int(np.searchsorted(seconds, stop, side="right"))
+    if last <= first or begin >= duration:
+        raise InputError(f"{name} shows nothing from {begin:g} to {stop:g} s; it lasts {duration:.1f} s")
+    return first, last

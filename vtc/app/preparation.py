@@ -32,6 +32,31 @@ class Chat(list[Mapping[str, Any]]):
         self.source = source
 
 
+def alike(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+    """Places of conversations that a batch may hold together: processors stack videos, so of equal numbers of frames.
+
+    The groups are in the order of their first members, and so are the members of each.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, messages in enumerate(conversations):
+        lengths = tuple(len(video.frames) for video in _media(messages, "video"))
+        groups.setdefault(lengths, []).append(place)
+    return list(groups.values())
+
+
+def check_modalities(loaded: Loaded, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a conversation with media that the model's family does not take, InputError."""
+    if _media(messages, "video") and "video" not in (adapter := adapters.of(loaded.model)).modalities:
+        source = getattr(messages, "source", "the prompt")
+        raise InputError(
+            f"{source} shows a video; {adapter.family} models take none: give images, or a model of another family"
+        )
+
+
+def _media(messages: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
+    return [part[kind] for message in messages for part in _parts(message) if part["type"] == kind]
+
+
 @dataclass(frozen=True)
 class Rendered:
     """One conversation as a processor takes it: text with a placeholder per picture and video, and these."""
@@ -72,13 +97,10 @@ def on_device(model: Any, run: Callable[[], Any]) -> Any:
 
 def _prompt(loaded: Loaded, messages: Sequence[Mapping[str, Any]], number: int) -> Rendered:
     source = getattr(messages, "source", f"prompt {number + 1}")
-    parts = [part for message in messages for part in _parts(message)]
-    images = [part["image"] for part in parts if part["type"] == "image"]
-    videos = [part["video"] for part in parts if part["type"] == "video"]
-    if videos and "video" not in (adapter := adapters.of(loaded.model)).modalities:
-        raise InputError(f"{adapter.family} models take no video; give images, or a model of another family")
+    images, videos = _media(messages, "image"), _media(messages, "video")
+    check_modalities(loaded, messages)
     placeholders = {kind: getattr(loaded.processor, f"{kind}_token", None) for kind in ("image", "video")}
-    written = " ".join(part["text"] for part in parts if part["type"] == "text")
+    written = " ".join(_media(messages, "text"))
     for placeholder in filter(None, placeholders.values()):
         if placeholder in written:
             raise InputError(f"{source} holds {placeholder!r}, which stands for a picture or video; write it otherwise")

@@ -49,6 +49,9 @@ def sweep(
     plugin: PluginOption = None,
     positions: Annotated[str | None, typer.Option(help="Position policy: preserve, compact or compact_input.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random methods and sampling tasks.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video, at most; 32 of a file by default.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of video, instead of even distances.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Pixels of a frame; larger ones are scaled down.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, ...")] = None,
@@ -81,6 +84,10 @@ def sweep(
     }
     settings = read_settings(config) if config is not None else {}
     settings |= {name: value for name, value in given.items() if value is not None}
+    reading = {"frames": frames, "fps": fps, "max_pixels": max_pixels}
+    reading = {name: value for name, value in reading.items() if value is not None}
+    if reading:
+        settings["video"] = {**(settings.get("video") or {}), **reading}
     spec = make_spec(settings, source=str(config) if config is not None else "vtc sweep")
     use_plugins(spec.plugins)
     with _free_stdout():
