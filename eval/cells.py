@@ -11,9 +11,11 @@ from typing import Any
 
 import vtc
 from vtc.errors import BudgetError, InputError
+from vtc.eval.downsample import DOWNSAMPLE
 from vtc.eval.method_spec import MethodSpec
 from vtc.eval.spec import SweepSpec
 from vtc.method.base import Compressor, Positions
+from vtc.method.budget import Budget
 from vtc.method.composite import Composite
 from vtc.method.plugins import load_plugin
 from vtc.method.registry import METHODS
@@ -29,10 +31,11 @@ class Cell:
     `label` is what tables and figures show, `method` the registered name, ``none`` for the untouched model, and names
     with ``+`` between them for methods that act together.
     `parameters` are all hyper-parameters after defaults, so that a changed default is another cell. `positions` is the
-    position policy, None for the method's own. `retention` is None for methods that decide themselves how much they
-    keep, and where several together have retentions of their own. `model` is the fingerprint of the loaded model.
-    `compressor` is the method to run, None for the baseline; it takes no part in comparisons because the other fields
-    determine it.
+    position policy, None for the method's own. `retention` or `keep` is the budget; both are None for methods that
+    decide themselves how much they keep, and where several together have budgets of their own. `video` is what the
+    sweep says of videos beyond the defaults. `model` is the fingerprint of the loaded model.
+    `compressor` is the method to run, None for the baseline and for `downsample`; it takes no part in comparisons
+    because the other fields determine it.
     """
 
     label: str
@@ -44,12 +47,24 @@ class Cell:
     seed: int
     generation: Mapping[str, Any]
     model: Mapping[str, Any]
+    keep: int | None = None
+    video: Mapping[str, Any] = field(default_factory=dict)
     compressor: Compressor | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the untouched model."""
-        return self.compressor is None
+        """Whether this is the untouched model on the pictures as they are."""
+        return self.method == BASELINE
+
+    @property
+    def budget(self) -> Budget | None:
+        """What is asked for."""
+        return None if self.retention is None and self.keep is None else Budget(self.retention, self.keep)
+
+    @property
+    def scales(self) -> Budget | None:
+        """The budget to which pictures are scaled before the processor; None where they stay as they are."""
+        return self.budget if self.method == DOWNSAMPLE else None
 
     def record(self) -> dict[str, Any]:
         """All settings as JSON values, including the key."""
@@ -64,26 +79,37 @@ class Cell:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("compressor", "label"):
             settings.pop(name)
+        for name in ("keep", "video"):  # which keys of older stores say nothing of
+            if not settings[name]:
+                settings.pop(name)
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=list)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def make_methods(spec: SweepSpec) -> list[tuple[MethodSpec, list[tuple[float | None, Compressor]]]]:
-    """The entries of `spec` in its order, each with the retentions it runs at and the method object for each of them.
+Run = tuple[Budget | None, Compressor | None]
 
-    A method that has a `seed` gets the sweep's unless its own is given. The retention is None for one that takes no
-    budget and for several together that have their own; of several of which one takes a budget, it is that one's.
+
+def make_methods(spec: SweepSpec) -> list[tuple[MethodSpec, list[Run]]]:
+    """The entries of `spec` in its order, each with the budgets it runs at and the method object for each of them.
+
+    A method that has a `seed` gets the sweep's unless its own is given. The budget is None for one that takes none and
+    for several together that have their own; of several of which one takes a budget, it is that one's. The object is
+    None for `downsample`.
 
     Raises:
         UnknownName: a method that is not registered.
-        VTCError: a hyper-parameter that the method does not have or refuses, a retention that is missing or too many.
+        VTCError: a hyper-parameter that the method does not have or refuses, a budget that is missing or too many.
     """
     for plugin in spec.plugins:
         load_plugin(plugin)
     return [(entry, _runs(entry, spec)) for entry in spec.methods if entry.name != BASELINE]
 
 
-def _runs(entry: MethodSpec, spec: SweepSpec) -> list[tuple[float | None, Compressor]]:
+def _runs(entry: MethodSpec, spec: SweepSpec) -> list[Run]:
+    if entry.name == DOWNSAMPLE:
+        if entry.parameters:
+            raise InputError(f"{entry.label!r}: {DOWNSAMPLE} has no hyper-parameters; write {DOWNSAMPLE}")
+        return [(budget, None) for budget in _budgets(entry, spec)]
     if isinstance(entry.compressor, Composite):
         for part in entry.compressor.parts:
             _not_taken(part)
@@ -91,19 +117,23 @@ def _runs(entry: MethodSpec, spec: SweepSpec) -> list[tuple[float | None, Compre
     if not entry.parts:
         method = _single(entry, spec)
         if not method.needs_budget:
-            if entry.retention is not None:
-                raise BudgetError(f"{entry.label!r} takes no retention; its hyper-parameters decide how much it keeps")
+            if entry.budget is not None:
+                raise BudgetError(
+                    f"{entry.label!r} takes no retention or keep; its hyper-parameters decide how much it keeps"
+                )
             return [(None, method)]
-        return [(share, method) for share in _shares(entry, spec)]
+        return [(budget, method) for budget in _budgets(entry, spec)]
     parts = [_single(part, spec) for part in entry.parts]
-    own = [part.retention for part in entry.parts]
-    if not any(part.needs_budget for part in parts) or any(share is not None for share in own):
+    own = [part.budget for part in entry.parts]
+    if not any(part.needs_budget for part in parts) or any(own):
         return [(None, together(parts, own, None))]
-    return [(share, together(parts, own, share)) for share in _shares(entry, spec)]
+    return [(budget, together(parts, own, budget)) for budget in _budgets(entry, spec)]
 
 
-def _shares(entry: MethodSpec, spec: SweepSpec) -> tuple[float, ...]:
-    return spec.retentions if entry.retention is None else (entry.retention,)
+def _budgets(entry: MethodSpec, spec: SweepSpec) -> list[Budget]:
+    if entry.budget is not None:
+        return [entry.budget]
+    return [*(Budget(retention=share) for share in spec.retentions), *(Budget(keep=count) for count in spec.keep)]
 
 
 def _single(entry: MethodSpec, spec: SweepSpec) -> Compressor:
@@ -126,22 +156,34 @@ def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
 
     A method that takes no budget is one cell, whatever the retentions; so are several together with their own.
     """
-    common: dict[str, Any] = {"seed": spec.seed, "generation": dict(spec.generation), "model": dict(model)}
-    baseline = make_cell(BASELINE, None, 1.0, None, **common)
+    common: dict[str, Any] = {
+        "seed": spec.seed,
+        "generation": dict(spec.generation),
+        "model": dict(model),
+        "video": spec.video.settings(),
+    }
+    baseline = make_cell(BASELINE, None, None, None, **common)
     cells = {baseline.key(): baseline}
     for entry, runs in make_methods(spec):
-        for retention, method in runs:
-            cell = make_cell(entry.label, method, retention, spec.positions, **common)
+        for budget, method in runs:
+            cell = make_cell(entry.label, method, budget, spec.positions, **common)
             cells.setdefault(cell.key(), cell)
     return list(cells.values())
 
 
 def make_cell(
-    label: str, method: Compressor | None, retention: float | None, positions: Positions | None, **common: Any
+    label: str, method: Compressor | None, budget: Budget | None, positions: Positions | None, **common: Any
 ) -> Cell:
-    """The cell of `method`, None for the untouched model; `common` are seed, generation and model."""
+    """The cell of `method`; None is the untouched model, on scaled pictures where `label` is that of `downsample`.
+
+    `common` are seed, generation, model and video.
+    """
+    if method is None and label == DOWNSAMPLE:
+        assert budget is not None
+        return Cell(label, label, 1, {}, positions=None, **vars(budget), **common)
     if method is None:
         return Cell(BASELINE, BASELINE, 1, {}, 1.0, positions, **common)
     name = "+".join(part.name for part in method.parts) if isinstance(method, Composite) else method.name
     described = method.described()
-    return Cell(label, name, method.version, described, retention, positions, compressor=method, **common)
+    limits = {"retention": None, "keep": None} if budget is None else vars(budget)
+    return Cell(label, name, method.version, described, positions=positions, compressor=method, **limits, **common)

@@ -171,18 +171,17 @@ class Worker:
             return failure_record("prepare", task.key, item.cells, tuple(chats), error)
 
     def _answered(self, task: SweepTask, item: Item, chats: Chats, batch: Batch) -> Iterator[Outcome]:
-        doc_ids = tuple(chats)
         pending = [cell for cell in self.cells.values() if cell.key() in item.cells]
         again = []
         with self.runner.sharing(pending):
             for cell in pending:
-                outcome = self._outcome(task, batch, cell, doc_ids)
+                outcome = self._outcome(task, batch, cell, chats)
                 if outcome.failure is None:
                     yield outcome
                 else:
                     again.append(cell)
         for cell in again:  # alone, where nothing but its own method can make a cell fail
-            outcome = self._outcome(task, batch, cell, doc_ids)
+            outcome = self._outcome(task, batch, cell, chats)
             yield from [outcome] if outcome.failure is None else self._one_by_one(task, item, cell, chats, outcome)
 
     def _one_by_one(self, task: SweepTask, item: Item, cell: Cell, chats: Chats, failed: Outcome) -> list[Outcome]:
@@ -191,24 +190,28 @@ class Worker:
         for doc_id, chat in chats.items() if len(chats) > 1 else ():
             batch = self._prepare(task, item, {doc_id: chat})
             if isinstance(batch, Batch):
-                outcomes.append(self._outcome(task, batch, cell, (doc_id,)))
+                outcomes.append(self._outcome(task, batch, cell, {doc_id: chat}))
         return outcomes if any(outcome.failure is None for outcome in outcomes) else [failed]
 
-    def _outcome(self, task: SweepTask, batch: Batch, cell: Cell, doc_ids: Sequence[int]) -> Outcome:
+    def _outcome(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> Outcome:
         try:
-            return Outcome((cell.key(),), rows=self._answers(task, batch, cell, doc_ids))
+            return Outcome((cell.key(),), rows=self._answers(task, batch, cell, chats))
         except FAULTS as error:
-            return Outcome((cell.key(),), failure=failure_record("answer", task.key, (cell.key(),), doc_ids, error))
+            record = failure_record("answer", task.key, (cell.key(),), tuple(chats), error)
+            return Outcome((cell.key(),), failure=record)
 
-    def _answers(self, task: SweepTask, batch: Batch, cell: Cell, doc_ids: Sequence[int]) -> tuple[Record, ...]:
-        generation, key = task.generation(cell.generation), cell.key()
+    def _answers(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> tuple[Record, ...]:
+        generation, key, doc_ids = task.generation(cell.generation), cell.key(), tuple(chats)
+        before = batch.visual_tokens
+        if cell.scales is not None:
+            batch = self.runner.scaled(list(chats.values()), cell.scales)
         rows: list[Record] = []
         for repeat in range(task.repeats):
             seed = batch_seed(cell.seed, task.name, doc_ids[0], repeat)
             answers = self.runner.answer(batch, cell, generation, seed=seed)
             where = {"cell": key, "task": task.name, "task_fp": task.fingerprint, "repeat": repeat}
-            for doc_id, answer in zip(doc_ids, answers, strict=True):
-                rows.append({**where, "doc_id": doc_id, **vars(answer)})
+            for doc_id, answer, tokens in zip(doc_ids, answers, before, strict=True):
+                rows.append({**where, "doc_id": doc_id, **vars(answer), "visual_tokens_in": tokens})
         return tuple(rows)
 
 

@@ -27,7 +27,7 @@ from vtc.eval.generation import Generation, make_generation
 from vtc.eval.messages import Clips, conversation
 from vtc.eval.runner import Runner, batch_seed
 from vtc.method.base import Compressor, Positions
-from vtc.method.composite import combine
+from vtc.method.budget import Budget
 from vtc.method.text import attachable, read
 
 AUTO = 8
@@ -89,8 +89,6 @@ class VTC(lmms):  # type: ignore[misc]
         else:
             options = {name: read(method, name, v) if isinstance(v, str) else v for name, v in hyper_parameters.items()}
             compressor, limits = attachable(method, options, seed=number, **limits)
-            if limits["keep"] is not None:  # a cell holds retentions; the composite of one method holds its count
-                compressor = combine([compressor], None, limits["keep"])
         loaded = loading.load(
             pretrained,
             device=device or "auto",
@@ -100,7 +98,9 @@ class VTC(lmms):  # type: ignore[misc]
         )
         self.runner = Runner(loaded)
         common: dict[str, Any] = {"seed": number, "generation": {}, "model": loaded.fingerprint()}
-        cell = make_cell(method, compressor, limits["retention"], positions, **common)
+        common["video"] = self.reading.settings()
+        budget = None if limits["retention"] is None and limits["keep"] is None else Budget(**limits)
+        cell = make_cell(method, compressor, budget, positions, **common)
         self.cell = self.runner.check(cell)
         self.device = loaded.model.device
         self.answers: dict[tuple[str, int], Answer] = {}

@@ -18,6 +18,7 @@ from pydantic import (
 
 from vtc.errors import BudgetError, InputError
 from vtc.method.base import Compressor
+from vtc.method.budget import Budget
 from vtc.method.composite import Composite
 from vtc.method.text import Named, parse
 
@@ -25,8 +26,8 @@ from vtc.method.text import Named, parse
 class MethodSpec(BaseModel):
     """A method by name with the hyper-parameters that differ from its defaults, or several that act together.
 
-    retention: its own, instead of the sweep's. parts: methods that act together on one model; `name` is then only a
-    label. compressor: the object itself, where one was given instead of a name.
+    retention, keep: its own budget, instead of the sweep's. parts: methods that act together on one model; `name` is
+    then only a label. compressor: the object itself, where one was given instead of a name.
 
     >>> MethodSpec.model_validate({"name": "random", "seed": 1}).parameters
     {'seed': 1}
@@ -36,6 +37,7 @@ class MethodSpec(BaseModel):
 
     name: str = Field(min_length=1)
     retention: float | None = None
+    keep: int | None = None
     parts: tuple[MethodSpec, ...] = ()
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
 
@@ -49,16 +51,30 @@ class MethodSpec(BaseModel):
     def _a_fraction(cls, given: float | None) -> float | None:
         return given if given is None else fraction(given)
 
+    @field_validator("keep")
+    @classmethod
+    def _a_count(cls, given: int | None) -> int | None:
+        return given if given is None else count(given)
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         given = serialise(self)
-        unused = {name for name in ("retention", "parts") if not given.get(name)}
+        unused = {name for name in ("retention", "keep", "parts") if not given.get(name)}
         return {name: value for name, value in given.items() if name not in unused}
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The hyper-parameters as given."""
         return dict(self.model_extra or {})
+
+    @property
+    def budget(self) -> Budget | None:
+        """Its own budget.
+
+        Raises:
+            BudgetError: both a retention and a number of tokens.
+        """
+        return None if self.retention is None and self.keep is None else Budget(self.retention, self.keep)
 
     @property
     def label(self) -> str:
@@ -72,7 +88,20 @@ def method_entries(given: Any) -> list[Any]:
     entries = [given] if isinstance(given, str | Mapping | Compressor) else sequence(given)
     if not isinstance(entries, list):
         raise InputError(f"methods: {given!r} is no list of methods; write for example [random, vtc_cls]")
-    return [made for entry in entries for made in _made(entry)]
+    return [made for entry in entries for each in _made(entry) for made in _seeded(each)]
+
+
+def _seeded(entry: Any) -> list[Any]:
+    """An entry with ``seeds: n`` as n entries, of the seeds 0 to n - 1."""
+    if not isinstance(entry, Mapping) or "seeds" not in entry:
+        return [entry]
+    number = entry["seeds"]
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or "seed" in entry:
+        raise InputError(
+            f"methods: seeds={number!r} of {entry.get('name')!r}; write a number such as seeds=3, and no seed"
+        )
+    rest = {name: value for name, value in entry.items() if name != "seeds"}
+    return [{**rest, "seed": seed} for seed in range(number)]
 
 
 def _made(entry: Any) -> list[Any]:
@@ -81,10 +110,8 @@ def _made(entry: Any) -> list[Any]:
     if isinstance(entry, list | tuple):
         return [_joined(method_entries(entry))]
     if isinstance(entry, Composite):
-        budgets = [budget.retention if budget else None for budget in entry.budgets]
         parts = [
-            {**_described(part), **({} if share is None else {"retention": share})}
-            for part, share in zip(entry.parts, budgets, strict=True)
+            {**_described(part), **_limits(budget)} for part, budget in zip(entry.parts, entry.budgets, strict=True)
         ]
         return [{**_joined(parts), "compressor": entry}]
     if isinstance(entry, Compressor):
@@ -95,8 +122,12 @@ def _made(entry: Any) -> list[Any]:
 
 
 def _as_written(part: Named) -> dict[str, Any]:
-    share = {} if part.retention is None else {"retention": part.retention}
-    return {"name": part.name, **share, **part.parameters}
+    return {"name": part.name, **_limits(part.budget), **part.parameters}
+
+
+def _limits(budget: Budget | None) -> dict[str, Any]:
+    """A budget as the keys of an entry."""
+    return {} if budget is None else {name: value for name, value in vars(budget).items() if value is not None}
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -104,7 +135,7 @@ def _joined(parts: list[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
     made = [MethodSpec.model_validate(part) for part in parts]
-    shares = ["" if part.retention is None else f"@{part.retention:g}" for part in made]
+    shares = ["".join(f"@{amount:g}" for amount in _limits(part.budget).values()) for part in made]
     return {"name": "+".join(part.label + share for part, share in zip(made, shares, strict=True)), "parts": parts}
 
 
@@ -129,6 +160,12 @@ def _described(method: Compressor) -> dict[str, Any]:
 
 def sequence(given: Any) -> Any:
     return list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else given
+
+
+def count(keep: int) -> int:
+    if keep < 1:
+        raise BudgetError(f"keep {keep} is no number of visual tokens; write for example 64")
+    return keep
 
 
 def fraction(retention: float) -> float:

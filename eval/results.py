@@ -151,12 +151,12 @@ def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record
 
 def _series_names(cells: dict[str, Record]) -> dict[str, str]:
     """A name per cell that tells methods apart: the label, with whatever else differs between cells of that label."""
-    alike: dict[tuple[str, float | None], list[Record]] = defaultdict(list)
+    alike: dict[tuple[str, float | None, int | None], list[Record]] = defaultdict(list)
     for cell in cells.values():
-        alike[cell["label"], cell["retention"]].append(_settings(cell))
+        alike[cell["label"], cell["retention"], cell.get("keep")].append(_settings(cell))
     names = {}
     for key, cell in cells.items():
-        others = alike[cell["label"], cell["retention"]]
+        others = alike[cell["label"], cell["retention"], cell.get("keep")]
         settings = _settings(cell).items()
         differing = [f"{name}={value}" for name, value in settings if any(c.get(name) != value for c in others)]
         names[key] = f"{cell['label']} [{', '.join(differing)}]" if len(others) > 1 else cell["label"]

@@ -16,11 +16,14 @@ import torch
 
 import vtc
 from vtc.app.answer import Answer, Answerer, Batch
+from vtc.app.preparation import Chat
 from vtc.engine.sharing import SharedEncoder
 from vtc.errors import UnsupportedModel
 from vtc.eval.cells import Cell
+from vtc.eval.downsample import Downsampler
 from vtc.eval.generation import Generation
 from vtc.method.base import Compressor
+from vtc.method.budget import Budget
 
 SMALL = 50_000_000  # parameters
 
@@ -35,24 +38,32 @@ class Runner(Answerer):
             UnsupportedModel: the processor has no chat template.
         """
         super().__init__(loaded)
+        self.downsampler = Downsampler(loaded)
         self._checked: set[str] = set()  # cells whose method has ranked by numbers once
         if not getattr(self.processor, "chat_template", None):
             raise UnsupportedModel(f"{loaded.name!r} has no chat template, so its prompts cannot be written")
 
-    def check(self, cell: Cell) -> Cell:
-        """The cell with its position policy resolved.
+    def check(self, cell: Cell, asked: Sequence[Chat] = ()) -> Cell:
+        """The cell with its position policy resolved; `asked` are some of the conversations that it will answer.
 
         Raises:
-            VTCError: the method cannot run on this model, or not at this retention.
+            VTCError: the method cannot run on this model, or not at this budget.
         """
+        if cell.scales is not None:
+            for chat in asked:
+                self.downsampler.check(chat, cell.scales)
         if cell.compressor is None:
             return cell
         with self._attached(cell.compressor, cell) as handle:
             return dataclasses.replace(cell, positions=handle.positions)
 
     def _attached(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
-        retention = cell.retention if compressor.needs_budget else None  # several together hold theirs
-        return self.compressed(compressor, retention=retention, positions=cell.positions)
+        limits = {"retention": cell.retention, "keep": cell.keep} if compressor.needs_budget else {}
+        return self.compressed(compressor, positions=cell.positions, **limits)  # several together hold theirs
+
+    def scaled(self, chats: Sequence[Chat], budget: Budget) -> Batch:
+        """Like `prepare`, with pictures and videos scaled down until their visual tokens meet the budget."""
+        return self.prepare([self.downsampler.smaller(chat, budget) for chat in chats])
 
     def sharing(self, cells: Sequence[Cell]) -> SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""

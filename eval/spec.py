@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from vtc.app.options import output_path
 from vtc.app.video_reading import VideoReading
 from vtc.errors import BudgetError, InputError
-from vtc.eval.method_spec import MethodSpec, fraction, method_entries, sequence
+from vtc.eval.method_spec import MethodSpec, count, fraction, method_entries, sequence
 from vtc.method.base import Positions
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -27,6 +27,9 @@ TRAINING_FREE = (
     "random", "stride", "pool", "vtc_cls", "globalcom2", "hiprune", "todre", "atp_training_free", "mustdrop", "aim",
     "vqtoken_codebook",
 )  # fmt: skip
+
+
+RETENTIONS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
 
 
 def _default_methods(model: str) -> tuple[MethodSpec, ...]:
@@ -42,7 +45,8 @@ class SweepSpec(BaseModel):
     The untouched model is always part of a sweep and need not be listed. `methods` are names with hyper-parameters as
     text (`vtc.method.text`), mappings or Compressor objects; an entry that is itself a list acts together on one model.
     `plugins` are modules or files that register methods (`vtc.method.plugins`). `retentions` are fractions of the
-    visual tokens, in (0, 1]. `limit` is the number of questions per task, from its beginning; None means all of them.
+    visual tokens, in (0, 1], `keep` numbers of tokens of each item; where only `keep` is given, only these are swept.
+    `limit` is the number of questions per task, from its beginning; None means all of them.
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
     ``qwen2_5_vl``, where a task words its prompts differently for each model family. `video` says how videos become
@@ -53,7 +57,8 @@ class SweepSpec(BaseModel):
 
     model: str = "tiny-llava"
     methods: tuple[MethodSpec, ...] = Field(default_factory=lambda known: _default_methods(known["model"]))
-    retentions: tuple[float, ...] = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
+    keep: tuple[int, ...] = ()
+    retentions: tuple[float, ...] = Field(default_factory=lambda known: () if known.get("keep") else RETENTIONS)
     tasks: tuple[str, ...] = ("tiny_image",)
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=24, ge=1)
@@ -75,7 +80,7 @@ class SweepSpec(BaseModel):
     def _name_is_enough(cls, given: Any) -> Any:
         return method_entries(given)
 
-    @field_validator("retentions", "tasks", "include_path", "plugins", mode="before")
+    @field_validator("retentions", "keep", "tasks", "include_path", "plugins", mode="before")
     @classmethod
     def _one_is_a_list(cls, given: Any) -> Any:
         return sequence([given] if isinstance(given, str | int | float | Path) else given)
@@ -91,6 +96,11 @@ class SweepSpec(BaseModel):
     @classmethod
     def _a_fraction(cls, given: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(map(fraction, given))
+
+    @field_validator("keep")
+    @classmethod
+    def _counts(cls, given: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(map(count, given))
 
     @field_validator("model")
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtc.app import loading
-from vtc.app.preparation import check_modalities
+from vtc.app.preparation import Chat, check_modalities
 from vtc.errors import BudgetError
 from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.cells import Cell, make_cells, make_methods
@@ -70,7 +70,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     for chat in first:
         check_modalities(loaded, chat)
     runner = Runner(loaded)
-    cells = _feasible(make_cells(spec, loaded.fingerprint()), runner, progress)
+    cells = _feasible(make_cells(spec, loaded.fingerprint()), runner, first, progress)
     store = Store(spec.folder)
     if store.exists:
         check_same_sweep(store, spec, tasks, cells)
@@ -85,12 +85,12 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     return SweepResult(spec.folder, write_report(spec.folder), failures, answered, time.monotonic() - began)
 
 
-def _feasible(cells: Sequence[Cell], runner: Runner, progress: SilentProgress) -> list[Cell]:
-    """The cells whose retention their method can meet on this model; the others are noted and left out."""
+def _feasible(cells: Sequence[Cell], runner: Runner, asked: Sequence[Chat], progress: SilentProgress) -> list[Cell]:
+    """The cells whose budget can be met on this model and the questions `asked`; the others are noted and left out."""
     kept: list[Cell] = []
     for cell in cells:
         try:
-            kept.append(runner.check(cell))
+            kept.append(runner.check(cell, asked))
         except BudgetError as error:
             progress.note(f"left out: {error}")
     return kept

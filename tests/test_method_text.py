@@ -14,7 +14,7 @@ from vtc.method.text import attachable, parse
 
 def test_commas_part_methods_and_plus_joins_them() -> None:
     entries = parse("random, fastv(layer=1, ratio=0.5) ,hiprune@0.5 + mustdrop(merge=off, filter='off')")
-    assert [[(p.name, p.parameters, p.retention) for p in entry] for entry in entries] == [
+    assert [[(p.name, p.parameters, p.budget and p.budget.retention) for p in entry] for entry in entries] == [
         [("random", {}, None)],
         [("fastv", {"layer": 1, "ratio": 0.5}, None)],
         [("hiprune", {}, 0.5), ("mustdrop", {"merge": "off", "filter": "off"}, None)],
@@ -47,10 +47,14 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
     assert text.split("+")[0] in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("share", ["", "0", "2", "-1", "half"])
-def test_a_retention_of_its_own_is_a_fraction(share: str) -> None:
-    with pytest.raises(BudgetError, match=r"behind @ is no number in \(0, 1\]"):
+@pytest.mark.parametrize("share", ["", "0", "1.5", "-1", "half", "64.5"])
+def test_a_budget_of_its_own_is_a_fraction_or_a_number_of_tokens(share: str) -> None:
+    with pytest.raises(
+        BudgetError, match=r"behind @ is no retention in \(0, 1\], such as 0.25, and no number of tokens"
+    ):
         parse(f"random@{share}")
+    budgets = [entry[0].budget for entry in parse("random@64,random@1,random@2,random@1e-1")]
+    assert budgets == [vtc.Budget(keep=64), vtc.Budget(retention=1.0), vtc.Budget(keep=2), vtc.Budget(retention=0.1)]
 
 
 def test_one_method_with_its_budget() -> None:
@@ -65,6 +69,8 @@ def test_several_together() -> None:
     method, limits = attachable("hiprune@0.5+aim(merge=false)@0.6+mustdrop(merge=off,filter=off)", {})
     assert isinstance(method, Composite) and limits == {"retention": None, "keep": None}
     assert [budget and budget.retention for budget in method.budgets] == [0.5, 0.6, None]
+    method, _ = attachable("hiprune@64+aim(merge=false)@0.6", {})
+    assert isinstance(method, Composite) and method.budgets == (vtc.Budget(keep=64), vtc.Budget(retention=0.6))
     method, _ = attachable("hiprune+mustdrop(merge=off,filter=off)", {}, keep=9)
     assert isinstance(method, Composite) and [budget and budget.keep for budget in method.budgets] == [9, None]
 
@@ -75,7 +81,7 @@ def test_several_together() -> None:
         ("random,stride", {}, InputError, "is a list of 2"),
         ("", {}, InputError, "is a list of 0"),
         ("random", {}, BudgetError, "neither of retention and keep"),
-        ("random@0.5", {"retention": 0.5}, BudgetError, "its own retention beside"),
+        ("random@0.5", {"retention": 0.5}, BudgetError, "its own budget beside"),
         ("fastv(ratio=0.5)", {"retention": 0.5}, BudgetError, "takes no retention or keep"),
         ("hiprune+aim(merge=false)", {}, BudgetError, r"such as hiprune@0\.5\+aim@0\.5"),
         ("hiprune@0.5+aim(merge=false)", {}, BudgetError, r"write aim@0\.5"),

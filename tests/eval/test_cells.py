@@ -42,6 +42,51 @@ def test_the_sweeps_seed_reaches_methods_that_have_one() -> None:
     assert [c.label for c in made] == [BASELINE, "random", "random(seed=7)", "stride"]
 
 
+def test_numbers_of_tokens_stand_beside_or_instead_of_retentions() -> None:
+    made = cells(methods=["stride", "random@9"], keep=[64, 16])
+    assert [(c.label, c.retention, c.keep) for c in made[1:]] == [
+        ("stride", None, 64), ("stride", None, 16), ("random", None, 9),
+    ]  # fmt: skip
+    made = cells(methods=["stride"], retentions=[0.5], keep=64)
+    assert [(c.retention, c.keep) for c in made[1:]] == [(0.5, None), (None, 64)]
+    assert len({cell.key() for cell in made}) == 3
+    both = [{"name": "random", "keep": 32}, {"name": "aim", "merge": False, "retention": 0.5}]
+    (cell,) = cells(methods=[both])[1:]
+    assert cell.label == "random@32+aim(merge=False)@0.5" and cell.budget is None
+    assert cell.compressor is not None and cell.parameters["parts"][0]["budget"] == {"retention": None, "keep": 32}
+    with pytest.raises(BudgetError, match="keep 0 is no number of visual tokens"):
+        cells(methods=["stride"], keep=[0])
+    with pytest.raises(BudgetError, match="both of retention and keep"):
+        cells(methods=[{"name": "stride", "keep": 3, "retention": 0.5}])
+
+
+def test_seeds_are_as_many_methods() -> None:
+    made = cells(methods=["random(seeds=3)", {"name": "random", "seeds": 2, "keep": 5}], retentions=[0.5])
+    assert [(c.parameters["seed"], c.retention, c.keep) for c in made[1:]] == [
+        (0, 0.5, None), (1, 0.5, None), (2, 0.5, None), (0, None, 5), (1, None, 5),
+    ]  # fmt: skip
+    for wrong in ({"seeds": 0}, {"seeds": True}, {"seeds": 2, "seed": 1}):
+        with pytest.raises(InputError, match="write a number such as seeds=3, and no seed"):
+            cells(methods=[{"name": "random", **wrong}])
+    with pytest.raises(VTCError, match="seed"):
+        cells(methods=["stride(seeds=2)"])
+
+
+def test_downsample_is_a_cell_without_a_compressor() -> None:
+    made = cells(methods=["downsample"], retentions=[0.5], keep=[9])
+    assert [(c.method, c.retention, c.keep, c.compressor) for c in made[1:]] == [
+        ("downsample", 0.5, None, None), ("downsample", None, 9, None),
+    ]  # fmt: skip
+    assert not made[1].is_baseline and made[1].scales == vtc.Budget(0.5) and made[0].scales is None
+    with pytest.raises(InputError, match="has no hyper-parameters"):
+        cells(methods=["downsample(factor=2)"])
+
+
+def test_the_reading_of_videos_is_part_of_the_key() -> None:
+    plain, few = (cells(methods=["stride"], video=video)[1] for video in ({}, {"frames": 4}))
+    assert plain.key() != few.key() and few.video == {"frames": 4}
+
+
 def test_the_key_is_the_same_in_every_process() -> None:
     baseline = Cell(BASELINE, BASELINE, 1, {}, 1.0, None, 0, {}, MODEL)
     assert baseline.key() == "022d931865f8a7a5"

@@ -181,12 +181,12 @@ class FakeRunner:
             raise MemoryError("out of memory")
         if cell.key() in self.fails or (self.fails_shared and self.inside):
             raise RuntimeError(f"{cell.key()} cannot")
-        return [SimpleNamespace(text=f"{cell.key()}{number}") for number in batch.inputs["ids"]]
+        return [SimpleNamespace(text=f"{cell.key()}{number}", visual_tokens_in=1) for number in batch.inputs["ids"]]
 
 
 def asked(runner: FakeRunner, doc_ids: tuple[int, ...] = (0, 1, 2, 3)) -> list[Outcome]:
     """What the cells a, b and c make of a block."""
-    cells: list[Any] = [SimpleNamespace(key=lambda k=k: k, seed=0, generation={}) for k in "abc"]
+    cells: list[Any] = [SimpleNamespace(key=lambda k=k: k, seed=0, generation={}, scales=None) for k in "abc"]
 
     def conversation(doc_id: int, clips: Any) -> Chat:
         if doc_id in runner.missing:
@@ -229,7 +229,7 @@ def test_the_next_item_is_read_ahead_and_once() -> None:
         read.append((doc_id, threading.current_thread().name))
         return Chat([], str(doc_id))
 
-    cells: list[Any] = [SimpleNamespace(key=lambda: "a", seed=0, generation={})]
+    cells: list[Any] = [SimpleNamespace(key=lambda: "a", seed=0, generation={}, scales=None)]
     task: Any = SimpleNamespace(**vars(TASK), conversation=conversation, generation=lambda overrides: None)
     worker = Worker(FakeRunner(), [task], cells)  # type: ignore[arg-type]
     items = [Item("t", (0, 1), ("a",)), Item("t", (2, 3), ("a",)), Item("t", (7,), ("a",))]

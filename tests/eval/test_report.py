@@ -97,8 +97,8 @@ def folder(tmp_path: Path) -> Path:
 def test_the_csv_has_one_line_per_metric_of_each_cell(folder: Path) -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(read_results(folder)))))
     assert tuple(lines[0]) == NAMES
-    assert NAMES[:11] == (
-        "model", "task", "metric", "method", "retention", "value", "ci_low", "ci_high", "n", "visual_tokens_in",
+    assert NAMES[:12] == (
+        "model", "task", "metric", "method", "retention", "keep", "value", "ci_low", "ci_high", "n", "visual_tokens_in",
         "visual_tokens_kept",
     )  # fmt: skip
     assert [(line["method"], line["retention"], line["metric"], line["value"]) for line in lines] == [

@@ -14,6 +14,8 @@ from vtc.app.images import SCHEMES
 from vtc.errors import InputError, one_line, unknown_name
 
 Sampling = Literal["uniform", "fps", "all"]
+LIST_RATE = 24.0
+"""Frames per second of a list of frames, which comes without times: what transformers' video processors assume."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,11 @@ import numpy as np
 from PIL import Image
 
 from vtc.app.images import open_image
-from vtc.app.media import Sampling, Video, frame_indices, read_video
+from vtc.app.media import LIST_RATE, Sampling, Video, frame_indices, read_video
 from vtc.errors import InputError
 
 FRAMES = 32
 """Frames of a file where nobody says how many."""
-LIST_RATE = 24.0
-"""Frames per second of a list of frames, which comes without times: what transformers' video processors assume."""
 
 
 def frame_list(frames: Iterable[Any], name: str = "") -> Video:

@@ -39,6 +39,9 @@ def sweep(
     retentions: Annotated[
         list[str] | None, typer.Option(help="Fractions kept, in (0, 1]: separated by commas, or repeated.")
     ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Visual tokens kept of each item: separated by commas, or repeated.")
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Names, see `vtc tasks`: separated by commas, or repeated.")
     ] = None,
@@ -69,6 +72,7 @@ def sweep(
         "model": model,
         "methods": methods or None,
         "retentions": _split(retentions),
+        "keep": _split(keep),
         "tasks": _split(tasks),
         "limit": limit,
         "batch_size": batch_size,

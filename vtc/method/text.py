@@ -1,7 +1,8 @@
 """Methods as text, for command lines and files: ``random,hiprune@0.5+mustdrop(merge=off, filter=off)``.
 
 A comma stands between methods, ``+`` between those that act together on one model. Each is a name, its
-hyper-parameters in parentheses where they differ from the defaults, and behind ``@`` a retention of its own.
+hyper-parameters in parentheses where they differ from the defaults, and behind ``@`` a budget of its own: a retention
+such as 0.5, or a number of tokens such as 64.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from vtc.method.composite import Composite, combine
 from vtc.method.hyper_parameters import parse as parse_value
 from vtc.method.registry import METHODS, create
 
-PART = re.compile(r"(?P<name>[^()@=]+?)\s*(\((?P<parameters>.*)\))?\s*(@(?P<retention>[^@()]*))?", re.DOTALL)
+PART = re.compile(r"(?P<name>[^()@=]+?)\s*(\((?P<parameters>.*)\))?\s*(@(?P<budget>[^@()]*))?", re.DOTALL)
 OPEN, CLOSE = "([{", ")]}"
 
 
 @dataclass(frozen=True)
 class Named:
-    """One method as written: name, hyper-parameters, and its own retention if it has one."""
+    """One method as written: name, hyper-parameters, and its own budget if it has one."""
 
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
-    retention: float | None = None
+    budget: Budget | None = None
 
 
 def parse(text: str) -> list[list[Named]]:
@@ -38,7 +39,7 @@ def parse(text: str) -> list[list[Named]]:
     Raises InputError for what does not follow the form above.
 
     >>> parse("fastv(layer=1), hiprune@0.5+aim(merge=false)@0.6")[1][1]
-    Named(name='aim', parameters={'merge': False}, retention=0.6)
+    Named(name='aim', parameters={'merge': False}, budget=Budget(retention=0.6, keep=None))
     """
     return [[_part(part, entry) for part in split(entry, "+")] for entry in split(text, ",") if entry]
 
@@ -86,25 +87,28 @@ def pairs(texts: Sequence[str], source: str, method: str | None = None) -> dict[
     return options
 
 
-def together(
-    methods: Sequence[Compressor], own: Sequence[float | None], retention: float | None, keep: int | None = None
-) -> Composite:
-    """The composite of `methods`: each with its `own` retention, or the only one that takes any with the given one.
+def together(methods: Sequence[Compressor], own: Sequence[Budget | None], shared: Budget | None) -> Composite:
+    """The composite of `methods`: each with its `own` budget, or the only one that takes any with the shared one.
 
     Raises BudgetError where neither says how much each keeps.
     """
-    if any(share is not None for share in own):
-        wanting = [m.name for m, share in zip(methods, own, strict=True) if m.needs_budget and share is None]
+    if any(budget is not None for budget in own):
+        wanting = [m.name for m, budget in zip(methods, own, strict=True) if m.needs_budget and budget is None]
         if wanting:
             raise BudgetError(f"{wanting[0]!r} has no retention beside others that have; write {wanting[0]}@0.5")
-        return combine(methods, own, None)
+        return combine(methods, *_limits(own))
     wanting = [method.name for method in methods if method.needs_budget]
     if len(wanting) > 1:
         written = "+".join(f"{name}@0.5" for name in wanting)
         raise BudgetError(
             f"{' and '.join(map(repr, wanting))} take a retention each; write one behind each name, such as {written}"
         )
-    return combine(methods, retention, keep)
+    return combine(methods, *_limits([shared if method.needs_budget else None for method in methods]))
+
+
+def _limits(budgets: Sequence[Budget | None]) -> tuple[list[float | None], list[int | None]]:
+    """Retentions and numbers of tokens of `budgets`."""
+    return [b.retention if b else None for b in budgets], [b.keep if b else None for b in budgets]
 
 
 def attachable(
@@ -128,17 +132,17 @@ def attachable(
         raise InputError(
             f"{', '.join(options)} given beside several methods; write hyper-parameters as {parts[0].name}(name=value)"
         )
-    own = [part.retention for part in parts]
-    if any(share is not None for share in own) and (retention is not None or keep is not None):
-        raise BudgetError(f"method {text!r} has its own retention beside another retention or keep; write one of them")
+    own = [part.budget for part in parts]
+    if any(own) and (retention is not None or keep is not None):
+        raise BudgetError(f"method {text!r} has its own budget beside another retention or keep; write one of them")
     methods = [seeded(part.name, {**part.parameters, **options}, seed) for part in parts]
     nothing = {"retention": None, "keep": None}
     if len(methods) > 1:
-        return together(methods, own, retention, keep), nothing
-    share = retention if own[0] is None else own[0]
-    limits = {"retention": share, "keep": keep}
+        shared = None if retention is None and keep is None else Budget(retention, keep)
+        return together(methods, own, shared), nothing
+    limits = {"retention": retention, "keep": keep} if own[0] is None else vars(own[0])
     if methods[0].needs_budget:
-        Budget(share, keep)
+        Budget(**limits)
     elif limits != nothing:
         raise BudgetError(f"{text!r} takes no retention or keep; its hyper-parameters decide how much it keeps")
     return methods[0], limits
@@ -159,17 +163,19 @@ def _part(text: str, entry: str) -> Named:
             f"method {entry!r} cannot be read; write a name with its hyper-parameters and retention, such as "
             "fastv(layer=1)@0.5, and + between methods that act together"
         )
-    inside, share = match["parameters"], match["retention"]
+    inside, budget = match["parameters"], match["budget"]
     name = match["name"].strip()
     given = pairs(split(inside, ","), f"method {entry!r}", name) if inside and inside.strip() else {}
-    return Named(name, given, None if share is None else _retention(share, entry))
+    return Named(name, given, None if budget is None else _budget(budget.strip(), entry))
 
 
-def _retention(text: str, entry: str) -> float:
+def _budget(text: str, entry: str) -> Budget:
+    if text.isdecimal() and int(text) > 1:
+        return Budget(keep=int(text))
     try:
-        share = float(text)
+        return Budget(retention=float(text))
     except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise BudgetError(f"method {entry!r}: retention {text.strip()!r} behind @ is no number in (0, 1], such as 0.25")
-    return share
+        raise BudgetError(
+            f"method {entry!r}: {text!r} behind @ is no retention in (0, 1], such as 0.25, and no number of tokens, "
+            "such as 64"
+        ) from None
