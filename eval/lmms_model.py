@@ -2,12 +2,15 @@
 
     python -m lmms_eval --model vtc --model_args pretrained=tiny-llava,method=vtc_cls,retention=0.25 --tasks ...
 
-One process answers one cell; `vtc sweep` compares many and resumes.
+One process answers one cell; `vtc sweep` compares many and resumes. Multiple-choice tasks, which ask how likely each
+choice is, need lmms-eval's option ``--force_simple`` (`vtc.eval.lmms_simple`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -24,14 +27,12 @@ from vtc.app.video_reading import VideoReading
 from vtc.errors import InputError, one_line
 from vtc.eval.cells import BASELINE, make_cell
 from vtc.eval.generation import Generation, make_generation
+from vtc.eval.lmms_arguments import batch_size_of, check_known, number_of
 from vtc.eval.messages import Clips, conversation
 from vtc.eval.runner import Runner, batch_seed
 from vtc.method.base import Compressor, Positions
 from vtc.method.budget import Budget
 from vtc.method.text import attachable, read
-
-AUTO = 8
-"""Prompts per batch where lmms-eval is told `--batch_size auto`."""
 
 
 class VTC(lmms):  # type: ignore[misc]
@@ -72,20 +73,24 @@ class VTC(lmms):  # type: ignore[misc]
         **hyper_parameters: Any,
     ) -> None:
         super().__init__()
-        self.batch_size = _batch_size(batch_size, max_batch_size)
-        number = _number("seed", seed, int)
+        self.batch_size = batch_size_of(batch_size, max_batch_size)
+        number = number_of("seed", seed, int)
         self.reading = VideoReading(
-            _number("frames", frames, int), _number("fps", fps, float), sampling, _number("max_pixels", max_pixels, int)
+            number_of("frames", frames, int),
+            number_of("fps", fps, float),
+            sampling,
+            number_of("max_pixels", max_pixels, int),
         )
         limits: dict[str, Any] = {
-            "retention": _number("retention", retention, float),
-            "keep": _number("keep", keep, int),
+            "retention": number_of("retention", retention, float),
+            "keep": number_of("keep", keep, int),
         }
         compressor: Compressor | None = None
+        check_known(hyper_parameters, method, list(inspect.signature(VTC).parameters)[:-1])
         if method == BASELINE:
-            given = [*hyper_parameters, *(name for name, limit in limits.items() if limit not in (None, 1))]
-            if given:
-                raise InputError(f"unknown model_args: {', '.join(given)}; they need a method, such as method=vtc_cls")
+            asked = [name for name, limit in limits.items() if limit not in (None, 1)]
+            if asked:
+                raise InputError(f"model_args {', '.join(asked)} need a method, such as method=vtc_cls")
         else:
             options = {name: read(method, name, v) if isinstance(v, str) else v for name, v in hyper_parameters.items()}
             compressor, limits = attachable(method, options, seed=number, **limits)
@@ -110,26 +115,65 @@ class VTC(lmms):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Answer chat requests in batches of equal generation settings."""
+        return self.answer([Asked(to_messages, *rest) for _, to_messages, *rest in _args(requests)])
+
+    def answer(self, asked: Sequence[Asked]) -> list[GenerationResult]:
+        """The answers to requests in their order, in batches of equal generation settings."""
         collator = Collator(
-            [request.args for request in requests],
-            lambda args: (-len(args[0]), args[3]),
-            group_fn=lambda args: args[2],
+            [(each,) for each in asked],
+            lambda entry: (entry[0].task, entry[0].doc_id),  # neighbours often ask about one video
+            group_fn=lambda entry: entry[0].settings,
             grouping=True,
         )
         results, answered = [], []
         for chunk in collator.get_batched(n=self.batch_size):
-            _, _, settings, first, task, _ = chunk[0]
-            generation = make_generation(settings, source=f"task {task!r}")
+            batch = [each for (each,) in chunk]
+            generation = make_generation(batch[0].settings, source=f"task {batch[0].task!r}")
             clips = Clips(self.reading)
-            prompts = [self._read(to_messages, name, split, i, clips) for _, to_messages, _, i, name, split in chunk]
-            answers = self._answered(prompts, generation, batch_seed(self.cell.seed, task, first))
-            for (_, _, _, doc_id, name, _), answer in zip(chunk, answers, strict=True):
-                self.answers[name, doc_id] = answer
+            prompts = [self.read(each, clips) for each in batch]
+            answers = self._answered(prompts, generation, batch_seed(self.cell.seed, batch[0].task, batch[0].doc_id))
+            for each, answer in zip(batch, answers, strict=True):
+                self.answers[each.task, each.doc_id] = answer
                 answered.append(answer)
                 results.append(GenerationResult(answer.text, TokenCounts(answer.input_tokens, answer.output_tokens)))
         _log(answered)
         ordered: list[GenerationResult] = collator.get_original(results)
         return ordered
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
+        """Answer rounds until the task ends them; every round of all conversations is answered in batches.
+
+        A round's messages are those that the task makes of the earlier answers.
+        """
+        talks = [Talk(to_messages, *rest) for _, to_messages, *rest in _args(requests)]
+        while active := [talk for talk in talks if not talk.ended]:
+            asked = [asked for talk in active if (asked := self._next_round(talk)) is not None]
+            going = [talk for talk in active if not talk.ended]
+            for talk, result in zip(going, self.answer(asked) if asked else [], strict=True):
+                talk.answers.append(result.text)
+        return [talk.answers for talk in talks]
+
+    def _next_round(self, talk: Talk) -> Asked | None:
+        """The next question of a conversation; None where its task ends it."""
+        document = self.task_dict[talk.task][talk.split][talk.doc_id]
+        messages: Any = None
+        try:
+            if not talk.answers:
+                messages = talk.to_messages(document)
+            else:
+                number, said = len(talk.answers), list(talk.answers)
+                found = talk.to_messages(
+                    document, round_idx=number, previous_output=said, previous_round_info=talk.known
+                )
+                if isinstance(found, tuple) and len(found) == 4 and not found[1]:
+                    messages, _, _, talk.known = found
+        except Exception as error:
+            where = f"task {talk.task!r}, document {talk.doc_id}, round {len(talk.answers)}"
+            raise InputError(f"{where} cannot be read: {one_line(error)}") from error
+        talk.ended = messages is None
+        return (
+            None if messages is None else Asked(lambda _: messages, talk.settings, talk.doc_id, talk.task, talk.split)
+        )
 
     def _answered(self, prompts: Sequence[Chat], generation: Generation, seed: int) -> list[Answer]:
         """The answers to `prompts` in their order; those that cannot stand in one batch are asked in several."""
@@ -139,42 +183,48 @@ class VTC(lmms):  # type: ignore[misc]
             found |= zip(places, self.runner.answer(batch, self.cell, generation, seed=seed), strict=True)
         return [found[place] for place in range(len(prompts))]
 
-    def _read(self, to_messages: Any, task: str, split: str, doc_id: int, clips: Clips) -> Chat:
-        """The chat messages of one document; InputError that names it if the task's code or its pictures fail."""
-        source = f"task {task!r}, document {doc_id}"
+    def read(self, asked: Asked, clips: Clips) -> Chat:
+        """The chat messages of one request; InputError that names it if the task's code or its media fail."""
+        source = f"task {asked.task!r}, document {asked.doc_id}"
         with pillow_defaults():
             try:
-                messages = to_messages(self.task_dict[task][split][doc_id])
+                messages = asked.messages(self.task_dict[asked.task][asked.split][asked.doc_id])
             except Exception as error:
                 raise InputError(f"{source} cannot be read: {one_line(error)}") from error
             return conversation(messages, source, clips)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Not offered."""
-        raise NotImplementedError("vtc answers generate_until tasks")
-
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
-        """Not offered."""
-        raise NotImplementedError("vtc answers generate_until tasks")
+        """Not with chat messages, for which lmms-eval builds no such requests."""
+        raise NotImplementedError("multiple-choice tasks are answered with lmms-eval's option --force_simple")
 
 
-def _batch_size(given: int | str, most: int | str | None) -> int:
-    """Prompts per batch; of ``auto`` and ``auto:N`` the smaller of AUTO and `most`."""
-    if str(given).partition(":")[0] == "auto":
-        return min(AUTO, _batch_size(most, None)) if most else AUTO
-    number: int | None = _number("batch_size", given, int)
-    if number is None or number < 1:
-        raise InputError(f"batch_size={given!r} is no number of prompts; write 8, for example, or auto")
-    return number
+@dataclass(frozen=True)
+class Asked:
+    """One request to generate: what makes the messages of a document, generation settings, and which document."""
+
+    messages: Callable[[Any], Any]
+    settings: dict[str, Any]
+    doc_id: int
+    task: str
+    split: str
 
 
-def _number(name: str, given: Any, kind: type) -> Any:
-    """A number that lmms-eval hands on as text; None stays."""
-    try:
-        return given if given is None else kind(given)
-    except (TypeError, ValueError) as error:
-        example = {"retention": "0.25", "keep": "64", "seed": "0", "fps": "1"}.get(name, "8")
-        raise InputError(f"{name}={given!r} is no number; write for example {name}={example}") from error
+@dataclass
+class Talk:
+    """A conversation of several rounds: the task's function, the answers so far, and what the task remembers."""
+
+    to_messages: Callable[..., Any]
+    settings: dict[str, Any]
+    doc_id: int
+    task: str
+    split: str
+    answers: list[str] = field(default_factory=list)
+    known: Any = None
+    ended: bool = False
+
+
+def _args(requests: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [request.args for request in requests]
 
 
 def _log(answers: Sequence[Answer]) -> None:

@@ -12,4 +12,5 @@ def manifests() -> list[Any]:
     """The models that this package adds to lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id="vtc", chat_class_path="vtc.eval.lmms_model.VTC")]
+    paths = {"chat_class_path": "vtc.eval.lmms_model.VTC", "simple_class_path": "vtc.eval.lmms_simple.SimpleVTC"}
+    return [ModelManifest(model_id="vtc", **paths)]

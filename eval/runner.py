@@ -16,6 +16,7 @@ import torch
 
 import vtc
 from vtc.app.answer import Answer, Answerer, Batch
+from vtc.app.likelihood import Likelihood, likelihoods
 from vtc.app.preparation import Chat
 from vtc.engine.sharing import SharedEncoder
 from vtc.errors import UnsupportedModel
@@ -85,6 +86,13 @@ class Runner(Answerer):
                 answers = self.generate(batch, generation.arguments, handle, seed=drawn, blame=blame)
             self._checked.add(cell.key())
         return [dataclasses.replace(answer, text=generation.cut(answer.text)) for answer in answers]
+
+    def likelihoods(self, batch: Batch, cell: Cell, completions: Sequence[str]) -> list[Likelihood]:
+        """How likely the B completions are under `cell`, see `vtc.app.likelihood`."""
+        if cell.compressor is None:
+            return likelihoods(self, batch, completions)
+        with self._attached(cell.compressor, cell) as handle:
+            return likelihoods(self, batch, completions, handle)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,12 @@ def test_unknown_arguments_are_refused(plugin: Any, model_folder: Path) -> None:
         plugin(pretrained=str(model_folder), method="random", sed=1)
     with pytest.raises(VTCError, match="did you mean 'random'"):
         plugin(pretrained=str(model_folder), method="randm")
+    with pytest.raises(VTCError, match="unknown model argument 'retension'; did you mean 'retention'"):
+        plugin(pretrained=str(model_folder), method="random", retension=0.5)
+    with pytest.raises(VTCError, match="unknown model argument 'frame'; did you mean 'frames'"):
+        plugin(pretrained=str(model_folder), frame=8)
+    with pytest.raises(VTCError, match="model_args retention need a method"):
+        plugin(pretrained=str(model_folder), retention=0.5)
     with pytest.raises(VTCError, match="retention_rate"):
         plugin(pretrained=str(model_folder), retention_rate=0.5)
 
