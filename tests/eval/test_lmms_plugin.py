@@ -68,7 +68,7 @@ def test_unknown_arguments_are_refused(plugin: Any, model_folder: Path) -> None:
 def test_a_method_with_a_budget_does_not_run_without_one(plugin: Any, model_folder: Path) -> None:
     with pytest.raises(VTCError, match=r"retention=0\.25 or keep=64"):
         plugin(pretrained=str(model_folder), method="random")
-    with pytest.raises(VTCError, match="retention; they need a method"):
+    with pytest.raises(VTCError, match="model_args retention need a method"):
         plugin(pretrained=str(model_folder), retention=0.5)
     with pytest.raises(VTCError, match="keep='many' is no number"):
         plugin(pretrained=str(model_folder), method="random", keep="many")
