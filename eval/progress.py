@@ -44,11 +44,12 @@ class SilentProgress:
 
 
 class ConsoleProgress(SilentProgress):
-    """Reports to stderr."""
+    """Reports to stderr, or below the cell of a notebook."""
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         # The stream is named because whatever redirects sys.stderr later means to silence others, not this bar.
         self.console = Console(file=sys.stderr)
+        self._live = self.console.is_terminal or self.console.is_jupyter
         self._every = every_seconds
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -60,7 +61,7 @@ class ConsoleProgress(SilentProgress):
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self._live,
         )
         self._id: TaskID | None = None
         self._what = ""
@@ -83,7 +84,7 @@ class ConsoleProgress(SilentProgress):
         if self._id is not None:
             self._bar.update(self._id, completed=self._done, status=status)
         now = time.monotonic()
-        if not self.console.is_terminal and now - self._spoke >= self._every and self._done > self._stored:
+        if not self._live and now - self._spoke >= self._every and self._done > self._stored:
             self._spoke = now
             left = (now - self._began) / (self._done - self._stored) * (self._total - self._done)
             more = f", {status}" if status else ""
@@ -102,3 +103,8 @@ class ConsoleProgress(SilentProgress):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def default_progress() -> SilentProgress:
+    """A bar in a notebook, where someone looks on; silence in programs."""
+    return ConsoleProgress() if Console().is_jupyter else SilentProgress()

@@ -50,7 +50,8 @@ class SweepSpec(BaseModel):
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
     ``qwen2_5_vl``, where a task words its prompts differently for each model family. `video` says how videos become
-    frames, with the fields of `VideoReading`.
+    frames, with the fields of `VideoReading`. `trackers` are names such as ``wandb`` and ``tensorboard``, which the
+    metrics are sent to in the end.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -65,6 +66,7 @@ class SweepSpec(BaseModel):
     out: Path | None = None
     include_path: tuple[Path, ...] = ()
     plugins: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = ()
     seed: int = 0
     positions: Positions | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
@@ -80,7 +82,7 @@ class SweepSpec(BaseModel):
     def _name_is_enough(cls, given: Any) -> Any:
         return method_entries(given)
 
-    @field_validator("retentions", "keep", "tasks", "include_path", "plugins", mode="before")
+    @field_validator("retentions", "keep", "tasks", "include_path", "plugins", "trackers", mode="before")
     @classmethod
     def _one_is_a_list(cls, given: Any) -> Any:
         return sequence([given] if isinstance(given, str | int | float | Path) else given)

@@ -17,7 +17,7 @@ from vtc.eval.execute import Item, Worker, missing, plan, run_local
 from vtc.eval.failures import failed_alone
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
 from vtc.eval.messages import Clips
-from vtc.eval.progress import SilentProgress
+from vtc.eval.progress import SilentProgress, default_progress
 from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
 from vtc.eval.rescoring import score_store
@@ -25,6 +25,7 @@ from vtc.eval.results import Results
 from vtc.eval.runner import Runner, few_threads
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store, Writer, check_writable
+from vtc.eval.tracking import check_trackers, track
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SweepResult:
 
 
 def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepResult:
-    """Run `spec`, or take it up where an earlier run of it ended.
+    """Run `spec`, or take it up where an earlier run of it ended; in a notebook with a bar, unless told otherwise.
 
     Everything that can be refused is refused before the first answer, and before anything is written; a retention that
     a method inside the LLM cannot meet on this model is only noted and left out. An exception of
@@ -49,9 +50,10 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         VTCError: an unknown method or task, a method that the model cannot serve, an output folder that cannot be
             written or that belongs to another model.
     """
-    progress = progress or SilentProgress()
+    progress = progress or default_progress()
     began = time.monotonic()
     make_methods(spec)
+    check_trackers(spec.trackers)
     check_writable(spec.folder)
     tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile)
     first = []
@@ -82,7 +84,9 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         answered, failures = _answer(spec, tasks, cells, runner, writer, progress)
         for task in tasks:
             failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
-    return SweepResult(spec.folder, write_report(spec.folder), failures, answered, time.monotonic() - began)
+    results = write_report(spec.folder)
+    track(results, spec.trackers, spec.folder)
+    return SweepResult(spec.folder, results, failures, answered, time.monotonic() - began)
 
 
 def _feasible(cells: Sequence[Cell], runner: Runner, asked: Sequence[Chat], progress: SilentProgress) -> list[Cell]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vtc.eval.progress import ConsoleProgress
+from vtc.eval.progress import ConsoleProgress, SilentProgress, default_progress
 
 FAILURE: dict[str, Any] = {"task": "t", "stage": "answer", "error": "OSError", "reason": "[disk] full"}
 
@@ -53,3 +53,22 @@ def test_one_count_follows_another(monkeypatch: pytest.MonkeyPatch) -> None:
         "5 of 10 scenes, 0:00:40 left",
         "6 of 8 steps, 0:00:40 left, loss 0.5",
     ]
+
+
+def test_a_notebook_shows_the_bar_below_its_cell() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    code = (
+        "from vtc.eval.progress import default_progress\n"
+        "progress = default_progress()\n"
+        "with progress:\n"
+        "    progress.start(10, 0)\n"
+        "    progress.advance(10)\n"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = str(notebook.cells[0].outputs) + str(notebook.metadata.get("widgets", ""))
+    assert "answers" in shown and "/10" in shown
+
+
+def test_a_program_is_not_disturbed() -> None:
+    assert type(default_progress()) is SilentProgress

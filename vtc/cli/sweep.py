@@ -50,6 +50,10 @@ def sweep(
     out: Annotated[str | None, typer.Option(metavar="PATH", help="Folder of the results.")] = None,
     include_path: IncludePath = None,
     plugin: PluginOption = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Send metrics to wandb, tensorboard, ...: separated by commas, or repeated."),
+    ] = None,
     positions: Annotated[str | None, typer.Option(help="Position policy: preserve, compact or compact_input.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random methods and sampling tasks.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a video, at most; 32 of a file by default.")] = None,
@@ -79,6 +83,7 @@ def sweep(
         "out": out,
         "include_path": include_path or None,
         "plugins": plugin or None,
+        "trackers": _split(track),
         "positions": positions,
         "seed": seed,
         "device": device,
