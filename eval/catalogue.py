@@ -9,31 +9,40 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vtc.app.images import pillow_defaults
 from vtc.app.preparation import Chat
-from vtc.errors import InputError, UnknownName
+from vtc.errors import InputError, UnknownName, VTCError, one_line
 from vtc.eval import TASKS
-from vtc.eval.failures import TaskKey
+from vtc.eval.data_map import read_data_map
+from vtc.eval.failures import FAULTS, TaskKey
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
+from vtc.eval.local_data import LocalData
 from vtc.eval.messages import Clips, conversation
+from vtc.eval.outside import PATIENCE, Calls, watching
 from vtc.eval.quiet import muted
+from vtc.eval.suite import GROUPS, expand
 
 GENERATE = "generate_until"
 
 
 @dataclass(frozen=True)
 class SweepTask:
-    """One lmms-eval task, ready to be answered and scored. `lmms` is the task object that lmms-eval built."""
+    """One lmms-eval task, ready to be answered and scored. `lmms` is the task object that lmms-eval built.
+
+    `local` are the files of a data map that its code works on, and where it finds its videos.
+    """
 
     name: str
     lmms: Any
     profile: str = "default"
+    local: LocalData | None = None
 
     @cached_property
     def documents(self) -> Any:
@@ -48,7 +57,7 @@ class SweepTask:
         for split in ("test", "validation"):
             for name in (f"{split}_docs", f"{split}_docs_no_media"):
                 setattr(lmms, name, lambda: some)
-        part = SweepTask(self.name, lmms, self.profile)
+        part = replace(self, lmms=lmms)
         part.__dict__["fingerprint"] = self.fingerprint
         return part
 
@@ -73,23 +82,33 @@ class SweepTask:
         Raises:
             InputError: the document carries audio, or a picture or video that cannot be read.
         """
-        with pillow_defaults():
+        with pillow_defaults(), self._surroundings():
             messages = self.lmms.doc_to_messages(self.documents[doc_id])
             return conversation(messages, f"task {self.name!r}, document {doc_id}", clips)
+
+    def _surroundings(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.local is None else self.local.surroundings()
 
     def probe(self, clips: Clips | None = None) -> Chat:
         """Read the first question, so that a task whose documents cannot be used is refused before a sweep begins.
 
         Raises:
-            InputError: they cannot; the message says why.
+            InputError: they cannot; the message says why, and which servers did not answer.
         """
-        try:
-            return self.conversation(0, clips)
-        except InputError:
-            raise
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"task {self.name!r}: its first question cannot be read: {reason}") from error
+        with watching(patience=PATIENCE) as calls:
+            try:
+                return self.conversation(0, clips)
+            except InputError as error:
+                if not calls.unreachable:
+                    raise
+                raise InputError(f"{one_line(error)}{_not_reached(calls)}") from error
+            except FAULTS as error:  # some tasks leave the process where a video is missing
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                sought = self.local.sought if self.local is not None else ""
+                where = f"; videos lie in {sought}, or in the `media` of a --data-map" if sought else ""
+                raise InputError(
+                    f"task {self.name!r}: its first question cannot be read: {reason}{where}{_not_reached(calls)}"
+                ) from error
 
     def generation(self, overrides: Mapping[str, Any]) -> Generation:
         """How answers are generated: the task's settings, then `overrides`."""
@@ -107,7 +126,8 @@ class SweepTask:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the task's settings, the code of its functions or its data."""
-        return task_fingerprint(vars(self.lmms.config), self.documents, self.profile)
+        local = () if self.local is None else self.local.files
+        return task_fingerprint(vars(self.lmms.config), self.documents, self.profile, local)
 
 
 def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:
@@ -124,27 +144,64 @@ def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> A
         return TaskManager(include_path=folders, include_defaults=defaults, model_name=profile)
 
 
-def load_tasks(names: Sequence[str], include_path: Sequence[Path] = (), profile: str = "default") -> list[SweepTask]:
+def load_tasks(
+    names: Sequence[str],
+    include_path: Sequence[Path] = (),
+    profile: str = "default",
+    data_map: Path | Mapping[str, Any] | None = None,
+) -> list[SweepTask]:
     """Load the tasks called `names`, groups and tags expanded, each once, in this order.
+
+    data_map: local files in place of data sets (`vtc.eval.data_map`).
 
     Raises:
         UnknownName: a name that no folder knows, with near matches.
-        InputError: a task that is not generate_until, whose data are missing, or whose code fails to load.
+        InputError: a task that is not generate_until, whose data are missing, or whose code fails to load; a data map
+            that cannot be used.
     """
+    mapping = read_data_map(data_map)
+    wanted = expand(names)
+    asked = [*(name for name, _ in wanted), *(name for name in mapping.names if name not in GROUPS)]
     manager = _manager(include_path, profile, defaults=False)
-    if not set(names) <= set(manager.all_tasks):
+    if not set(asked) <= set(manager.all_tasks):
         local = manager.all_tasks
         manager = _manager(include_path, profile, defaults=True)
-        for name in names:
+        for name in asked:
             if name not in manager.all_tasks:
                 raise _unknown_task(name, manager.all_tasks, local)
     tasks: dict[str, SweepTask] = {}
-    for name in names:
-        _check_output_type(name, _output_type(manager, name))
-        for leaf, lmms in _leaves(_load(manager, name)):
-            _check_output_type(leaf, lmms.OUTPUT_TYPE)
-            tasks.setdefault(leaf, SweepTask(leaf, lmms, profile))
+    for name, origin in wanted:
+        for path in _branches(manager, (name,) if name == origin else (name, origin)):
+            if path[0] in tasks:
+                continue
+            _check_output_type(path[0], _output_type(manager, path[0]))
+            data = LocalData(path, _settings(manager, path[0]), mapping)
+            for leaf, lmms in _leaves(_load(manager, path[0], data)):
+                _check_output_type(leaf, lmms.OUTPUT_TYPE)
+                tasks.setdefault(leaf, SweepTask(leaf, lmms, profile, data))
     return list(tasks.values())
+
+
+def _branches(manager: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The tasks of a group or tag one by one, each with the groups it came from behind it.
+
+    A group that gives its tasks settings of its own is left to lmms-eval.
+    """
+    entry = manager.task_index[path[0]]
+    inner = entry.get("task")
+    if entry["type"] == "group" and inner == -1:
+        settings = _settings(manager, path[0])
+        inner = (
+            settings["task"]
+            if set(settings) <= {"group", "task", "metadata", "group_alias", "aggregate_metric_list"}
+            else None
+        )
+    plain = isinstance(inner, list) and all(isinstance(name, str) and name in manager.task_index for name in inner)
+    if entry["type"] in ("group", "tag") and plain:
+        for name in inner:
+            yield from _branches(manager, (name, *path))
+    else:
+        yield path
 
 
 def _unknown_task(name: str, known: Sequence[str], local: Sequence[str]) -> UnknownName:
@@ -156,12 +213,18 @@ def _unknown_task(name: str, known: Sequence[str], local: Sequence[str]) -> Unkn
 
 def _output_type(manager: Any, name: str) -> str:
     """The output type that a task's YAML declares; groups and tags count as generate_until until they are expanded."""
+    if manager.task_index[name]["type"] != "task":
+        return GENERATE
+    return str(_settings(manager, name).get("output_type", GENERATE))
+
+
+def _settings(manager: Any, name: str) -> Mapping[str, Any]:
+    """What stands in the YAML file of a task or group, its functions left out."""
     from lmms_eval.utils import load_yaml_config
 
-    entry = manager.task_index[name]
-    if entry["type"] != "task":
-        return GENERATE
-    return str(load_yaml_config(entry["yaml_path"], mode="simple").get("output_type", GENERATE))
+    path = manager.task_index[name]["yaml_path"]
+    settings: Mapping[str, Any] = load_yaml_config(path, mode="simple") if isinstance(path, str) else {}
+    return settings
 
 
 def _check_output_type(name: str, output_type: str) -> None:
@@ -178,17 +241,29 @@ def root_cause(error: BaseException) -> BaseException:
     return error.last_attempt.exception() or error if isinstance(error, RetryError) else error
 
 
-def _load(manager: Any, name: str) -> Mapping[Any, Any]:
+def _load(manager: Any, name: str, data: LocalData) -> Mapping[Any, Any]:
     from lmms_eval.tasks import get_task_dict
 
-    try:
-        with muted():
+    with muted(), watching(patience=PATIENCE) as calls, data.redirected():
+        try:
             loaded: Mapping[Any, Any] = get_task_dict([name], manager, "chat")
             return loaded
-    except Exception as error:
-        cause = root_cause(error)
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise InputError(f"task {name!r} cannot be loaded here: {reason}") from error
+        except FAULTS as error:
+            cause = root_cause(error)
+            if isinstance(cause, VTCError):
+                raise cause from None
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+            text = f"task {name!r} cannot be loaded here: "
+            if data.asked is None:
+                raise InputError(f"{text}{reason}{_not_reached(calls)}") from error
+            raise InputError(
+                f"{text}its code loads the data set {data.asked!r}, which is not on this machine"
+                f"{_not_reached(calls) or ': ' + reason}; name a copy in a --data-map, as '{data.asked}: PATH'"
+            ) from error
+
+
+def _not_reached(calls: Calls) -> str:
+    return f" and {', '.join(calls.unreachable)} cannot be reached" if calls.unreachable else ""
 
 
 def _leaves(loaded: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -13,14 +13,15 @@ from typing import Any
 from vtc.app.checkpoint import content_digest
 
 
-def task_fingerprint(config: Mapping[str, Any], documents: Any, profile: str) -> str:
+def task_fingerprint(config: Mapping[str, Any], documents: Any, profile: str, local: Sequence[Path] = ()) -> str:
     """16 hexadecimal digits of a task's settings, the source files of its functions, its data and its prompt profile.
 
-    Local data files count by content, so that a folder may move; data sets from the hub by their revision.
+    Local data files count by content, so that a folder may move; data sets from the hub by their revision. `local` are
+    files in place of the task's data sets.
     """
     settings = dict(config)
     kwargs = dict(settings.pop("dataset_kwargs") or {})
-    files = list(_paths(kwargs.pop("data_files", None)))
+    files = [*local, *_paths(kwargs.pop("data_files", None))]
     data = [content_digest(file) for file in files] or _cached_data(documents)
     content = {"settings": settings, "dataset_kwargs": kwargs, "data": data, "n": len(documents), "profile": profile}
     canonical = json.dumps(content, sort_keys=True, default=_stable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vtc.errors import InputError, UnknownName
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
@@ -16,11 +17,16 @@ from vtc.eval.scoring import Scored, metric_records, scoring_of
 from vtc.eval.store import Record, Store, Writer
 
 
-def rescore(folder: Path, include_path: Sequence[Path] = (), progress: SilentProgress | None = None) -> list[Record]:
+def rescore(
+    folder: Path,
+    include_path: Sequence[Path] = (),
+    progress: SilentProgress | None = None,
+    data_map: Path | Mapping[str, Any] | None = None,
+) -> list[Record]:
     """Compute all metrics of a store again from its answers, without a model; returns the failures of tasks' code.
 
     Each task is scored over the documents of the last sweep that asked about it. `include_path`: folders of tasks, in
-    front of those that the sweeps named.
+    front of those that the sweeps named. `data_map`: instead of the last one that a sweep named.
 
     Raises:
         VTCError: the folder holds no sweep or is being written, or a task is not found or not what it was.
@@ -30,10 +36,11 @@ def rescore(folder: Path, include_path: Sequence[Path] = (), progress: SilentPro
     run = store.run()
     named = [Path(path) for sweep in run["sweeps"] for path in sweep["spec"].get("include_path", ())]
     folders = [*include_path, *(path for path in dict.fromkeys(named) if path.is_dir())]
+    data_map = data_map or _data_map(run)
     tasks = []
     for name, settings in run["tasks"].items():
         try:
-            (task,) = load_tasks([name], folders, settings.get("prompt_profile", "default"))
+            (task,) = load_tasks([name], folders, settings.get("prompt_profile", "default"), data_map)
         except UnknownName as error:
             raise UnknownName(f"{error}; give the folder that holds it with --include-path") from error
         if task.fingerprint != settings["fingerprint"]:
@@ -51,6 +58,13 @@ def rescore(folder: Path, include_path: Sequence[Path] = (), progress: SilentPro
             baseline = (complete or untouched or [""])[0]
             failures += score_store(task, n, baseline, writer, progress, again=True)
     return failures
+
+
+def _data_map(run: Record) -> Path | Mapping[str, Any] | None:
+    """What the last sweep that had a data map was given, as `run.json` holds it."""
+    given = [sweep["spec"].get("data_map") for sweep in run["sweeps"]]
+    last = next((each for each in reversed(given) if each), None)
+    return Path(last) if isinstance(last, str) else last
 
 
 def score_store(

@@ -49,7 +49,8 @@ class SweepSpec(BaseModel):
     `limit` is the number of questions per task, from its beginning; None means all of them.
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
-    ``qwen2_5_vl``, where a task words its prompts differently for each model family. `video` says how videos become
+    ``qwen2_5_vl``, where a task words its prompts differently for each model family. `data_map` is a YAML file, or its
+    content, that names local files in place of tasks' data sets (`vtc.eval.data_map`). `video` says how videos become
     frames, with the fields of `VideoReading`. `trackers` are names such as ``wandb`` and ``tensorboard``, which the
     metrics are sent to in the end.
     """
@@ -65,6 +66,7 @@ class SweepSpec(BaseModel):
     batch_size: int = Field(default=24, ge=1)
     out: Path | None = None
     include_path: tuple[Path, ...] = ()
+    data_map: Path | dict[str, Any] | None = None
     plugins: tuple[str, ...] = ()
     trackers: tuple[str, ...] = ()
     seed: int = 0

@@ -55,7 +55,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     make_methods(spec)
     check_trackers(spec.trackers)
     check_writable(spec.folder)
-    tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile)
+    tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile, spec.data_map)
     first = []
     for task in tasks:
         task.generation(spec.generation)

@@ -26,6 +26,12 @@ IncludePath = Annotated[
 ]
 
 
+DataMap = Annotated[
+    Path | None,
+    typer.Option("--data-map", metavar="FILE", help="YAML with local files in place of tasks' data sets and videos."),
+]
+
+
 @app.command()
 def sweep(
     config: Annotated[
@@ -49,6 +55,7 @@ def sweep(
     batch_size: Annotated[int | None, typer.Option(help="Prompts per batch.")] = None,
     out: Annotated[str | None, typer.Option(metavar="PATH", help="Folder of the results.")] = None,
     include_path: IncludePath = None,
+    data_map: DataMap = None,
     plugin: PluginOption = None,
     track: Annotated[
         list[str] | None,
@@ -82,6 +89,7 @@ def sweep(
         "batch_size": batch_size,
         "out": out,
         "include_path": include_path or None,
+        "data_map": data_map,
         "plugins": plugin or None,
         "trackers": _split(track),
         "positions": positions,
@@ -121,6 +129,7 @@ def report(
         bool, typer.Option("--rescore", help="Compute all metrics again from the stored answers, without the model.")
     ] = False,
     include_path: IncludePath = None,
+    data_map: DataMap = None,
     as_json: JsonOption = False,
 ) -> None:
     """Redraw metrics.csv, figure.png and report.html of a sweep from its stored answers and scores."""
@@ -128,13 +137,15 @@ def report(
 
     if include_path and not rescore:
         raise InputError("--include-path tells where tasks lie, which only scoring reads; add --rescore")
+    if data_map and not rescore:
+        raise InputError("--data-map tells where the data of tasks lie, which only scoring reads; add --rescore")
     failures: Sequence[Any] = ()
     with _free_stdout():
         if rescore:
             from vtc.eval.progress import ConsoleProgress
             from vtc.eval.rescoring import rescore as run
 
-            failures = run(folder, include_path or (), ConsoleProgress())
+            failures = run(folder, include_path or (), ConsoleProgress(), data_map)
         results = write_report(folder)
     _show(results, folder, as_json=as_json)
     if failures:
