@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import SweepTask, root_cause
-from vtc.eval.outside import Calls, watching
+from vtc.eval.outside import Calls, reachable, watching
 from vtc.eval.scoring import NotFinite, score
 from vtc.eval.store import Record
 
@@ -19,11 +19,12 @@ ANSWERS = ("", "yes")
 def rehearse(task: SweepTask, note: Callable[[str], None] = lambda text: None) -> None:
     """Run the task's scoring on made-up answers to its first documents; nothing is kept of it.
 
-    Judges and evaluation servers are not called: connections are refused while this runs. A task that tries to make one
-    is only checked for the API key that its code looks for, and `note` is told.
+    Judges and evaluation servers are not called: connections are refused while this runs. For a task that tries to make
+    one it is only checked that the API key which its code looks for is set and that the server accepts a connection,
+    and `note` is told.
 
     Raises:
-        InputError: scoring fails, the message says for what reason, or no API key is set.
+        InputError: scoring fails, the message says for what reason, no API key is set, or no server accepts.
     """
     for text in ANSWERS:
         calls, failure = _attempt(task, text)
@@ -60,6 +61,13 @@ def _check_judge(task: SweepTask, calls: Calls) -> None:
         raise InputError(
             f"task {task.name!r} is scored by a judge at {', '.join(calls.servers)} and none of "
             f"{', '.join(calls.keys)} is set; set the one it needs, or choose a task that is scored without a judge"
+        )
+    silent = {host: reason for host, port in calls.servers.items() if (reason := reachable(host, port))}
+    if len(silent) == len(calls.servers):
+        what = ", ".join(f"{host} ({reason})" for host, reason in silent.items())
+        raise InputError(
+            f"scoring task {task.name!r} asks {what}, which cannot be reached from here; run it where it can be, set the"
+            " address that the task reads, such as OPENAI_API_URL, or choose a task that is scored without a judge"
         )
 
 
