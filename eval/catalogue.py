@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -169,24 +169,29 @@ def load_tasks(
         for name in asked:
             if name not in manager.all_tasks:
                 raise _unknown_task(name, manager.all_tasks, local)
+    mapped = _branches(manager, expand(mapping.names))
     tasks: dict[str, SweepTask] = {}
-    for name, origin in wanted:
-        for path in _branches(manager, (name,) if name == origin else (name, origin)):
-            if path[0] in tasks:
-                continue
-            _check_output_type(path[0], _output_type(manager, path[0]))
-            data = LocalData(path, _settings(manager, path[0]), mapping)
-            for leaf, lmms in _leaves(_load(manager, path[0], data)):
-                _check_output_type(leaf, lmms.OUTPUT_TYPE)
-                tasks.setdefault(leaf, SweepTask(leaf, lmms, profile, data))
+    for name, groups in _branches(manager, wanted).items():
+        _check_output_type(name, _output_type(manager, name))
+        path = list(dict.fromkeys([name, *groups, *mapped.get(name, ())]))
+        data = LocalData(path, _settings(manager, name), mapping)
+        for leaf, lmms in _leaves(_load(manager, name, data)):
+            _check_output_type(leaf, lmms.OUTPUT_TYPE)
+            tasks.setdefault(leaf, SweepTask(leaf, lmms, profile, data))
     return list(tasks.values())
 
 
-def _branches(manager: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The tasks of a group or tag one by one, each with the groups it came from behind it.
+def _branches(manager: Any, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The tasks of groups and tags, `wanted` as `expand` tells them, each with the groups that led to it."""
+    found: dict[str, list[str]] = {}
+    for name, origin in wanted:
+        for leaf, *groups in _branch(manager, (name,)):
+            found.setdefault(leaf, []).extend([*groups, *([origin] if origin != name else [])])
+    return found
 
-    A group that gives its tasks settings of its own is left to lmms-eval.
-    """
+
+def _branch(manager: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """One task or group; a group that gives its tasks settings of its own is left to lmms-eval."""
     entry = manager.task_index[path[0]]
     inner = entry.get("task")
     if entry["type"] == "group" and inner == -1:
@@ -199,7 +204,7 @@ def _branches(manager: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     plain = isinstance(inner, list) and all(isinstance(name, str) and name in manager.task_index for name in inner)
     if entry["type"] in ("group", "tag") and plain:
         for name in inner:
-            yield from _branches(manager, (name, *path))
+            yield from _branch(manager, (name, *path))
     else:
         yield path
 
@@ -254,11 +259,11 @@ def _load(manager: Any, name: str, data: LocalData) -> Mapping[Any, Any]:
                 raise cause from None
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
             text = f"task {name!r} cannot be loaded here: "
-            if data.asked is None:
+            if not data.asked:
                 raise InputError(f"{text}{reason}{_not_reached(calls)}") from error
             raise InputError(
-                f"{text}its code loads the data set {data.asked!r}, which is not on this machine"
-                f"{_not_reached(calls) or ': ' + reason}; name a copy in a --data-map, as '{data.asked}: PATH'"
+                f"{text}its code loads {data.asked}, which is not on this machine"
+                f"{_not_reached(calls) or ': ' + reason}; name a copy in a --data-map, as '{data.remedy}'"
             ) from error
 
 

@@ -26,8 +26,8 @@ from vtc.eval.suite import benchmark_of
 class LocalData:
     """The local data of one task: `names` are the task and the groups it came from, `settings` those of its YAML file.
 
-    files: those that were loaded in place of its data sets, in the order of loading. asked: the data set that was asked
-    for last and has no local copy, with its configuration behind a colon.
+    files: those that were loaded in place of its data sets, in the order of loading. asked: what was asked for last and
+    has no local copy; remedy: the line of a data map that would give it one.
     """
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Any], mapping: DataMap) -> None:
@@ -37,7 +37,7 @@ class LocalData:
         self.benchmark = benchmark_of(names)
         self.media = mapping.media(names, self.path)
         self.files: list[Path] = []
-        self.asked: str | None = None
+        self.asked, self.remedy = "", ""
         self._home = _home(self._place, self.media) if self.media and self._place else None
         if self._home is not None:
             weakref.finalize(self, shutil.rmtree, self._home, ignore_errors=True)
@@ -78,18 +78,19 @@ class LocalData:
                 entry = self.mapping.data(self.names, path, name, own=own)
                 if entry is not None:
                     return _Rows(self, entry, name, own)
-                before, self.asked = self.asked, f"{path}:{name}" if name else path
+                key = f"{path}:{name}" if name else path
+                self.asked, self.remedy = f"the data set {key!r}", f"{key}: PATH"
                 made = below(path, name, *args, **kwargs)
-                self.asked = before
+                self.asked = ""
                 return made
 
             return call
 
         def download(below: Function) -> Function:
             def call(repo_id: str, *args: Any, **kwargs: Any) -> Any:
-                before, self.asked = self.asked, repo_id
+                self.asked, self.remedy = f"the videos of {repo_id!r}", f"{repo_id}: {{media: FOLDER}}"
                 made = below(repo_id, *args, **kwargs)
-                self.asked = before
+                self.asked = ""
                 return made
 
             return call

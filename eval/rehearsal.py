@@ -66,8 +66,8 @@ def _check_judge(task: SweepTask, calls: Calls) -> None:
     if len(silent) == len(calls.servers):
         what = ", ".join(f"{host} ({reason})" for host, reason in silent.items())
         raise InputError(
-            f"scoring task {task.name!r} asks {what}, which cannot be reached from here; run it where it can be, set the"
-            " address that the task reads, such as OPENAI_API_URL, or choose a task that is scored without a judge"
+            f"scoring task {task.name!r} asks {what}, which cannot be reached from here; run it where it can be, set"
+            " the address that the task reads, such as OPENAI_API_URL, or choose a task that is scored without a judge"
         )
 
 

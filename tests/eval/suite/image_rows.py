@@ -23,8 +23,8 @@ def picture(number: int) -> Image.Image:
 def _mmbench() -> Iterator[Row]:
     for n in range(N):
         yield {
-            "index": n, "question": "Which colour?", "hint": "nan", "answer": "AB"[n], "A": "red", "B": "green", "C": "sky",
-            "D": "sea", "category": "color", "L2-category": "perception", "source": "made", "split": "dev",
+            "index": n, "question": "Which colour?", "hint": "nan", "answer": "AB"[n], "A": "red", "B": "green",
+            "C": "sky", "D": "sea", "category": "color", "L2-category": "perception", "source": "made", "split": "dev",
             "image": picture(n),
         }  # fmt: skip
 
