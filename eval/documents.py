@@ -12,10 +12,12 @@ from pathlib import Path
 from vtc.app.catalogue import describe_methods
 from vtc.app.method_pages import method_pages
 from vtc.eval.columns import column_page
+from vtc.eval.suite import task_page
 
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "methods.md": lambda: method_pages(describe_methods()),
     "columns.md": column_page,
+    "tasks.md": task_page,
 }
 """Name of a file in docs -> what makes its text."""
 

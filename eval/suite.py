@@ -16,7 +16,7 @@ from vtc.app.pages import page
 GPT_4O = "gpt-4o-2024-11-20"
 GPT_35 = "gpt-3.5-turbo-1106"
 RUN = "run in tests"
-STAND_IN = "run in tests, with a stand-in for the judge"
+STAND_IN = "run, judge faked"
 NOT_STATED = "not stated"
 GROUPS = {
     "vtc_image": "image benchmarks",
@@ -221,16 +221,18 @@ def rows(group: str) -> list[Sequence[str]]:
 
 
 def judge_text(benchmark: Benchmark) -> str:
-    """``none``, the model, or the model and when it is asked."""
-    return f"{benchmark.judge} after rules" if benchmark.rules_first else benchmark.judge or "none"
+    """``none``, or the model; with a star where it is only asked for answers that rules cannot read."""
+    return f"{benchmark.judge}*" if benchmark.rules_first else benchmark.judge or "none"
 
 
 def task_page() -> str:
     """The document docs/tasks.md."""
     about = (
         "the groups `vtc_image` and `vtc_video`, as lmms-eval 0.7.3 has their tasks. A judge is the model that"
-        " lmms-eval asks by default, through the address in OPENAI_API_URL with the key in OPENAI_API_KEY. Tests run"
-        " each task on a few rows made in its columns, from the questions to the metrics, not on the data set itself."
+        " lmms-eval asks by default, at the address in OPENAI_API_URL with the key in OPENAI_API_KEY; a star: only"
+        " where rules cannot read an answer. Tests run each task on a few rows made in its columns, from the questions"
+        " to the metrics, where needed with a fake judge on the same machine, not on the data set itself. A licence"
+        " binds whoever uses the data: read it at the source."
     )
     parts: list[Any] = []
     for group, title in GROUPS.items():

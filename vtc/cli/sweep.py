@@ -163,7 +163,7 @@ def tasks(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tasks that a sweep can name."""
+    """List the tasks that a sweep can name: local ones, and the benchmark groups with what each task needs."""
     if path:
         from vtc.eval import TASKS
 
@@ -171,14 +171,25 @@ def tasks(
         return
     with _free_stdout():
         from vtc.eval.catalogue import list_tasks
+        from vtc.eval.suite import BENCHMARKS, GROUPS, HEAD, rows
 
         listed = list_tasks(include_path or (), everything=everything)
     if as_json:
-        print(json.dumps(listed, indent=1))
+        groups: list[dict[str, Any]] = [{"name": name, "kind": "group", "folder": ""} for name in GROUPS]
+        known = {entry["name"]: entry for entry in [*listed, *groups]}
+        for benchmark in BENCHMARKS:
+            known[benchmark.name] = {"kind": "task", "folder": ""} | known.get(benchmark.name, {}) | benchmark.record()
+        print(json.dumps(list(known.values()), indent=1))
         return
     width = max((len(entry["name"]) for entry in listed), default=0)
     for entry in listed:
         print(f"{entry['name']:{width}}  {entry['kind']:5}  {entry['folder']}")
+    for group, title in GROUPS.items():
+        lines = [HEAD, *rows(group)]
+        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+        print(f"\n{group}: {title} of lmms-eval (*: only asked where rules cannot read an answer)")
+        for line in lines:
+            print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
 
 
 @app.command()

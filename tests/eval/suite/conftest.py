@@ -31,7 +31,9 @@ class Judge(BaseHTTPRequestHandler):
         text = "\n".join(message["content"] for message in question["messages"])
         self.asked.append(question["model"])
         verdict = next(said for words, said in VERDICTS if words in text)
-        body = json.dumps({"model": "stand-in", "usage": {"total_tokens": 1}, "choices": [{"message": {"content": verdict}}]}).encode()
+        body = json.dumps(
+            {"model": "stand-in", "usage": {"total_tokens": 1}, "choices": [{"message": {"content": verdict}}]}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
