@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -26,9 +27,9 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: node.value)
 @functools.cache
 def files() -> dict[str, tuple[Path, dict[str, Any]]]:
     """Tasks and groups in the folders that the names in the table begin with: file and settings, templates included."""
-    import lmms_eval.tasks
-
-    folders = [path for path in Path(lmms_eval.tasks.__file__).parent.iterdir() if path.is_dir()]
+    package = importlib.util.find_spec("lmms_eval")
+    assert package is not None and package.origin is not None
+    folders = [path for path in (Path(package.origin).parent / "tasks").iterdir() if path.is_dir()]
     near = [path for path in folders if any(benchmark.name.startswith(path.name) for benchmark in BENCHMARKS)]
     found = {}
     for path in (file for folder in near for file in [*folder.glob("*.yaml"), *folder.glob("val/*.yaml")]):
