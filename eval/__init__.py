@@ -5,6 +5,9 @@ The modules, in the order in which a sweep uses them::
     spec.py        what the user asks for, from options or a YAML file; method_spec.py: its methods
     cells.py       one cell = one method with its hyper-parameters at one retention, and its key
     catalogue.py   lmms-eval tasks: documents and messages; fingerprint.py and generation.py go with it
+    task_index.py  which tasks there are; suite.py: the benchmark groups
+    data_map.py    local files in place of data sets; local_data.py, local_rows.py: how a task comes to see them
+    outside.py     what tasks ask of servers and programs; scoped.py: replacements for some threads
     runner.py      a cell answers messages through vtc.app.answer, with or without compression
     store.py       the append-only record of all answers
     execute.py     which answers are missing, and the loop that fetches them

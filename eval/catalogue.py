@@ -7,8 +7,8 @@ Tasks come from the embedded folder, from `include_path` folders and, for names 
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,9 +17,8 @@ from typing import Any
 
 from vtc.app.images import pillow_defaults
 from vtc.app.preparation import Chat
-from vtc.errors import InputError, UnknownName, VTCError, one_line
-from vtc.eval import TASKS
-from vtc.eval.data_map import read_data_map
+from vtc.errors import InputError, VTCError, one_line
+from vtc.eval.data_map import DataMap, read_data_map
 from vtc.eval.failures import FAULTS, TaskKey
 from vtc.eval.fingerprint import task_fingerprint
 from vtc.eval.generation import Generation, make_generation
@@ -28,8 +27,10 @@ from vtc.eval.messages import Clips, conversation
 from vtc.eval.outside import PATIENCE, Calls, watching
 from vtc.eval.quiet import muted
 from vtc.eval.suite import GROUPS, expand
+from vtc.eval.task_index import GENERATE, TaskIndex
 
-GENERATE = "generate_until"
+_loading = threading.Lock()
+"""lmms-eval reads task files by a loader that it changes for the whole process, with or without their functions."""
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,6 @@ class SweepTask:
         return task_fingerprint(vars(self.lmms.config), self.documents, self.profile, local)
 
 
-def _manager(include_path: Sequence[Path], profile: str, *, defaults: bool) -> Any:
-    for folder in include_path:
-        if not folder.is_dir():
-            raise InputError(f"include path {str(folder)!r} is not a folder; write a folder that holds task YAML files")
-    with muted():
-        import datasets.config
-        from lmms_eval.tasks import TaskManager
-
-        # Else every load of a local parquet or json file counts itself at a server, which delays machines without one.
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        folders = [str(folder) for folder in (*include_path, TASKS) if folder.is_dir()]
-        return TaskManager(include_path=folders, include_defaults=defaults, model_name=profile)
-
-
 def load_tasks(
     names: Sequence[str],
     include_path: Sequence[Path] = (),
@@ -159,77 +146,30 @@ def load_tasks(
         InputError: a task that is not generate_until, whose data are missing, or whose code fails to load; a data map
             that cannot be used.
     """
-    mapping = read_data_map(data_map)
+    with _loading:
+        return _load_tasks(names, include_path, profile, read_data_map(data_map))
+
+
+def _load_tasks(names: Sequence[str], include_path: Sequence[Path], profile: str, mapping: DataMap) -> list[SweepTask]:
     wanted = expand(names)
     asked = [*(name for name, _ in wanted), *(name for name in mapping.names if name not in GROUPS)]
-    manager = _manager(include_path, profile, defaults=False)
-    if not set(asked) <= set(manager.all_tasks):
-        local = manager.all_tasks
-        manager = _manager(include_path, profile, defaults=True)
+    index = TaskIndex(include_path, profile, defaults=False)
+    if not set(asked) <= set(index.names):
+        local = index.names
+        index = TaskIndex(include_path, profile, defaults=True)
         for name in asked:
-            if name not in manager.all_tasks:
-                raise _unknown_task(name, manager.all_tasks, local)
-    mapped = _branches(manager, expand(mapping.names))
+            if name not in index.names:
+                raise index.unknown(name, local)
+    mapped = index.branches(expand(mapping.names))
     tasks: dict[str, SweepTask] = {}
-    for name, groups in _branches(manager, wanted).items():
-        _check_output_type(name, _output_type(manager, name))
+    for name, groups in index.branches(wanted).items():
+        _check_output_type(name, index.output_type(name))
         path = list(dict.fromkeys([name, *groups, *mapped.get(name, ())]))
-        data = LocalData(path, _settings(manager, name), mapping)
-        for leaf, lmms in _leaves(_load(manager, name, data)):
+        data = LocalData(path, index.settings(name), mapping)
+        for leaf, lmms in _leaves(_load(index, name, data)):
             _check_output_type(leaf, lmms.OUTPUT_TYPE)
             tasks.setdefault(leaf, SweepTask(leaf, lmms, profile, data))
     return list(tasks.values())
-
-
-def _branches(manager: Any, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The tasks of groups and tags, `wanted` as `expand` tells them, each with the groups that led to it."""
-    found: dict[str, list[str]] = {}
-    for name, origin in wanted:
-        for leaf, *groups in _branch(manager, (name,)):
-            found.setdefault(leaf, []).extend([*groups, *([origin] if origin != name else [])])
-    return found
-
-
-def _branch(manager: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """One task or group; a group that gives its tasks settings of its own is left to lmms-eval."""
-    entry = manager.task_index[path[0]]
-    inner = entry.get("task")
-    if entry["type"] == "group" and inner == -1:
-        settings = _settings(manager, path[0])
-        inner = (
-            settings["task"]
-            if set(settings) <= {"group", "task", "metadata", "group_alias", "aggregate_metric_list"}
-            else None
-        )
-    plain = isinstance(inner, list) and all(isinstance(name, str) and name in manager.task_index for name in inner)
-    if entry["type"] in ("group", "tag") and plain:
-        for name in inner:
-            yield from _branch(manager, (name, *path))
-    else:
-        yield path
-
-
-def _unknown_task(name: str, known: Sequence[str], local: Sequence[str]) -> UnknownName:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
-    here = ", ".join(local) or "none"
-    return UnknownName(f"unknown task {name!r};{hint} Local tasks: {here}. `vtc tasks --all` lists lmms-eval's own")
-
-
-def _output_type(manager: Any, name: str) -> str:
-    """The output type that a task's YAML declares; groups and tags count as generate_until until they are expanded."""
-    if manager.task_index[name]["type"] != "task":
-        return GENERATE
-    return str(_settings(manager, name).get("output_type", GENERATE))
-
-
-def _settings(manager: Any, name: str) -> Mapping[str, Any]:
-    """What stands in the YAML file of a task or group, its functions left out."""
-    from lmms_eval.utils import load_yaml_config
-
-    path = manager.task_index[name]["yaml_path"]
-    settings: Mapping[str, Any] = load_yaml_config(path, mode="simple") if isinstance(path, str) else {}
-    return settings
 
 
 def _check_output_type(name: str, output_type: str) -> None:
@@ -246,12 +186,12 @@ def root_cause(error: BaseException) -> BaseException:
     return error.last_attempt.exception() or error if isinstance(error, RetryError) else error
 
 
-def _load(manager: Any, name: str, data: LocalData) -> Mapping[Any, Any]:
+def _load(index: TaskIndex, name: str, data: LocalData) -> Mapping[Any, Any]:
     from lmms_eval.tasks import get_task_dict
 
     with muted(), watching(patience=PATIENCE) as calls, data.redirected():
         try:
-            loaded: Mapping[Any, Any] = get_task_dict([name], manager, "chat")
+            loaded: Mapping[Any, Any] = get_task_dict([name], index.manager, "chat")
             return loaded
         except FAULTS as error:
             cause = root_cause(error)
@@ -285,12 +225,5 @@ def list_tasks(include_path: Sequence[Path] = (), *, everything: bool = False) -
     Only local ones unless `everything`, which adds the generate_until tasks of lmms-eval; most of those need data from
     the hub.
     """
-    manager = _manager(include_path, "default", defaults=everything)
-    listed = []
-    for name in manager.all_tasks:
-        entry = manager.task_index[name]
-        if _output_type(manager, name) == GENERATE:
-            path = entry["yaml_path"]
-            folder = str(Path(path).parent) if isinstance(path, str) else ""
-            listed.append({"name": name, "kind": entry["type"].removeprefix("python_"), "folder": folder})
-    return listed
+    with _loading:
+        return TaskIndex(include_path, defaults=everything).listed()

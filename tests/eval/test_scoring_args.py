@@ -174,6 +174,7 @@ def test_mmbench_without_a_key_for_its_judge_is_refused_and_nobody_is_asked(made
 
 def test_with_a_key_the_judge_is_noted_and_not_asked(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "made up")
+    monkeypatch.setattr("vtc.eval.rehearsal.reachable", lambda host, port: None)
     notes: list[str] = []
     rehearse(mmbench(made, "mmbench_aggregate_dev_results_eval"), notes.append)
     (note,) = notes
@@ -207,7 +208,10 @@ def test_egoschema_subset_is_scored(made: Callable[..., Any], elsewhere: Path) -
     assert not files(elsewhere)
 
 
-def test_egoschema_server_is_noted_and_not_asked(made: Callable[..., Any], elsewhere: Path) -> None:
+def test_egoschema_server_is_noted_and_not_asked(
+    made: Callable[..., Any], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vtc.eval.rehearsal.reachable", lambda host, port: None)
     notes: list[str] = []
     rehearse(egoschema(made, "submission", "egoschema_aggregate_mc"), notes.append)
     assert notes == ["note: scoring task 'ego_here' asks validation-server.onrender.com; that was not rehearsed"]
