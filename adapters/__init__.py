@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from vtc.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
+    from vtc.cost.shapes import ModelShape
 
 GROUP = "vtc.adapters"
 
@@ -49,6 +50,21 @@ def families() -> dict[str, type[Adapter]]:
 def supported_classes() -> list[str]:
     """Names of the model classes that have an adapter."""
     return sorted(_entries())
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The sizes of a model with this Hugging Face configuration, which its cost depends on.
+
+    Raises UnsupportedModel for a class without an adapter, or one whose adapter tells no sizes.
+    """
+    classes, entries = list(getattr(config, "architectures", None) or []), _entries()
+    known = [name for name in classes if name in entries]
+    if not known:
+        raise UnsupportedModel(
+            f"{', '.join(classes) or 'a configuration without architectures'} is not supported; supported model "
+            f"classes: {', '.join(supported_classes())}"
+        )
+    return load(entries[known[0]]).shape(config)
 
 
 def of(model: nn.Module) -> Adapter:

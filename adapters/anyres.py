@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.adapters.compat import media
 from vtc.adapters.llava import LlavaAdapter
 from vtc.batch.context import VisionContext
+from vtc.cost.shapes import Encoded
 from vtc.method.layout import VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
 
@@ -30,6 +31,7 @@ class AnyResAdapter(LlavaAdapter):
     """
 
     single_crop: ClassVar[bool] = False
+    usual_crops: ClassVar[int] = 5
 
     @property
     def side(self) -> int:
@@ -41,7 +43,7 @@ class AnyResAdapter(LlavaAdapter):
     def pack_images(self, crops: list[Tensor], sizes: list[Size], arguments: dict[str, Any]) -> list[Tensor]:
         """The model's own packing: [crops, P, C] and pixel size (height, width) per image -> [n, C], newlines NaN."""
 
-    def is_tiled(self, arguments: dict[str, Any], images: int) -> list[bool]:
+    def is_tiled(self, arguments: Mapping[str, Any], images: int) -> list[bool]:
         """Which of the images of a call were cut into tiles."""
         return [True] * images
 
@@ -53,12 +55,7 @@ class AnyResAdapter(LlavaAdapter):
     def describe_images(self, arguments: dict[str, Any]) -> VisionContext:
         """Items of one get_image_features call."""
         pixels, first = media("image", arguments), self.prefix(arguments)
-        sizes: list[Size] = [(height, width) for height, width in arguments["image_sizes"].tolist()]
-        tilings = [
-            self._tiling(size) if tiled else None
-            for size, tiled in zip(sizes, self.is_tiled(arguments, len(sizes)), strict=True)
-        ]
-        counts = [1 if tiling is None else 1 + tiling[0] * tiling[1] for tiling in tilings]
+        sizes, tilings, counts = self._tilings(arguments)
 
         def geometry(size: Size, tiling: Size | None) -> VisualItem:
             pack: Packing = lambda values: self.pack_images([values], [size], arguments)[0]  # noqa: E731
@@ -88,6 +85,28 @@ class AnyResAdapter(LlavaAdapter):
 
         item = frames_item(pool, frames, side, newline=newline, device=pixels.device)
         return VisionContext(kind="video", items=[item] * videos, fingerprint=fingerprint(pixels), to_tokens=to_tokens)
+
+    def _tilings(self, arguments: Mapping[str, Any]) -> tuple[list[Size], list[Size | None], list[int]]:
+        """Pixel size, rows and columns of tiles, and number of crops of each image of a call."""
+        sizes: list[Size] = [(height, width) for height, width in arguments["image_sizes"].tolist()]
+        tilings = [
+            self._tiling(size) if tiled else None
+            for size, tiled in zip(sizes, self.is_tiled(arguments, len(sizes)), strict=True)
+        ]
+        return sizes, tilings, [1 if tiling is None else 1 + tiling[0] * tiling[1] for tiling in tilings]
+
+    def encoded(self, inputs: Mapping[str, Any]) -> Encoded:
+        total, images, videos = Encoded(), inputs.get("pixel_values"), inputs.get("pixel_values_videos")
+        if images is not None:
+            total += self._crops(images, sum(self._tilings(inputs)[2]))
+        if videos is not None:
+            total += self._crops(videos, videos.shape[0] * videos.shape[1], self.projected_per_frame)
+        return total
+
+    @property
+    def projected_per_frame(self) -> int | None:
+        """Tokens of a video's frame behind the projector, None for those of any picture."""
+        return None
 
     def _tiling(self, size: Size) -> Size:
         from transformers.image_processing_utils import select_best_resolution

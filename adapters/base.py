@@ -7,12 +7,13 @@ that an encoder call produced. Everything else (hooks, caches, positions, budget
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vtc.batch.context import VisionContext
+from vtc.cost.shapes import Encoded, ModelShape
 from vtc.errors import UnsupportedModel
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind
@@ -85,6 +86,21 @@ class Adapter(ABC):
         """Placeholder token id of each modality."""
         ids = {kind: getattr(self.model.config, f"{kind}_token_id", None) for kind in self.modalities}
         return {kind: token for kind, token in ids.items() if token is not None}
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        """The sizes of a model with this configuration, which its cost depends on.
+
+        Raises UnsupportedModel where a family does not tell them; nothing but costs needs them.
+        """
+        raise UnsupportedModel(
+            f"the adapter of {cls.family!r} tells no sizes, so nothing can be said about costs; give it a classmethod "
+            "`shape(config)` and a method `encoded(inputs)`"
+        )
+
+    def encoded(self, inputs: Mapping[str, Any]) -> Encoded:
+        """What the vision tower runs on in a call with these inputs; needed where `shape` is given."""
+        raise NotImplementedError
 
     @abstractmethod
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:

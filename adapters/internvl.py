@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
 from vtc.adapters.frames import FrameText, Run, frame_text, group, listed, numbered, runs
+from vtc.adapters.shapes import llm_shape, tower_shape
 from vtc.batch.context import VisionContext
+from vtc.cost.shapes import Encoded, ModelShape, ProjectorShape
 from vtc.errors import UnsupportedCall
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind, VisualItem
@@ -84,6 +86,23 @@ class InternVLAdapter(Adapter):
             llm_layers=config.text_config.num_hidden_layers,
             width=config.text_config.hidden_size,
         )
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        vision, llm = config.vision_config, llm_shape(config)
+        (height, width), (rows, cols) = vision.patch_size, vision.image_size
+        tower, patches = tower_shape(vision, patch=height * width, prefix=1), rows // height * (cols // width)
+        merged = round(1 / config.downsample_ratio) ** 2
+        projector = ProjectorShape(tower.hidden * merged, llm.hidden, llm.hidden, merged, cut=1)
+        return ModelShape("", llm, tower, projector, patches, 13 * patches // merged, family=cls.family)
+
+    def encoded(self, inputs: Mapping[str, Any]) -> Encoded:
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return Encoded()
+        height, width = self.model.config.vision_config.patch_size
+        patches = pixels.shape[-2] // height * (pixels.shape[-1] // width)
+        return self.shape(self.model.config).crops(pixels.shape[0], patches)
 
     @property
     def joined(self) -> frozenset[Kind]:

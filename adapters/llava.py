@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import refuse_wrong_order
+from vtc.adapters.shapes import llm_shape, tower_shape
 from vtc.batch.context import VisionContext
+from vtc.cost.shapes import Encoded, ModelShape, ProjectorShape
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind, VisualItem
@@ -34,6 +36,8 @@ class LlavaAdapter(Adapter):
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
     towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP")
     single_crop: ClassVar[bool] = True
+    usual_crops: ClassVar[int] = 1
+    """Crops of a usual picture, for tables."""
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec(
             "llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True
@@ -84,6 +88,35 @@ class LlavaAdapter(Adapter):
             single_crop=self.single_crop,
             width=config.text_config.hidden_size,
         )
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        vision, index = config.vision_config, config.vision_feature_layer
+        tower = tower_shape(
+            vision,
+            patch=vision.patch_size**2,
+            prefix=int(TOWERS.get(vision.model_type, False)),
+            pooling=vision.model_type == "siglip_vision_model" and getattr(vision, "vision_use_head", True),
+        )
+        llm, patches = llm_shape(config), (vision.image_size // vision.patch_size) ** 2
+        projector = ProjectorShape(
+            inputs=tower.hidden * (1 if isinstance(index, int) else len(index)),
+            hidden=llm.hidden,
+            outputs=llm.hidden,
+            cut=int(config.vision_feature_select_strategy == "default"),
+        )
+        return ModelShape("", llm, tower, projector, patches, cls.usual_crops * patches, family=cls.family)
+
+    def encoded(self, inputs: Mapping[str, Any]) -> Encoded:
+        pixels = inputs.get("pixel_values")
+        return Encoded() if pixels is None else self._crops(pixels, pixels.shape[0])
+
+    def _crops(self, pixels: Tensor, crops: int, projected: int | None = None) -> Encoded:
+        """`crops` pictures of the size of `pixels` [..., H, W]; projected: tokens that each has behind the projector."""
+        patch = self.model.config.vision_config.patch_size
+        patches = pixels.shape[-2] // patch * (pixels.shape[-1] // patch)
+        shape = self.shape(self.model.config)
+        return shape.crops(crops, patches, None if projected is None else crops * projected)
 
     def check_call(self, arguments: dict[str, Any]) -> None:
         given, own = arguments.get("vision_feature_layer"), self.model.config.vision_feature_layer

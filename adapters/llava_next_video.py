@@ -45,6 +45,10 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     def joined(self) -> frozenset[Kind]:
         return frozenset(["video"])
 
+    @property
+    def projected_per_frame(self) -> int | None:
+        return int(self.side // self.model.config.spatial_pool_stride) ** 2
+
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         if kind == "image":
             return self.describe_images(arguments)

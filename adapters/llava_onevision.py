@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
             return self.describe_images(arguments)
         return self.describe_videos(arguments, self.backbone.apply_pooling, newline=True)
 
-    def is_tiled(self, arguments: dict[str, Any], images: int) -> list[bool]:
+    def is_tiled(self, arguments: Mapping[str, Any], images: int) -> list[bool]:
         per_prompt = arguments.get("batch_num_images")
         if per_prompt is None:
             return [True] * images

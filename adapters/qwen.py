@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import media
+from vtc.adapters.shapes import llm_shape
 from vtc.batch.context import VisionContext
+from vtc.cost.shapes import Encoded, ModelShape, ProjectorShape, TowerShape
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind, VisualItem
 from vtc.ops.grid import Grid
@@ -62,6 +64,34 @@ class QwenVLAdapter(Adapter):
             mrope=True,
             width=self.model.config.text_config.hidden_size,
         )
+
+    @classmethod
+    def tower(cls, vision: Any) -> TowerShape:
+        """The tower's sizes, under the names most of the families give them."""
+        patch = vision.temporal_patch_size * vision.in_channels * vision.patch_size**2
+        return TowerShape(vision.hidden_size, vision.intermediate_size, vision.depth, vision.hidden_size, patch)
+
+    @classmethod
+    def window(cls, vision: Any) -> int | None:
+        """Patches along a side of an attention window, None where there are none."""
+        return None
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        vision, llm = config.vision_config, llm_shape(config)
+        tower, merged = cls.tower(vision), vision.spatial_merge_size**2
+        deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        wide = tower.hidden * merged
+        projector = ProjectorShape(wide, wide, llm.hidden, merged, copies=1 + deep)
+        return ModelShape("", llm, tower, projector, None, 1024, window=cls.window(vision), family=cls.family)
+
+    def encoded(self, inputs: Mapping[str, Any]) -> Encoded:
+        shape, total = self.shape(self.model.config), Encoded()
+        for kind in self.modalities:
+            grids = inputs.get(f"{kind}_grid_thw")
+            for frames, height, width in [] if grids is None else grids.tolist():
+                total += shape.frames(frames, height, width)
+        return total
 
     def full_attention_layers(self, depth: int) -> tuple[int, ...]:
         """Encoder layers in which a patch sees its whole frame."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import dataclasses
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtc.adapters.qwen import QwenVLAdapter
+from vtc.cost.shapes import TowerShape
 from vtc.method.base import ModelSpec
 
 
@@ -23,6 +25,15 @@ class Qwen25VLAdapter(QwenVLAdapter):
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec("qwen2.5-vl", 32, 31, False, (7, 15, 23, 31), 28, mrope=True),  # Qwen2.5-VL-7B
     )
+
+    @classmethod
+    def tower(cls, vision: Any) -> TowerShape:
+        return dataclasses.replace(super().tower(vision), matrices=3, full=tuple(vision.fullatt_block_indexes))
+
+    @classmethod
+    def window(cls, vision: Any) -> int | None:
+        merge = vision.spatial_merge_size
+        return int(vision.window_size // merge // vision.patch_size * merge)
 
     def full_attention_layers(self, depth: int) -> tuple[int, ...]:
         chosen = self.model.config.vision_config.fullatt_block_indexes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vtc.adapters.qwen import QwenVLAdapter
+from vtc.cost.shapes import TowerShape
 from vtc.method.base import ModelSpec
 
 
@@ -16,3 +17,9 @@ class Qwen2VLAdapter(QwenVLAdapter):
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec("qwen2-vl", 32, 31, False, tuple(range(32)), 28, mrope=True),  # Qwen2-VL-7B
     )
+
+    @classmethod
+    def tower(cls, vision: Any) -> TowerShape:
+        patch = vision.temporal_patch_size * vision.in_channels * vision.patch_size**2
+        inner = int(vision.embed_dim * vision.mlp_ratio)
+        return TowerShape(vision.embed_dim, inner, vision.depth, vision.embed_dim, patch)

@@ -180,14 +180,15 @@ class ModelShape:
     def encoded(self, visual: int, crops: int | None = None) -> Encoded:
         """What the tower runs on for so many visual tokens: whole crops, or one nearly square picture.
 
-        crops: how many there are, where margins and separators hide it.
+        crops: how many of these or frames there are, where margins, separators or pooling hide it.
         """
         if not visual:
             return Encoded()
         if self.crop_patches is None:
-            merge = math.isqrt(self.projector.merged)
-            height = max(n for n in range(1, math.isqrt(visual) + 1) if visual % n == 0)
-            return self.frames(crops or 1, merge * height, merge * (visual // height // (crops or 1)))
+            frames, merge = crops or 1, math.isqrt(self.projector.merged)
+            tokens = math.ceil(visual / frames)
+            height = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
+            return self.frames(frames, merge * height, merge * (tokens // height))
         per_crop = self.crop_patches // self.projector.merged
         return self.crops(crops or math.ceil(visual / per_crop), self.crop_patches)
 

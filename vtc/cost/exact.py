@@ -1,0 +1,162 @@
+"""What really runs: vision tower, projector, grouped-query attention, logits, decoding, and what a method adds.
+
+Operations are those of the matrix products and of attention, two per multiply-accumulate, as
+`torch.utils.flop_counter` counts them: attention over the whole square, norms and activations left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vtc.cost.roofline import Operator
+from vtc.cost.schedule import Schedule
+from vtc.cost.shapes import Encoded, LLMShape, ModelShape, TowerShape
+
+Shortened = Sequence[tuple[int, int]]
+"""(layer, rows of each crop from there on) of stages inside the tower, in order; one behind the last layer that is read
+shortens what is projected."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One prompt. visual: tokens entering each LLM layer, text: beside them. encoded: what the tower runs on.
+
+    shortened: by stages inside the tower. projected: tokens that leave the projector, where stages there changed it.
+    cached: visual tokens that the cache holds of each layer after the prefill, `visual` by default. method: operations
+    of the compression method. new_tokens: that are generated; the prefill yields the first. logits: rows that the
+    prefill computes logits of.
+    """
+
+    visual: Schedule
+    text: float
+    encoded: Encoded = Encoded()
+    shortened: Shortened = ()
+    projected: int | None = None
+    cached: Schedule | None = None
+    method: float = 0
+    new_tokens: int = 1
+    logits: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one prompt: operations by part, bytes of the cache at the end of the prefill and of everything else."""
+
+    tower: float
+    projector: float
+    llm: float
+    head: float
+    method: float
+    decode: float
+    kv_bytes: float
+    activation_bytes: float
+    weight_bytes: float
+
+    @property
+    def prefill(self) -> float:
+        """Operations until the first new token is known."""
+        return self.tower + self.projector + self.llm + self.head + self.method
+
+    @property
+    def total(self) -> float:
+        """Operations of the prefill and of decoding."""
+        return self.prefill + self.decode
+
+
+def cost(shape: ModelShape, work: Work, element: int = 2) -> Cost:
+    """The cost of `work` on a model; element: bytes of a number."""
+    llm, encoded = shape.llm, work.encoded
+    entering, cached = work.visual.plus(work.text), (work.cached or work.visual).plus(work.text)
+    projected = encoded.projected if work.projected is None else work.projected
+    return Cost(
+        tower=tower_operations(shape.tower, encoded, work.shortened),
+        projector=2 * projected * shape.projector.per_token,
+        llm=llm_operations(llm, entering),
+        head=2 * work.logits * llm.hidden * llm.vocabulary,
+        method=work.method,
+        decode=decode_operations(llm, cached, work.new_tokens),
+        kv_bytes=sum(llm.kv_bytes(tokens, element) for _, tokens in cached.each()),
+        activation_bytes=element * max(activations(llm, layer, tokens) for layer, tokens in entering.each()),
+        weight_bytes=element * weights(shape),
+    )
+
+
+def tower_operations(tower: TowerShape, encoded: Encoded, shortened: Shortened = ()) -> float:
+    """Operations of the vision tower."""
+    total = 2 * encoded.patches * tower.inputs * tower.hidden
+    rows, full, windows = encoded.rows, encoded.pairs, encoded.window_pairs
+    steps = dict(shortened)
+    for layer in range(tower.layers):
+        if layer in steps:
+            rows = encoded.crops * steps[layer]
+            full = windows = encoded.crops * steps[layer] ** 2
+        pairs = full if tower.is_full(layer) else windows
+        total += 2 * rows * tower.per_row + 4 * pairs * tower.inner
+    if tower.pooling:  # one query per crop over all rows, keys and values of these, and a feed-forward of one row
+        d = tower.hidden
+        total += 2 * (2 * rows * d**2 + 2 * rows * d + encoded.crops * (2 * d**2 + 2 * d * tower.intermediate))
+    return total
+
+
+def llm_operations(llm: LLMShape, entering: Schedule) -> float:
+    """Operations of the decoder layers in a prefill; entering: all tokens of each layer."""
+    return sum(
+        2 * tokens * llm.per_token(layer) + 4 * tokens**2 * llm.query_width for layer, tokens in entering.each()
+    )
+
+
+def decode_operations(llm: LLMShape, cached: Schedule, new_tokens: int) -> float:
+    """Operations of the forward passes behind the prefill, one for each new token but the first.
+
+    cached: rows that each layer's cache holds when the first of them begins. The pass of token t attends to t more.
+    """
+    passes = max(0, new_tokens - 1)
+    head = 2 * passes * llm.hidden * llm.vocabulary
+    attended = passes * (passes + 1) / 2
+    return head + sum(
+        2 * passes * llm.per_token(layer) + 4 * llm.query_width * (passes * tokens + attended)
+        for layer, tokens in cached.each()
+    )
+
+
+def activations(llm: LLMShape, layer: int, tokens: float) -> float:
+    """Numbers that are alive at once in a layer of a prefill, an estimate: the residual stream and its copy beside
+    the queries, keys, values and output of attention, or beside the three tensors of the feed-forward part.
+    """
+    attention = 2 * (llm.query_width + llm.kv_width)
+    return tokens * (2 * llm.hidden + max(attention, 3 * llm.ffn_width(layer)))
+
+
+def weights(shape: ModelShape) -> int:
+    """Matrix weights of the model, embeddings counted once."""
+    llm, tower = shape.llm, shape.tower
+    decoder = sum(llm.weights(layer) for layer in range(llm.layers)) + llm.hidden * llm.vocabulary
+    encoder = tower.layers * tower.per_row + tower.inputs * tower.hidden
+    return decoder + encoder + shape.projector.per_token
+
+
+def operators(shape: ModelShape, work: Work, element: int = 2) -> Iterator[Operator]:
+    """The prefill in operators for a roofline estimate, attention fused: its scores never leave the device's caches."""
+    encoded, tower, llm = work.encoded, shape.tower, shape.llm
+    if encoded.crops:
+        rows = encoded.rows * tower.hidden
+        per_layer = tower_operations(tower, encoded, work.shortened) / tower.layers
+        for _ in range(tower.layers):
+            yield Operator("tower layer", per_layer, element * (tower.per_row + 8 * rows))
+        tokens = encoded.projected if work.projected is None else work.projected
+        moved = shape.projector.per_token + tokens * (shape.projector.inputs + shape.projector.outputs)
+        yield Operator("projector", 2 * tokens * shape.projector.per_token, element * moved)
+    for layer, n in work.visual.plus(work.text).each():
+        read = llm.weights(layer)
+        if llm.experts is not None and llm.has_experts(layer):  # few tokens do not reach all experts
+            reached = min(1.0, n * llm.experts.active / llm.experts.count)
+            read = llm.projections + reached * (read - llm.projections)
+        linear = n * (2 * (llm.query_width + llm.kv_width) + 4 * llm.hidden + 3 * llm.ffn_width(layer))
+        yield Operator("matrices", 2 * n * llm.per_token(layer), element * (read + linear))
+        moved = 2 * n * (llm.query_width + llm.kv_width)
+        yield Operator("attention", 4 * n**2 * llm.query_width, element * moved)
+        yield Operator("norms and additions", 0, element * 8 * n * llm.hidden)
+    yield Operator("logits", 2 * work.logits * llm.hidden * llm.vocabulary, element * llm.hidden * llm.vocabulary)
+    if work.method:
+        yield Operator("method", work.method, 0)
