@@ -112,7 +112,7 @@ class LlavaAdapter(Adapter):
         return Encoded() if pixels is None else self._crops(pixels, pixels.shape[0])
 
     def _crops(self, pixels: Tensor, crops: int, projected: int | None = None) -> Encoded:
-        """`crops` pictures of the size of `pixels` [..., H, W]; projected: tokens that each has behind the projector."""
+        """`crops` pictures of the size of `pixels` [..., H, W]; projected: tokens of each behind the projector."""
         patch = self.model.config.vision_config.patch_size
         patches = pixels.shape[-2] // patch * (pixels.shape[-1] // patch)
         shape = self.shape(self.model.config)

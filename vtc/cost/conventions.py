@@ -39,9 +39,7 @@ class Convention:
 def _dense(matrices: int, factor: int) -> Callable[[LLMShape, Schedule], float]:
     def count(llm: LLMShape, entering: Schedule) -> float:
         d = llm.hidden
-        layers = (
-            4 * n * d**2 + 2 * n**2 * d + matrices * n * d * llm.ffn_width(layer) for layer, n in entering.each()
-        )
+        layers = (4 * n * d**2 + 2 * n**2 * d + matrices * n * d * llm.ffn_width(layer) for layer, n in entering.each())
         return factor * sum(layers)
 
     return count
@@ -55,7 +53,7 @@ FFN2 = "FastV, DivPrune, HoliTom and most surveys"
 CONVENTIONS = {
     each.name: each
     for each in (
-        Convention("ffn2", "4nd² + 2n²d + 2ndm", "multiply-accumulates, feed-forward of 2 matrices", FFN2, _dense(2, 1)),
+        Convention("ffn2", "4nd² + 2n²d + 2ndm", "multiply-accumulates, two FFN matrices", FFN2, _dense(2, 1)),
         Convention(
             "ffn3_visual", "4nd² + 2n²d + 3ndm, visual tokens alone", "multiply-accumulates", "PyramidDrop",
             _dense(3, 1), 0,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vtc.cost.roofline import Operator
 from vtc.cost.schedule import Schedule
-from vtc.cost.shapes import Encoded, LLMShape, ModelShape, TowerShape
+from vtc.cost.shapes import NOTHING, Encoded, LLMShape, ModelShape, TowerShape
 
 Shortened = Sequence[tuple[int, int]]
 """(layer, rows of each crop from there on) of stages inside the tower, in order; one behind the last layer that is read
@@ -30,7 +30,7 @@ class Work:
 
     visual: Schedule
     text: float
-    encoded: Encoded = Encoded()
+    encoded: Encoded = NOTHING
     shortened: Shortened = ()
     projected: int | None = None
     cached: Schedule | None = None
@@ -101,9 +101,7 @@ def tower_operations(tower: TowerShape, encoded: Encoded, shortened: Shortened =
 
 def llm_operations(llm: LLMShape, entering: Schedule) -> float:
     """Operations of the decoder layers in a prefill; entering: all tokens of each layer."""
-    return sum(
-        2 * tokens * llm.per_token(layer) + 4 * tokens**2 * llm.query_width for layer, tokens in entering.each()
-    )
+    return sum(2 * tokens * llm.per_token(layer) + 4 * tokens**2 * llm.query_width for layer, tokens in entering.each())
 
 
 def decode_operations(llm: LLMShape, cached: Schedule, new_tokens: int) -> float:

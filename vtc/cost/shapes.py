@@ -142,6 +142,10 @@ class Encoded:
         return Encoded(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
+NOTHING = Encoded()
+"""Of a prompt without pictures."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A vision-language model.
@@ -183,7 +187,7 @@ class ModelShape:
         crops: how many of these or frames there are, where margins, separators or pooling hide it.
         """
         if not visual:
-            return Encoded()
+            return NOTHING
         if self.crop_patches is None:
             frames, merge = crops or 1, math.isqrt(self.projector.merged)
             tokens = math.ceil(visual / frames)
