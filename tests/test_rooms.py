@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("errors", "ops", "embedded", "method", "methods", "batch", "adapters", "engine", "app", "eval", "cli")
+ROOMS = ("errors", "ops", "embedded", "cost", "method", "methods", "batch", "adapters", "engine", "app", "eval", "cli")
 """From the ground up. `vtc.testing` stands beside the stairs: it may use everything below `eval`."""
 BESIDE = {"testing": set(ROOMS) - {"eval", "cli"}}
 CLOSED = {
+    "cost": {"errors"},
     "ops": {"errors"},
     "methods": {"errors", "ops", "embedded", "method"},
     "method": {"errors", "ops", "embedded"},
@@ -120,7 +121,7 @@ def test_the_library_keeps_clear_of_what_it_does_not_need() -> None:
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         roots = {name.split(".")[0] for name in names}
-        if room(module) in ("ops", "method", "methods", "batch"):
+        if room(module) in ("ops", "cost", "method", "methods", "batch"):
             assert "transformers" not in roots, module
         if room(module) not in ("eval", "cli"):
             assert not roots & {"lmms_eval", "datasets", "matplotlib", "pandas"}, module

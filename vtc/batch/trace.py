@@ -25,6 +25,10 @@ class StageStats:
     visual_tokens_out: int
 
 
+Spans = tuple[tuple[int, tuple[int, ...]], ...]
+"""Numbers of neighbouring layers, and what each batch row has in them."""
+
+
 @dataclass(frozen=True)
 class CallStats:
     """One call that carried visual tokens.
@@ -32,6 +36,9 @@ class CallStats:
     visual_tokens_in: tokens of each batch row. visual_tokens_kept: per batch row the mean over the LLM layers of the
     visual tokens that enter the layer, the figure a budget is about. layer_rows: sequence length entering each layer.
     kv_rows: rows each layer's cache holds after the call, empty without a cache. seconds: host time in the engine.
+    entering: spans of neighbouring layers, and the visual tokens of each batch row that enter each of them; left: the
+    same of those that stay in their caches. encoder_rows: (encoder layer, rows of each crop from there on) where stages
+    inside the vision encoder shortened it.
     """
 
     batch: int
@@ -41,6 +48,9 @@ class CallStats:
     layer_rows: tuple[int, ...]
     kv_rows: tuple[int, ...]
     seconds: float
+    entering: Spans = ()
+    left: Spans = ()
+    encoder_rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

@@ -130,16 +130,19 @@ class Encoded:
     projector.
     """
 
-    crops: int = 0
-    patches: int = 0
-    rows: int = 0
-    pairs: int = 0
-    window_pairs: int = 0
-    projected: int = 0
+    crops: float = 0
+    patches: float = 0
+    rows: float = 0
+    pairs: float = 0
+    window_pairs: float = 0
+    projected: float = 0
 
     def __add__(self, other: Encoded) -> Encoded:
-        names = ("crops", "patches", "rows", "pairs", "window_pairs", "projected")
-        return Encoded(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Encoded(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def scaled(self, share: float) -> Encoded:
+        """A part of it, such as that of one question of a batch."""
+        return self if share == 1 else Encoded(*(share * value for value in vars(self).values()))
 
 
 NOTHING = Encoded()

@@ -167,7 +167,7 @@ class VisionRecorder:
             context = self.adapter.describe(kind, bound(function, args, kwargs), output)
             context.attention = {pair: context.pack(values) for pair, values in self._collect(one).items()}
             if self.stages is not None:
-                context.alive = self.stages.alive(one, context)
+                context.alive, context.rows = self.stages.alive(one, context), one.shortened
             setattr(output, MARK, context)
         missing = sorted({layer for layer, _ in set(self.pairs) - set(context.attention)})
         if missing:

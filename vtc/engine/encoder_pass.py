@@ -21,13 +21,15 @@ class EncoderPass(Pass):
 
     readings: what each layer and reading recorded, one entry per attention call. patches: of each crop before the
     first stage. prefix: rows in front of them, such as a class token. left: what each stage that removed something
-    left, its layer and [crops, M] the raster index of each patch (`patches` behind a crop's last one).
+    left, its layer and [crops, M] the raster index of each patch (`patches` behind a crop's last one). shortened: its
+    layer and the rows of each crop behind it.
     """
 
     readings: dict[tuple[int, VisionReading], list[Tensor]] = field(default_factory=dict)
     patches: int = 0
     prefix: int = 0
     left: list[tuple[int, Tensor]] = field(default_factory=list)
+    shortened: tuple[tuple[int, int], ...] = ()
 
     def recorded(self, *, packed: bool) -> dict[tuple[int, VisionReading], Tensor]:
         """What was recorded so far; a packed encoder calls attention segment by segment, any other crop by crop."""
@@ -36,7 +38,8 @@ class EncoderPass(Pass):
     def enter(self, hidden: Tensor, prefix: int) -> None:
         """Begin with [crops, prefix + patches, D] rows, `prefix` of them no patches."""
         crops, length, _ = hidden.shape
-        device, self.prefix, self.patches, self.left = hidden.device, prefix, length - prefix, []
+        device, self.prefix, self.patches = hidden.device, prefix, length - prefix
+        self.left, self.shortened = [], ()
         place = torch.arange(self.patches, device=device).expand(crops, -1)
         mask, number = torch.ones_like(place, dtype=torch.bool), torch.arange(crops, device=device)
         numbers, counts = tuple(range(crops)), (self.patches,) * crops
@@ -65,6 +68,7 @@ class EncoderPass(Pass):
         self.batch, hidden = self.now.apply(selection, hidden, "front")
         items = self.now.items
         assert items is not None
+        self.shortened += ((stage.layer, self.now.width),)
         self.left.append((stage.layer, torch.where(items.mask, items.token, self.patches)))
         return hidden
 

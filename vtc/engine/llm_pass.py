@@ -60,6 +60,7 @@ class LLMPass(Pass):
     rotary: Any = None
     left: dict[int, RowTable] = field(default_factory=dict)
     spans: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    evicted: tuple[int, tuple[int, ...]] | None = None
     stages: list[StageStats] = field(default_factory=list)
     record: CallRecord | None = None
     seconds: float = 0.0
@@ -159,6 +160,8 @@ class LLMPass(Pass):
         assert batch.items is not None
         ends = [start for start, _, _ in self.spans[1:]] + [layers]
         spans = [(end - start, rows, totals) for (start, rows, totals), end in zip(self.spans, ends, strict=True)]
+        first, remaining = self.evicted or (layers, ())
+        left = [remaining if start >= first else tuple(totals) for start, _, totals in self.spans]
         return CallStats(
             batch=batch.size,
             visual_tokens_in=tuple(batch.items.input_totals(batch.size)),
@@ -167,6 +170,9 @@ class LLMPass(Pass):
             layer_rows=tuple(rows for n, rows, _ in spans for _ in range(n)),
             kv_rows=() if cache is None else tuple(layer.get_seq_length() for layer in cache.layers),
             seconds=self.seconds,
+            entering=tuple((n, tuple(totals)) for n, _, totals in spans),
+            left=tuple((n, totals) for (n, _, _), totals in zip(spans, left, strict=True)),
+            encoder_rows=tuple(step for context in self.contexts for step in context.rows),
         )
 
 

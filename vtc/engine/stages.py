@@ -171,7 +171,7 @@ class StageRunner:
             return self.method.select(view)
 
     def evict(self, one: LLMPass, hidden: Tensor) -> None:
-        """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group."""
+        """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group, and once for open counts."""
         stage, cache = self.cache, one.cache
         if stage is None or cache is None:
             return
@@ -181,8 +181,12 @@ class StageRunner:
         if selection is None:
             one.note(stage)
             return
-        alive = batch.over_input(batch.items.scatter(selection.keep & batch.items.mask, batch.rows.held))
+        kept = selection.keep & batch.items.mask
+        alive = batch.over_input(batch.items.scatter(kept, batch.rows.held))
         one.note(stage, alive)
+        counts = kept.sum(1).tolist() if selection.counts is None else selection.counts
+        remaining = dataclasses.replace(batch.items, counts=tuple(counts)).row_totals(batch.size)
+        one.evicted = stage.from_layer, tuple(remaining)
         for group in self.starts:
             if group < stage.from_layer:
                 continue

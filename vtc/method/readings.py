@@ -61,6 +61,13 @@ class Reading(ABC):
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
 
+    def operations(self, length: float, width: int) -> float:
+        """What it costs in matrix products, two operations per multiply-accumulate, for one sequence of `length` rows.
+
+        width: of the queries of all heads together. Zero unless a reading multiplies.
+        """
+        return 0.0
+
 
 @dataclass(frozen=True)
 class VisionReading(Reading):
@@ -100,6 +107,9 @@ class ClassRow(VisionReading):
     name: ClassVar[str] = "cls"
     needs_cls: ClassVar[bool] = True
 
+    def operations(self, length: float, width: int) -> float:
+        return 2 * length * width
+
     def read(self, attention: AttentionCall) -> Tensor:
         rows = _class_rows(attention)
         return attention_rows(attention.query, attention.key, rows, attention.scaling, mask=attention.mask)[:, 0]
@@ -111,6 +121,9 @@ class ClassToPatches(VisionReading):
 
     name: ClassVar[str] = "cls to patches"
     needs_cls: ClassVar[bool] = True
+
+    def operations(self, length: float, width: int) -> float:
+        return 2 * length * width
 
     def read(self, attention: AttentionCall) -> Tensor:
         logits = attention_logits(
@@ -127,6 +140,9 @@ class ClassLogits(VisionReading):
     name: ClassVar[str] = "cls logits"
     needs_cls: ClassVar[bool] = True
 
+    def operations(self, length: float, width: int) -> float:
+        return 2 * length * width
+
     def read(self, attention: AttentionCall) -> Tensor:
         rows = _class_rows(attention)
         return attention_logits(attention.query, attention.key, rows, attention.scaling).mean(1)[:, 0]
@@ -137,6 +153,9 @@ class Received(VisionReading):
     """Softmax attention every key receives, mean over heads and over all queries, the class token's included."""
 
     name: ClassVar[str] = "received"
+
+    def operations(self, length: float, width: int) -> float:
+        return 2 * length**2 * width
 
     def read(self, attention: AttentionCall) -> Tensor:
         query, key, scaling, mask = attention.query, attention.key, attention.scaling, attention.mask
@@ -185,6 +204,9 @@ class LastRow(LLMReading):
 
     name: ClassVar[str] = "last"
 
+    def operations(self, length: float, width: int) -> float:
+        return 2 * length * width
+
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
         query, key = attention.query, attention.key
         return attention_rows(query, key, rows.last, attention.scaling, mask=rows.mask, causal=True)[:, 0]
@@ -204,6 +226,9 @@ class GroupSums(LLMReading):
 
     name: ClassVar[str] = "text and visual rows"
     differentiable: ClassVar[bool] = True
+
+    def operations(self, length: float, width: int) -> float:
+        return 2 * length**2 * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
         groups = torch.stack([rows.text, rows.visual])

@@ -1,0 +1,63 @@
+"""Visual tokens of each layer and of each cache, and rows inside the encoder, as the statistics of a call tell them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+from vtc.testing import tiny_inputs, tiny_model
+from vtc.testing.everything import OPTIONS
+
+LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
+METHODS = [name for name in vtc.list_methods(trained=False)]
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])
+@pytest.mark.parametrize("registered", METHODS)
+def test_counts_are_those_of_the_cache(registered: str, name: str) -> None:
+    """Row by row: text and visual tokens that are left are the rows of each layer's cache, padding apart."""
+    model, method = tiny_model(name), vtc.create(registered, **OPTIONS.get(registered, {}))
+    budget = {"retention": 0.7} if method.needs_budget else {}
+    for row in range(len(LAYOUT)):
+        inputs = tiny_inputs(name, LAYOUT, only=row, model=model)
+        try:
+            handle = vtc.compress(model, method, **budget)  # type: ignore[arg-type]
+        except vtc.errors.UnsupportedMethod:
+            pytest.skip("does not run on this family")
+        with handle, torch.no_grad():
+            cache = model(**inputs).past_key_values
+        (call,) = handle.stats.calls
+        (total,) = call.visual_tokens_in
+        text = inputs["input_ids"].shape[1] - total
+        entering = [tokens for layers, (tokens,) in call.entering for _ in range(layers)]
+        left = [tokens for layers, (tokens,) in call.left for _ in range(layers)]
+        assert [text + tokens for tokens in left] == [layer.keys.shape[2] for layer in cache.layers]
+        assert [text + tokens for tokens in entering] == list(call.layer_rows)
+        assert sum(entering) / len(entering) == pytest.approx(call.visual_tokens_kept[0])
+        assert (left == entering) == (call.kv_rows == call.layer_rows)
+
+
+def test_batches_tell_rows_apart() -> None:
+    model = tiny_model("llava-clip")
+    with vtc.compress(model, "mustdrop", retention=0.7) as handle, torch.no_grad():
+        model(**tiny_inputs("llava-clip", LAYOUT, model=model))
+    (call,) = handle.stats.calls
+    for row, tokens in enumerate(call.visual_tokens_in):
+        entering = [(layers, totals[row]) for layers, totals in call.entering]
+        assert entering[0][1] <= tokens
+        assert sum(n * count for n, count in entering) / 4 == pytest.approx(call.visual_tokens_kept[row])
+    assert [layers for layers, _ in call.left] == [layers for layers, _ in call.entering]
+    assert sum(call.left[-1][1]) < sum(call.entering[-1][1])
+
+
+def test_rows_inside_the_encoder() -> None:
+    model = tiny_model("llava-clip")
+    with vtc.compress(model, "tome", retention=0.5) as handle, torch.no_grad():
+        model(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model))
+    rows = handle.stats.calls[0].encoder_rows
+    assert [layer for layer, _ in rows] == sorted({layer for layer, _ in rows}) != []
+    assert all(later < earlier for (_, earlier), (_, later) in zip(rows, rows[1:], strict=False))
+    assert 0 < rows[-1][1] < 17
