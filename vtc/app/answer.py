@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from vtc import adapters
+from vtc.app.costs import CostMeter
 from vtc.app.images import open_image
 from vtc.app.loading import Loaded
 from vtc.app.nonsense import FiniteLogits, checking
 from vtc.app.preparation import Chat, on_device, prepare
 from vtc.app.template import system_length
+from vtc.cost.exact import Work
 from vtc.engine.attach import Handle, compress
 from vtc.errors import InputError
 from vtc.method.base import Compressor
@@ -37,12 +40,14 @@ __all__ = ["Answer", "Answerer", "Batch", "answer", "open_image"]
 class Batch:
     """Inputs of B prompts on the model's device, left-padded.
 
-    `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words.
+    `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words. `works`
+    (B) is what the untouched model does for each, None where its family tells no sizes.
     """
 
     inputs: Mapping[str, Any]
     visual_tokens: tuple[int, ...]
     system_lengths: tuple[int, ...] | None = None
+    works: tuple[Work, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
@@ -53,8 +58,11 @@ class Answer:
     """One answer and what it cost.
 
     `input_tokens` is the prompt's length before compression. `visual_tokens_kept` is the mean, over the layers of the
-    language model, of the visual tokens that enter the layer. `seconds` is this answer's share of the batch's generate
-    time, `engine_seconds` the part of it that the compression engine spent on the host.
+    language model, of the visual tokens that enter the layer; `layer_tokens` are these, as spans of so many layers with
+    so many tokens. `seconds` is this answer's share of the batch's generate time, `engine_seconds` the part of it that
+    the compression engine spent on the host. `flops` are the operations of the prefill as `vtc.cost.exact` counts them,
+    `kv_bytes` the cache at its end, padding left out of both, and the shares are those of the untouched model's; None
+    where the model's family tells no sizes.
     """
 
     text: str
@@ -64,6 +72,11 @@ class Answer:
     visual_tokens_kept: float
     seconds: float
     engine_seconds: float
+    layer_tokens: tuple[tuple[int, float], ...] = ()
+    flops: float | None = None
+    flops_share: float | None = None
+    kv_bytes: float | None = None
+    kv_share: float | None = None
 
 
 class Answerer:
@@ -73,6 +86,11 @@ class Answerer:
         self.loaded = loaded
         self.model = loaded.model
         self.processor = loaded.processor
+
+    @functools.cached_property
+    def meter(self) -> CostMeter:
+        """What tells costs on this model."""
+        return CostMeter(self.model)
 
     def prepare(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
         """Render, tokenise and preprocess `conversations` as one left-padded batch.
@@ -84,7 +102,9 @@ class Answerer:
         placeholders = torch.tensor(list(adapters.of(self.model).placeholders.values()), dtype=torch.long)
         visual = torch.isin(inputs["input_ids"].cpu(), placeholders).sum(1)
         heads = tuple(system_length(self.processor, conversation) for conversation in conversations)
-        return Batch(inputs, tuple(visual.tolist()), heads)
+        tokens = tuple(visual.tolist())
+        text = [length - n for length, n in zip(inputs["attention_mask"].sum(1).tolist(), tokens, strict=True)]
+        return Batch(inputs, tokens, heads, self.meter.untouched(inputs, tokens, text))
 
     def compressed(self, method: str | Compressor, **settings: Any) -> Handle:
         """`vtc.compress` with this model and processor; a context that ends it. No trace unless `trace` asks for one.
@@ -128,20 +148,20 @@ class Answerer:
         if new.shape[0] != len(batch):
             raise InputError(f"{new.shape[0]} answers to {len(batch)} questions; set num_return_sequences to 1")
         kept: Sequence[float] = batch.visual_tokens
-        engine_seconds = 0.0
+        works, engine_seconds = batch.works, 0.0
         if handle is not None and any(batch.visual_tokens):
             call = handle.stats.calls[-1]
-            kept = call.visual_tokens_kept[
-                :: max(1, len(call.visual_tokens_kept) // len(batch))
-            ]  # beams repeat prompts
+            kept = call.visual_tokens_kept[:: max(1, call.batch // len(batch))]  # beams repeat prompts
+            works = works and self.meter.compressed(works, handle, call)
             engine_seconds = round(call.seconds / len(batch), 6)
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         prompt_lengths = batch.inputs["attention_mask"].sum(1).tolist()
         seconds = round((time.perf_counter() - start) / len(batch), 6)
         columns = zip(texts, prompt_lengths, self._lengths(new), batch.visual_tokens, kept, strict=True)
+        costs = self.meter.spent(batch.works, works) if batch.works and works else [{}] * len(batch)
         return [
-            Answer(text, prompt, length, before, round(float(after), 4), seconds, engine_seconds)
-            for text, prompt, length, before, after in columns
+            Answer(text, prompt, length, before, round(float(after), 4), seconds, engine_seconds, **spent)
+            for (text, prompt, length, before, after), spent in zip(columns, costs, strict=True)
         ]
 
     def _lengths(self, new: Tensor) -> list[int]:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from vtc import adapters
 from vtc.batch.trace import CallStats, Spans
 from vtc.cost.exact import Cost, Work, cost
 from vtc.cost.schedule import Schedule, constant
-from vtc.cost.shapes import Encoded, ModelShape
+from vtc.cost.shapes import ModelShape
 from vtc.engine.attach import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Of one question: prefill operations and bytes of its cache behind the prefill, and both of the untouched model."""
-
-    flops: float
-    kv_bytes: float
-    flops_full: float
-    kv_bytes_full: float
 
 
 class CostMeter:
@@ -41,18 +31,22 @@ class CostMeter:
         except UnsupportedModel:
             self.shape = None
 
-    def untouched(self, inputs: Mapping[str, Any], visual: Sequence[int], text: Sequence[int]) -> list[Work]:
-        """What the model as it is does for each question; visual, text: its tokens."""
-        encoded, total, layers = self.adapter.encoded(inputs), sum(visual), self.adapter.spec.llm_layers
-        return [
-            Work(constant(layers, tokens), words, share_of(encoded, tokens, total))
+    def untouched(
+        self, inputs: Mapping[str, Any], visual: Sequence[int], text: Sequence[int]
+    ) -> tuple[Work, ...] | None:
+        """What the model as it is does for each question; visual, text: its tokens. None where that is not known."""
+        if self.shape is None:
+            return None
+        encoded, total, layers = self.adapter.encoded(inputs), sum(visual), self.shape.llm.layers
+        return tuple(
+            Work(constant(layers, tokens), words, encoded.scaled(tokens / total) if total else encoded)
             for tokens, words in zip(visual, text, strict=True)
-        ]
+        )
 
-    def compressed(self, full: Sequence[Work], handle: Handle, call: CallStats) -> list[Work]:
+    def compressed(self, full: Sequence[Work], handle: Handle, call: CallStats) -> tuple[Work, ...]:
         """The same under a method. call: what it did to the batch, rows in the order of `full`."""
         repeats = max(1, call.batch // len(full))  # beams repeat prompts
-        return [self._compressed(work, handle, call, row * repeats) for row, work in enumerate(full)]
+        return tuple(self._compressed(work, handle, call, row * repeats) for row, work in enumerate(full))
 
     def _compressed(self, work: Work, handle: Handle, call: CallStats, row: int) -> Work:
         assert self.shape is not None
@@ -70,10 +64,21 @@ class CostMeter:
         )
         return replace(work, method=method_operations(self.shape, handle.plan, work))
 
-    def spent(self, full: Sequence[Work], works: Sequence[Work]) -> list[Spent]:
-        """Of each question; full: of the untouched model, works: of what really ran."""
-        pairs = [(self.cost(one), self.cost(before)) for one, before in zip(works, full, strict=True)]
-        return [Spent(one.prefill, one.kv_bytes, whole.prefill, whole.kv_bytes) for one, whole in pairs]
+    def spent(self, full: Sequence[Work], works: Sequence[Work]) -> list[dict[str, Any]]:
+        """The fields of `vtc.app.answer.Answer` about costs, question by question.
+
+        full: of the untouched model, works: of what really ran.
+        """
+        return [self._spent(self.cost(one), self.cost(whole), one) for one, whole in zip(works, full, strict=True)]
+
+    def _spent(self, one: Cost, whole: Cost, work: Work) -> dict[str, Any]:
+        return {
+            "layer_tokens": work.visual.spans,
+            "flops": round(one.prefill),
+            "flops_share": round(one.prefill / whole.prefill, 6),
+            "kv_bytes": round(one.kv_bytes),
+            "kv_share": round(one.kv_bytes / whole.kv_bytes, 6),
+        }
 
     def cost(self, work: Work) -> Cost:
         """The cost of one question."""
@@ -95,11 +100,6 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work) -> float:
         if getattr(reading, "ahead", False):  # the layer's queries, keys and values are computed a second time
             total += 2 * tokens * llm.hidden * (llm.query_width + 2 * llm.kv_width)
     return total
-
-
-def share_of(encoded: Encoded, tokens: int, total: int) -> Encoded:
-    """The part of a batch's pictures that belongs to a question with `tokens` of its `total` visual tokens."""
-    return encoded.scaled(tokens / total) if total else encoded
 
 
 def _of_row(spans: Spans, row: int) -> Schedule:

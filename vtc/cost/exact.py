@@ -6,14 +6,15 @@ Operations are those of the matrix products and of attention, two per multiply-a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vtc.cost.roofline import Operator
 from vtc.cost.schedule import Schedule
 from vtc.cost.shapes import NOTHING, Encoded, LLMShape, ModelShape, TowerShape
 
-Shortened = Sequence[tuple[int, int]]
+Shortened = tuple[tuple[int, int], ...]
 """(layer, rows of each crop from there on) of stages inside the tower, in order; one behind the last layer that is read
 shortens what is projected."""
 
@@ -32,7 +33,7 @@ class Work:
     text: float
     encoded: Encoded = NOTHING
     shortened: Shortened = ()
-    projected: int | None = None
+    projected: float | None = None
     cached: Schedule | None = None
     method: float = 0
     new_tokens: int = 1
@@ -64,6 +65,7 @@ class Cost:
         return self.prefill + self.decode
 
 
+@functools.lru_cache(4096)  # questions of a benchmark come in few sizes
 def cost(shape: ModelShape, work: Work, element: int = 2) -> Cost:
     """The cost of `work` on a model; element: bytes of a number."""
     llm, encoded = shape.llm, work.encoded
@@ -84,7 +86,7 @@ def cost(shape: ModelShape, work: Work, element: int = 2) -> Cost:
 
 def tower_operations(tower: TowerShape, encoded: Encoded, shortened: Shortened = ()) -> float:
     """Operations of the vision tower."""
-    total = 2 * encoded.patches * tower.inputs * tower.hidden
+    total: float = 2 * encoded.patches * tower.inputs * tower.hidden
     rows, full, windows = encoded.rows, encoded.pairs, encoded.window_pairs
     steps = dict(shortened)
     for layer in range(tower.layers):

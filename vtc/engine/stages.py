@@ -171,7 +171,10 @@ class StageRunner:
             return self.method.select(view)
 
     def evict(self, one: LLMPass, hidden: Tensor) -> None:
-        """After the prefill: drop the cached rows of tokens the method gives up. Synchronises once per layer group, and once for open counts."""
+        """After the prefill: drop the cached rows of tokens the method gives up.
+
+        Synchronises once per layer group, and once where the selection leaves its counts open.
+        """
         stage, cache = self.cache, one.cache
         if stage is None or cache is None:
             return
