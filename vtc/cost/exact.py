@@ -112,7 +112,7 @@ def decode_operations(llm: LLMShape, cached: Schedule, new_tokens: int) -> float
     cached: rows that each layer's cache holds when the first of them begins. The pass of token t attends to t more.
     """
     passes = max(0, new_tokens - 1)
-    head = 2 * passes * llm.hidden * llm.vocabulary
+    head: float = 2 * passes * llm.hidden * llm.vocabulary
     attended = passes * (passes + 1) / 2
     return head + sum(
         2 * passes * llm.per_token(layer) + 4 * llm.query_width * (passes * tokens + attended)
