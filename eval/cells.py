@@ -13,7 +13,7 @@ import vtc
 from vtc.errors import BudgetError, InputError
 from vtc.eval.downsample import DOWNSAMPLE
 from vtc.eval.method_spec import MethodSpec
-from vtc.eval.spec import SweepSpec
+from vtc.eval.spec import Quantity, SweepSpec
 from vtc.method.base import Compressor, Positions
 from vtc.method.budget import Budget
 from vtc.method.composite import Composite
@@ -33,7 +33,9 @@ class Cell:
     `parameters` are all hyper-parameters after defaults, so that a changed default is another cell. `positions` is the
     position policy, None for the method's own. `retention` or `keep` is the budget; both are None for methods that
     decide themselves how much they keep, and where several together have budgets of their own. `video` is what the
-    sweep says of videos beyond the defaults. `model` is the fingerprint of the loaded model.
+    sweep says of videos beyond the defaults. `model` is the fingerprint of the loaded model. `quantity` is what the
+    retention is a share of; unless that is visual tokens, `setting` is the share of these with which it is met,
+    `achieved` what that came to when it was looked for, and `asked` the key without them (see `vtc.eval.settling`).
     `compressor` is the method to run, None for the baseline and for `downsample`; it takes no part in comparisons
     because the other fields determine it.
     """
@@ -49,6 +51,10 @@ class Cell:
     model: Mapping[str, Any]
     keep: int | None = None
     video: Mapping[str, Any] = field(default_factory=dict)
+    quantity: Quantity = "tokens"
+    setting: float | None = None
+    achieved: float | None = field(default=None, compare=False)
+    asked: str | None = field(default=None, compare=False)
     compressor: Compressor | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -58,8 +64,9 @@ class Cell:
 
     @property
     def budget(self) -> Budget | None:
-        """What is asked for."""
-        return None if self.retention is None and self.keep is None else Budget(self.retention, self.keep)
+        """The visual tokens that are asked for, once they are settled."""
+        share = self.retention if self.setting is None else self.setting
+        return None if share is None and self.keep is None else Budget(share, self.keep)
 
     @property
     def scales(self) -> Budget | None:
@@ -77,9 +84,11 @@ class Cell:
         The label and library versions take no part; a method's `version` stands for its code.
         """
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("compressor", "label"):
+        for name in ("compressor", "label", "achieved", "asked"):
             settings.pop(name)
-        for name in ("keep", "video"):  # which keys of older stores say nothing of
+        if self.quantity == "tokens":
+            settings.pop("quantity")
+        for name in ("keep", "video", "setting"):  # which keys of older stores say nothing of
             if not settings[name]:
                 settings.pop(name)
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=list)
@@ -167,6 +176,8 @@ def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
     for entry, runs in make_methods(spec):
         for budget, method in runs:
             cell = make_cell(entry.label, method, budget, spec.positions, **common)
+            if cell.retention is not None:
+                cell = dataclasses.replace(cell, quantity=spec.budget)
             cells.setdefault(cell.key(), cell)
     return list(cells.values())
 

@@ -110,6 +110,17 @@ def _over_answers(name: str, meaning: str, since: int = 0) -> Column:
     )
 
 
+def _achieved(line: Line) -> Any:
+    """The share of what the budget is about: counted over the answers, of time as it was measured before them."""
+    quantity = line.cell.get("quantity", "tokens")
+    if quantity == "time":
+        return line.cell.get("achieved")
+    if quantity == "tokens":
+        kept, given = (line.record.get(f"visual_tokens_{name}") for name in ("kept", "in"))
+        return kept / given if kept is not None and given else None
+    return line.record.get(f"{quantity}_share")
+
+
 def _compared(name: str, kind: type, meaning: str, field: str) -> Column:
     """A field of the comparison with the baseline, which scoring version 0 stored under "paired"."""
     return Column(name, kind, meaning, lambda line: line.paired.get(field), lambda m: getattr(m.paired, field, None))
@@ -143,12 +154,31 @@ COLUMNS = (
     Column("method", str, "method; the untouched model is `none`", lambda line: line.name),
     Column("retention", float, "share of the visual tokens asked for, if any is", lambda line: line.cell["retention"]),
     Column("keep", int, "visual tokens of an item asked for, if any are", lambda line: line.cell.get("keep")),
+    Column(
+        "budget",
+        str,
+        "what retention is a share of: tokens, flops, kv or time",
+        lambda c: c.cell.get("quantity", "tokens"),
+    ),
+    Column(
+        "setting",
+        float,
+        "share of the visual tokens with which a budget of others is met",
+        lambda c: c.cell.get("setting"),
+    ),
+    Column("achieved", float, "share of what the budget is about, of that of `none` on the same questions", _achieved),
     Column("value", float, "the metric as the task aggregates it", scored=lambda m: m.value),
     Column("ci_low", float, "lower end of its 95 % interval", scored=lambda m: m.interval.low),
     Column("ci_high", float, "upper end", scored=lambda m: m.interval.high),
     Column("n", int, "questions it is about", scored=lambda m: len(m.doc_ids)),
     _over_answers("visual_tokens_in", "visual tokens of a question before compression"),
     _over_answers("visual_tokens_kept", "mean over the LLM's layers of those that enter the layer"),
+    _over_answers(
+        "flops", "operations of a prefill, as `vtc cost` counts them under `exact`, padding left out", since=2
+    ),
+    _over_answers("flops_share", "the same as a share of that of `none`, mean over the questions", since=2),
+    _over_answers("kv_bytes", "KV cache of a question at the end of its prefill, padding left out", since=2),
+    _over_answers("kv_share", "the same as a share of that of `none`", since=2),
     Column("higher_is_better", bool, "direction of the metric", scored=lambda m: m.better),
     Column("positions", str, "position policy", lambda line: line.cell.get("positions")),
     Column("seed", int, "seed of the method, or of the sweep", _seed),

@@ -204,7 +204,7 @@ class Worker:
         generation, key, doc_ids = task.generation(cell.generation), cell.key(), tuple(chats)
         before = batch.visual_tokens
         if cell.scales is not None:
-            batch = self.runner.scaled(list(chats.values()), cell.scales)
+            batch = self.runner.scaled(list(chats.values()), cell.scales, batch)
         rows: list[Record] = []
         for repeat in range(task.repeats):
             seed = batch_seed(cell.seed, task.name, doc_ids[0], repeat)

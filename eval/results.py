@@ -164,7 +164,8 @@ def _series_names(cells: dict[str, Record]) -> dict[str, str]:
 
 
 def _settings(cell: Record) -> Record:
-    return {"positions": cell.get("positions"), **cell["parameters"], "version": cell["version"]}
+    about = {"positions": cell.get("positions"), "budget": cell.get("quantity", "tokens")}
+    return {**about, **cell["parameters"], "version": cell["version"]}
 
 
 def _incomplete(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,12 +60,35 @@ class Runner(Answerer):
             return dataclasses.replace(cell, positions=handle.positions)
 
     def _attached(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
-        limits = {"retention": cell.retention, "keep": cell.keep} if compressor.needs_budget else {}
+        limits = vars(cell.budget) if cell.budget is not None and compressor.needs_budget else {}
         return self.compressed(compressor, positions=cell.positions, **limits)  # several together hold theirs
 
-    def scaled(self, chats: Sequence[Chat], budget: Budget) -> Batch:
-        """Like `prepare`, with pictures and videos scaled down until their visual tokens meet the budget."""
-        return self.prepare([self.downsampler.smaller(chat, budget) for chat in chats])
+    @torch.inference_mode()
+    def prefill(self, batch: Batch, cell: Cell) -> tuple[list[dict[str, Any]], float]:
+        """Run the prompts of `batch` through the model under a cell's method, and nothing more.
+
+        Returns what the costs of each question are, see `vtc.app.costs`, and the seconds it took. Raises VTCError where
+        the method cannot run, or not at this budget.
+        """
+        attached = contextlib.nullcontext() if cell.compressor is None else self._attached(cell.compressor, cell)
+        device = self.model.device
+        with attached as handle:
+            if handle is not None:
+                handle.system_length = batch.system_lengths
+            synchronise(device)
+            start = time.perf_counter()
+            self.model(**batch.inputs, use_cache=True, logits_to_keep=1)
+            synchronise(device)
+            seconds = time.perf_counter() - start
+            return self.spent(batch, handle), seconds
+
+    def scaled(self, chats: Sequence[Chat], budget: Budget, like: Batch) -> Batch:
+        """Like `prepare`, with pictures and videos scaled down until their visual tokens meet the budget.
+
+        like: the same conversations as they are, whose costs shares refer to.
+        """
+        small = self.prepare([self.downsampler.smaller(chat, budget) for chat in chats])
+        return dataclasses.replace(small, full=like.works)
 
     def sharing(self, cells: Sequence[Cell]) -> SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
@@ -110,6 +134,12 @@ def few_threads(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def batch_seed(*parts: object) -> int:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -29,6 +29,7 @@ TRAINING_FREE = (
 )  # fmt: skip
 
 
+Quantity = Literal["tokens", "flops", "kv", "time"]
 RETENTIONS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
 
 
@@ -49,10 +50,11 @@ class SweepSpec(BaseModel):
     `limit` is the number of questions per task, from its beginning; None means all of them.
     `positions` is the position policy of `vtc.compress`; None is its default. `generation` overrides the task's own
     generation settings. `prompt_profile` selects the entry of a task's `lmms_eval_specific_kwargs`, such as
-    ``qwen2_5_vl``, where a task words its prompts differently for each model family. `data_map` is a YAML file, or its
-    content, that names local files in place of tasks' data sets (`vtc.eval.data_map`). `video` says how videos become
-    frames, with the fields of `VideoReading`. `trackers` are names such as ``wandb`` and ``tensorboard``, which the
-    metrics are sent to in the end.
+    ``qwen2_5_vl``, where a task words its prompts differently for each model family. `budget` is what a retention is a
+    share of: visual tokens, or the untouched model's prefill operations, bytes of KV cache or prefill time. `data_map`
+    is a YAML file, or its content, that names local files in place of tasks' data sets (`vtc.eval.data_map`). `video`
+    says how videos become frames, with the fields of `VideoReading`. `trackers` are names such as ``wandb`` and
+    ``tensorboard``, which the metrics are sent to in the end.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -61,6 +63,7 @@ class SweepSpec(BaseModel):
     methods: tuple[MethodSpec, ...] = Field(default_factory=lambda known: _default_methods(known["model"]))
     keep: tuple[int, ...] = ()
     retentions: tuple[float, ...] = Field(default_factory=lambda known: () if known.get("keep") else RETENTIONS)
+    budget: Quantity = "tokens"
     tasks: tuple[str, ...] = ("tiny_image",)
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=24, ge=1)

@@ -23,6 +23,7 @@ from vtc.eval.report import write_report
 from vtc.eval.rescoring import score_store
 from vtc.eval.results import Results
 from vtc.eval.runner import Runner, few_threads
+from vtc.eval.settling import SAMPLE, Settler
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store, Writer, check_writable
 from vtc.eval.tracking import check_trackers, track
@@ -72,8 +73,10 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     for chat in first:
         check_modalities(loaded, chat)
     runner = Runner(loaded)
-    cells = _feasible(make_cells(spec, loaded.fingerprint()), runner, first, progress)
     store = Store(spec.folder)
+    settler = Settler(runner, _sample(spec, tasks), store.cells() if store.exists else None)
+    with few_threads(loaded.model):
+        cells = _feasible(make_cells(spec, loaded.fingerprint()), settler, first, progress)
     if store.exists:
         check_same_sweep(store, spec, tasks, cells)
     with store.writing() as writer:
@@ -89,12 +92,20 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     return SweepResult(spec.folder, results, failures, answered, time.monotonic() - began)
 
 
-def _feasible(cells: Sequence[Cell], runner: Runner, asked: Sequence[Chat], progress: SilentProgress) -> list[Cell]:
+def _sample(spec: SweepSpec, tasks: Sequence[SweepTask]) -> list[Chat]:
+    """The prompts on which budgets in other units than tokens are settled; none where nothing has to be."""
+    if spec.budget == "tokens":
+        return []
+    clips = Clips(spec.video)
+    return [task.conversation(i, clips) for task in tasks for i in range(min(SAMPLE, documents(spec, task)))]
+
+
+def _feasible(cells: Sequence[Cell], settler: Settler, asked: Sequence[Chat], progress: SilentProgress) -> list[Cell]:
     """The cells whose budget can be met on this model and the questions `asked`; the others are noted and left out."""
     kept: list[Cell] = []
     for cell in cells:
         try:
-            kept.append(runner.check(cell, asked))
+            kept.append(settler.runner.check(settler.settle(cell), asked))
         except BudgetError as error:
             progress.note(f"left out: {error}")
     return kept

@@ -41,13 +41,15 @@ class Batch:
     """Inputs of B prompts on the model's device, left-padded.
 
     `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words. `works`
-    (B) is what the untouched model does for each, None where its family tells no sizes.
+    (B) is what the untouched model does for each, None where its family tells no sizes; `full` (B) the same of the
+    prompts that shares of costs refer to, where these are others.
     """
 
     inputs: Mapping[str, Any]
     visual_tokens: tuple[int, ...]
     system_lengths: tuple[int, ...] | None = None
     works: tuple[Work, ...] | None = None
+    full: tuple[Work, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
@@ -148,21 +150,28 @@ class Answerer:
         if new.shape[0] != len(batch):
             raise InputError(f"{new.shape[0]} answers to {len(batch)} questions; set num_return_sequences to 1")
         kept: Sequence[float] = batch.visual_tokens
-        works, engine_seconds = batch.works, 0.0
+        engine_seconds = 0.0
         if handle is not None and any(batch.visual_tokens):
             call = handle.stats.calls[-1]
             kept = call.visual_tokens_kept[:: max(1, call.batch // len(batch))]  # beams repeat prompts
-            works = works and self.meter.compressed(works, handle, call)
             engine_seconds = round(call.seconds / len(batch), 6)
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         prompt_lengths = batch.inputs["attention_mask"].sum(1).tolist()
         seconds = round((time.perf_counter() - start) / len(batch), 6)
         columns = zip(texts, prompt_lengths, self._lengths(new), batch.visual_tokens, kept, strict=True)
-        costs = self.meter.spent(batch.works, works) if batch.works and works else [{}] * len(batch)
         return [
             Answer(text, prompt, length, before, round(float(after), 4), seconds, engine_seconds, **spent)
-            for (text, prompt, length, before, after), spent in zip(columns, costs, strict=True)
+            for (text, prompt, length, before, after), spent in zip(columns, self.spent(batch, handle), strict=True)
         ]
+
+    def spent(self, batch: Batch, handle: Handle | None) -> list[dict[str, Any]]:
+        """The fields of an `Answer` about costs for each question of a batch that has just been run under `handle`."""
+        if batch.works is None:
+            return [{}] * len(batch)
+        works = batch.works
+        if handle is not None and any(batch.visual_tokens):
+            works = self.meter.compressed(works, handle, handle.stats.calls[-1])
+        return self.meter.spent(batch.full or batch.works, works)
 
     def _lengths(self, new: Tensor) -> list[int]:
         """Generated tokens per answer, the end-of-sequence token included, the padding after it not."""

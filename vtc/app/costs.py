@@ -62,7 +62,8 @@ class CostMeter:
             shortened=tuple((layer, rows) for layer, rows in call.encoder_rows if layer <= last),
             projected=projected,
         )
-        return replace(work, method=method_operations(self.shape, handle.plan, work))
+        ran = bool(call.stages) or call.left != call.entering  # else the LLM was left as it is
+        return replace(work, method=method_operations(self.shape, handle.plan, work, llm=ran))
 
     def spent(self, full: Sequence[Work], works: Sequence[Work]) -> list[dict[str, Any]]:
         """The fields of `vtc.app.answer.Answer` about costs, question by question.
@@ -86,19 +87,22 @@ class CostMeter:
         return cost(self.shape, work, self.element)
 
 
-def method_operations(shape: ModelShape, plan: Plan, work: Work) -> float:
-    """What a method's readings cost by their own account; what it multiplies besides is not known."""
-    tower, llm, encoded = shape.tower, shape.llm, work.encoded
+def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = True) -> float:
+    """What a method's readings cost by their own account, those of the LLM only where `llm` is set.
+
+    What a method multiplies besides, such as similarities of tokens, is not known.
+    """
+    tower, decoder, encoded = shape.tower, shape.llm, work.encoded
     total = 0.0
     if encoded.crops:
         length = encoded.rows / encoded.crops
         total += sum(encoded.crops * each.operations(length, tower.inner) for _, each in plan.needs.vision_pairs)
     entering = dict(work.visual.plus(work.text).each())
-    for layer, reading in plan.needs.llm_pairs:
+    for layer, reading in plan.needs.llm_pairs if llm else ():
         tokens = entering[max(0, layer - 1) if getattr(reading, "ahead", False) else layer]
-        total += reading.operations(tokens, llm.query_width)
+        total += reading.operations(tokens, decoder.query_width)
         if getattr(reading, "ahead", False):  # the layer's queries, keys and values are computed a second time
-            total += 2 * tokens * llm.hidden * (llm.query_width + 2 * llm.kv_width)
+            total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)
     return total
 
 

@@ -48,6 +48,9 @@ def sweep(
     keep: Annotated[
         list[str] | None, typer.Option(help="Visual tokens kept of each item: separated by commas, or repeated.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What a retention is a share of: tokens, flops, kv or time (of the prefill).")
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Names, see `vtc tasks`: separated by commas, or repeated.")
     ] = None,
@@ -84,6 +87,7 @@ def sweep(
         "methods": methods or None,
         "retentions": _split(retentions),
         "keep": _split(keep),
+        "budget": budget,
         "tasks": _split(tasks),
         "limit": limit,
         "batch_size": batch_size,

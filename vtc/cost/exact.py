@@ -148,7 +148,7 @@ def operators(shape: ModelShape, work: Work, element: int = 2) -> Iterator[Opera
         moved = shape.projector.per_token + tokens * (shape.projector.inputs + shape.projector.outputs)
         yield Operator("projector", 2 * tokens * shape.projector.per_token, element * moved)
     for layer, n in work.visual.plus(work.text).each():
-        read = llm.weights(layer)
+        read: float = llm.weights(layer)
         if llm.experts is not None and llm.has_experts(layer):  # few tokens do not reach all experts
             reached = min(1.0, n * llm.experts.active / llm.experts.count)
             read = llm.projections + reached * (read - llm.projections)
