@@ -136,27 +136,45 @@ def weights(shape: ModelShape) -> int:
     return decoder + encoder + shape.projector.per_token
 
 
-def operators(shape: ModelShape, work: Work, element: int = 2) -> Iterator[Operator]:
-    """The prefill in operators for a roofline estimate, attention fused: its scores never leave the device's caches."""
+def operators(shape: ModelShape, work: Work, element: int = 2, batch: int = 1) -> Iterator[Operator]:
+    """The prefill of `batch` such prompts in operators for a roofline estimate.
+
+    Attention is fused: its scores never leave the device's caches.
+    """
     encoded, tower, llm = work.encoded, shape.tower, shape.llm
+
+    def operator(name: str, operations: float, read: float, numbers: float) -> Operator:
+        """read: weights; operations and numbers: of one prompt."""
+        return Operator(name, batch * operations, element * (read + batch * numbers))
+
     if encoded.crops:
-        rows = encoded.rows * tower.hidden
         per_layer = tower_operations(tower, encoded, work.shortened) / tower.layers
         for _ in range(tower.layers):
-            yield Operator("tower layer", per_layer, element * (tower.per_row + 8 * rows))
-        tokens = encoded.projected if work.projected is None else work.projected
-        moved = shape.projector.per_token + tokens * (shape.projector.inputs + shape.projector.outputs)
-        yield Operator("projector", 2 * tokens * shape.projector.per_token, element * moved)
+            yield operator("tower layer", per_layer, tower.per_row, 8 * encoded.rows * tower.hidden)
+        tokens, projector = encoded.projected if work.projected is None else work.projected, shape.projector
+        numbers = tokens * (projector.inputs + projector.outputs)
+        yield operator("projector", 2 * tokens * projector.per_token, projector.per_token, numbers)
     for layer, n in work.visual.plus(work.text).each():
         read: float = llm.weights(layer)
         if llm.experts is not None and llm.has_experts(layer):  # few tokens do not reach all experts
-            reached = min(1.0, n * llm.experts.active / llm.experts.count)
+            reached = min(1.0, batch * n * llm.experts.active / llm.experts.count)
             read = llm.projections + reached * (read - llm.projections)
-        linear = n * (2 * (llm.query_width + llm.kv_width) + 4 * llm.hidden + 3 * llm.ffn_width(layer))
-        yield Operator("matrices", 2 * n * llm.per_token(layer), element * (read + linear))
-        moved = 2 * n * (llm.query_width + llm.kv_width)
-        yield Operator("attention", 4 * n**2 * llm.query_width, element * moved)
-        yield Operator("norms and additions", 0, element * 8 * n * llm.hidden)
-    yield Operator("logits", 2 * work.logits * llm.hidden * llm.vocabulary, element * llm.hidden * llm.vocabulary)
+        attention = 2 * n * (llm.query_width + llm.kv_width)
+        linear = attention + n * (4 * llm.hidden + 3 * llm.ffn_width(layer))
+        yield operator("matrices", 2 * n * llm.per_token(layer), read, linear)
+        yield operator("attention", 4 * n**2 * llm.query_width, 0, attention)
+        yield operator("norms and additions", 0, 0, 8 * n * llm.hidden)
+    head = llm.hidden * llm.vocabulary
+    yield operator("logits", 2 * work.logits * head, head, work.logits * llm.vocabulary)
     if work.method:
-        yield Operator("method", work.method, 0)
+        yield operator("method", work.method, 0, 0)
+
+
+def decoding(shape: ModelShape, work: Work, element: int = 2, batch: int = 1) -> Iterator[Operator]:
+    """The passes behind the prefill, one operator each: all weights and the whole cache are read."""
+    llm, cached = shape.llm, (work.cached or work.visual).plus(work.text)
+    read = sum(llm.weights(layer) for layer in range(llm.layers)) + llm.hidden * llm.vocabulary
+    for step in range(1, work.new_tokens):
+        held = cached.plus(step - 1)
+        moved = element * read + batch * sum(llm.kv_bytes(tokens, element) for _, tokens in held.each())
+        yield Operator("token", batch * decode_operations(llm, held, 2), moved)
