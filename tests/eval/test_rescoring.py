@@ -108,7 +108,7 @@ def test_a_store_of_another_scoring_says_so(folder: Path) -> None:
     results = read_results(folder)
     (entry,) = results.outdated
     assert (entry.scoring, entry.cells, entry.shown) == ("version 0", 3, True)
-    assert "by scoring version 0 are shown as they were scored; this is version 1" in str(entry)
+    assert f"by scoring version 0 are shown as they were scored; this is version {scoring.VERSION}" in str(entry)
     assert "`vtc report --rescore`" in str(entry) and not results.incomplete
 
 
