@@ -152,7 +152,9 @@ COLUMNS = (
     Column("task", str, "task", lambda line: line.record["task"]),
     Column("metric", str, "metric of the task; its families are metrics as well", lambda line: line.record["metric"]),
     Column("method", str, "method; the untouched model is `none`", lambda line: line.name),
-    Column("retention", float, "share of the visual tokens asked for, if any is", lambda line: line.cell["retention"]),
+    Column(
+        "retention", float, "share asked for of what `budget` names, if any is", lambda line: line.cell["retention"]
+    ),
     Column("keep", int, "visual tokens of an item asked for, if any are", lambda line: line.cell.get("keep")),
     Column("value", float, "the metric as the task aggregates it", scored=lambda m: m.value),
     Column("ci_low", float, "lower end of its 95 % interval", scored=lambda m: m.interval.low),

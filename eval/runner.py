@@ -82,13 +82,13 @@ class Runner(Answerer):
             seconds = time.perf_counter() - start
             return self.spent(batch, handle), seconds
 
-    def scaled(self, chats: Sequence[Chat], budget: Budget, like: Batch) -> Batch:
+    def scaled(self, chats: Sequence[Chat], budget: Budget, like: Batch | None = None) -> Batch:
         """Like `prepare`, with pictures and videos scaled down until their visual tokens meet the budget.
 
         like: the same conversations as they are, whose costs shares refer to.
         """
         small = self.prepare([self.downsampler.smaller(chat, budget) for chat in chats])
-        return dataclasses.replace(small, full=like.works)
+        return small if like is None else dataclasses.replace(small, full=like.works)
 
     def sharing(self, cells: Sequence[Cell]) -> SharedEncoder:
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
