@@ -132,7 +132,7 @@ def test_without_a_template_placeholders_and_text_are_joined(
 
 def test_video_for_a_model_of_pictures_is_refused(loaded: loading.Loaded) -> None:
     clip = Video(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2.0), 1.0, 2)
-    refused(lambda: answer(loaded, [], "what is this?", videos=[clip]), "llava models take no video")
+    refused(lambda: answer(loaded, [], "what is this?", videos=[clip]), "llava models take none")
 
 
 @pytest.mark.parametrize(
