@@ -17,7 +17,7 @@ $(READY):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[eval,notebooks,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[eval,cluster,notebooks,dev]'
 	touch $@
 
 $(OLD_READY):
@@ -26,7 +26,7 @@ $(OLD_READY):
 	$(OLD)/bin/python -m pip install --quiet uv
 	grep -v -E '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > $(OLD)/constraints.txt
 	$(OLD)/bin/uv pip install --quiet --python $(OLD)/bin/python --constraint $(OLD)/constraints.txt \
-		--editable '.[eval,notebooks,dev]' 'transformers==$(OLDEST)'
+		--editable '.[eval,cluster,notebooks,dev]' 'transformers==$(OLDEST)'
 	touch $@
 
 demo: $(READY)
@@ -70,6 +70,8 @@ results: docs
 	$(BIN)/python -m vtc.eval.training.atp_report
 	$(BIN)/python -m vtc.eval.training.vqtoken_report
 	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
+	$(BIN)/python tests/eval/faults.py
+	$(BIN)/python tests/eval/speed.py
 	$(BIN)/vtc tiny table > docs/results/tiny_models.md
 
 clean:

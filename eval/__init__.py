@@ -9,8 +9,11 @@ The modules, in the order in which a sweep uses them::
     data_map.py    local files in place of data sets; local_data.py, local_rows.py: how a task comes to see them
     outside.py     what tasks ask of servers and programs; scoped.py: replacements for some threads
     runner.py      a cell answers messages through vtc.app.answer, with or without compression
-    store.py       the append-only record of all answers
-    execute.py     which answers are missing, and the loop that fetches them
+    store.py       the append-only record of all answers; seen.py: which there are, and where
+    plan.py        which answers are missing
+    answering.py   a worker: items in, answers or failures out; station.py, facts.py: all that one process needs for it
+    execute.py     the loop that hands out items and writes what comes back
+    workers.py     workers in processes of their own; cluster.py: those that Ray places
     scoring.py     answers -> metrics, by lmms-eval's own code
     statistics.py  intervals and paired tests
     columns.py     the columns of the results; rescoring.py: metrics that lack or are of another scoring

@@ -1,257 +1,220 @@
-"""Which answers are missing, and the loop that fetches them.
+"""The loop that fetches missing answers, the same for every kind of worker.
 
-An item is one fixed block of documents with the cells that lack answers to it. Blocks depend on the batch size only,
-never on what is missing, so a resumed sweep sees the batches of an uninterrupted one. Only documents that failed alone
-leave their block: the others of it are answered without them, and later runs try each of them once more, alone. A
-`Worker` turns items into outcomes and touches no file; `run_local` is the only one that writes. Another executor needs
-another loop over workers, and nothing else: items and outcomes are plain values.
+A `Worker` turns items into outcomes and touches no file. A `Pool` holds workers, in this process or in others, and
+`run_items` is the only one that hands out items and writes what comes back: items and outcomes are plain values. What a
+failure or the loss of a worker costs is decided here, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from typing import Protocol
 
-from vtc.app.answer import Batch
-from vtc.app.preparation import Chat, alike
-from vtc.app.video_reading import VideoReading
+from vtc.errors import VTCError
+from vtc.eval.answering import Outcome, Worker
 from vtc.eval.catalogue import SweepTask
-from vtc.eval.cells import Cell
-from vtc.eval.failures import FAULTS, failure_record
-from vtc.eval.messages import Clips
+from vtc.eval.failures import breaks_the_device, failure_record
+from vtc.eval.plan import Item, missing
 from vtc.eval.progress import SilentProgress
-from vtc.eval.runner import Runner, batch_seed
-from vtc.eval.store import Record, RowKey, Writer
+from vtc.eval.store import Record, Writer
 
-Chats = Mapping[int, Chat]
-"""Conversations by document."""
-Readings = Mapping[int, Chat | BaseException]
-"""The same, with what went wrong in the place of those that cannot be read."""
 PATIENCE = 8
 """A cell that failed on so many documents in a row is left alone for the rest of a run."""
+TRIES = 2
+"""How many workers one and the same piece of work may take with it; it is then given up."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """A block of documents of one task, and the keys of the cells that still lack some of its answers."""
+class Ended:
+    """An item is over. lost: what became of the worker, if it is gone before the item was done; empty otherwise."""
 
-    task: str
-    doc_ids: tuple[int, ...]
-    cells: tuple[str, ...]
+    lost: str = ""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of `cells` on documents of an item: rows of answers, or the failure that prevented them.
+class Pool(Protocol):
+    """Workers by number, each with one item at a time."""
 
-    A failure that names one document concerns that document alone; one that names several, all of them alike.
-    """
+    def idle(self) -> int | None:
+        """A worker that has nothing to do, if there is one."""
 
-    cells: tuple[str, ...]
-    rows: tuple[Record, ...] = ()
-    failure: Record | None = None
+    @property
+    def busy(self) -> bool:
+        """Whether any worker has an item."""
 
+    def give(self, worker: int, item: Item, following: Item | None) -> None:
+        """Let an idle worker run `item`; `following` is what it will be given next, unless others are done earlier."""
 
-def plan(
-    task: SweepTask,
-    documents: int,
-    cells: Sequence[str],
-    seen: Collection[RowKey],
-    batch_size: int,
-    apart: Collection[int] = (),
-) -> Iterator[Item]:
-    """The items that complete `cells` on the first `documents` of `task`, given the rows already `seen`.
-
-    apart: documents that failed alone before; each is an item of its own, behind the others.
-    """
-    blocks = [range(start, min(documents, start + batch_size)) for start in range(0, documents, batch_size)]
-    whole = [tuple(doc_id for doc_id in block if doc_id not in apart) for block in blocks]
-    alone = [(doc_id,) for doc_id in sorted(apart) if doc_id < documents]
-    for doc_ids in [*whole, *alone]:
-        pending = [cell for cell in cells if any(key not in seen for key in _keys(task, cell, doc_ids))]
-        if pending:
-            yield Item(task.name, doc_ids, tuple(pending))
+    def wait(self) -> tuple[Item, Outcome | Ended]:
+        """What happened next to an item that was given: outcomes, then one `Ended`."""
 
 
-def missing(task: SweepTask, cell: str, doc_ids: Iterable[int], seen: Collection[RowKey]) -> int:
-    """How many answers of `cell` to these documents are not in `seen`."""
-    return sum(key not in seen for key in _keys(task, cell, doc_ids))
+class Here:
+    """The pool of one worker in this process."""
 
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._running: tuple[Item, Iterator[Outcome]] | None = None
 
-def _keys(task: SweepTask, cell: str, doc_ids: Iterable[int]) -> Iterator[RowKey]:
-    for doc_id in doc_ids:
-        for repeat in range(task.repeats):
-            yield cell, task.name, task.fingerprint, doc_id, repeat
+    def idle(self) -> int | None:
+        """Worker 0 between items."""
+        return 0 if self._running is None else None
 
+    @property
+    def busy(self) -> bool:
+        """Whether an item is being run."""
+        return self._running is not None
 
-class Worker:
-    """Answers items with one model, each batch encoded once for all cells (but those that act inside the encoder).
+    def give(self, worker: int, item: Item, following: Item | None) -> None:
+        """Begin `item`; it is run by `wait`."""
+        self._running = item, self._worker.run(item, following)
 
-    Pictures and videos are read once per document, in a thread that is one item ahead where the next one is known.
-    """
+    def wait(self) -> tuple[Item, Outcome | Ended]:
+        """The next outcome of the item.
 
-    def __init__(
-        self, runner: Runner, tasks: Sequence[SweepTask], cells: Sequence[Cell], reading: VideoReading | None = None
-    ) -> None:
-        self.runner = runner
-        self.tasks = {task.name: task for task in tasks}
-        self.cells: Mapping[str, Cell] = {cell.key(): cell for cell in cells}
-        self.reading = reading
-        self._ahead: tuple[Item, Future[Readings]] | None = None
-        self._thread = ThreadPoolExecutor(1, "read-ahead")
-
-    def close(self) -> None:
-        """End the thread; what it still reads is thrown away."""
-        self._thread.shutdown(cancel_futures=True)
-
-    def run(self, item: Item, following: Item | None = None) -> Iterator[Outcome]:
-        """Outcomes of every cell of `item`, each as soon as it is known.
-
-        A document that cannot be prepared is one failure of all cells, and the others are answered without it. A cell
-        that fails on a batch is asked about its documents one by one. following: what is run next, to be read ahead.
+        Raises:
+            VTCError: the device is unusable from now on, for this process.
         """
-        task = self.tasks[item.task]
-        chats = self._chats(item)
-        if following is not None:
-            self._ahead = following, self._thread.submit(self._read, following)
-        good = []
-        for doc_id, chat in chats.items():
-            if isinstance(chat, Chat):
-                good.append(doc_id)
-            else:
-                yield Outcome(item.cells, failure=failure_record("prepare", task.key, item.cells, (doc_id,), chat))
-        read = {doc_id: chat for doc_id in good if isinstance(chat := chats[doc_id], Chat)}
-        for group in alike(list(read.values())):
-            batches, failures = self._prepared(task, item, {good[place]: read[good[place]] for place in group})
-            for failure in failures:
-                yield Outcome(item.cells, failure=failure)
-            for doc_ids, batch in batches:
-                yield from self._answered(task, item, {doc_id: read[doc_id] for doc_id in doc_ids}, batch)
-
-    def _chats(self, item: Item) -> Readings:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead[0].task, ahead[0].doc_ids) == (item.task, item.doc_ids):
-            return ahead[1].result()
-        return self._read(item)
-
-    def _read(self, item: Item) -> Readings:
-        """The conversation of each document, or what went wrong when it was read."""
-        clips = Clips(self.reading)
-        return {doc_id: self._conversation(self.tasks[item.task], doc_id, clips) for doc_id in item.doc_ids}
-
-    def _conversation(self, task: SweepTask, doc_id: int, clips: Clips) -> Chat | BaseException:
-        try:
-            return task.conversation(doc_id, clips)
-        except FAULTS as error:
-            return error
-
-    def _prepared(
-        self, task: SweepTask, item: Item, chats: Chats
-    ) -> tuple[list[tuple[tuple[int, ...], Batch]], list[Record]]:
-        """`chats` as batches, one if possible, and a failure for each that cannot be prepared alone."""
-        whole = self._prepare(task, item, chats)
-        if isinstance(whole, Batch):
-            return [(tuple(chats), whole)], []
-        if len(chats) == 1:
-            return [], [whole]
-        each = {doc_id: self._prepare(task, item, {doc_id: chat}) for doc_id, chat in chats.items()}
-        failures = [found for found in each.values() if not isinstance(found, Batch)]
-        good = {(doc_id,): found for doc_id, found in each.items() if isinstance(found, Batch)}
-        others = {doc_id: chats[doc_id] for (doc_id,) in good}
-        together = self._prepare(task, item, others) if failures and others else None
-        return [(tuple(others), together)] if isinstance(together, Batch) else list(good.items()), failures
-
-    def _prepare(self, task: SweepTask, item: Item, chats: Chats) -> Batch | Record:
-        try:
-            return self.runner.prepare(list(chats.values()))
-        except FAULTS as error:
-            return failure_record("prepare", task.key, item.cells, tuple(chats), error)
-
-    def _answered(self, task: SweepTask, item: Item, chats: Chats, batch: Batch) -> Iterator[Outcome]:
-        pending = [cell for cell in self.cells.values() if cell.key() in item.cells]
-        again = []
-        with self.runner.sharing(pending):
-            for cell in pending:
-                outcome = self._outcome(task, batch, cell, chats)
-                if outcome.failure is None:
-                    yield outcome
-                else:
-                    again.append(cell)
-        for cell in again:  # alone, where nothing but its own method can make a cell fail
-            outcome = self._outcome(task, batch, cell, chats)
-            yield from [outcome] if outcome.failure is None else self._one_by_one(task, item, cell, chats, outcome)
-
-    def _one_by_one(self, task: SweepTask, item: Item, cell: Cell, chats: Chats, failed: Outcome) -> list[Outcome]:
-        """The outcomes of every document of a batch that failed; just `failed` if none of them can be answered."""
-        outcomes = []
-        for doc_id, chat in chats.items() if len(chats) > 1 else ():
-            batch = self._prepare(task, item, {doc_id: chat})
-            if isinstance(batch, Batch):
-                outcomes.append(self._outcome(task, batch, cell, {doc_id: chat}))
-        return outcomes if any(outcome.failure is None for outcome in outcomes) else [failed]
-
-    def _outcome(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> Outcome:
-        try:
-            return Outcome((cell.key(),), rows=self._answers(task, batch, cell, chats))
-        except FAULTS as error:
-            record = failure_record("answer", task.key, (cell.key(),), tuple(chats), error)
-            return Outcome((cell.key(),), failure=record)
-
-    def _answers(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> tuple[Record, ...]:
-        generation, key, doc_ids = task.generation(cell.generation), cell.key(), tuple(chats)
-        before = batch.visual_tokens
-        if cell.scales is not None:
-            batch = self.runner.scaled(list(chats.values()), cell.scales, batch)
-        rows: list[Record] = []
-        for repeat in range(task.repeats):
-            seed = batch_seed(cell.seed, task.name, doc_ids[0], repeat)
-            answers = self.runner.answer(batch, cell, generation, seed=seed)
-            where = {"cell": key, "task": task.name, "task_fp": task.fingerprint, "repeat": repeat}
-            for doc_id, answer, tokens in zip(doc_ids, answers, before, strict=True):
-                rows.append({**where, "doc_id": doc_id, **vars(answer), "visual_tokens_in": tokens})
-        return tuple(rows)
+        assert self._running is not None, "nothing was given"
+        item, outcomes = self._running
+        outcome = next(outcomes, None)
+        if outcome is None:
+            self._running = None
+            return item, Ended()
+        if outcome.failure is not None and breaks_the_device(outcome.failure):
+            raise VTCError(
+                f"the device failed and this process cannot use it again ({outcome.failure['reason']}); what was"
+                " answered is stored and the same command goes on from there. With --engine ray or --workers above 1 a"
+                " new process takes the place of such a one"
+            )
+        return item, outcome
 
 
-def run_local(items: Sequence[Item], worker: Worker, writer: Writer, progress: SilentProgress) -> list[Record]:
-    """Work through `items` in this process and return the failures.
+def run_items(
+    items: Sequence[Item], tasks: Mapping[str, SweepTask], pool: Pool, writer: Writer, progress: SilentProgress
+) -> list[Record]:
+    """Work through `items` with the workers of `pool` and return the failures.
 
     A cell that fails on several documents alike, or on `PATIENCE` of them in a row, is left alone for the rest of this
     run, on that task; the others go on, and so does a cell that fails on single documents. Everything answered before
-    stays stored, and a later run takes up where the cell failed.
+    stays stored, and a later run takes up where the cell failed. Work that takes `TRIES` workers with it is done
+    document by document, and a document that does so alone is given up.
     """
-    tasks = worker.tasks
-    waiting: Counter[tuple[str, str]] = Counter()
-    in_a_row: Counter[tuple[str, str]] = Counter()
-    for item in items:
-        for cell in item.cells:
-            waiting[item.task, cell] += missing(tasks[item.task], cell, item.doc_ids, writer.seen)
-    failures: list[Record] = []
-    stopped: set[tuple[str, str]] = set()
-    for item, following in zip_longest(items, items[1:]):
-        cells = tuple(cell for cell in item.cells if (item.task, cell) not in stopped)
-        if not cells:
-            continue
-        for outcome in worker.run(replace(item, cells=cells), following):
-            if outcome.failure is None:
-                stored = writer.add_rows(outcome.rows)
-                waiting[item.task, outcome.cells[0]] -= stored
-                in_a_row[item.task, outcome.cells[0]] = 0
-                progress.advance(stored)
-                continue
-            failure, lost = outcome.failure, 0
-            for cell in outcome.cells:
-                place = item.task, cell
-                in_a_row[place] += failure["stage"] == "answer"
-                if len(failure["doc_ids"]) > 1 or in_a_row[place] >= PATIENCE:
-                    stopped.add(place)
-                missed = missing(tasks[item.task], cell, failure["doc_ids"], writer.seen)
-                missed = waiting[place] if place in stopped else missed
-                waiting[place] -= missed
-                lost += missed
-            failures.append(failure)
-            writer.add_failure(failure)
-            progress.fail(failure, lost)
-    return failures
+    books = _Books(items, tasks, writer, progress)
+    queue = deque(items)
+    ahead: dict[int, Item] = {}  # what each worker was told to expect
+    while queue or ahead or pool.busy:
+        while (queue or ahead) and (worker := pool.idle()) is not None:
+            expected = worker if worker in ahead else None if queue else next(iter(ahead))
+            item = books.open(queue.popleft() if expected is None else ahead.pop(expected))
+            if item.cells:
+                if queue and worker not in ahead:
+                    ahead[worker] = queue.popleft()
+                pool.give(worker, item, ahead.get(worker))
+        if pool.busy:
+            item, found = pool.wait()
+            if isinstance(found, Outcome):
+                books.enter(item.task, found)
+            elif found.lost:
+                queue.extendleft(reversed(books.after_loss(item, found.lost)))
+    return books.failures
+
+
+class _Books:
+    """What has become of the items: rows are stored, failures recorded, and what is left of an item is known."""
+
+    def __init__(
+        self, items: Sequence[Item], tasks: Mapping[str, SweepTask], writer: Writer, progress: SilentProgress
+    ) -> None:
+        self.failures: list[Record] = []
+        self._tasks, self._writer, self._progress = tasks, writer, progress
+        self._waiting: Counter[tuple[str, str]] = Counter()
+        self._in_a_row: Counter[tuple[str, str]] = Counter()
+        self._stopped: set[tuple[str, str]] = set()
+        self._failed: set[tuple[str, str, int]] = set()
+        self._losses: Counter[tuple[str, tuple[int, ...], str]] = Counter()
+        for item in items:
+            for cell in item.cells:
+                self._waiting[item.task, cell] += self._missing(item.task, cell, item.doc_ids)
+
+    def _missing(self, task: str, cell: str, doc_ids: Sequence[int]) -> int:
+        return missing(self._tasks[task], cell, doc_ids, self._writer.seen)
+
+    def enter(self, task: str, outcome: Outcome) -> None:
+        """Store what came back."""
+        cells = [cell for cell in outcome.cells if (task, cell) not in self._stopped]
+        if outcome.failure is not None:
+            if cells:  # else another worker had begun before it was stopped
+                self._enter_failure(task, outcome.failure, cells)
+            return
+        stored = self._writer.add_rows(outcome.rows)
+        if cells:
+            self._waiting[task, cells[0]] -= stored
+            self._in_a_row[task, cells[0]] = 0
+            self._progress.advance(stored)
+
+    def _enter_failure(self, task: str, failure: Record, cells: Sequence[str]) -> None:
+        lost = 0
+        for cell in cells:
+            place = task, cell
+            self._failed |= {(task, cell, doc_id) for doc_id in failure["doc_ids"]}
+            self._in_a_row[place] += failure["stage"] == "answer"
+            if len(failure["doc_ids"]) > 1 or self._in_a_row[place] >= PATIENCE:
+                self._stopped.add(place)
+            missed = self._missing(task, cell, failure["doc_ids"])
+            missed = self._waiting[place] if place in self._stopped else missed
+            self._waiting[place] -= missed
+            lost += missed
+        self.failures.append(failure)
+        self._writer.add_failure(failure)
+        self._progress.fail(failure, lost)
+
+    def open(self, item: Item) -> Item:
+        """What is left to do of `item`; its documents stay together unless they failed."""
+
+        def failed(cell: str, doc_id: int) -> bool:
+            return (item.task, cell, doc_id) in self._failed
+
+        cells = tuple(
+            cell
+            for cell in item.cells
+            if (item.task, cell) not in self._stopped
+            and self._missing(item.task, cell, [doc_id for doc_id in item.doc_ids if not failed(cell, doc_id)])
+        )
+        doc_ids = tuple(doc_id for doc_id in item.doc_ids if not all(failed(cell, doc_id) for cell in cells))
+        return replace(item, cells=cells, doc_ids=doc_ids)
+
+    def after_loss(self, item: Item, reason: str) -> list[Item]:
+        """What is to be done, and in which order, once a worker was lost in the middle of `item`.
+
+        Workers answer cell by cell, so the first cell without an answer was at work, or its documents were being
+        prepared, which only a cell that answered them before excludes.
+        """
+        rest = self.open(item)
+        if not rest.cells:
+            return []
+        first, others = rest.cells[0], replace(rest, cells=rest.cells[1:])
+        self._losses[rest.task, rest.doc_ids, first] += 1
+        losses = self._losses[rest.task, rest.doc_ids, first]
+        what = f"{rest.task}, documents {rest.doc_ids[0]} to {rest.doc_ids[-1]}"
+        if losses < TRIES:
+            self._progress.note(f"note: a worker was lost ({reason}) at {what}; another one goes on from there")
+            return [rest]
+        known = any(self._answered(rest.task, doc_id) for doc_id in rest.doc_ids)
+        blamed = (first,) if known else rest.cells
+        if len(rest.doc_ids) > 1:
+            self._progress.note(f"note: {losses} workers were lost ({reason}) at {what}; they are asked one by one")
+            alone = [Item(rest.task, (doc_id,), blamed) for doc_id in rest.doc_ids]
+            return [*alone, others] if known else alone
+        error = WorkerLost(f"{losses} workers in a row were lost at this document ({reason})")
+        stage, key = "answer" if known else "prepare", self._tasks[rest.task].key
+        self.enter(rest.task, Outcome(blamed, failure=failure_record(stage, key, blamed, rest.doc_ids, error)))
+        return [others] if known else []
+
+    def _answered(self, task: str, doc_id: int) -> bool:
+        return self._writer.seen.has_document(self._tasks[task].key, doc_id)
+
+
+class WorkerLost(VTCError):
+    """A process that answered documents ended in the middle of them."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vtc.eval.store import Record, RowKey
+from vtc.eval.seen import Seen
+from vtc.eval.store import Record
 
 FAULTS = (Exception, SystemExit)
 """What the code of a task or method may raise without ending the sweep."""
@@ -41,10 +42,17 @@ def failed_alone(failures: Iterable[Record], task: TaskKey, stages: Sequence[str
     return {failure["doc_ids"][0]: failure for failure in named if (failure["task"], failure["task_fp"]) == task}
 
 
-def unanswered(
-    failures: Iterable[Record], task: TaskKey, documents: int, seen: Collection[RowKey]
-) -> dict[int, Record]:
+def breaks_the_device(failure: Record) -> bool:
+    """Whether the error behind a failure leaves its process without a GPU, as a failed assertion in a kernel does.
+
+    Memory that did not suffice leaves it usable.
+    """
+    return any(name in failure["traceback"] for name in ("AcceleratorError", "CUDA error"))
+
+
+def unanswered(failures: Iterable[Record], task: TaskKey, documents: int, seen: Seen) -> dict[int, Record]:
     """The first `documents` of `task` that cannot be prepared and no cell has answered, each with its last failure."""
-    answered = {doc_id for _, name, fingerprint, doc_id, _ in seen if (name, fingerprint) == task}
     lost = failed_alone(failures, task, ["prepare"])
-    return {doc_id: lost[doc_id] for doc_id in sorted(lost) if doc_id < documents and doc_id not in answered}
+    return {
+        doc_id: lost[doc_id] for doc_id in sorted(lost) if doc_id < documents and not seen.has_document(task, doc_id)
+    }

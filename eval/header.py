@@ -12,6 +12,7 @@ from typing import Any
 from vtc.errors import InputError
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
+from vtc.eval.facts import Facts
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store
 
@@ -23,7 +24,9 @@ def documents(spec: SweepSpec, task: SweepTask) -> int:
     return min(spec.limit or len(task.documents), len(task.documents))
 
 
-def run_record(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells: Sequence[Cell], loaded: Any) -> Record:
+def run_record(
+    store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells: Sequence[Cell], facts: Facts
+) -> Record:
     """The content of `run.json` once `spec` runs: what is there already, and this sweep."""
     run: Record = store.run() if store.exists else {"tasks": {}, "sweeps": []}
     for task in tasks:
@@ -46,10 +49,10 @@ def run_record(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "spec": spec.model_dump(mode="json"),
         "versions": versions(),
-        "device": str(loaded.model.device),
+        "device": facts.device,
     }
     return {
-        "model": {"name": loaded.name, "fingerprint": _plain(cells[0].model)},
+        "model": {"name": facts.model, "fingerprint": _plain(cells[0].model)},
         "seed": spec.seed,
         "generation": _plain(spec.generation),
         "video": spec.video.settings(),

@@ -10,8 +10,8 @@ from vtc.errors import InputError, UnknownName
 from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
 from vtc.eval.cells import BASELINE
 from vtc.eval.columns import scoring_text
-from vtc.eval.execute import missing
 from vtc.eval.failures import FAULTS, failure_record, unanswered
+from vtc.eval.plan import missing
 from vtc.eval.progress import SilentProgress
 from vtc.eval.scoring import Scored, metric_records, scoring_of
 from vtc.eval.store import Record, Store, Writer
@@ -93,17 +93,15 @@ def score_store(
         return []
     if comparable:
         todo = [baseline, *(key for key in todo if key != baseline)]
-    rows: dict[str, list[Record]] = {key: [] for key in todo}
-    for row in writer.store.rows():
-        same_task = row["task"] == task.name and row["task_fp"] == task.fingerprint
-        if same_task and row["cell"] in rows and row["doc_id"] < n:
-            rows[row["cell"]].append({**row, "doc_id": doc_ids.index(row["doc_id"])} if left_out else row)
+    numbers = {doc_id: number for number, doc_id in enumerate(doc_ids)}
     scoring = task.only(doc_ids) if left_out else task
     failures: list[Record] = []
     reference: Mapping[str, Scored] | None = None
     for key in todo:
+        answers = writer.store.rows_at(writer.seen.places(key, task.key))  # of one cell, not of all at once
+        rows = [{**row, "doc_id": numbers[row["doc_id"]]} for row in answers if row["doc_id"] in numbers]
         try:
-            scored, records = metric_records(scoring, key, len(doc_ids), rows[key], reference, writer.store.folder)
+            scored, records = metric_records(scoring, key, len(doc_ids), rows, reference, writer.store.folder)
         except FAULTS as error:
             failures.append(failure_record("score", task.key, (key,), (), root_cause(error)))
             writer.add_failure(failures[-1])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtc.eval.columns import NAMES, Line, read_columns, scoring_key, scoring_text
 from vtc.eval.failures import TaskKey, unanswered
 from vtc.eval.scoring import scoring_of
-from vtc.eval.store import Record, Store, row_key
+from vtc.eval.seen import Seen
+from vtc.eval.store import Record, Store
 
 
 @dataclass(frozen=True)
@@ -102,30 +103,20 @@ def read_results(folder: Path) -> Results:
     records, outdated = _of_one_scoring(run, store.metrics())
     lines = []
 
-    @cache
-    def answers() -> dict[tuple[str, str], list[Record]]:  # read for old stores alone: there may be millions
-        found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-        for row in _wanted(store, run):
-            found[row["task"], row["cell"]].append(row)
-        return found
+    seen = store.index()
 
-    def of(task: str, cell: str) -> list[Record]:
-        return answers()[task, cell]
+    def of(task: str, cell: str) -> list[Record]:  # read for old stores alone
+        asked = run["tasks"][task]
+        rows = store.rows_at(seen.places(cell, (task, asked["fingerprint"])))
+        return [row for row in rows if row["doc_id"] < asked["documents"]]
 
     for record in sorted(records, key=lambda r: order[r["cell"]]):
         key = record["cell"]
         line = Line(run, cells[key], names[key], record, partial(of, record["task"], key))
         lines.append(read_columns(line))
-    lost = _unanswered(store, run)
-    return Results(run, lines, _incomplete(store, run, cells, names, lines, lost), lost, outdated)
-
-
-def _wanted(store: Store, run: Record) -> Iterator[Record]:
-    """The answers to documents that the last sweep asked about."""
-    for row in store.rows():
-        task = run["tasks"].get(row["task"])
-        if task and row["task_fp"] == task["fingerprint"] and row["doc_id"] < task["documents"]:
-            yield row
+    failures = store.failures()
+    lost = _unanswered(failures, run, seen)
+    return Results(run, lines, _incomplete(failures, run, cells, names, lines, lost, seen), lost, outdated)
 
 
 def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record], list[Outdated]]:
@@ -169,17 +160,17 @@ def _settings(cell: Record) -> Record:
 
 
 def _incomplete(
-    store: Store,
+    failures: Sequence[Record],
     run: Record,
     cells: dict[str, Record],
     names: dict[str, str],
     lines: Sequence[Record],
     lost: Sequence[Unanswered],
+    seen: Seen,
 ) -> list[Incomplete]:
-    answered = Counter((row["task"], row["cell"]) for row in _wanted(store, run))
     reasons = {
         (failure["task"], cell): f"{failure['stage']}: {failure['error']}: {failure['reason']}"
-        for failure in store.failures()
+        for failure in failures
         for cell in failure["cells"]
     }
     scored = {(line["task"], line["cell"]) for line in lines}
@@ -187,17 +178,16 @@ def _incomplete(
     for name, task in run["tasks"].items():
         wanted = (task["documents"] - sum(entry.task == name for entry in lost)) * task["repeats"]
         for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
-            if answered[name, key] < wanted or (name, key) not in scored:
-                default = "not answered yet" if answered[name, key] < wanted else "not scored by this version yet"
+            answered = seen.count(key, (name, task["fingerprint"]), task["documents"])
+            if answered < wanted or (name, key) not in scored:
+                default = "not answered yet" if answered < wanted else "not scored by this version yet"
                 reason = reasons.get((name, key), default)
                 cell = cells[key]
-                incomplete.append(Incomplete(name, names[key], cell["retention"], answered[name, key], wanted, reason))
+                incomplete.append(Incomplete(name, names[key], cell["retention"], answered, wanted, reason))
     return incomplete
 
 
-def _unanswered(store: Store, run: Record) -> list[Unanswered]:
-    seen = {row_key(row) for row in store.rows()}
-    failures = store.failures()
+def _unanswered(failures: Sequence[Record], run: Record, seen: Seen) -> list[Unanswered]:
     lost = []
     for name, task in run["tasks"].items():
         key = TaskKey(name, task["fingerprint"])

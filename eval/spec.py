@@ -81,6 +81,10 @@ class SweepSpec(BaseModel):
     dtype: str = "auto"
     attn_implementation: str | None = None
     revision: str | None = None
+    engine: Literal["local", "ray"] = "local"
+    workers: int = Field(default=1, ge=1)
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    address: str | None = None
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -114,6 +118,13 @@ class SweepSpec(BaseModel):
     def _a_name(cls, given: str) -> str:
         if not given.strip():
             raise InputError("model is empty; write an embedded model, a folder or a hub name")
+        return given
+
+    @field_validator("address")
+    @classmethod
+    def _of_ray(cls, given: str | None, info: ValidationInfo) -> str | None:
+        if given is not None and info.data.get("engine") != "ray":
+            raise InputError(f"address {given!r} is that of a Ray cluster; write engine: ray beside it")
         return given
 
     @field_validator("out", mode="before")

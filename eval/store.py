@@ -21,13 +21,14 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from vtc.errors import InputError
+from vtc.eval.seen import RowKey, Seen
 
 Record = dict[str, Any]
-RowKey = tuple[str, str, str, int, int]
 
 
 def row_key(row: Record) -> RowKey:
@@ -62,14 +63,15 @@ def misfit(record: Any, fields: dict[str, tuple[type, ...]]) -> str:
     return ""
 
 
-def read_lines(path: Path) -> Iterator[Record]:
-    """The complete lines of one of the files of JSON lines; none if there is no file.
+def read_lines(path: Path) -> Iterator[tuple[int, Record]]:
+    """The complete lines of one of the files of JSON lines, each with the byte it begins at; none if there is no file.
 
     Raises:
         InputError: a complete line is no record of its kind, which no interruption of a sweep can cause.
     """
     wanted = FIELDS[path.stem]
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        place = 0
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 try:
@@ -80,7 +82,8 @@ def read_lines(path: Path) -> Iterator[Record]:
                 if wrong or not all(isinstance(entry, dict) for entry in record.get("metrics", ())):
                     wrong = wrong or "a metric is no mapping"
                     raise InputError(f"{path}: line {number} is no record of a sweep ({wrong}); remove it and go on")
-                yield record
+                yield place, record
+            place += len(line)
 
 
 class Store:
@@ -116,21 +119,35 @@ class Store:
 
     def rows(self) -> Iterator[Record]:
         """All answers."""
-        return read_lines(self.folder / "rows.jsonl")
+        return (row for _, row in read_lines(self.folder / "rows.jsonl"))
+
+    def index(self) -> Seen:
+        """Which answers there are, and where; reads all of them once and keeps none."""
+        seen = Seen()
+        for place, row in read_lines(self.folder / "rows.jsonl"):
+            seen.add(row_key(row), place)
+        return seen
+
+    def rows_at(self, places: Iterable[int]) -> Iterator[Record]:
+        """The answers that begin at these bytes, which come from `index`."""
+        with contextlib.suppress(FileNotFoundError), (self.folder / "rows.jsonl").open("rb") as file:
+            for place in places:
+                file.seek(place)
+                yield json.loads(file.readline())
 
     def cells(self) -> dict[str, Record]:
         """Settings by cell key, in the order in which the cells were first swept."""
-        return {record["cell"]: record for record in read_lines(self.folder / "cells.jsonl")}
+        return {record["cell"]: record for _, record in read_lines(self.folder / "cells.jsonl")}
 
     def metrics(self) -> list[Record]:
         """All metrics of each cell as last scored, for each task and number of documents it was scored on."""
         scored = read_lines(self.folder / "metrics.jsonl")
-        last = {(each["cell"], each["task"], each["task_fp"], each["documents"]): each["metrics"] for each in scored}
+        last = {(each["cell"], each["task"], each["task_fp"], each["documents"]): each["metrics"] for _, each in scored}
         return [record for records in last.values() for record in records]
 
     def failures(self) -> list[Record]:
         """All recorded failures, the oldest first."""
-        return list(read_lines(self.folder / "failures.jsonl"))
+        return [failure for _, failure in read_lines(self.folder / "failures.jsonl")]
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Writer]:
@@ -170,7 +187,7 @@ class Writer:
             _drop_half_line(store.folder / f"{name}.jsonl")
         if not store.exists:
             self._check_empty()
-        self.seen: set[RowKey] = {row_key(row) for row in store.rows()}
+        self.seen = store.index()
         self._cells = set(store.cells())
 
     def _check_empty(self) -> None:
@@ -203,8 +220,8 @@ class Writer:
     def add_rows(self, rows: Iterable[Record]) -> int:
         """Append the answers that are not recorded yet and return how many those were."""
         fresh = {key: row for row in rows if (key := row_key(row)) not in self.seen}
-        self._append("rows", list(fresh.values()))
-        self.seen |= set(fresh)
+        for key, place in zip(fresh, self._append("rows", list(fresh.values())), strict=True):
+            self.seen.add(key, place)
         return len(fresh)
 
     def add_metrics(self, metrics: Sequence[Record]) -> None:
@@ -217,22 +234,24 @@ class Writer:
         """Append one failure."""
         self._append("failures", [failure])
 
-    def _append(self, name: str, records: list[Record]) -> None:
+    def _append(self, name: str, records: list[Record]) -> list[int]:
+        """Write `records` and return the byte at which each begins."""
         if not records:
-            return
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+            return []
+        lines = [(json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records]
         path = self.store.folder / f"{name}.jsonl"
         with self._reporting():
             _drop_half_line(path)  # of a write that failed, when not even that could be undone
             with path.open("ab", buffering=0) as file:
                 before = file.tell()
                 try:
-                    _write_all(file, lines)
+                    _write_all(file, b"".join(lines))
                     os.fsync(file.fileno())
                 except BaseException:
                     with contextlib.suppress(OSError):
                         file.truncate(before)
                     raise
+        return list(accumulate(map(len, lines[:-1]), initial=before))
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtc.app import loading
-from vtc.app.preparation import Chat, check_modalities
-from vtc.errors import BudgetError
+from vtc.app.preparation import Chat
+from vtc.errors import InputError
 from vtc.eval.catalogue import SweepTask, load_tasks
-from vtc.eval.cells import Cell, make_cells, make_methods
-from vtc.eval.execute import Item, Worker, missing, plan, run_local
+from vtc.eval.cells import Cell, make_methods
+from vtc.eval.cluster import RayEngine
+from vtc.eval.execute import Here, Pool, run_items
+from vtc.eval.facts import Facts
 from vtc.eval.failures import failed_alone
 from vtc.eval.header import changes_since, check_same_sweep, documents, run_record
 from vtc.eval.messages import Clips
+from vtc.eval.plan import Item, missing, plan
 from vtc.eval.progress import SilentProgress, default_progress
 from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
 from vtc.eval.rescoring import score_store
 from vtc.eval.results import Results
-from vtc.eval.runner import Runner, few_threads
-from vtc.eval.settling import SAMPLE, Settler
 from vtc.eval.spec import SweepSpec
+from vtc.eval.station import Station
 from vtc.eval.store import Record, Store, Writer, check_writable
 from vtc.eval.tracking import check_trackers, track
+from vtc.eval.workers import Crew, LocalEngine
 
 
 @dataclass(frozen=True)
@@ -63,59 +65,56 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         first.append(task.probe(Clips(spec.video)))
         rehearse(task, progress.note)
     progress.note(f"loading {spec.model}")
-    loaded = loading.load(
-        spec.model,
-        device=spec.device,
-        dtype=spec.dtype,
-        attn_implementation=spec.attn_implementation,
-        revision=spec.revision,
-    )
-    for chat in first:
-        check_modalities(loaded, chat)
-    runner = Runner(loaded)
     store = Store(spec.folder)
-    settler = Settler(runner, _sample(spec, tasks), store.cells() if store.exists else None)
-    with few_threads(loaded.model):
-        cells = _feasible(make_cells(spec, loaded.fingerprint()), settler, first, progress)
-    if store.exists:
-        check_same_sweep(store, spec, tasks, cells)
-    with store.writing() as writer:
-        for note in changes_since(store, spec):
-            progress.note(f"note: {note}")
-        writer.save_run(run_record(store, spec, tasks, cells, loaded))
-        writer.add_cells(cell.record() for cell in cells)
-        answered, failures = _answer(spec, tasks, cells, runner, writer, progress)
-        for task in tasks:
-            failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
+    known = {key: cell for key, cell in store.cells().items() if cell.get("asked")} if store.exists else {}
+    with _workers(spec, tasks, first, known, progress) as (facts, pool):
+        for reason in facts.left_out:
+            progress.note(f"left out: {reason}")
+        cells = facts.cells(spec)
+        if store.exists:
+            check_same_sweep(store, spec, tasks, cells)
+        with store.writing() as writer:
+            for note in changes_since(store, spec):
+                progress.note(f"note: {note}")
+            writer.save_run(run_record(store, spec, tasks, cells, facts))
+            writer.add_cells(cell.record() for cell in cells)
+            answered, failures = _answer(spec, tasks, cells, pool, writer, progress)
+            for task in tasks:
+                failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
     results = write_report(spec.folder)
     track(results, spec.trackers, spec.folder)
     return SweepResult(spec.folder, results, failures, answered, time.monotonic() - began)
 
 
-def _sample(spec: SweepSpec, tasks: Sequence[SweepTask]) -> list[Chat]:
-    """The prompts on which budgets in other units than tokens are settled; none where nothing has to be."""
-    if spec.budget == "tokens":
-        return []
-    clips = Clips(spec.video)
-    return [task.conversation(i, clips) for task in tasks for i in range(min(SAMPLE, documents(spec, task)))]
-
-
-def _feasible(cells: Sequence[Cell], settler: Settler, asked: Sequence[Chat], progress: SilentProgress) -> list[Cell]:
-    """The cells whose budget can be met on this model and the questions `asked`; the others are noted and left out."""
-    kept: list[Cell] = []
-    for cell in cells:
-        try:
-            kept.append(settler.runner.check(settler.settle(cell), asked))
-        except BudgetError as error:
-            progress.note(f"left out: {error}")
-    return kept
+@contextlib.contextmanager
+def _workers(
+    spec: SweepSpec,
+    tasks: Sequence[SweepTask],
+    asked: Sequence[Chat],
+    known: Mapping[str, Record],
+    progress: SilentProgress,
+) -> Iterator[tuple[Facts, Pool]]:
+    """The workers that `spec` asks for, and what they know of the model."""
+    if spec.engine == "local" and spec.workers == 1:
+        with Station(spec, tasks, asked, known) as station:
+            yield station.facts, Here(station.worker)
+        return
+    engine = RayEngine(spec, known) if spec.engine == "ray" else LocalEngine(spec, known)
+    with Crew(engine, spec.workers, progress) as crew:
+        facts = crew.facts()
+        if dict(facts.tasks) != {task.name: task.fingerprint for task in tasks}:
+            raise InputError(
+                "the workers found other tasks, or another version of them, than this process; all machines of a sweep"
+                " need the same task folders under the same paths"
+            )
+        yield facts, crew
 
 
 def _answer(
     spec: SweepSpec,
     tasks: Sequence[SweepTask],
     cells: Sequence[Cell],
-    runner: Runner,
+    pool: Pool,
     writer: Writer,
     progress: SilentProgress,
 ) -> tuple[int, list[Record]]:
@@ -134,9 +133,7 @@ def _answer(
     if not items:
         return 0, []
     before = len(writer.seen)
-    pending = {key for item in items for key in item.cells}
-    worker = Worker(runner, tasks, [cell for cell in cells if cell.key() in pending], spec.video)
-    with few_threads(runner.model), contextlib.closing(worker), progress:
+    with progress:
         progress.start(total, total - left)
-        failures = run_local(items, worker, writer, progress)
+        failures = run_items(items, {task.name: task for task in tasks}, pool, writer, progress)
     return len(writer.seen) - before, failures

@@ -181,16 +181,16 @@ def test_every_import_is_declared(project: dict[str, Any]) -> None:
     extra = declared(project["project"]["optional-dependencies"]["eval"])
     for package, allowed in (("vtc", core), ("vtc.adapters", core), ("vtc.eval", core | extra)):
         for name, file in sources(package):
-            late = {"av"} if name == "vtc.app.decoders" else set()  # videos need what sweeps need
+            late = {"vtc.app.decoders": {"av"}, "vtc.eval.cluster": {"ray"}}.get(name, set())  # extras
             assert distributions(imports(file)) <= allowed | late, name
 
 
 def test_every_declared_package_is_imported(project: dict[str, Any]) -> None:
     """Tools run as commands stand in the extras notebooks and dev."""
     extras = project["project"]["optional-dependencies"]
-    assert set(extras) == {"eval", "notebooks", "dev"}
+    assert set(extras) == {"eval", "cluster", "notebooks", "dev"}
     used = {each for package in FOLDERS for _, file in sources(package) for each in distributions(imports(file))}
-    assert declared(project["project"]["dependencies"]) | declared(extras["eval"]) <= used
+    assert declared(project["project"]["dependencies"]) | declared(extras["eval"] + extras["cluster"]) <= used
 
 
 # --- imports

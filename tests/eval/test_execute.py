@@ -12,9 +12,12 @@ import pytest
 
 from vtc.app.answer import Batch
 from vtc.app.preparation import Chat
-from vtc.eval.execute import PATIENCE, Item, Outcome, Worker, missing, plan, run_local
+from vtc.eval.answering import Outcome, Worker
+from vtc.eval.execute import PATIENCE, Here, run_items
 from vtc.eval.failures import TaskKey, failed_alone, failure_record, unanswered
+from vtc.eval.plan import Item, missing, plan
 from vtc.eval.progress import SilentProgress
+from vtc.eval.seen import Seen
 from vtc.eval.store import Store, row_key
 
 TASK: Any = SimpleNamespace(name="t", fingerprint="f", repeats=1, key=TaskKey("t", "f"))
@@ -80,7 +83,9 @@ def run(folder: Path, worker: FakeWorker, documents: int = 10) -> tuple[list[Any
     store, progress = Store(folder), Recorder()
     with store.writing() as writer:
         writer.save_run({"model": {}, "tasks": {}, "sweeps": []})
-        failures = run_local(list(plan(TASK, documents, ["a", "b"], writer.seen, 4)), worker, writer, progress)  # type: ignore[arg-type]
+        failures = run_items(
+            list(plan(TASK, documents, ["a", "b"], writer.seen, 4)), worker.tasks, Here(worker), writer, progress
+        )  # type: ignore[arg-type]
     return failures, sorted(r["text"] for r in store.rows()), progress
 
 
@@ -110,10 +115,11 @@ def test_documents_that_failed_alone_leave_their_block() -> None:
     items = list(plan(TASK, 10, ["a", "b"], {row_key(row("a", 1))}, 4, apart))
     assert [item.doc_ids for item in items] == [(0, 2, 3), (4, 6, 7), (8, 9), (1,), (5,)]
     assert items[3].cells == ("b",)
-    assert list(unanswered(failures, TASK.key, 10, set())) == [5]
-    assert not unanswered(failures, TASK.key, 5, set()) and not unanswered(
-        failures, TASK.key, 10, {row_key(row("a", 5))}
-    )
+    seen = Seen()
+    assert list(unanswered(failures, TASK.key, 10, seen)) == [5]
+    assert not unanswered(failures, TASK.key, 5, seen)
+    seen.add(row_key(row("a", 5)), 0)
+    assert not unanswered(failures, TASK.key, 10, seen)
 
 
 def test_documents_beyond_the_limit_are_not_asked_again() -> None:
@@ -127,7 +133,9 @@ def test_a_cell_that_fails_on_one_document_after_the_other_is_given_up(tmp_path:
     store, progress, bad = Store(tmp_path), Recorder(), {("b", n) for n in range(100)} - {("b", 2)}
     worker = FakeWorker(fails=bad)
     with store.writing() as writer:
-        failures = run_local(list(plan(TASK, 30, ["a", "b"], writer.seen, 1)), worker, writer, progress)  # type: ignore[arg-type]
+        failures = run_items(
+            list(plan(TASK, 30, ["a", "b"], writer.seen, 1)), worker.tasks, Here(worker), writer, progress
+        )  # type: ignore[arg-type]
     assert [failure["doc_ids"][0] for failure in failures] == [0, 1, *range(3, 3 + PATIENCE)]
     assert (progress.answers, progress.lost) == (31, 29)
     assert sum("b" in item.cells for item in worker.asked) == 3 + PATIENCE

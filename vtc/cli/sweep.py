@@ -69,10 +69,14 @@ def sweep(
     frames: Annotated[int | None, typer.Option(help="Frames of a video, at most; 32 of a file by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of video, instead of even distances.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Pixels of a frame; larger ones are scaled down.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ..., balanced over all GPUs.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, ...")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Where workers run: local, ray.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that answer, each with the model.")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs of each, 0.5 for two on one.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods x retentions with the untouched model, and draw a table, a figure and a report.
@@ -102,6 +106,10 @@ def sweep(
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "revision": revision,
+        "engine": engine,
+        "workers": workers,
+        "gpus_per_worker": gpus_per_worker,
+        "address": address,
     }
     settings = read_settings(config) if config is not None else {}
     settings |= {name: value for name, value in given.items() if value is not None}

@@ -17,8 +17,8 @@ from vtc.method.registry import METHODS, unknown_parameter
 
 def check_model(model: Any, method: Any = None) -> None:
     """Raise VTCError for what is no loaded model; `method` is what was given beside it."""
-    name = shown(model)
     if not isinstance(model, nn.Module):
+        name = shown(model)  # a whole model takes milliseconds to print
         if isinstance(method, nn.Module):
             raise VTCError(
                 f"{name} stands where the model belongs and a {type(method).__name__} where the method does; write "
