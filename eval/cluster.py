@@ -89,7 +89,7 @@ class RayEngine:
             )
         return max(1, cpus // spec.workers), wanted
 
-    def start(self, worker: int, known: Mapping[str, Record] | None) -> Link:
+    def start(self, worker: int, known: Mapping[str, Record]) -> Link:
         """Start an actor."""
         return _Actor(self._ray, self._actor.remote(self._order.knowing(known)))
 

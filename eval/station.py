@@ -115,9 +115,9 @@ class Order:
                 "class in a file named under plugins and write the method by name, or use one local worker"
             ) from error
 
-    def knowing(self, known: Mapping[str, Record] | None) -> Order:
+    def knowing(self, known: Mapping[str, Record]) -> Order:
         """The same with more that is known."""
-        return self if known is None else replace(self, known={**self.known, **known})
+        return replace(self, known={**self.known, **known})
 
 
 @dataclass(frozen=True)

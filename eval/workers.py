@@ -60,7 +60,7 @@ class Link(Protocol):
 class Engine(Protocol):
     """A kind of processes."""
 
-    def start(self, worker: int, known: Mapping[str, Record] | None) -> Link:
+    def start(self, worker: int, known: Mapping[str, Record]) -> Link:
         """Start a process in the place `worker`; `known`: cells whose setting another one has found."""
 
     def ready(self, links: Sequence[Link]) -> Sequence[Link]:
@@ -128,7 +128,7 @@ class Crew:
     def _link(self, worker: int) -> Link:
         link = self._links[worker]
         if link is None:
-            link = self._links[worker] = self._engine.start(worker, self._facts and self._facts.known())
+            link = self._links[worker] = self._engine.start(worker, {} if self._facts is None else self._facts.known())
         return link
 
     def _end(self, worker: int) -> None:
@@ -201,7 +201,7 @@ class LocalEngine:
         self._context = multiprocessing.get_context(START_METHOD)
         self._devices = [_devices(spec, worker, torch.cuda.device_count()) for worker in range(spec.workers)]
 
-    def start(self, worker: int, known: Mapping[str, Record] | None) -> Link:
+    def start(self, worker: int, known: Mapping[str, Record]) -> Link:
         """Start a process."""
         return _Process(self._context, worker, self._order.knowing(known), self._devices[worker])
 

@@ -88,12 +88,13 @@ class FakeEngine:
     ) -> None:
         self.deadly, self.fails, self.first, self.chance = deadly, fails, deque(first), set(chance)
         self.links: list[FakeLink] = []
+        self.known: list[Any] = []
         self.given: list[Item] = []
         self.announced: list[Item | None] = []
         self.closed = False
 
     def start(self, worker: int, known: Any) -> FakeLink:
-        assert known == (FACTS.known() if self.links and not self.first else None) or self.first
+        self.known.append(known)
         self.links.append(FakeLink(self, self.first.popleft() if self.first else FACTS))
         return self.links[-1]
 
@@ -230,6 +231,14 @@ def test_a_failed_device_makes_a_new_process_and_ends_a_single_one(tmp_path: Pat
     here.give(0, Item("t", (0,), ("a",)), None)
     with pytest.raises(VTCError, match="the same command goes on from there"):
         here.wait()
+
+
+def test_what_one_process_measured_the_others_are_told() -> None:
+    engine = FakeEngine()
+    with Crew(engine, 2, Notes()) as crew:
+        assert crew.facts() == FACTS
+        crew.give(1, Item("t", (0,), ("a",)), None)
+    assert engine.known == [{}, {"a": {"asked": "a", "setting": 0.5, "achieved": 0.5}}]
 
 
 def test_processes_that_never_begin_end_the_sweep(tmp_path: Path) -> None:
