@@ -24,6 +24,7 @@ from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
 from vtc.eval.rescoring import score_store
 from vtc.eval.results import Results
+from vtc.eval.samples import write_samples
 from vtc.eval.spec import SweepSpec
 from vtc.eval.station import Station
 from vtc.eval.store import Record, Store, Writer, check_writable
@@ -81,6 +82,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
             answered, failures = _answer(spec, tasks, cells, pool, writer, progress)
             for task in tasks:
                 failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
+            write_samples(store, tasks)
     results = write_report(spec.folder)
     track(results, spec.trackers, spec.folder)
     return SweepResult(spec.folder, results, failures, answered, time.monotonic() - began)
