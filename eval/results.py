@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vtc.eval.columns import NAMES, Line, read_columns, scoring_key, scoring_text
+from vtc.eval.columns import NAMES, Line, add_table_columns, read_columns, scoring_key, scoring_text
 from vtc.eval.failures import TaskKey, unanswered
 from vtc.eval.scoring import scoring_of
 from vtc.eval.seen import Seen
@@ -62,13 +62,17 @@ class Outdated:
 
 @dataclass(frozen=True)
 class Results:
-    """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each."""
+    """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each.
+
+    `stored` holds by task, metric and cell what was scored by document (`vtc.eval.scoring.metric_records`).
+    """
 
     run: Record
     lines: Sequence[Record]
     incomplete: Sequence[Incomplete]
     unanswered: Sequence[Unanswered] = ()
     outdated: Sequence[Outdated] = ()
+    stored: Mapping[tuple[str, str, str], Record] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -114,9 +118,16 @@ def read_results(folder: Path) -> Results:
         key = record["cell"]
         line = Line(run, cells[key], names[key], record, partial(of, record["task"], key))
         lines.append(read_columns(line))
+    tables: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for each in lines:
+        tables[each["task"], each["metric"]].append(each)
+    for table in tables.values():
+        add_table_columns(table)
+    stored = {(record["task"], record["metric"], record["cell"]): record for record in records}
     failures = store.failures()
     lost = _unanswered(failures, run, seen)
-    return Results(run, lines, _incomplete(failures, run, cells, names, lines, lost, seen), lost, outdated)
+    incomplete = _incomplete(failures, run, cells, names, lines, lost, seen)
+    return Results(run, lines, incomplete, lost, outdated, stored)
 
 
 def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record], list[Outdated]]:

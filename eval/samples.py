@@ -85,11 +85,12 @@ def choose(scores: Sequence[dict[str, float]], count: int) -> dict[int, str]:
 
 def _sample(task: SweepTask, doc_id: int, why: str) -> Record | None:
     try:
-        parts = [part for message in task.conversation(doc_id).messages for part in message["content"]]
-        pictures = [picture for part in parts for picture in _pictures(part)]
+        messages = task.conversation(doc_id)
         target = task.lmms.doc_to_target(task.documents[doc_id])
     except Exception:  # the task's own code; what it refuses while answering is recorded as a failure already
         return None
+    parts = [part for message in messages for part in message["content"]]
+    pictures = [picture for part in parts for picture in _pictures(part)]
     question = "\n".join(str(part["text"]) for part in parts if part["type"] == "text")
     step = max(1, -(-len(pictures) // PICTURES))
     shown = [thumbnail(picture) for picture in pictures[::step]]
