@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,38 @@ def _write(path: Path, content: Record) -> None:
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another --out") from error
+
+
+def browsed(store: Store, run: Record, lines: Sequence[Record], stored: Mapping[tuple[str, str, str], Record]) -> Record:
+    """By task what a browser of samples shows: its `cells` with `method` and `retention`, and its `samples`.
+
+    Each sample also has `answers` and `scores` in the order of the cells, None where there is none. lines: those of the
+    results, `stored` what was scored by document.
+    """
+    wanted: dict[tuple[str, str, int], dict[str, str]] = {}
+    tasks: Record = {}
+    for name, task in run["tasks"].items():
+        samples = [s for s in read_samples(store.folder, name, task["fingerprint"]) if s["doc_id"] < task["documents"]]
+        if samples:
+            tasks[name] = samples
+            wanted |= {(name, task["fingerprint"], sample["doc_id"]): {} for sample in samples}
+    if not tasks:
+        return {}
+    for row in store.rows():
+        answers = wanted.get((row["task"], row["task_fp"], row["doc_id"]))
+        if answers is not None and row["repeat"] == 0:
+            answers[row["cell"]] = row["text"]
+    made: Record = {}
+    for name, samples in tasks.items():
+        metric = run["tasks"][name]["main_metric"]
+        cells = {line["cell"]: line for line in lines if line["task"] == name and line["metric"] == metric}
+        shown = []
+        for sample in samples:
+            answers = wanted[name, run["tasks"][name]["fingerprint"], sample["doc_id"]]
+            scores = [((stored.get((name, metric, c)) or {}).get("scores") or {}).get(str(sample["doc_id"])) for c in cells]
+            kept = sample.get("kept") or {}
+            places = {"kept": [kept.get(cell) for cell in cells]} if kept else {}
+            shown.append({**sample, "answers": [answers.get(cell) for cell in cells], "scores": scores, **places})
+        named = [{"method": line["method"], "retention": line["retention"]} for line in cells.values()]
+        made[name] = {"cells": named, "samples": shown}
+    return made

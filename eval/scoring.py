@@ -234,14 +234,17 @@ def metric_records(
 
 
 def _by_document(result: Scored, rows: Sequence[Record]) -> Record:
-    """What comparisons need of each document; all None for a metric that is not a mean.
+    """What comparisons need of each document; all but `seconds` are None for a metric that is not a mean.
 
     `scores` by document, whose mean times `scale` is the metric, and in the same order `clusters` as numbers (None
-    without) and `kept`, the visual tokens entering a layer (None where the answers do not tell).
+    without) and `kept`, the visual tokens entering a layer (None where the answers do not tell). `seconds`: mean of an
+    answer's share of the time of its batch; no two runs agree on it, so it is no column.
     """
     outcomes = result.outcomes
+    spent = [row["seconds"] for row in rows if row.get("seconds") is not None]
+    seconds = sum(spent) / len(spent) if spent else None
     if outcomes.scores is None:
-        return {"scores": None, "scale": None, "clusters": None, "kept": None}
+        return {"scores": None, "scale": None, "clusters": None, "kept": None, "seconds": seconds}
     numbers: dict[Hashable, int] = {}
     clusters = None if outcomes.clusters is None else [numbers.setdefault(c, len(numbers)) for c in outcomes.clusters]
     kept: dict[int, list[float]] = {}
@@ -254,6 +257,7 @@ def _by_document(result: Scored, rows: Sequence[Record]) -> Record:
         "scale": outcomes.scale,
         "clusters": clusters,
         "kept": [sum(kept[doc_id]) / len(kept[doc_id]) for doc_id in result.doc_ids] if known else None,
+        "seconds": seconds,
     }
 
 
