@@ -22,7 +22,7 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3BA3D8", "#8C6D31", "#7F7F7F", "#7B4FB5", "#C0392B",
     "#5B8C00", "#E377A2", "#17A2A2", "#A0522D", "#4C6FFF", "#9A8A00",
 )  # fmt: skip
-"""Okabe and Ito's colours, darkened where they fade on white, and more of the kind; names at the ends tell lines apart."""
+"""Okabe and Ito's colours, darkened where they fade on white, and more; names at their ends tell lines apart."""
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 CONFIG: Spec = {
     "background": None,
@@ -37,7 +37,7 @@ CONFIG: Spec = {
     "text": {"color": INK},
 }  # fmt: skip
 AXES = {
-    "share": "visual tokens entering an LLM layer, % of all (achieved)",
+    "share": "visual tokens, % of all (achieved)",
     "flops": "FLOPs of the prefill per question",
     "seconds": "seconds per answer, measured",
 }
@@ -140,7 +140,8 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
     layers += [
         {"mark": {"type": "line", "strokeWidth": 1.8}, "encoding": {"x": x, "y": y, "color": colour, "opacity": lit}},
         {"mark": {"type": "rule", "clip": True}, "transform": [{"filter": "datum.low != null"}],
-         "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": whiskers}},
+         "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour,
+                      "opacity": whiskers}},
         {"mark": {"type": "point", "filled": True, "size": 42 if labels else 22},
          "params": [{"name": "lit", "select": {"type": "point", "fields": ["method"], "on": "pointerover",
                                                "clear": "pointerout"}}],
@@ -149,10 +150,8 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
              "scale": {"domain": list(tone), "range": [SHAPES[n % len(SHAPES)] for n in range(len(tone))]}},
              "tooltip": _tooltip(drawn, data, axis)}},
     ]  # fmt: skip
-    right = 12
     if labels and drawn:
         ends = _ends(drawn, data.methods, names, axis, (low, high), height, line["value"] * factor if line else None)
-        right = 14 + int(0.58 * FONT * max(len(end["name"]) for end in ends))
         at = {"data": {"values": ends}}
         place: Spec = {"field": "place", "type": "quantitative", "scale": y["scale"]}
         layers += [
@@ -164,7 +163,7 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
              "encoding": {"x": {"value": "width"}, "y": place, "text": {"field": "name"},
                           "color": {"condition": {"test": "datum.method == ''", "value": INK}, **colour}}},
         ]  # fmt: skip
-    return _spec(layers, height, drawn) | {"padding": {"left": 4, "top": 8, "bottom": 4, "right": right}}
+    return _spec(layers, height, drawn) | {"padding": {"left": 4, "top": 8, "bottom": 4, "right": 6}}
 
 
 def _ends(
@@ -221,7 +220,8 @@ def spread(wanted: Sequence[float], gap: float, domain: tuple[float, float]) -> 
 def dots(rows: Sequence[Spec], title: str, *, at: float | None = None, colour: str | None = None) -> Spec:
     """A value with its interval per row, in the order given: `name`, `value`, `low`, `high`, `sure`, `text`.
 
-    at: where a dashed line marks equality. Rows whose `sure` is false are hollow. colour: a field that tells kinds apart.
+    at: where a dashed line marks equality. Rows whose `sure` is false are hollow. colour: a field that tells kinds
+    apart.
     """
     ends = [row[name] for row in rows for name in ("value", "low", "high") if row.get(name) is not None]
     domain = list(_domain([*ends, *([at] if at is not None else [])]))
@@ -248,21 +248,22 @@ def dots(rows: Sequence[Spec], title: str, *, at: float | None = None, colour: s
         {"mark": {"type": "text", "align": "left", "dx": 8, "fontSize": FONT, "baseline": "middle"},
          "encoding": {"x": {"value": "width"}, "y": y, "text": {"field": "text"}}},
     ]  # fmt: skip
-    right = 16 + int(0.58 * FONT * max((len(row.get("text", "")) for row in rows), default=0))
-    return _spec(layers, 21 * max(1, len({row["name"] for row in rows})), rows) | {"padding": {"left": 4, "top": 6, "bottom": 4, "right": right}}
+    return _spec(layers, 21 * max(1, len({row["name"] for row in rows})), rows) | {
+        "padding": {"left": 4, "top": 6, "bottom": 4, "right": 6}
+    }
 
 
 def matrix(cells: Sequence[Spec], names: Sequence[str], title: str) -> Spec:
     """Row minus column as colours and numbers: `one`, `other`, `diff`, `text`, and what the tooltip says."""
     most = max((abs(cell["diff"]) for cell in cells), default=1.0) or 1.0
-    x = {"field": "other", "type": "nominal", "sort": list(names), "title": None}
-    x["axis"] = {"labelAngle": -40, "orient": "top"}
+    turned = {"labelAngle": -40, "orient": "top"}
+    x = {"field": "other", "type": "nominal", "sort": list(names), "title": None, "axis": turned}
     y = {"field": "one", "type": "nominal", "sort": list(names), "title": None}
     scale = {"domain": [-most, 0, most], "range": ["#D55E00", "#f7f7f7", "#0072B2"]}
     colour = {"field": "diff", "type": "quantitative", "legend": None, "scale": scale}
     strong = {"condition": {"test": f"abs(datum.diff) > {0.6 * most}", "value": "white"}, "value": "#222"}
     tip = [{"field": name, "type": "nominal"} for name in cells[0]] if cells else []
-    layers = [
+    layers: list[Spec] = [
         {"mark": "rect", "encoding": {"x": x, "y": y, "color": colour, "tooltip": tip}},
         {"mark": {"type": "text", "fontSize": 10}, "encoding": {"x": x, "y": y, "text": {"field": "text"}}
          | {"color": strong}},
@@ -308,12 +309,14 @@ def figure(results: Results) -> Spec:
             panels.append(panel | {"data": {"values": [{}]}, "mark": mark})
         else:
             spec = curves(results, data, "share")
-            panels.append(panel | {"data": spec["data"], "layer": [_apart(layer, len(data.methods) <= MANY) for layer in spec["layer"]]})
+            panels.append(
+                panel
+                | {"data": spec["data"], "layer": [_apart(layer, len(data.methods) <= MANY) for layer in spec["layer"]]}
+            )
     return {
         "$schema": SCHEMA, "title": str(results.run["model"]["name"]), "config": CONFIG | {"background": "white"},
-        "columns": min(len(panels), 3), "concat": panels, "spacing": 130, "padding": {"left": 10, "top": 10,
-        "bottom": 10, "right": 150}, "resolve": {"scale": {"x": "independent", "y": "independent", "color":
-        "independent", "shape": "independent"}},
+        "columns": min(len(panels), 3), "concat": panels, "spacing": 40, "padding": 14,
+        "resolve": {"scale": dict.fromkeys(("x", "y", "color", "shape"), "independent")},
     }  # fmt: skip
 
 
@@ -339,7 +342,7 @@ def library() -> str:
     """The code that draws specifications in a browser, as one script: Vega, Vega-Lite and Vega-Embed."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE)).replace("</script", "<\\/script")
+    return str(vl_convert.javascript_bundle(None, VEGA_LITE)).replace("</script", "<\\/script")
 
 
 def differences(data: Grid, retention: float | None) -> list[Spec]:

@@ -1,8 +1,8 @@
 """The columns of the results, each declared once: `metrics.csv`, the report, JSON and docs/columns.md read this list.
 
 A column is computed when a cell is scored and stored (`scored`), when a store is read (`read`), or from all lines of
-its table, one metric of one task (`table`). `read` is also what a store that was scored before the column existed shows,
-where the answers or older records tell the value, else `default`.
+its table, one metric of one task (`table`). `read` is also what a store that was scored before the column existed
+shows, where the answers or older records tell the value, else `default`.
 """
 
 from __future__ import annotations

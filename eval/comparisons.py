@@ -41,7 +41,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 class Pair:
     """Method `one` minus method `other` at the same retention on the same documents, in the metric's scale.
 
-    p: two-sided, of no difference; p_holm: corrected for all pairs of the table.
+    p: two-sided, of no difference; p_holm: corrected for all pairs of their table.
     """
 
     retention: float | None
@@ -55,39 +55,48 @@ class Pair:
 
 
 def pairs(data: Answers) -> list[Pair]:
-    """All pairs of methods at equal retention.
+    """All pairs of methods at equal retention; Holm's correction runs over the pairs of each retention."""
+    made = []
+    retentions = dict.fromkeys(line["retention"] for line in data.lines if line["method"] != BASELINE)
+    for retention in retentions:
+        series = [n for n, line in enumerate(data.lines) if line["retention"] == retention and n != data.baseline]
+        made += paired_series(data, list(itertools.combinations(series, 2)))
+    return made
+
+
+def paired_series(data: Answers, couples: Sequence[tuple[int, int]]) -> list[Pair]:
+    """The first minus the second series of each couple, numbers of `data`; Holm's correction runs over all of them.
 
     0/1 scores without clusters: McNemar's exact test and the Bonett-Price interval, else sign flips and bootstrap of
-    the (cluster) differences. Holm's correction runs over all pairs returned.
+    the (cluster) differences. `retention` is the first one's.
     """
+    if not couples:
+        return []
+    one, other = (np.array(side) for side in zip(*couples, strict=True))
     sums, sizes = data.cluster_sums()
     weights = draws(len(sizes))
-    found: list[tuple[float | None, int, int]] = []
-    by_retention: dict[float | None, list[int]] = {}
-    for number, line in enumerate(data.lines):
-        if line["method"] != BASELINE:
-            by_retention.setdefault(line["retention"], []).append(number)
-    for retention, series in by_retention.items():
-        found += [(retention, *two) for two in itertools.combinations(series, 2)]
-    if not found:
-        return []
-    one, other = (np.array([entry[side] for entry in found]) for side in (1, 2))
     differences = sums[one] - sums[other]
     means = (weights @ differences.T) / (weights @ sizes)[:, None]
     low, high = np.quantile(means, ENDS, axis=0)
     p = sign_flips(differences)
     if data.binary and data.clusters is None:
-        scale = max(float(data.scores.max()), 1e-12)
-        for number, row in enumerate(differences / scale):
+        scale = float(data.scores.max()) or 1.0
+        for number, row in enumerate(differences):
             up, down = int((row > 0).sum()), int((row < 0).sum())
             low[number], high[number] = (end * scale for end in bonett_price(up, down, len(row)))
             p[number] = stats.binomtest(up, up + down).pvalue if up + down else 1.0
     diff = differences.sum(axis=1) / sizes.sum()
     corrected = multipletests(p, method="holm")[1]
     return [
-        Pair(r, data.lines[a]["method"], data.lines[b]["method"], *map(float, numbers))
-        for (r, a, b), *numbers in zip(found, diff, low, high, p, corrected, strict=True)
+        Pair(data.lines[a]["retention"], data.lines[a]["method"], data.lines[b]["method"], *map(float, numbers))
+        for (a, b), *numbers in zip(couples, diff, low, high, p, corrected, strict=True)
     ]
+
+
+def seeds_to_untouched(data: Answers) -> list[Pair]:
+    """Series of several seeds minus the untouched model, which no line of the results has: those are about cells."""
+    pooled = [number for number, line in enumerate(data.lines) if line.get("seeds")]
+    return [] if data.baseline is None else paired_series(data, [(number, data.baseline) for number in pooled])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NUMBERS = {int: "Int64", float: "Float64", bool: "boolean", str: "string"}
-CAPTION = "{task}, {metric}{unit}, {n} questions, {model}; *: differs from the untouched model, Holm-corrected p < 0.05."
+CAPTION = (
+    "{task}, {metric}{unit}, {n} questions, {model}; *: differs from the untouched model, Holm-corrected p < 0.05."
+)
 
 
 def files(results: Results) -> dict[str, bytes]:

@@ -9,13 +9,12 @@ from typing import Any
 
 from vtc.errors import InputError
 from vtc.eval import charts, difficulty
-from vtc.eval.answers import answers
+from vtc.eval.answers import Answers, answers
 from vtc.eval.columns import COLUMNS
-from vtc.eval.comparisons import POINTS, Retained, needed, pairs, ranked_tasks, retained
+from vtc.eval.comparisons import POINTS, Retained, needed, pairs, ranked_tasks, retained, seeds_to_untouched
 from vtc.eval.files import files
 from vtc.eval.results import Results, read_results
 from vtc.eval.samples import browsed
-from vtc.eval.seeds import pools
 from vtc.eval.store import Store
 from vtc.eval.tables import Grid, grid, nominal, short_names, significant, tokens
 
@@ -99,7 +98,13 @@ def _script_json(value: Any) -> str:
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for sign, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    for sign, escaped in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
         text = text.replace(sign, escaped)
     return Markup(text)
 
@@ -153,6 +158,9 @@ def _task(page: Page, results: Results, task: str) -> dict[str, Any]:
     }
     if main is None:
         return made
+    pooled = answers(results, task, main.metric)
+    for pair in seeds_to_untouched(pooled) if pooled is not None else ():
+        main.entries[pair.one, pair.retention] |= {"diff_ci_low": pair.low, "diff_ci_high": pair.high, "p": pair.p}
     drawn = charts.points(results, main)
     made["curves"] = [
         {"name": charts.AXES[axis], "chart": page.chart(charts.curves(results, main, axis))}
@@ -169,18 +177,18 @@ def _task(page: Page, results: Results, task: str) -> dict[str, Any]:
         if metric != main.metric and charts.axes(charts.points(results, data))
         for spec in [charts.curves(results, data, "share", height=150, labels=False)]
     ]
-    return made | _derived(page, results, main)
+    single = answers(results, task, main.metric, pool=False)
+    if pooled is None or single is None:
+        return made | {"derived": False}
+    return made | _derived(page, main, pooled, single)
 
 
 def _unit(words: str, data: Grid) -> str:
     return f"{words} in {data.metric}" + (" (points)" if data.percent else "")
 
 
-def _derived(page: Page, results: Results, main: Grid) -> dict[str, Any]:
-    """What is computed from scores by document; `derived` is false where there are none."""
-    pooled, single = (answers(results, main.task, main.metric, pool=pool) for pool in (True, False))
-    if pooled is None or single is None:
-        return {"derived": False}
+def _derived(page: Page, main: Grid, pooled: Answers, single: Answers) -> dict[str, Any]:
+    """What is computed from scores by document, with seeds as one series and as they are."""
     factor = 100.0 if main.percent else 1.0
     names = short_names(main.methods)
     boards = []
@@ -191,7 +199,7 @@ def _derived(page: Page, results: Results, main: Grid) -> dict[str, Any]:
             star = "*" if pair.p_holm < 0.05 else ""
             for sign, one, other in ((1, pair.one, pair.other), (-1, pair.other, pair.one)):
                 ends = sorted((sign * pair.low * factor, sign * pair.high * factor))
-                diff = sign * pair.diff * factor
+                diff = sign * pair.diff * factor + 0.0
                 cells.append({
                     "one": names[one], "other": names[other], "diff": round(diff, 3), "text": f"{diff:+.1f}{star}",
                     "from": round(ends[0], 3), "to": round(ends[1], 3), "p": float(f"{pair.p:.3g}"),
@@ -204,7 +212,6 @@ def _derived(page: Page, results: Results, main: Grid) -> dict[str, Any]:
     return {
         "derived": True,
         "pairs": boards,
-        "pairs_count": len(found),
         "oracles": difficulty.oracles(single),
         "groups": _groups(page, single),
         "points": POINTS,
@@ -213,7 +220,7 @@ def _derived(page: Page, results: Results, main: Grid) -> dict[str, Any]:
     }
 
 
-def _groups(page: Page, single: Any) -> list[dict[str, Any]]:
+def _groups(page: Page, single: Answers) -> list[dict[str, Any]]:
     """A board per retention that has the control: accuracy of each method on both groups."""
     by_retention: dict[float | None, list[difficulty.Group]] = {}
     for group in difficulty.groups(single):

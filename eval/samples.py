@@ -68,10 +68,10 @@ def read_samples(folder: Path, task: str, fingerprint: str) -> list[Record]:
 
 
 def choose(scores: Sequence[dict[str, float]], count: int) -> dict[int, str]:
-    """At most `count` documents by id, each with the reason why it is shown.
+    """At most `count` documents by id, each with the reason why it is shown; those most in dispute first.
 
     >>> choose([{"0": 1.0, "1": 1.0, "2": 0.0}, {"0": 1.0, "1": 0.0, "2": 0.0}], 2)
-    {0: 'spread evenly', 1: 'cells disagree'}
+    {1: 'cells disagree', 0: 'spread evenly'}
     """
     common = sorted(set.intersection(*(set(map(int, each)) for each in scores))) if scores else []
     spread = {doc_id: float(np.var([each[str(doc_id)] for each in scores])) for doc_id in common}
@@ -80,7 +80,7 @@ def choose(scores: Sequence[dict[str, float]], count: int) -> dict[int, str]:
     room = min(len(others), count - len(disputed))
     even = [others[i * len(others) // room] for i in range(room)]
     reasons = dict.fromkeys(disputed, "cells disagree") | dict.fromkeys(even, "spread evenly")
-    return dict(sorted(reasons.items()))
+    return reasons
 
 
 def _sample(task: SweepTask, doc_id: int, why: str) -> Record | None:
@@ -124,7 +124,9 @@ def _write(path: Path, content: Record) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another --out") from error
 
 
-def browsed(store: Store, run: Record, lines: Sequence[Record], stored: Mapping[tuple[str, str, str], Record]) -> Record:
+def browsed(
+    store: Store, run: Record, lines: Sequence[Record], stored: Mapping[tuple[str, str, str], Record]
+) -> Record:
     """By task what a browser of samples shows: its `cells` with `method` and `retention`, and its `samples`.
 
     Each sample also has `answers` and `scores` in the order of the cells, None where there is none. lines: those of the
@@ -150,7 +152,9 @@ def browsed(store: Store, run: Record, lines: Sequence[Record], stored: Mapping[
         shown = []
         for sample in samples:
             answers = wanted[name, run["tasks"][name]["fingerprint"], sample["doc_id"]]
-            scores = [((stored.get((name, metric, c)) or {}).get("scores") or {}).get(str(sample["doc_id"])) for c in cells]
+            scores = [
+                ((stored.get((name, metric, c)) or {}).get("scores") or {}).get(str(sample["doc_id"])) for c in cells
+            ]
             kept = sample.get("kept") or {}
             places = {"kept": [kept.get(cell) for cell in cells]} if kept else {}
             shown.append({**sample, "answers": [answers.get(cell) for cell in cells], "scores": scores, **places})

@@ -21,7 +21,7 @@ FLAGS = (
 
 @contextlib.contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """A driver with a fresh profile in the folder `profile`; skips the test where there is no Chromium, but not in CI."""
+    """A driver with a fresh profile in the folder `profile`; without Chromium the test is skipped, and fails in CI."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if binary is None or driver is None:
         missing = "no chromium and chromedriver here; `apt-get install chromium chromium-driver` brings them"
