@@ -41,10 +41,14 @@ class Answers:
         return next((number for number, line in enumerate(self.lines) if line["method"] == BASELINE), None)
 
     @property
+    def top(self) -> float:
+        """The highest score; 1 where no score is above 0."""
+        return max(float(self.scores.max()), 0.0) or 1.0
+
+    @property
     def binary(self) -> bool:
-        """Whether every score is 0 or the same positive number."""
-        values = np.unique(self.scores)
-        return len(values) <= 2 and bool((values >= 0).all()) and (len(values) < 2 or values[0] == 0)
+        """Whether every score is 0 or `top`."""
+        return bool(((self.scores == 0) | (self.scores == self.top)).all())
 
     def only(self, doc_ids: Sequence[int]) -> Answers:
         """The same on these documents, which must be among its own."""

@@ -79,11 +79,13 @@ def paired_series(data: Answers, couples: Sequence[tuple[int, int]]) -> list[Pai
     means = (weights @ differences.T) / (weights @ sizes)[:, None]
     low, high = np.quantile(means, ENDS, axis=0)
     p = sign_flips(differences)
-    if data.binary and data.clusters is None:
-        scale = float(data.scores.max()) or 1.0
-        for number, row in enumerate(differences):
-            up, down = int((row > 0).sum()), int((row < 0).sum())
-            low[number], high[number] = (end * scale for end in bonett_price(up, down, len(row)))
+    top = data.top
+    hits = ((data.scores == 0) | (data.scores == top)).all(axis=1)
+    for number in np.flatnonzero(hits[one] & hits[other]):
+        change = data.scores[one[number]] - data.scores[other[number]]
+        up, down = int((change > 0).sum()), int((change < 0).sum())
+        if data.clusters is None or up == down == 0:  # a bootstrap of zeros would claim certainty
+            low[number], high[number] = (end * top for end in bonett_price(up, down, len(change)))
             p[number] = stats.binomtest(up, up + down).pvalue if up + down else 1.0
     diff = differences.sum(axis=1) / sizes.sum()
     corrected = multipletests(p, method="holm")[1]
@@ -206,7 +208,7 @@ def needed(data: Answers, points: Sequence[float] = POINTS) -> list[Needed]:
     """
     if not data.binary or data.baseline is None:
         return []
-    top = float(data.scores.max()) or 1.0
+    top = data.top
     sums, sizes = data.cluster_sums()
     made = []
     retentions = dict.fromkeys(line["retention"] for line in data.lines if line["method"] != BASELINE)

@@ -67,7 +67,7 @@ def groups(data: Answers) -> list[Group]:
     """
     if data.baseline is None:
         return []
-    right = data.scores > 0.5 * max(float(data.scores.max()), 1e-12)
+    right = data.scores > 0.5 * data.top
     made = []
     for control, line in enumerate(data.lines):
         if not is_control(line["method"]):

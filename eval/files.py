@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from vtc.eval import charts
+from vtc.eval import charts, curves
 from vtc.eval.columns import COLUMNS
 from vtc.eval.results import Results, to_csv
 from vtc.eval.store import Record
@@ -14,7 +14,7 @@ from vtc.eval.tables import Grid, grid, nominal, short_names, significant
 if TYPE_CHECKING:
     import pandas as pd
 
-NUMBERS = {int: "Int64", float: "Float64", bool: "boolean", str: "string"}
+KINDS = {int: "Int64", float: "Float64", bool: "boolean", str: "string"}
 CAPTION = (
     "{task}, {metric}{unit}, {n} questions, {model}; *: differs from the untouched model, Holm-corrected p < 0.05."
 )
@@ -22,7 +22,7 @@ CAPTION = (
 
 def files(results: Results) -> dict[str, bytes]:
     """`metrics.csv` and `.parquet`, `table.md` and `.tex`, `figure.png` and `.svg`."""
-    figure = charts.figure(results)
+    figure = curves.figure(results)
     parquet = io.BytesIO()
     frame(results).to_parquet(parquet, index=False)
     return {
@@ -39,11 +39,9 @@ def frame(results: Results) -> pd.DataFrame:
     """The lines of `metrics.csv` as a data frame with typed columns; what does not exist is missing."""
     import pandas as pd
 
-    columns = {
-        column.name: pd.array([line[column.name] for line in results.lines], dtype=NUMBERS[column.kind])
-        for column in COLUMNS
-    }
-    return pd.DataFrame(columns)
+    rows = [[line[column.name] for column in COLUMNS] for line in results.lines]
+    made = pd.DataFrame(rows, columns=pd.Index([column.name for column in COLUMNS]), dtype=object)
+    return made.astype({column.name: KINDS[column.kind] for column in COLUMNS})
 
 
 def table(data: Grid) -> pd.DataFrame:

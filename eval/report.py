@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from vtc.errors import InputError
-from vtc.eval import charts, difficulty
+from vtc.eval import charts, curves, difficulty
 from vtc.eval.answers import Answers, answers
 from vtc.eval.columns import COLUMNS
 from vtc.eval.comparisons import POINTS, Retained, needed, pairs, ranked_tasks, retained, seeds_to_untouched
 from vtc.eval.files import files
+from vtc.eval.page import Page, write_files
 from vtc.eval.results import Results, read_results
 from vtc.eval.samples import browsed
 from vtc.eval.store import Store
-from vtc.eval.tables import Grid, grid, nominal, short_names, significant, tokens
-
-TEMPLATES = Path(__file__).parent / "templates"
+from vtc.eval.tables import Grid, grid, nominal, short_names
 
 
 def write_report(folder: Path) -> Results:
@@ -34,21 +30,6 @@ def write_report(folder: Path) -> Results:
     return results
 
 
-def write_files(folder: Path, content: dict[str, bytes]) -> None:
-    """Replace files of `folder`, each in one step.
-
-    Raises:
-        InputError: one cannot be written.
-    """
-    for name, data in content.items():
-        temporary = folder / f"{name}.new"
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, folder / name)
-        except OSError as error:
-            raise InputError(f"cannot write {str(folder / name)!r}: {error.strerror or error}") from error
-
-
 def render(results: Results, browser: dict[str, Any] | None = None) -> str:
     """The report as one HTML page that needs no other file; `browser` is `vtc.eval.samples.browsed`."""
     page = Page()
@@ -60,65 +41,8 @@ def render(results: Results, browser: dict[str, Any] | None = None) -> str:
         "ranking": _ranking(page, results, order),
         "tasks": [_task(page, results, task) for task in results.tasks],
         "browser": browser or {},
-        "library": charts.library(),
     }
     return page.render("report.html", title=f"Visual-token compression on {results.run['model']['name']}", **context)
-
-
-class Page:
-    """A page made of a template, and of charts that are drawn when they come into view."""
-
-    def __init__(self) -> None:
-        self.charts: list[charts.Spec] = []
-
-    def chart(self, spec: charts.Spec) -> int:
-        """Add a chart; the number by which the template names its place."""
-        self.charts.append({name: part for name, part in spec.items() if name != "config"})
-        return len(self.charts) - 1
-
-    def render(self, template: str, **context: Any) -> str:
-        """The page."""
-        # imported here: `vtc report` refuses a bad folder before it
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        environment = Environment(
-            loader=FileSystemLoader(TEMPLATES),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.globals.update(significant=significant, tokens=tokens, plain=_plain, nominal=nominal)
-        environment.filters["script_json"] = _script_json
-        return environment.get_template(template).render(specs=self.charts, config=charts.CONFIG, **context)
-
-
-def _script_json(value: Any) -> str:
-    """JSON as it may stand inside a script element: no text in it can end the element or begin a comment."""
-    from markupsafe import Markup
-
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for sign, escaped in (
-        ("<", "\\u003c"),
-        (">", "\\u003e"),
-        ("&", "\\u0026"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
-        text = text.replace(sign, escaped)
-    return Markup(text)
-
-
-def _plain(value: Any) -> str:
-    """A setting as text: lists and mappings without brackets and quotes."""
-    if isinstance(value, dict):
-        if value.get("parts"):
-            return str(value["name"])
-        rest = ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items() if key != "name")
-        return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
-    if isinstance(value, list):
-        return ", ".join(_plain(entry) for entry in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _ranking(page: Page, results: Results, order: list[Retained]) -> dict[str, Any]:
@@ -161,10 +85,10 @@ def _task(page: Page, results: Results, task: str) -> dict[str, Any]:
     pooled = answers(results, task, main.metric)
     for pair in seeds_to_untouched(pooled) if pooled is not None else ():
         main.entries[pair.one, pair.retention] |= {"diff_ci_low": pair.low, "diff_ci_high": pair.high, "p": pair.p}
-    drawn = charts.points(results, main)
+    drawn = curves.points(results, main)
     made["curves"] = [
-        {"name": charts.AXES[axis], "chart": page.chart(charts.curves(results, main, axis))}
-        for axis in charts.axes(drawn)
+        {"name": curves.AXES[axis], "chart": page.chart(curves.curves(results, main, axis))}
+        for axis in curves.axes(drawn)
     ]
     made["differences"] = [
         {"name": nominal(retention), "chart": page.chart(charts.dots(rows, _unit("difference", main), at=0.0))}
@@ -174,8 +98,8 @@ def _task(page: Page, results: Results, task: str) -> dict[str, Any]:
     made["families"] = [
         {"name": f"{metric} ({data.baseline['n'] if data.baseline else '?'} questions)", "chart": page.chart(spec)}
         for metric, data in grids.items()
-        if metric != main.metric and charts.axes(charts.points(results, data))
-        for spec in [charts.curves(results, data, "share", height=150, labels=False)]
+        if metric != main.metric and curves.axes(curves.points(results, data))
+        for spec in [curves.curves(results, data, "share", height=150, labels=False)]
     ]
     single = answers(results, task, main.metric, pool=False)
     if pooled is None or single is None:

@@ -212,11 +212,11 @@ def to_csv(results: Results) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, NAMES, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in line.items()} for line in results.lines)
+    writer.writerows({name: plain_text(value) for name, value in line.items()} for line in results.lines)
     return text.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def plain_text(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula, with the apostrophe in front that makes it text again."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 

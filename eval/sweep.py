@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vtc.app.preparation import Chat
 from vtc.errors import InputError
+from vtc.eval import files
 from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.cells import Cell, make_methods
 from vtc.eval.cluster import RayEngine
@@ -31,6 +33,9 @@ from vtc.eval.store import Record, Store, Writer, check_writable
 from vtc.eval.tracking import check_trackers, track
 from vtc.eval.workers import Crew, LocalEngine
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -41,6 +46,11 @@ class SweepResult:
     failures: Sequence[Record]
     answered: int
     seconds: float
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The lines of `metrics.csv` as a data frame, one metric of one cell each."""
+        return files.frame(self.results)
 
 
 def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepResult:
