@@ -198,7 +198,8 @@ def write_store() -> WriteStore:
                     "ci_method": "Wilson", "n": n, "higher_is_better": True, "visual_tokens_in": 100.0,
                     "visual_tokens_kept": kept, "output_tokens": 1.0, "scoring": scoring_of(fingerprint),
                     "scores": {str(doc): score for doc, score in enumerate(values)}, "scale": 1.0,
-                    "clusters": None if clusters is None else clusters[task], "kept": [kept] * n, "seconds": 0.01 * kept,
+                    "clusters": None if clusters is None else clusters[task], "kept": [kept] * n,
+                    "seconds": 0.01 * kept,
                     **({} if method == "none" else {
                         "diff": value - first, "diff_ci_low": value - first - 0.1, "diff_ci_high": value - first + 0.1,
                         "p": 0.01, "n_up": 0, "n_down": 1, "diff_method": "McNemar"}),
@@ -217,7 +218,12 @@ def write_store() -> WriteStore:
         ]  # fmt: skip
         spec = {"methods": [], "retentions": [], "limit": None, "include_path": []}
         sweep = {"started": "2026-01-01T00:00:00+00:00", "spec": spec, "versions": {"torch": "2"}, "device": "cpu"}
-        content = {"model": {"name": model, "fingerprint": {"name": model}}, "seed": 0, "generation": {}, "tasks": tasks}
+        content = {
+            "model": {"name": model, "fingerprint": {"name": model}},
+            "seed": 0,
+            "generation": {},
+            "tasks": tasks,
+        }
         with Store(folder).writing() as writer:
             writer.save_run({**content, "sweeps": [sweep]})
             writer.add_cells(records)
