@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from vtc.eval.results import Asked
 from vtc.eval.tables import Grid, short_names, significant
 
 Spec = dict[str, Any]
@@ -126,7 +127,7 @@ def library() -> str:
     return str(bundle).replace("</script", "<\\/script")
 
 
-def differences(data: Grid, retention: float | None) -> list[Spec]:
+def differences(data: Grid, retention: Asked) -> list[Spec]:
     """Each method minus the untouched model at one retention, for `dots`; the best first, solid where it is sure."""
     factor = 100.0 if data.percent else 1.0
     rows = []

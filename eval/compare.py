@@ -15,10 +15,10 @@ from vtc.errors import InputError
 from vtc.eval.answers import Answers, answers, draws
 from vtc.eval.cells import BASELINE
 from vtc.eval.comparisons import ENDS, paired_series
-from vtc.eval.results import Results, plain_text, read_results
+from vtc.eval.results import Asked, Results, asked, plain_text, read_results
 from vtc.eval.store import Record
 
-Key = tuple[str, float | None]
+Key = tuple[str, Asked]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Compared:
     task: str
     metric: str
     method: str
-    retention: float | None
+    retention: Asked
     n: int
     first: float
     second: float
@@ -133,7 +133,7 @@ def _notes(one: Results, other: Results, first: Path, second: Path) -> list[str]
                if versions[1].get(name) != there]  # fmt: skip
     if changed:
         notes.append(f"library versions: {', '.join(changed)}")
-    cells = [{(line["method"], line["retention"]): line["parameters"] for line in r.lines} for r in (one, other)]
+    cells = [{(line["method"], asked(line)): line["parameters"] for line in r.lines} for r in (one, other)]
     if differing := sorted({m for m, r in cells[0] if cells[1].get((m, r), cells[0][m, r]) != cells[0][m, r]}):
         notes.append(f"other hyper-parameters under the same name: {', '.join(differing)}")
     return notes
@@ -150,7 +150,7 @@ def _rows(task: str, metric: str, one: Results, other: Results) -> list[Compared
 
 
 def _key(line: Record) -> Key:
-    return line["method"], line["retention"]
+    return line["method"], asked(line)
 
 
 def _paired(task: str, metric: str, first: Answers, second: Answers) -> list[Compared]:
@@ -171,7 +171,7 @@ def _paired(task: str, metric: str, first: Answers, second: Answers) -> list[Com
     for (b, a), pair in zip(couples, found, strict=True):
         line, old = both.lines[b], both.lines[a]
         row = Compared(
-            task, metric, line["method"], line["retention"], len(both.doc_ids), float(means[a]), float(means[b]),
+            task, metric, line["method"], asked(line), len(both.doc_ids), float(means[a]), float(means[b]),
             pair.diff, pair.low, pair.high, pair.p, pair.p_holm,
             first_tokens=old["visual_tokens_kept"], second_tokens=line["visual_tokens_kept"],
         )  # fmt: skip
@@ -198,7 +198,7 @@ def _as_stored(task: str, metric: str, one: Results, other: Results) -> list[Com
             continue
         percent = old["retained"], line["retained"]
         rows.append(Compared(
-            task, metric, line["method"], line["retention"], line["n"], old["value"], line["value"],
+            task, metric, line["method"], asked(line), line["n"], old["value"], line["value"],
             line["value"] - old["value"], first_retained=percent[0], second_retained=percent[1],
             retained_diff=None if None in percent else percent[1] - percent[0],
             first_tokens=old["visual_tokens_kept"], second_tokens=line["visual_tokens_kept"],

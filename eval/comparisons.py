@@ -15,7 +15,7 @@ from statsmodels.stats.power import TTestPower
 
 from vtc.eval.answers import Answers, answers, draws
 from vtc.eval.cells import BASELINE
-from vtc.eval.results import Results
+from vtc.eval.results import Asked, Results, asked, budget_order
 from vtc.eval.seeds import pools
 from vtc.eval.statistics import LEVEL, Floats, bonett_price, sign_flips
 from vtc.eval.store import Record
@@ -49,7 +49,7 @@ class Pair:
     p: two-sided, of no difference; p_holm: corrected for all pairs of their table.
     """
 
-    retention: float | None
+    retention: Asked
     one: str
     other: str
     diff: float
@@ -62,9 +62,9 @@ class Pair:
 def pairs(data: Answers) -> list[Pair]:
     """All pairs of methods at equal retention; Holm's correction runs over the pairs of each retention."""
     made = []
-    retentions = dict.fromkeys(line["retention"] for line in data.lines if line["method"] != BASELINE)
+    retentions = dict.fromkeys(asked(line) for line in data.lines if line["method"] != BASELINE)
     for retention in retentions:
-        series = [n for n, line in enumerate(data.lines) if line["retention"] == retention and n != data.baseline]
+        series = [n for n, line in enumerate(data.lines) if asked(line) == retention and n != data.baseline]
         made += paired_series(data, list(itertools.combinations(series, 2)))
     return made
 
@@ -95,7 +95,7 @@ def paired_series(data: Answers, couples: Sequence[tuple[int, int]]) -> list[Pai
     diff = differences.sum(axis=1) / sizes.sum()
     corrected = holm(p.tolist())
     return [
-        Pair(data.lines[a]["retention"], data.lines[a]["method"], data.lines[b]["method"], *map(float, numbers))
+        Pair(asked(data.lines[a]), data.lines[a]["method"], data.lines[b]["method"], *map(float, numbers))
         for (a, b), *numbers in zip(couples, diff, low, high, p, corrected, strict=True)
     ]
 
@@ -115,7 +115,7 @@ class Retained:
     spread: standard deviation over seeds of a method that ran with several.
     """
 
-    retention: float | None
+    retention: Asked
     method: str
     percent: float
     low: float | None
@@ -131,18 +131,18 @@ def retained(results: Results) -> list[Retained]:
     A method that lacks one of these tasks at a retention has no mean over them and is left out there.
     """
     chosen = ranked_tasks(results)
-    lines: dict[tuple[float | None, str], dict[str, Record]] = {}
-    resampled: dict[tuple[float | None, str], dict[str, Floats]] = {}
+    lines: dict[tuple[Asked, str], dict[str, Record]] = {}
+    resampled: dict[tuple[Asked, str], dict[str, Floats]] = {}
     for number, task in enumerate(chosen):
         metric = results.main_metric(task)
         for _, line in pools(results, task, metric):
             if line["method"] != BASELINE:
-                lines.setdefault((line["retention"], line["method"]), {})[task] = line
+                lines.setdefault((asked(line), line["method"]), {})[task] = line
         data = answers(results, task, metric)
         if data is not None and data.baseline is not None:
             for index, drawn in _ratios(data, number).items():
                 line = data.lines[index]
-                resampled.setdefault((line["retention"], line["method"]), {})[task] = drawn
+                resampled.setdefault((asked(line), line["method"]), {})[task] = drawn
     made = []
     for key, by_task in lines.items():
         if len(by_task) < len(chosen):
@@ -156,7 +156,7 @@ def retained(results: Results) -> list[Retained]:
         spreads = [_percent(line.get("spread"), line["value"]) for line in by_task.values()]
         spread = _mean(None if s is None else s * percent[task] / 100 for task, s in zip(by_task, spreads, strict=True))
         made.append(Retained(*key, float(np.mean(list(percent.values()))), low, high, tokens, percent, spread))
-    return sorted(made, key=lambda r: (r.retention is None, -(r.retention or 0.0), -r.percent, r.method))
+    return sorted(made, key=lambda r: (budget_order(r.retention), -r.percent, r.method))
 
 
 def ranked_tasks(results: Results) -> list[str]:
@@ -198,7 +198,7 @@ class Needed:
     design: how many clustered questions say as much as one that is independent. questions: by points of difference.
     """
 
-    retention: float | None
+    retention: Asked
     discordance: float
     design: float
     questions: Mapping[float, int]
@@ -216,9 +216,9 @@ def needed(data: Answers, points: Sequence[float] = POINTS) -> list[Needed]:
     top = data.top
     sums, sizes = data.cluster_sums()
     made = []
-    retentions = dict.fromkeys(line["retention"] for line in data.lines if line["method"] != BASELINE)
+    retentions = dict.fromkeys(asked(line) for line in data.lines if line["method"] != BASELINE)
     for retention in retentions:
-        series = [n for n, line in enumerate(data.lines) if line["retention"] == retention and n != data.baseline]
+        series = [n for n, line in enumerate(data.lines) if asked(line) == retention and n != data.baseline]
         single = [n for n in series if not data.lines[n].get("seeds")]
         differences = (data.scores[single] - data.scores[data.baseline]) / top
         discordance = float((differences != 0).mean()) if single else 0.0

@@ -90,7 +90,7 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
         "axis": {"title": AXES[axis] if labels else None, "grid": False, "format": "~s", "labelOverlap": True},
     }  # fmt: skip
     if axis == "share":
-        ticks = {round(100 * retention, 1) for _, retention in data.entries if retention is not None}
+        ticks = {round(100 * retention, 1) for _, retention in data.entries if isinstance(retention, float)}
         x["axis"] |= {"format": "~g"} | ({"values": sorted(ticks)} if ticks else {})
     unit = " (%)" if data.percent else ""
     y: Spec = {

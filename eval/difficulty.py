@@ -9,9 +9,8 @@ import numpy as np
 
 from vtc.eval.answers import Answers
 from vtc.eval.cells import BASELINE
-
-CONTROL = "downsample"
-"""The method that shows the model a smaller picture; by whatever hyper-parameters."""
+from vtc.eval.downsample import DOWNSAMPLE
+from vtc.eval.results import Asked, asked
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ class Group:
     right. accuracy: share right by method, the control included. questions: how many there are.
     """
 
-    retention: float | None
+    retention: Asked
     name: str
     questions: int
     accuracy: Mapping[str, float]
 
 
 def groups(data: Answers) -> list[Group]:
-    """The difficulty groups of VTC-Bench (2510.07143) at each retention that has a cell of `CONTROL`.
+    """The difficulty groups of VTC-Bench (2510.07143) at each retention that has a cell of `downsample`.
 
     Right is a score of more than half of the highest one.
     """
@@ -70,25 +69,16 @@ def groups(data: Answers) -> list[Group]:
     right = data.scores > 0.5 * data.top
     made = []
     for control, line in enumerate(data.lines):
-        if not is_control(line["method"]):
+        if line["method"].split(" ")[0] != DOWNSAMPLE:
             continue
         easy = right[control]
         rivals = {
             other["method"]: number
             for number, other in enumerate(data.lines)
-            if other["retention"] == line["retention"] and number != data.baseline
+            if asked(other) == asked(line) and number != data.baseline
         }
         for name, members in (("A", right[data.baseline] & ~easy), ("B", right[data.baseline] & easy)):
             count = int(members.sum())
             shares = {method: float(right[n][members].mean()) for method, n in rivals.items()} if count else {}
-            made.append(Group(line["retention"], name, count, shares))
+            made.append(Group(asked(line), name, count, shares))
     return made
-
-
-def is_control(method: str) -> bool:
-    """Whether a method's label is the control's, with or without hyper-parameters.
-
-    >>> is_control("downsample(filter=box)"), is_control("downsample+pool")
-    (True, False)
-    """
-    return method.replace("(", " ").replace(",", " ").split(" ")[0] == CONTROL and "+" not in method

@@ -11,7 +11,7 @@ from vtc.eval.columns import COLUMNS
 from vtc.eval.comparisons import POINTS, Retained, needed, pairs, ranked_tasks, retained, seeds_to_untouched
 from vtc.eval.files import files
 from vtc.eval.page import Page, write_files
-from vtc.eval.results import Results, read_results
+from vtc.eval.results import Asked, Results, read_results
 from vtc.eval.samples import browsed
 from vtc.eval.store import Store
 from vtc.eval.tables import Grid, grid, nominal, short_names
@@ -47,7 +47,7 @@ def render(results: Results, browser: dict[str, Any] | None = None) -> str:
 
 def _ranking(page: Page, results: Results, order: list[Retained]) -> dict[str, Any]:
     names = short_names(list(dict.fromkeys(entry.method for entry in order)))
-    by_budget: dict[float | None, list[Retained]] = {}
+    by_budget: dict[Asked, list[Retained]] = {}
     for entry in order:
         by_budget.setdefault(entry.retention, []).append(entry)
     title = "percent of the untouched model"
@@ -146,7 +146,7 @@ def _derived(page: Page, main: Grid, pooled: Answers, single: Answers) -> dict[s
 
 def _groups(page: Page, single: Answers) -> list[dict[str, Any]]:
     """A board per retention that has the control: accuracy of each method on both groups."""
-    by_retention: dict[float | None, list[difficulty.Group]] = {}
+    by_retention: dict[Asked, list[difficulty.Group]] = {}
     for group in difficulty.groups(single):
         by_retention.setdefault(group.retention, []).append(group)
     boards = []

@@ -17,6 +17,27 @@ from vtc.eval.scoring import scoring_of
 from vtc.eval.seen import Seen
 from vtc.eval.store import Record, Store
 
+Asked = float | str | None
+"""A budget as tables have it: a retention; a number of tokens, such as "64 tokens"; None where none is asked for."""
+
+
+def asked(line: Mapping[str, Any]) -> Asked:
+    """The budget of a line of the results, or of a cell.
+
+    >>> asked({"retention": 0.5}), asked({"retention": None, "keep": 64})
+    (0.5, '64 tokens')
+    """
+    keep = line.get("keep")
+    share: float | None = line["retention"]
+    return share if keep is None else f"{keep} tokens"
+
+
+def budget_order(budget: Asked) -> tuple[int, float]:
+    """What budgets are sorted by: retentions, then numbers of tokens, the largest first; those of nobody last."""
+    if budget is None:
+        return 2, 0.0
+    return (1, -float(budget.split()[0])) if isinstance(budget, str) else (0, -budget)
+
 
 @dataclass(frozen=True)
 class Incomplete:
@@ -24,7 +45,7 @@ class Incomplete:
 
     task: str
     method: str
-    retention: float | None
+    retention: Asked
     answered: int
     wanted: int
     reason: str
@@ -194,7 +215,7 @@ def _incomplete(
                 default = "not answered yet" if answered < wanted else "not scored by this version yet"
                 reason = reasons.get((name, key), default)
                 cell = cells[key]
-                incomplete.append(Incomplete(name, names[key], cell["retention"], answered, wanted, reason))
+                incomplete.append(Incomplete(name, names[key], asked(cell), answered, wanted, reason))
     return incomplete
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import SweepTask
+from vtc.eval.results import asked
 from vtc.eval.store import Record, Store
 
 LIMIT = 40
@@ -158,6 +159,6 @@ def browsed(
             kept = sample.get("kept") or {}
             places = {"kept": [kept.get(cell) for cell in cells]} if kept else {}
             shown.append({**sample, "answers": [answers.get(cell) for cell in cells], "scores": scores, **places})
-        named = [{"method": line["method"], "retention": line["retention"]} for line in cells.values()]
+        named = [{"method": line["method"], "retention": asked(line)} for line in cells.values()]
         made[name] = {"cells": named, "samples": shown}
     return made

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vtc.eval.results import Results
+from vtc.eval.results import Results, asked
 from vtc.eval.store import Record
 
 FEWEST = 3
 """Seeds that make a series; fewer stay methods of their own."""
 AVERAGED = ("value", "visual_tokens_in", "visual_tokens_kept", "output_tokens", "diff", "retained", "tokdense")
-KEPT = ("model", "task", "metric", "retention", "n", "higher_is_better", "positions", "scoring")
+KEPT = ("model", "task", "metric", "retention", "keep", "n", "higher_is_better", "positions", "scoring")
 
 
 def pools(results: Results, task: str, metric: str) -> list[tuple[list[Record], Record]]:
@@ -38,7 +38,7 @@ def pools(results: Results, task: str, metric: str) -> list[tuple[list[Record], 
 
 def _but_the_seed(line: Record) -> str:
     parameters = {name: value for name, value in json.loads(line["parameters"]).items() if name != "seed"}
-    return json.dumps([_name(line["method"]), parameters, line["retention"], line["positions"], line["n"]])
+    return json.dumps([_name(line["method"]), parameters, asked(line), line["positions"], line["n"]])
 
 
 def _name(method: str) -> str:

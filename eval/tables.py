@@ -14,7 +14,7 @@ from rich.text import Text
 
 from vtc.eval.cells import BASELINE
 from vtc.eval.columns import in_percent
-from vtc.eval.results import Results
+from vtc.eval.results import Asked, Results, asked, budget_order
 from vtc.eval.seeds import pools
 from vtc.eval.store import Record
 
@@ -27,9 +27,9 @@ class Grid:
     metric: str
     percent: bool
     baseline: Record | None
-    retentions: Sequence[float | None]
+    retentions: Sequence[Asked]
     methods: Sequence[str]
-    entries: dict[tuple[str, float | None], Record]
+    entries: dict[tuple[str, Asked], Record]
 
     def show(self, value: float | None) -> str:
         """A value of the metric as text: in percent where all values lie in [0, 1]."""
@@ -53,9 +53,9 @@ def grid(results: Results, task: str, metric: str) -> Grid:
         metric=metric,
         percent=in_percent(lines),
         baseline=next((line for line in lines if line["method"] == BASELINE), None),
-        retentions=sorted({line["retention"] for line in compressed}, key=lambda r: (r is None, -(r or 0.0))),
+        retentions=sorted({asked(line) for line in compressed}, key=budget_order),
         methods=list(dict.fromkeys(line["method"] for line in compressed)),
-        entries={(line["method"], line["retention"]): line for line in compressed},
+        entries={(line["method"], asked(line)): line for line in compressed},
     )
 
 
@@ -64,9 +64,9 @@ def significant(line: Record) -> bool:
     return line["p_holm"] is not None and line["p_holm"] < 0.05
 
 
-def nominal(retention: float | None) -> str:
-    """A retention as asked for; ``own`` for methods that are not asked."""
-    return "own" if retention is None else f"{retention:g}"
+def nominal(budget: Asked) -> str:
+    """A budget as asked for; ``own`` for methods that are not asked."""
+    return "own" if budget is None else budget if isinstance(budget, str) else f"{budget:g}"
 
 
 def tokens(line: Record) -> str:

@@ -156,6 +156,8 @@ def _video_model(name: str, folder: Path) -> Path:
 def video_model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a small model with random weights that takes pictures and videos."""
     return _video_model(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
 WriteStore = Callable[..., Path]
 
 

@@ -198,9 +198,9 @@ def test_groups_are_what_down_sampling_loses_and_keeps() -> None:
     untouched = [1.0, 1, 1, 1, 0, 0]
     control = [1.0, 1, 0, 0, 1, 0]
     method = [1.0, 0, 1, 0, 1, 1]
-    names: list[tuple[str, float | None]] = [("none", 1.0), ("downsample(filter=box)", 0.25), ("a", 0.25), ("a", 0.5)]
+    names: list[tuple[str, float | None]] = [("none", 1.0), ("downsample", 0.25), ("a", 0.25), ("a", 0.5)]
     hard, easy = groups(data([untouched, control, method, method], names))
     assert (hard.name, hard.questions, hard.retention) == ("A", 2, 0.25)
-    assert hard.accuracy == {"downsample(filter=box)": 0.0, "a": 0.5}
+    assert hard.accuracy == {"downsample": 0.0, "a": 0.5}
     assert (easy.name, easy.questions, easy.accuracy["a"]) == ("B", 2, 0.5)
     assert groups(data([untouched, method], [("none", 1.0), ("a", 0.25)])) == []
