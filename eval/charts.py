@@ -5,6 +5,7 @@ Neutral ink is ``currentColor``, so that a chart takes the colour of the page's 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,10 @@ def picture(spec: Spec, kind: str) -> bytes:
 
     if kind == "png":
         return bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2.0))
-    return str(vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)).encode()
+    svg = str(vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE))
+    names = dict.fromkeys(re.findall(r"\bclip\d+\b", svg))  # counted on from picture to picture in one process
+    order = {name: f"clip{number}" for number, name in enumerate(names)}
+    return re.sub(r"\bclip\d+\b", lambda found: order[found[0]], svg).encode()
 
 
 @functools.cache

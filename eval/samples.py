@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vtc.app.media import Video
 from vtc.errors import InputError, one_line
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.results import asked
@@ -101,9 +102,10 @@ def _sample(task: SweepTask, doc_id: int, why: str) -> Record | None:
     }  # fmt: skip
 
 
-def _pictures(part: Record) -> list[Image.Image]:
-    given: Any = part.get("image", part.get("video", []))
-    return [each for each in (given if isinstance(given, list | tuple) else [given]) if isinstance(each, Image.Image)]
+def _pictures(part: Mapping[str, Any]) -> list[Image.Image]:
+    if isinstance(part.get("video"), Video):
+        return [Image.fromarray(frame) for frame in part["video"].frames]
+    return [part["image"]] if "image" in part else []
 
 
 def thumbnail(picture: Image.Image) -> str:
