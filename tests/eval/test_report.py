@@ -324,8 +324,8 @@ def test_tables_for_papers(folder: Path) -> None:
     markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
     assert rows[0] == ["method", "0.5", "0.25", "own"]
-    assert rows[2:] == [["untouched", "90.0", "", ""], ["random", "80.0", "40.0", "-"], ["own", "-", "-", "70.0"]]
-    assert r"random & 80.0 & 40.0 & - \\" in latex and r"\toprule" in latex
+    assert rows[2:] == [["untouched", "90.0", "", ""], ["random", "80.0", "40.0*", "-"], ["own", "-", "-", "70.0"]]
+    assert r"random & 80.0 & 40.0* & - \\" in latex and r"\toprule" in latex
     assert "Holm-corrected" in markdown and latex.startswith("% t, accuracy (%), 4 questions, tiny")
 
 

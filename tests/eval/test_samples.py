@@ -37,7 +37,7 @@ def test_half_are_in_dispute_and_the_rest_spread_evenly() -> None:
     even = [doc for doc, why in chosen.items() if why == "spread evenly"]
     assert len(disputed) == len(even) == 10 and not set(disputed) & set(even)
     assert min(variance[disputed]) >= max(np.delete(variance, disputed))
-    assert even == sorted(even) and max(np.diff(even)) <= 13
+    assert even == sorted(even) and max(np.diff(even)) <= 9 + 10  # of 90, between which the disputed may lie
 
 
 def test_equal_cells_dispute_nothing_and_a_small_task_is_shown_whole() -> None:
