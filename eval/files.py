@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from vtc.app import pages
 from vtc.eval import charts, curves
 from vtc.eval.columns import COLUMNS
 from vtc.eval.results import Results, to_csv
@@ -67,10 +68,11 @@ def _cell(data: Grid, line: Record | None) -> str:
 
 def markdown(results: Results) -> str:
     """The main metric of each task as Markdown tables."""
-    parts = [
-        f"{_caption(results, data)}\n\n{table(data).map(_escaped).to_markdown(index=False, disable_numparse=True)}\n"
-        for data in _grids(results)
-    ]
+    parts = []
+    for data in _grids(results):
+        shown = table(data).map(_escaped)
+        rows = [[str(cell) for cell in row] for row in shown.itertuples(index=False)]
+        parts.append(f"{_caption(results, data)}\n\n{pages.table(list(shown.columns), rows)}\n")
     return "\n".join(parts)
 
 
