@@ -68,7 +68,7 @@ class Answers:
 def answers(results: Results, task: str, metric: str, *, pool: bool = True) -> Answers | None:
     """The series of one metric of one task, the untouched model first if it is there; None where documents are unknown.
 
-    They are unknown for metrics that are not means and in stores of scoring versions 0 and 1. Series about other
+    They are unknown for metrics that are not means and in stores that an earlier scoring than version 3 computed. Series about other
     documents than the first one's are left out. pool: whether three or more seeds of a method become one series.
     """
     lines = results.select(task, metric)

@@ -25,7 +25,7 @@ from vtc.eval.quiet import muted
 from vtc.eval.statistics import Outcomes, Paired, interval, paired
 from vtc.eval.store import Record
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same answers may give other metrics, intervals or comparisons, or more columns are stored.
 
 Version 0 is that of stores that name none.

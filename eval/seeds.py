@@ -14,8 +14,8 @@ from vtc.eval.store import Record
 
 FEWEST = 3
 """Seeds that make a series; fewer stay methods of their own."""
-AVERAGED = ("value", "visual_tokens_in", "visual_tokens_kept", "output_tokens", "diff", "retained", "tokdense")
-KEPT = ("model", "task", "metric", "retention", "keep", "n", "higher_is_better", "positions", "scoring")
+AVERAGED = ("value", "visual_tokens_in", "visual_tokens_kept", "output_tokens", "flops", "diff", "retained", "tokdense")
+KEPT = ("model", "task", "metric", "retention", "keep", "n", "higher_is_better", "positions", "budget", "scoring")
 
 
 def pools(results: Results, task: str, metric: str) -> list[tuple[list[Record], Record]]:

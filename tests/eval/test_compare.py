@@ -17,6 +17,7 @@ from vtc.cli.sweep import app
 from vtc.errors import InputError
 from vtc.eval.compare import compare, comparison_csv
 from vtc.eval.compare_report import write_comparison
+from vtc.eval.scoring import VERSION
 from vtc.eval.statistics import bonett_price
 
 WriteStore = Callable[..., Path]
@@ -97,8 +98,8 @@ def test_a_changed_task_is_refused(two: tuple[Path, Path], tmp_path: Path, write
 
 def test_another_scoring_is_refused(two: tuple[Path, Path]) -> None:
     path = two[1] / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(InputError, match=r"task 't' was scored by version 2.* and by version 1.*--rescore"):
+    path.write_text(path.read_text().replace(f'"version": {VERSION}', '"version": 1'))
+    with pytest.raises(InputError, match=rf"task 't' was scored by version {VERSION}.* and by version 1.*--rescore"):
         compare(*two)
 
 
