@@ -68,8 +68,9 @@ class Answers:
 def answers(results: Results, task: str, metric: str, *, pool: bool = True) -> Answers | None:
     """The series of one metric of one task, the untouched model first if it is there; None where documents are unknown.
 
-    They are unknown for metrics that are not means and in stores that an earlier scoring than version 3 computed. Series about other
-    documents than the first one's are left out. pool: whether three or more seeds of a method become one series.
+    They are unknown for metrics that are not means and in stores that an earlier scoring than version 3 computed.
+    Series about other documents than the first one's are left out. pool: whether three or more seeds of a method become
+    one series.
     """
     lines = results.select(task, metric)
     groups = pools(results, task, metric) if pool else [([line], line) for line in lines]

@@ -74,6 +74,7 @@ def test_a_sweep_answers_scores_and_reports_every_cell(sweep: Callable[..., Swee
     }  # fmt: skip
     lines = {(line["method"], line["retention"], line["metric"]): line for line in result.results.lines}
     assert len(lines) == 5 * 3
+    assert result.frame["value"].tolist() == [line["value"] for line in result.results.lines]
     assert lines["none", 1.0, "accuracy"]["visual_tokens_kept"] == 144
     assert lines["vtc_cls", 0.1, "accuracy"]["visual_tokens_kept"] == 14
     assert lines["random", 1.0, "accuracy"]["diff"] == 0.0
