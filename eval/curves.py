@@ -91,6 +91,7 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
     }  # fmt: skip
     if axis == "share":
         ticks = {round(100 * retention, 1) for _, retention in data.entries if isinstance(retention, float)}
+        ticks |= {round(point["share"], 1) for point in drawn if point["retention"].endswith(" tokens")}
         x["axis"] |= {"format": "~g"} | ({"values": sorted(ticks)} if ticks else {})
     unit = " (%)" if data.percent else ""
     y: Spec = {
