@@ -32,7 +32,7 @@ $(OLD_READY):
 demo: $(READY)
 	$(BIN)/vtc sweep --out results/demo
 	@echo
-	@echo 'results/demo/report.html   tables, figure and settings on one page'
+	@echo 'results/demo/report.html   ranking, curves, tables, samples and settings on one page'
 	@echo 'results/demo/metrics.csv   one line per metric of each method and retention'
 	@echo 'results/demo/figure.png    the figure alone; the other files there are the store of answers'
 	@echo

@@ -17,10 +17,14 @@ The modules, in the order in which a sweep uses them::
     scoring.py     answers -> metrics, by lmms-eval's own code
     statistics.py  intervals and paired tests
     columns.py     the columns of the results; rescoring.py: metrics that lack or are of another scoring
-    results.py, tables.py, figure.py, report.py    metrics -> CSV, tables, figure and report
+    samples.py     pictures and questions of a few documents, for the report
+    results.py, seeds.py, answers.py               a store as lines, seeds of a method as one, scores by document
+    comparisons.py, difficulty.py, compare.py      what follows from them; two sweeps side by side
+    charts.py, curves.py, page.py                  Vega-Lite specifications, and pages that draw them
+    tables.py, files.py, report.py, compare_report.py    tables, figures and reports
     sweep.py, lmms_model.py                        the ways in
 
-Importing this package imports none of them: lmms-eval, datasets and matplotlib are loaded where they are used.
+Importing this package imports none of them: lmms-eval, datasets and statsmodels are loaded where they are used.
 
 >>> from vtc.eval.spec import SweepSpec
 >>> SweepSpec(model="tiny-llava", limit=24).retentions

@@ -1,8 +1,8 @@
 """The columns of the results, each declared once: `metrics.csv`, the report, JSON and docs/columns.md read this list.
 
-A column is computed when a cell is scored and stored (`scored`), or when a store is read (`read`). The second is also
-what a store that was scored before the column existed shows: `read` where the answers or older records tell the value,
-else `default`.
+A column is computed when a cell is scored and stored (`scored`), when a store is read (`read`), or from all lines of
+its table, one metric of one task (`table`). `read` is also what a store that was scored before the column existed
+shows, where the answers or older records tell the value, else `default`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtc.app.pages import page
 from vtc.errors import InputError
+from vtc.eval.cells import BASELINE
 from vtc.eval.store import Record
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Column:
     scored: Callable[[Measured], Any] | None = None
     since: int = 0
     default: Any = None
+    table: Callable[[Sequence[Record]], Sequence[Any]] | None = None
 
     def value(self, line: Line) -> Any:
         """The value in one line.
@@ -126,6 +128,36 @@ def _compared(name: str, kind: type, meaning: str, field: str) -> Column:
     return Column(name, kind, meaning, lambda line: line.paired.get(field), lambda m: getattr(m.paired, field, None))
 
 
+def _holm(lines: Sequence[Record]) -> list[float | None]:
+    # statsmodels takes seconds to import, which `vtc sweep` should not spend in front of its first refusal
+    from vtc.eval.comparisons import holm
+
+    return holm([line["p"] for line in lines])
+
+
+def _baseline(lines: Sequence[Record]) -> Record | None:
+    return next((line for line in lines if line["method"] == BASELINE), None)
+
+
+def _retained(lines: Sequence[Record]) -> list[float | None]:
+    untouched = _baseline(lines)
+    if untouched is None or not untouched["higher_is_better"] or untouched["value"] <= 0:
+        return [None] * len(lines)
+    return [None if line is untouched else 100 * line["value"] / untouched["value"] for line in lines]
+
+
+def in_percent(lines: Sequence[Record]) -> bool:
+    """Whether a metric is shown in percent: where all its values lie in [0, 1]."""
+    return all(0.0 <= line["value"] <= 1.0 for line in lines)
+
+
+def _density(lines: Sequence[Record]) -> list[float | None]:
+    factor = 100.0 if in_percent(lines) else 1.0
+    return [
+        factor * each["value"] / each["visual_tokens_kept"] if each["visual_tokens_kept"] else None for each in lines
+    ]
+
+
 def _seed(line: Line) -> Any:
     own = line.cell["parameters"].get("seed")
     return own if isinstance(own, int) else line.cell["seed"]
@@ -163,12 +195,15 @@ COLUMNS = (
     _over_answers("visual_tokens_in", "visual tokens of a question before compression"),
     _over_answers("visual_tokens_kept", "mean over the LLM's layers of those that enter the layer"),
     Column("higher_is_better", bool, "direction of the metric", scored=lambda m: m.better),
+    Column("retained", float, "percent of the value of `none`", table=_retained),
+    Column("tokdense", float, "value in percent over `visual_tokens_kept` (VQToken)", table=_density),
     Column("positions", str, "position policy", lambda line: line.cell.get("positions")),
     Column("seed", int, "seed of the method, or of the sweep", _seed),
     _compared("diff", float, "value minus that of `none` on the same questions", "diff"),
     _compared("diff_ci_low", float, "lower end of its 95 % interval", "low"),
     _compared("diff_ci_high", float, "upper end", "high"),
     _compared("p", float, "p value of no difference, not corrected for the number of cells", "p"),
+    Column("p_holm", float, "the same after Holm's correction for all cells of the metric", table=_holm),
     _compared("n_up", int, "questions with a higher score than under `none`", "n_up"),
     _compared("n_down", int, "questions with a lower score", "n_down"),
     Column("ci_method", str, "where the interval comes from", scored=lambda m: m.interval.how),
@@ -208,8 +243,16 @@ def scored_columns(measured: Measured) -> Record:
 
 
 def read_columns(line: Line) -> Record:
-    """All columns of one line."""
+    """All columns of one line; those of its table are None, see `add_table_columns`."""
     return {column.name: column.value(line) for column in COLUMNS}
+
+
+def add_table_columns(lines: Sequence[Record]) -> None:
+    """Fill in the columns that depend on all `lines` of one metric of one task."""
+    for column in COLUMNS:
+        if column.table is not None:
+            for line, value in zip(lines, column.table(lines), strict=True):
+                line[column.name] = value
 
 
 def column_page() -> str:

@@ -5,17 +5,38 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vtc.eval.columns import NAMES, Line, read_columns, scoring_key, scoring_text
+from vtc.eval.columns import NAMES, Line, add_table_columns, read_columns, scoring_key, scoring_text
 from vtc.eval.failures import TaskKey, unanswered
 from vtc.eval.scoring import scoring_of
 from vtc.eval.seen import Seen
 from vtc.eval.store import Record, Store
+
+Asked = float | str | None
+"""A budget as tables have it: a retention; a number of tokens, such as "64 tokens"; None where none is asked for."""
+
+
+def asked(line: Mapping[str, Any]) -> Asked:
+    """The budget of a line of the results, or of a cell.
+
+    >>> asked({"retention": 0.5}), asked({"retention": None, "keep": 64})
+    (0.5, '64 tokens')
+    """
+    keep = line.get("keep")
+    share: float | None = line["retention"]
+    return share if keep is None else f"{keep} tokens"
+
+
+def budget_order(budget: Asked) -> tuple[int, float]:
+    """What budgets are sorted by: retentions, then numbers of tokens, the largest first; those of nobody last."""
+    if budget is None:
+        return 2, 0.0
+    return (1, -float(budget.split()[0])) if isinstance(budget, str) else (0, -budget)
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Incomplete:
 
     task: str
     method: str
-    retention: float | None
+    retention: Asked
     answered: int
     wanted: int
     reason: str
@@ -62,13 +83,17 @@ class Outdated:
 
 @dataclass(frozen=True)
 class Results:
-    """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each."""
+    """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each.
+
+    `stored` holds by task, metric and cell what was scored by document (`vtc.eval.scoring.metric_records`).
+    """
 
     run: Record
     lines: Sequence[Record]
     incomplete: Sequence[Incomplete]
     unanswered: Sequence[Unanswered] = ()
     outdated: Sequence[Outdated] = ()
+    stored: Mapping[tuple[str, str, str], Record] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -114,9 +139,16 @@ def read_results(folder: Path) -> Results:
         key = record["cell"]
         line = Line(run, cells[key], names[key], record, partial(of, record["task"], key))
         lines.append(read_columns(line))
+    tables: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for each in lines:
+        tables[each["task"], each["metric"]].append(each)
+    for table in tables.values():
+        add_table_columns(table)
+    stored = {(record["task"], record["metric"], record["cell"]): record for record in records}
     failures = store.failures()
     lost = _unanswered(failures, run, seen)
-    return Results(run, lines, _incomplete(failures, run, cells, names, lines, lost, seen), lost, outdated)
+    incomplete = _incomplete(failures, run, cells, names, lines, lost, seen)
+    return Results(run, lines, incomplete, lost, outdated, stored)
 
 
 def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record], list[Outdated]]:
@@ -183,7 +215,7 @@ def _incomplete(
                 default = "not answered yet" if answered < wanted else "not scored by this version yet"
                 reason = reasons.get((name, key), default)
                 cell = cells[key]
-                incomplete.append(Incomplete(name, names[key], cell["retention"], answered, wanted, reason))
+                incomplete.append(Incomplete(name, names[key], asked(cell), answered, wanted, reason))
     return incomplete
 
 
@@ -201,11 +233,11 @@ def to_csv(results: Results) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, NAMES, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in line.items()} for line in results.lines)
+    writer.writerows({name: plain_text(value) for name, value in line.items()} for line in results.lines)
     return text.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def plain_text(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula, with the apostrophe in front that makes it text again."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 

@@ -25,7 +25,7 @@ from vtc.eval.quiet import muted
 from vtc.eval.statistics import Outcomes, Paired, interval, paired
 from vtc.eval.store import Record
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same answers may give other metrics, intervals or comparisons, or more columns are stored.
 
 Version 0 is that of stores that name none.
@@ -229,10 +229,36 @@ def metric_records(
             against = _against(result, baseline.get(metric)) if baseline is not None else None
         direction = bool(better.get(metric.split(",")[0], True))
         measured = Measured(result.value, result.doc_ids, ends, against, direction, rows)
-        scores = result.outcomes.scores
-        by_document = None if scores is None else dict(zip(map(str, result.doc_ids), scores.tolist(), strict=True))
-        records.append({**about, "metric": metric, **scored_columns(measured), "scores": by_document})
+        records.append({**about, "metric": metric, **scored_columns(measured), **_by_document(result, rows)})
     return scored, records
+
+
+def _by_document(result: Scored, rows: Sequence[Record]) -> Record:
+    """What comparisons need of each document; all but `seconds` are None for a metric that is not a mean.
+
+    `scores` by document, whose mean times `scale` is the metric, and in the same order `clusters` as numbers (None
+    without) and `kept`, the visual tokens entering a layer (None where the answers do not tell). `seconds`: mean of an
+    answer's share of the time of its batch; no two runs agree on it, so it is no column.
+    """
+    outcomes = result.outcomes
+    spent = [row["seconds"] for row in rows if row.get("seconds") is not None]
+    seconds = sum(spent) / len(spent) if spent else None
+    if outcomes.scores is None:
+        return {"scores": None, "scale": None, "clusters": None, "kept": None, "seconds": seconds}
+    numbers: dict[Hashable, int] = {}
+    clusters = None if outcomes.clusters is None else [numbers.setdefault(c, len(numbers)) for c in outcomes.clusters]
+    kept: dict[int, list[float]] = {}
+    for row in rows:
+        if row.get("visual_tokens_kept") is not None:
+            kept.setdefault(row["doc_id"], []).append(row["visual_tokens_kept"])
+    known = all(doc_id in kept for doc_id in result.doc_ids)
+    return {
+        "scores": dict(zip(map(str, result.doc_ids), outcomes.scores.tolist(), strict=True)),
+        "scale": outcomes.scale,
+        "clusters": clusters,
+        "kept": [sum(kept[doc_id]) / len(kept[doc_id]) for doc_id in result.doc_ids] if known else None,
+        "seconds": seconds,
+    }
 
 
 def _against(ours: Scored, theirs: Scored | None) -> Paired | None:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vtc.app.preparation import Chat
 from vtc.errors import InputError
+from vtc.eval import files
 from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.cells import Cell, make_methods
 from vtc.eval.cluster import RayEngine
@@ -24,11 +26,15 @@ from vtc.eval.rehearsal import rehearse
 from vtc.eval.report import write_report
 from vtc.eval.rescoring import score_store
 from vtc.eval.results import Results
+from vtc.eval.samples import write_samples
 from vtc.eval.spec import SweepSpec
 from vtc.eval.station import Station
 from vtc.eval.store import Record, Store, Writer, check_writable
 from vtc.eval.tracking import check_trackers, track
 from vtc.eval.workers import Crew, LocalEngine
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class SweepResult:
     failures: Sequence[Record]
     answered: int
     seconds: float
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The lines of `metrics.csv` as a data frame, one metric of one cell each."""
+        return files.frame(self.results)
 
 
 def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepResult:
@@ -81,6 +92,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
             answered, failures = _answer(spec, tasks, cells, pool, writer, progress)
             for task in tasks:
                 failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
+            write_samples(store, tasks)
     results = write_report(spec.folder)
     track(results, spec.trackers, spec.folder)
     return SweepResult(spec.folder, results, failures, answered, time.monotonic() - began)

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vtc.eval.cells import BASELINE
-from vtc.eval.results import Results
+from vtc.eval.columns import in_percent
+from vtc.eval.results import Asked, Results, asked, budget_order
+from vtc.eval.seeds import pools
 from vtc.eval.store import Record
 
 
@@ -25,9 +27,9 @@ class Grid:
     metric: str
     percent: bool
     baseline: Record | None
-    retentions: Sequence[float | None]
+    retentions: Sequence[Asked]
     methods: Sequence[str]
-    entries: dict[tuple[str, float | None], Record]
+    entries: dict[tuple[str, Asked], Record]
 
     def show(self, value: float | None) -> str:
         """A value of the metric as text: in percent where all values lie in [0, 1]."""
@@ -43,28 +45,28 @@ class Grid:
 
 
 def grid(results: Results, task: str, metric: str) -> Grid:
-    """Arrange one metric of one task."""
-    lines = results.select(task, metric)
+    """Arrange one metric of one task; three or more seeds of a method are one line (`vtc.eval.seeds`)."""
+    lines = [line for _, line in pools(results, task, metric)]
     compressed = [line for line in lines if line["method"] != BASELINE]
     return Grid(
         task=task,
         metric=metric,
-        percent=all(0.0 <= line["value"] <= 1.0 for line in lines),
+        percent=in_percent(lines),
         baseline=next((line for line in lines if line["method"] == BASELINE), None),
-        retentions=sorted({line["retention"] for line in compressed}, key=lambda r: (r is None, -(r or 0.0))),
+        retentions=sorted({asked(line) for line in compressed}, key=budget_order),
         methods=list(dict.fromkeys(line["method"] for line in compressed)),
-        entries={(line["method"], line["retention"]): line for line in compressed},
+        entries={(line["method"], asked(line)): line for line in compressed},
     )
 
 
 def significant(line: Record) -> bool:
-    """Whether a cell differs from the baseline at p < 0.05, not corrected for the number of comparisons."""
-    return line["p"] is not None and line["p"] < 0.05
+    """Whether a cell differs from the baseline at p < 0.05 after Holm's correction for the cells of its table."""
+    return line["p_holm"] is not None and line["p_holm"] < 0.05
 
 
-def nominal(retention: float | None) -> str:
-    """A retention as asked for; ``own`` for methods that are not asked."""
-    return "own" if retention is None else f"{retention:g}"
+def nominal(budget: Asked) -> str:
+    """A budget as asked for; ``own`` for methods that are not asked."""
+    return "own" if budget is None else budget if isinstance(budget, str) else f"{budget:g}"
 
 
 def tokens(line: Record) -> str:
@@ -80,7 +82,10 @@ def console_title(results: Results, task: str) -> str:
     return f"{task}: {data.metric}{unit}, {n} questions, {results.run['model']['name']}"
 
 
-NOTE = "with each value: visual tokens entering an LLM layer, achieved; *: differs from the untouched model, p < 0.05"
+NOTE = (
+    "with each value: visual tokens entering an LLM layer, achieved; *: differs from the untouched model, "
+    "p < 0.05 after Holm's correction"
+)
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
@@ -122,7 +127,8 @@ def _table(data: Grid, between: str, look: box.Box) -> Table:
     def cell(line: Record | None, tokens: str, mark: str = "") -> Text:
         if line is None:
             return Text("-")
-        return Text.assemble(data.show(line["value"]), mark, between, (f"{line[tokens]:.4g}", "dim"))
+        spread = f"±{data.show(line['spread'])}" if line.get("spread") is not None else ""
+        return Text.assemble(data.show(line["value"]), spread, mark, between, (f"{line[tokens]:.4g}", "dim"))
 
     if data.baseline:
         rest = [Text()] * (len(data.retentions) - 1)

@@ -13,7 +13,7 @@ import vtc
 import vtc.adapters
 import vtc.eval
 
-OPTIONAL = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "matplotlib", "pydantic", "scipy", "sklearn", "ray"}
+OPTIONAL = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "pydantic", "scipy", "sklearn", "statsmodels", "ray"}
 """What `pip install visual-token-compression[eval]` brings; modules that need it are skipped where it is missing."""
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -27,7 +27,7 @@ import vtc.testing
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vtc": ROOT / "vtc", "vtc.adapters": ROOT / "adapters", "vtc.eval": ROOT / "eval"}
 DISTRIBUTION = "visual-token-compression"
-HEAVY = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "ray", "open_clip"}
+HEAVY = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "statsmodels", "ray"}
 
 
 @pytest.fixture(scope="module")

@@ -156,3 +156,82 @@ def _video_model(name: str, folder: Path) -> Path:
 def video_model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a small model with random weights that takes pictures and videos."""
     return _video_model(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+WriteStore = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_store() -> WriteStore:
+    """A function that writes the store of a scored sweep by hand, without a model.
+
+    `cells` are (method, retention) or (method, retention, seed), `scores[task][n]` the scores of cell n by document,
+    `clusters[task]` numbers. Visual tokens kept are the retention's share of 100.
+    """
+    from vtc.eval.scoring import scoring_of
+    from vtc.eval.store import Store
+
+    def write(
+        folder: Path,
+        cells: list[tuple[Any, ...]],
+        scores: dict[str, list[list[float]]],
+        *,
+        clusters: dict[str, list[int]] | None = None,
+        model: str = "tiny",
+        fingerprint: str = "f",
+        texts: bool = True,
+    ) -> Path:
+        keys = [f"k{number}" for number in range(len(cells))]
+        tasks, metrics, rows = {}, [], []
+        for task, of_cells in scores.items():
+            n = len(of_cells[0])
+            tasks[task] = {
+                "fingerprint": fingerprint, "version": "1", "documents": n, "of": n, "repeats": 1,
+                "main_metric": "accuracy", "cluster_key": None, "prompt_profile": "default", "generation": {},
+                "until": [], "cells": keys,
+            }  # fmt: skip
+            for key, (method, retention, *_), values in zip(keys, cells, of_cells, strict=True):
+                kept = 100.0 * (retention or 0.3)
+                value = sum(values) / n
+                first = sum(of_cells[0]) / n
+                metrics.append({
+                    "cell": key, "task": task, "task_fp": fingerprint, "documents": n, "metric": "accuracy",
+                    "value": value, "ci_low": max(0.0, value - 0.1), "ci_high": min(1.0, value + 0.1),
+                    "ci_method": "Wilson", "n": n, "higher_is_better": True, "visual_tokens_in": 100.0,
+                    "visual_tokens_kept": kept, "output_tokens": 1.0, "scoring": scoring_of(fingerprint),
+                    "scores": {str(doc): score for doc, score in enumerate(values)}, "scale": 1.0,
+                    "clusters": None if clusters is None else clusters[task], "kept": [kept] * n,
+                    "seconds": 0.01 * kept,
+                    **({} if method == "none" else {
+                        "diff": value - first, "diff_ci_low": value - first - 0.1, "diff_ci_high": value - first + 0.1,
+                        "p": 0.01, "n_up": 0, "n_down": 1, "diff_method": "McNemar"}),
+                })  # fmt: skip
+                if texts:
+                    rows += [
+                        {"cell": key, "task": task, "task_fp": fingerprint, "doc_id": doc, "repeat": 0,
+                         "text": f"answer {score:g}"}
+                        for doc, score in enumerate(values)
+                    ]  # fmt: skip
+        records = [
+            {"cell": key, "label": method if not seed else f"{method}(seed={seed[0]})", "method": method, "version": 1,
+             "parameters": {"seed": seed[0]} if seed else {}, "retention": retention, "positions": None, "seed": 0,
+             "generation": {}, "model": {}}
+            for key, (method, retention, *seed) in zip(keys, cells, strict=True)
+        ]  # fmt: skip
+        spec = {"methods": [], "retentions": [], "limit": None, "include_path": []}
+        sweep = {"started": "2026-01-01T00:00:00+00:00", "spec": spec, "versions": {"torch": "2"}, "device": "cpu"}
+        content = {
+            "model": {"name": model, "fingerprint": {"name": model}},
+            "seed": 0,
+            "generation": {},
+            "tasks": tasks,
+        }
+        with Store(folder).writing() as writer:
+            writer.save_run({**content, "sweeps": [sweep]})
+            writer.add_cells(records)
+            writer.add_rows(rows)
+            for record in metrics:
+                writer.add_metrics([record])
+        return folder
+
+    return write

@@ -174,3 +174,17 @@ def test_repeated_answers_reach_the_filters_in_order(tmp_path: Path, write_task:
     second = [row | {"repeat": 1, "text": "wrong"} for row in first]
     assert score(task, second + first, 10)["accuracy"].value == 1.0
     assert np.isclose(score(task, [r | {"repeat": 1 - r["repeat"]} for r in first + second], 10)["accuracy"].value, 0.0)
+
+
+def test_what_is_stored_of_each_document(blobs: Any) -> None:
+    answers = [row | {"seconds": 0.5} for row in rows(blobs, ANSWERS)]
+    _, records = metric_records(blobs, "cell", 10, answers, None)
+    stored = {record["metric"]: record for record in records}
+    place = stored["place"]
+    assert place["scores"] == {"1": 1.0, "3": 0.0, "5": 1.0, "7": 1.0, "9": 1.0}
+    assert place["clusters"] == [0, 1, 2, 3, 4] and place["kept"] == [11.0, 13.0, 15.0, 17.0, 19.0]
+    assert (place["scale"], place["seconds"]) == (1.0, 0.5)
+    assert stored["accuracy"]["clusters"] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    without = [{name: value for name, value in row.items() if name != "visual_tokens_kept"} for row in answers]
+    _, records = metric_records(blobs, "cell", 10, without, None)
+    assert records[0]["kept"] is None and records[0]["scores"] is not None

@@ -69,10 +69,12 @@ def test_a_sweep_answers_scores_and_reports_every_cell(sweep: Callable[..., Swee
     result = sweep()
     assert result.answered == 50 and not result.failures and not result.results.incomplete
     assert {path.name for path in result.folder.iterdir()} == {
-        "run.json", "cells.jsonl", "rows.jsonl", "metrics.jsonl", "metrics.csv", "figure.png", "report.html", ".lock",
+        "run.json", "cells.jsonl", "rows.jsonl", "metrics.jsonl", "metrics.csv", "metrics.parquet",
+        "table.md", "table.tex", "figure.png", "figure.svg", "report.html", "samples", ".lock",
     }  # fmt: skip
     lines = {(line["method"], line["retention"], line["metric"]): line for line in result.results.lines}
     assert len(lines) == 5 * 3
+    assert result.frame["value"].tolist() == [line["value"] for line in result.results.lines]
     assert lines["none", 1.0, "accuracy"]["visual_tokens_kept"] == 144
     assert lines["vtc_cls", 0.1, "accuracy"]["visual_tokens_kept"] == 14
     assert lines["random", 1.0, "accuracy"]["diff"] == 0.0

@@ -1,4 +1,4 @@
-"""The commands `sweep`, `report`, `tasks`, `train`, `calibrate`; with `--json`, stdout carries one JSON document."""
+"""The commands about sweeps, tasks and training; with `--json`, stdout carries one JSON document."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def report(
     data_map: DataMap = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Redraw metrics.csv, figure.png and report.html of a sweep from its stored answers and scores."""
+    """Redraw report.html, figures and tables of a sweep from its stored answers and scores."""
     from vtc.eval.report import write_report
 
     if include_path and not rescore:
@@ -162,6 +162,40 @@ def report(
     _show(results, folder, as_json=as_json)
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a sweep: another model, or an earlier version.")],
+    second: Annotated[Path, typer.Argument(help="Folder of the sweep that is compared with it.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder of compare.html and compare.csv; SECOND if left out.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two sweeps of the same tasks, method by method, on the questions that both answered."""
+    from vtc.eval.compare import compare as run
+    from vtc.eval.compare_report import NOTE, console_table, write_comparison
+
+    folder = output_path(out) if out is not None else second
+    with _free_stdout():
+        found = run(first, second)
+        write_comparison(found, folder)
+    if as_json:
+        rows = [vars(row) for row in found.rows]
+        summary = {"out": str(folder), "first": found.first, "second": found.second, "notes": found.notes, "rows": rows}
+        print(json.dumps(summary, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    for note in found.notes:
+        say(f"note: {note}")
+    for task in dict.fromkeys(row.task for row in found.rows):
+        console.print(console_table(found, task), crop=False, no_wrap=True, overflow="ignore")
+    say(NOTE)
+    say(f"{folder / 'compare.html'} is written; compare.csv lies beside it")
 
 
 @app.command()
@@ -317,4 +351,4 @@ def _show(results: Results, folder: Path, *, as_json: bool, result: SweepResult 
         say(f"incomplete: {cell}: {each.answered} of {each.wanted} answers; {each.reason}")
     if result is not None:
         say(f"{result.answered} answers in {result.seconds:.0f} s")
-    say(f"{folder / 'report.html'} is written; figure.png and metrics.csv lie beside it")
+    say(f"{folder / 'report.html'} is written; metrics.csv, tables and figures lie beside it")
