@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from vtc.errors import InputError
+from vtc.eval.comparisons import retained
+from vtc.eval.results import Asked, Results, budget_order
 from vtc.eval.spec import SweepSpec, make_spec
+from vtc.eval.tables import nominal
 
 KEY = "sweeps"
 
@@ -39,3 +48,52 @@ def make_series(settings: Mapping[str, Any], *, source: str = "sweep") -> list[S
             raise InputError(f"{source}: two sweeps are called {name!r}; give one of them another name")
         made[folder] = make_spec({**own, "out": str(folder)}, source=f"{source}, sweep {number}")
     return list(made.values())
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A method at one budget over several sweeps.
+
+    percent: of the untouched model's performance, the ratio of each task of each sweep, then their mean. sweeps, tasks:
+    how many there are in it.
+    """
+
+    method: str
+    retention: Asked
+    percent: float
+    sweeps: int
+    tasks: int
+
+
+def overall(results: Sequence[Results]) -> list[Overall]:
+    """Methods over several sweeps, the best of a budget first; only those that every sweep has at this budget."""
+    found: dict[tuple[str, Asked], list[list[float]]] = defaultdict(list)
+    for each in results:
+        for line in retained(each):
+            found[_bare(line.method), line.retention].append(list(line.tasks.values()))
+    made = []
+    for (method, retention), by_sweep in found.items():
+        if len(by_sweep) == len(results):
+            tasks = [percent for sweep in by_sweep for percent in sweep]
+            made.append(Overall(method, retention, fmean(tasks), len(by_sweep), len(tasks)))
+    return sorted(made, key=lambda entry: (budget_order(entry.retention), -entry.percent, entry.method))
+
+
+def _bare(method: str) -> str:
+    """A method whose learned weights differ from model to model is one method."""
+    return method.split("(weights=")[0]
+
+
+def overall_table(entries: Sequence[Overall]) -> Table:
+    """Methods x budgets for a terminal, methods in the order of their means."""
+    budgets = sorted({entry.retention for entry in entries}, key=budget_order)
+    by_method: dict[str, dict[Asked, float]] = defaultdict(dict)
+    for entry in entries:
+        by_method[entry.method][entry.retention] = entry.percent
+    table = Table("method", title="over all sweeps", title_justify="left")
+    for budget in budgets:
+        table.add_column(nominal(budget), justify="right", no_wrap=True)
+    for method, percents in sorted(by_method.items(), key=lambda item: -fmean(item[1].values())):
+        cells = [f"{percents[budget]:.1f}" if budget in percents else "-" for budget in budgets]
+        table.add_row(Text(method), *cells)
+    return table

@@ -1,6 +1,6 @@
 """Training of learned compressors on the embedded model, and the measurements of what they reach.
 
-The commands `vtc train` and `vtc calibrate` lie in `vtc.cli.sweep`. The modules::
+The commands `vtc train` and `vtc calibrate` lie in `vtc.cli.train`. The modules::
 
     settings.py         what decides the weights of a run
     prompts.py          batches of scenes with one question each, as a function of (seed, step)

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from vtc.cli.sweep import app
+from vtc.cli.results import app
 from vtc.errors import InputError
 from vtc.eval.compare import compare, comparison_csv
 from vtc.eval.compare_report import write_comparison

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vtc.errors import InputError, VTCError
-from vtc.eval.series import make_series
+from vtc.eval import series
+from vtc.eval.comparisons import Retained
+from vtc.eval.series import make_series, overall, overall_table
 
 
 def test_one_sweep_is_a_series_of_one() -> None:
@@ -47,25 +52,49 @@ def test_what_cannot_be_meant_is_refused(sweeps: Any, words: str) -> None:
         make_series({"sweeps": sweeps}, source="my.yaml")
 
 
+def test_the_mean_is_over_all_tasks_of_all_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = [line("random", 0.5, {"a": 90.0, "b": 80.0}), line("atp(weights=x)", 0.5, {"a": 100.0, "b": 100.0})]
+    two = [
+        line("random", 0.5, {"c": 40.0}),
+        line("random", 0.25, {"c": 10.0}),
+        line("atp(weights=y)", 0.5, {"c": 97.0}),
+    ]
+    monkeypatch.setattr(series, "retained", lambda results: results)
+    found = overall([one, two])  # type: ignore[list-item]
+    assert [(each.method, each.retention, each.percent, each.sweeps, each.tasks) for each in found] == [
+        ("atp", 0.5, 99.0, 2, 3), ("random", 0.5, 70.0, 2, 3),
+    ]  # fmt: skip
+    console = Console(width=80, file=(shown := io.StringIO()))
+    console.print(overall_table(found))
+    assert [word for word in shown.getvalue().split() if word in ("atp", "99.0", "random", "70.0")] == [
+        "atp", "99.0", "random", "70.0",
+    ]  # fmt: skip
+
+
+def line(method: str, retention: float, tasks: dict[str, float]) -> Retained:
+    return Retained(retention, method, fmean(tasks.values()), None, None, None, tasks)
+
+
 @pytest.mark.slow
-def test_the_command_runs_all_of_them(model_folder: Path, task_folder: Path, tmp_path: Path) -> None:
-    from vtc.cli import main
+def test_the_command_runs_all_of_them(tmp_path: Path) -> None:
+    from vtc.cli.main import app
 
     settings = {
-        "methods": ["stride", "random"],
+        "methods": ["stride", "pool"],
         "retentions": [0.5],
-        "tasks": ["blobs"],
-        "include_path": [str(task_folder)],
         "device": "cpu",
         "out": str(tmp_path / "out"),
-        "sweeps": [{"model": str(model_folder)}, {"name": "again", "model": str(model_folder), "seed": 1}],
+        "sweeps": [{"model": "tiny-llava"}, {"name": "words", "tasks": ["tiny_image_words"]}],
     }
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(settings))
-    result = CliRunner().invoke(main.app, ["sweep", str(file), "--limit", "4", "--json"])
+    result = CliRunner().invoke(app, ["sweep", str(file), "--limit", "6", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [Path(each["folder"]).name for each in found["sweeps"]] == [model_folder.name, "again"]
-    assert all((tmp_path / "out" / name / "report.html").is_file() for name in (model_folder.name, "again"))
+    assert [Path(each["out"]).name for each in found["sweeps"]] == ["tiny-llava", "words"]
+    assert all((tmp_path / "out" / name / "report.html").is_file() for name in ("tiny-llava", "words"))
     methods = {entry["method"]: entry for entry in found["retained"]}
-    assert set(methods) == {"stride", "random"} and methods["stride"]["sweeps"] == 2
+    assert set(methods) == {"stride", "pool"}
+    assert (methods["stride"]["sweeps"], methods["stride"]["tasks"]) == (2, 2)
+    shown = CliRunner().invoke(app, ["sweep", str(file), "--limit", "6"])
+    assert "over all sweeps" in shown.stdout and "0 answers in" in shown.stdout

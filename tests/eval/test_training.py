@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import vtc
-from vtc.cli.sweep import app
+from vtc.cli.train import app
 from vtc.errors import BudgetError, InputError, VTCError
 from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.tiny.vocabulary import END, IMAGE, PAD, TOKEN

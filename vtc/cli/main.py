@@ -172,12 +172,11 @@ def _read_video(path: str, frames: int, fps: float | None) -> Any:
 
 def _mount() -> None:
     """Add the commands of the evaluation package; its heavy imports wait until a command runs."""
-    from vtc.cli.cost import app as costs
-    from vtc.cli.sweep import app as evaluation
-    from vtc.cli.tiny import app as tiny
+    from vtc.cli import cost, results, sweep, tasks, tiny, train
 
-    app.registered_commands.extend([*costs.registered_commands, *evaluation.registered_commands])
-    app.add_typer(tiny, name="tiny")
+    for room in (sweep, results, tasks, cost, train):
+        app.registered_commands.extend(room.app.registered_commands)
+    app.add_typer(tiny.app, name="tiny")
 
 
 _mount()
