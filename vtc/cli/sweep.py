@@ -106,21 +106,19 @@ def sweep(
     specs = make_series(settings, source=str(config) if config is not None else "vtc sweep")
     use_plugins([plugin for spec in specs for plugin in spec.plugins])
     results: list[SweepResult] = []
-    with free_stdout():
-        progress = ConsoleProgress()
-        progress.note("importing torch, transformers and lmms-eval")
-        from vtc.eval.sweep import run_sweep
+    progress = ConsoleProgress()
+    progress.note("importing torch, transformers and lmms-eval")
+    for spec in specs:
+        with free_stdout():
+            from vtc.eval.sweep import run_sweep
 
-        for spec in specs:
             try:
                 results.append(run_sweep(spec, progress))
             except KeyboardInterrupt:
-                progress.note(
-                    f"interrupted; what was answered is in {spec.folder}, the same command goes on from there"
-                )
+                progress.note(f"interrupted; answers so far are in {spec.folder}, the same command goes on from there")
                 raise typer.Exit(130) from None
-            if not as_json:
-                show(results[-1].results, spec.folder, as_json=False, result=results[-1])
+        if not as_json:
+            show(results[-1].results, spec.folder, as_json=False, result=results[-1])
     if len(specs) > 1:
         show_series(results, as_json=as_json)
     elif as_json:
