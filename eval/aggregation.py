@@ -22,6 +22,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from vtc.eval.outside import Calls, watching
+from vtc.eval.statistics import resamples
 
 
 def arguments(task: str, output_path: str) -> argparse.Namespace:
@@ -46,8 +47,10 @@ def arguments(task: str, output_path: str) -> argparse.Namespace:
     )
 
 
-PATIENCE = 0.02
-"""Seconds of one computation beyond which a metric is not recomputed on resamples: there are six thousand a cell."""
+LONGEST = 60.0
+"""Seconds that intervals and tests of one metric of a cell may take; it has none where one computation says more."""
+COMPUTATIONS = 5
+"""Of a metric in each resample: one for its interval, two each for the interval and the test of a difference."""
 
 
 class Aggregation:
@@ -78,7 +81,8 @@ class Aggregation:
         Raises:
             RuntimeError: when called on other items, if the function goes outside or is slow.
         """
-        once, ids = bool(self.calls) or self.seconds > PATIENCE, [id(item) for item in items]
+        expected = self.seconds * COMPUTATIONS * resamples(len(items))
+        once, ids = bool(self.calls) or expected > LONGEST, [id(item) for item in items]
 
         def resampled(some: list[Any]) -> float:
             if [id(item) for item in some] == ids:

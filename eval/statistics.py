@@ -220,7 +220,7 @@ def _bootstrap_aggregate(
     """Percentile interval of `combine` of the cells' metrics over resampled clusters; None if it cannot be computed."""
     rng = np.random.default_rng(0)
     draws = []
-    for _ in range(_aggregate_resamples(cells[0])):
+    for _ in range(resamples(len(cells[0].items))):
         chosen = np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))])
         try:
             draws.append(combine([float(c.aggregate([c.items[i] for i in chosen])) for c in cells]))
@@ -230,8 +230,9 @@ def _bootstrap_aggregate(
     return float(low), float(high)
 
 
-def _aggregate_resamples(outcomes: Outcomes) -> int:
-    return int(np.clip(1_000_000 // max(1, len(outcomes.items)), 200, RESAMPLES))
+def resamples(documents: int) -> int:
+    """How often a metric that is no mean is computed anew for an interval, on so many documents."""
+    return int(np.clip(1_000_000 // max(1, documents), 200, RESAMPLES))
 
 
 def _paired_aggregate(cell: Outcomes, baseline: Outcomes) -> Paired:
@@ -250,13 +251,13 @@ def _paired_aggregate(cell: Outcomes, baseline: Outcomes) -> Paired:
 def _swaps(cell: Outcomes, baseline: Outcomes, groups: Sequence[NDArray[np.intp]], observed: float) -> float:
     """Two-sided p of "the answers to each cluster could as well be the other's"."""
     rng = np.random.default_rng(0)
-    resamples = _aggregate_resamples(cell)
+    count = resamples(len(cell.items))
     extreme = 0
-    for _ in range(resamples):
+    for _ in range(count):
         ours, theirs = list(cell.items), list(baseline.items)
         for group, swap in zip(groups, rng.random(len(groups)) < 0.5, strict=True):
             if swap:
                 for i in group:
                     ours[i], theirs[i] = theirs[i], ours[i]
         extreme += abs(float(cell.aggregate(ours)) - float(cell.aggregate(theirs))) >= abs(observed) - 1e-12
-    return (extreme + 1) / (resamples + 1)
+    return (extreme + 1) / (count + 1)
