@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-import vtc.eval.figure
+import vtc.eval.report
 import vtc.eval.scoring
 import vtc.eval.workers
 from vtc.app.pages import page
