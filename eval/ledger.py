@@ -135,7 +135,8 @@ class Table(Part):
     def _tokens_add_up(self) -> Table:
         for row in self.rows:
             if row.kept is not None and (self.total is None or row.kept > self.total):
-                raise InputError(f"{row.method}: kept {row.kept:g} of {self.total} visual tokens; write their total")
+                of = "an unknown total of" if self.total is None else f"{self.total:g}"
+                raise InputError(f"{row.method}: kept {row.kept:g} of {of} visual tokens; write their total")
             if row.share is not None and self.compare != "share":
                 raise InputError(f"{row.method}: a share cannot be compared as {self.compare}; write compare: share")
         return self
@@ -149,7 +150,7 @@ class Table(Part):
     def tokens_text(self, row: Row) -> str:
         """The tokens of a row in words, such as ``64 of 576``."""
         if row.share is not None:
-            return f"{row.share:.4g} of all"
+            return f"{100 * row.share:g} % of all"
         if row.kept is None:
             return "all" if self.total is None else f"{self.total:g}"
         return f"{row.kept:g} of {self.total:g}"

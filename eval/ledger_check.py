@@ -20,7 +20,7 @@ from vtc.method.text import parse
 CLOSE = 0.05
 """How far the visual tokens of a cell may be from the published ones, as a part of these."""
 OWN = {"seed", "weights"}
-"""Hyper-parameters that the ledger cannot know: whoever runs a method draws a seed and has files of his own."""
+"""Hyper-parameters that the ledger cannot know: whoever runs a method draws seeds and has files of their own."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def unmatched(findings: Sequence[Finding]) -> list[tuple[str, int]]:
 def _finding(sweep: Sweep, ledger: Ledger, name: str, table: Table, row: Row, column: str) -> Finding:
     benchmarks = ledger.benchmarks(name)
     about, published = benchmarks[column], row.values[column]
-    finding = Finding(
-        name, row.method, table.tokens_text(row), column, about.unit, published, about.tolerance
-    )
+    finding = Finding(name, row.method, table.tokens_text(row), column, about.unit, published, about.tolerance)
     try:
         ours = sweep.figure(table, row, about, benchmarks)
     except Missing as missing:
@@ -145,7 +143,7 @@ class Sweep:
         lines = [line for line in self.results.lines if self.cells[line["cell"]]["method"] == name]
         if not lines:
             raise Missing(f"{name} was not swept")
-        alike = [line for line in lines if _parameters(self.cells[line["cell"]]["parameters"]) == parameters]
+        alike = [line for line in lines if parameters.items() <= _plain(self.cells[line["cell"]]["parameters"]).items()]
         if not alike:
             raise Missing(f"{name} was swept with other hyper-parameters than {row.method}")
         current = [line for line in alike if self.cells[line["cell"]]["version"] == version]
@@ -167,57 +165,66 @@ class Sweep:
         wanted = table.tokens(row)
         if wanted is None:
             return lines[0]
-        near = [(abs(tokens - wanted), tokens, line) for line in lines if (tokens := _tokens(table, line)) is not None]
-        if not near:
-            raise Missing(f"no {'budget' if table.compare == 'asked' else 'number of visual tokens'} is stored")
-        off, tokens, line = min(near, key=lambda each: each[0])
-        if off > CLOSE * wanted:
-            raise Missing(f"tokens of {row.method} differ by more than {CLOSE:.0%}: {tokens:.4g} where {wanted:.4g} are published")
+        found = [(tokens, line) for line in lines if (tokens := _tokens(table, line, wanted)) is not None]
+        if not found:
+            raise Missing("the sweep does not tell its visual tokens")
+        tokens, line = min(found, key=lambda each: abs(each[0] - wanted))
+        if abs(tokens - wanted) > CLOSE * wanted:
+            raise Missing(
+                f"tokens of {row.method} differ by more than {CLOSE:.0%}: {tokens:.4g} here, not {wanted:.4g}"
+            )
         return line
 
 
-def _tokens(table: Table, line: Record) -> float | None:
+def _tokens(table: Table, line: Record, wanted: float) -> float | None:
     """What a table compares of a line: visual tokens, their share, or those asked for."""
     kept, given = line["visual_tokens_kept"], line["visual_tokens_in"]
     if table.compare == "asked":
-        if line["keep"] is not None or line["retention"] is None or table.total is None:
-            return None if line["keep"] is None else float(line["keep"])
-        return float(line["retention"]) * table.total
+        if line["keep"] is not None:
+            return float(line["keep"])
+        return wanted if line["retention"] is None else float(line["retention"]) * (table.total or 1.0)
     if kept is None or given is None:
         return None
     return float(kept) if table.compare == "count" else float(kept) / float(given)
 
 
-def identity(method: str) -> tuple[str, int, dict[str, Any]]:
-    """Name, version and hyper-parameters by which a cell is known, those of `OWN` left out.
+def identity(method: str) -> tuple[str, int, dict[str, str]]:
+    """Name, version and hyper-parameters by which its cells are known, each value as `_plain` has it.
 
-    Nothing is made, so that no weights need to lie here.
+    Nothing is made, so that no weights need to lie here. Of learned methods only what is written counts: the rest
+    comes from the file of their weights.
 
     Raises:
         UnknownName: no such method.
+        InputError: it has no such hyper-parameter.
 
     >>> identity("fastv(ratio=0.5)")
-    ('fastv', 1, {'layer': 2, 'ratio': 0.5, 'scope': 'item'})
+    ('fastv', 1, {'layer': '2.0', 'ratio': '0.5', 'scope': '"item"'})
     """
     ((given,),) = parse(method)
     if given.name == BASELINE:
         return BASELINE, 1, {}
     kind = METHODS.get(given.name)
-    defaults = {
-        field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        for field in dataclasses.fields(kind)
-        if field.compare
-    }
-    unknown = set(given.parameters) - set(defaults)
+    fields = [field for field in dataclasses.fields(kind) if field.compare]
+    unknown = set(given.parameters) - {field.name for field in fields}
     if unknown:
-        raise InputError(f"{method}: {given.name} has no {min(unknown)!r}; it has {', '.join(defaults)}")
-    return given.name, kind.version, _parameters({**defaults, **given.parameters})
+        known = ", ".join(field.name for field in fields)
+        raise InputError(f"{method}: {given.name} has no {min(unknown)!r}; it has {known}")
+    defaults = {} if kind.trained else {field.name: _default(field) for field in fields}
+    return given.name, kind.version, _plain({**defaults, **given.parameters})
 
 
-def _parameters(given: dict[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters as a store reads them again."""
-    plain: dict[str, Any] = json.loads(json.dumps(given, default=list))
-    return {name: value for name, value in plain.items() if name not in OWN}
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _plain(parameters: dict[str, Any]) -> dict[str, str]:
+    """Hyper-parameters as text, equal for equal numbers, tuples and lists; those of `OWN` are left out."""
+    return {
+        name: json.dumps(float(value) if type(value) is int else value, default=list)
+        for name, value in parameters.items()
+        if name not in OWN
+    }
 
 
 def _last(name: str) -> str:

@@ -172,9 +172,9 @@ def _read_video(path: str, frames: int, fps: float | None) -> Any:
 
 def _mount() -> None:
     """Add the commands of the evaluation package; its heavy imports wait until a command runs."""
-    from vtc.cli import cost, results, sweep, tasks, tiny, train
+    from vtc.cli import cost, ledger, results, sweep, tasks, tiny, train
 
-    for room in (sweep, results, tasks, cost, train):
+    for room in (sweep, results, ledger, tasks, cost, train):
         app.registered_commands.extend(room.app.registered_commands)
     app.add_typer(tiny.app, name="tiny")
 
