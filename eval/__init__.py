@@ -22,6 +22,7 @@ The modules, in the order in which a sweep uses them::
     comparisons.py, difficulty.py, compare.py      what follows from them; two sweeps side by side
     charts.py, curves.py, page.py                  Vega-Lite specifications, and pages that draw them
     tables.py, files.py, report.py, compare_report.py    tables, figures and reports
+    ledger.py      published figures; ledger_check.py: a finished sweep against them
     sweep.py, lmms_model.py                        the ways in
 
 Importing this package imports none of them: lmms-eval, datasets and statsmodels are loaded where they are used.

@@ -180,6 +180,8 @@ def _tokens(table: Table, line: Record, wanted: float) -> float | None:
     """What a table compares of a line: visual tokens, their share, or those asked for."""
     kept, given = line["visual_tokens_kept"], line["visual_tokens_in"]
     if table.compare == "asked":
+        if line["budget"] != "tokens":
+            return None
         if line["keep"] is not None:
             return float(line["keep"])
         return wanted if line["retention"] is None else float(line["retention"]) * (table.total or 1.0)

@@ -338,6 +338,8 @@ def test_shares_of_tokens_and_budgets_asked_for_can_be_compared_instead(tmp_path
     kept = {"method": "fastv", "parameters": FASTV, "retention": None, "keep": 1440, "tokens": 90.0}
     assert check(ledger, sweep(tmp_path / "s3", BOTH, fast=kept))[0].ours == pytest.approx(75)
     assert only(check(ledger, sweep(tmp_path / "s4", BOTH, fast={**kept, "keep": 64}))).endswith("64 here, not 1440")
+    flops = {"method": "fastv", "parameters": FASTV, "retention": 0.5, "quantity": "flops", "setting": 0.6}
+    assert "does not tell" in only(check(ledger, sweep(tmp_path / "s6", BOTH, fast=flops)))
     own = {"method": "fastv", "parameters": FASTV, "retention": None}
     assert check(ledger, sweep(tmp_path / "s5", BOTH, fast=own))[0].ours == pytest.approx(75)
 
