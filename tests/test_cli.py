@@ -140,7 +140,7 @@ def test_generate_refuses_bad_images(tmp_path: Path, image: Path) -> None:
         (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers"], ["name=value"]),
         (["--method", "vtc_cls", "--retention", "0.5", "--set", "layers=two"], ["'two'", "is not a whole number"]),
         (["--retention", "0.5"], ["--method"]),
-        (["--method", "random@0.5", "--retention", "0.5"], ["own retention"]),
+        (["--method", "random@0.5", "--retention", "0.5"], ["own budget"]),
         (["--method", "random,stride", "--retention", "0.5"], ["list of 2"]),
         (["--method", "hiprune+aim(merge=false)", "--retention", "0.5"], ["hiprune@0.5+aim@0.5"]),
         (["--method", "random@0.5+mustdrop(merge=off,filter=off)", "--set", "seed=1"], ["random(name=value)"]),
