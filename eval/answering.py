@@ -65,19 +65,19 @@ class Worker:
         chats = self._chats(item)
         if following is not None:
             self._ahead = following, self._thread.submit(self._read, following)
-        good = []
+        read: dict[int, Chat] = {}
         for doc_id, chat in chats.items():
             if isinstance(chat, Chat):
-                good.append(doc_id)
+                read[doc_id] = chat
             else:
                 yield Outcome(item.cells, failure=failure_record("prepare", task.key, item.cells, (doc_id,), chat))
-        read = {doc_id: chat for doc_id in good if isinstance(chat := chats[doc_id], Chat)}
+        doc_ids = list(read)
         for group in alike(list(read.values())):
-            batches, failures = self._prepared(task, item, {good[place]: read[good[place]] for place in group})
+            batches, failures = self._prepared(task, item, {doc_ids[place]: read[doc_ids[place]] for place in group})
             for failure in failures:
                 yield Outcome(item.cells, failure=failure)
-            for doc_ids, batch in batches:
-                yield from self._answered(task, item, {doc_id: read[doc_id] for doc_id in doc_ids}, batch)
+            for together, batch in batches:
+                yield from self._answered(task, item, {doc_id: read[doc_id] for doc_id in together}, batch)
 
     def _chats(self, item: Item) -> Readings:
         ahead, self._ahead = self._ahead, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,19 @@ def write_store() -> WriteStore:
         return folder
 
     return write
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs `vtc` in this process: exit status, stdout, stderr."""
+    import vtc.cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vtc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            vtc.cli.main()
+        captured = capfd.readouterr()
+        code: Any = end.value.code
+        return code or 0, captured.out, captured.err
+
+    return run

@@ -32,21 +32,6 @@ class Unregistered(vtc.ScoringCompressor):
         return view.tokens.norm(dim=-1)
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs `vtc` in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vtc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            vtc.cli.main()
-        captured = capfd.readouterr()
-        code: Any = end.value.code
-        return code or 0, captured.out, captured.err
-
-    return run
-
-
 Command = Callable[..., tuple[int, str, str]]
 
 

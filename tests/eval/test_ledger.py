@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import lmms_eval
 import pytest
 import yaml
 
-import vtc.cli
 from vtc.errors import InputError
 from vtc.eval.cells import make_methods
 from vtc.eval.ledger import BASELINE, FOLDER, Ledger, read_ledger
@@ -33,22 +31,6 @@ def with_weights(text: str) -> str:
     for name, stand_in in WEIGHTS.items():
         text = text.replace(name, stand_in)
     return text
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs `vtc` in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vtc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            vtc.cli.main()
-            raise SystemExit(0)
-        captured = capfd.readouterr()
-        code: Any = end.value.code
-        return code or 0, captured.out, captured.err
-
-    return run
 
 
 Command = Callable[..., tuple[int, str, str]]
