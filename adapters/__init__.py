@@ -12,6 +12,7 @@ from vtc.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
+    from vtc.adapters.encoder_base import EncoderAdapter
     from vtc.cost.shapes import ModelShape
 
 GROUP = "vtc.adapters"
@@ -29,6 +30,20 @@ FAMILIES: dict[str, str] = {
 }
 """Model class name -> adapter, as "module:Class"."""
 
+ENCODERS: dict[str, str] = {
+    "transformers.CLIPModel": "vtc.adapters.encoders:ClipEncoder",
+    "transformers.CLIPVisionModel": "vtc.adapters.encoders:ClipEncoder",
+    "transformers.CLIPVisionModelWithProjection": "vtc.adapters.encoders:ClipEncoder",
+    "transformers.SiglipModel": "vtc.adapters.encoders:SiglipEncoder",
+    "transformers.SiglipVisionModel": "vtc.adapters.encoders:SiglipEncoder",
+    "transformers.Dinov2Model": "vtc.adapters.encoders:Dinov2Encoder",
+    "transformers.Dinov2WithRegistersModel": "vtc.adapters.encoders:Dinov2Encoder",
+    "transformers.ViTModel": "vtc.adapters.encoders:ViTEncoder",
+    "open_clip.CLIP": "vtc.adapters.open_clip:OpenClipEncoder",
+    "open_clip.CustomTextCLIP": "vtc.adapters.open_clip:OpenClipEncoder",
+}
+"""Package and class name of vision encoders without an LLM behind them -> adapter, as "module:Class"."""
+
 
 def _entries() -> dict[str, str]:
     third_party = {point.name: point.value for point in entry_points(group=GROUP)}
@@ -37,8 +52,12 @@ def _entries() -> dict[str, str]:
 
 def load(target: str) -> type[Adapter]:
     """Import an adapter class from "module:Class"."""
+    return _load(target)  # type: ignore[no-any-return]
+
+
+def _load(target: str) -> Any:
     module, name = target.split(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), name)
 
 
 def families() -> dict[str, type[Adapter]]:
@@ -47,9 +66,28 @@ def families() -> dict[str, type[Adapter]]:
     return {cls.family: cls for cls in sorted(classes, key=lambda cls: cls.family)}
 
 
+def encoder_families() -> dict[str, type[EncoderAdapter]]:
+    """The same of vision encoders without an LLM behind them."""
+    classes = {_load(target) for target in ENCODERS.values()}
+    return {cls.family: cls for cls in sorted(classes, key=lambda cls: cls.family)}
+
+
 def supported_classes() -> list[str]:
     """Names of the model classes that have an adapter."""
     return sorted(_entries())
+
+
+def encoder_of(model: nn.Module) -> EncoderAdapter | None:
+    """The adapter of a vision encoder without an LLM behind it, by its class or a base class; None for other models.
+
+    A PEFT wrapper stands for the model inside it.
+    """
+    for cls in type(model).__mro__:
+        name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+        if name in ENCODERS:
+            return _load(ENCODERS[name])(model)  # type: ignore[no-any-return]
+    unwrap = getattr(model, "get_base_model", None)
+    return encoder_of(unwrap()) if callable(unwrap) else None
 
 
 def shape_of(config: Any) -> ModelShape:
@@ -74,6 +112,11 @@ def of(model: nn.Module) -> Adapter:
     """
     if type(model).__name__ in FAMILIES:  # looking for the entry points of installed packages takes milliseconds
         return load(FAMILIES[type(model).__name__])(model)
+    if (encoder := encoder_of(model)) is not None:
+        raise UnsupportedModel(
+            f"{type(encoder.model).__name__} is a vision encoder without an LLM, which only vtc.compress takes; give a "
+            "multimodal LLM here"
+        )
     entries = _entries()
     unwrap = getattr(model, "get_base_model", None)
     if callable(unwrap) and type(model).__name__ not in entries:
@@ -87,6 +130,7 @@ def of(model: nn.Module) -> Adapter:
         if cls.__name__ in entries:
             return load(entries[cls.__name__])(model)
     raise UnsupportedModel(
-        f"{type(model).__name__} is not supported; supported model classes: {', '.join(supported_classes())}. "
-        "Other families can be added by a package with an entry point in the group 'vtc.adapters'"
+        f"{type(model).__name__} is not supported; supported model classes: {', '.join(supported_classes())}; "
+        f"encoders without an LLM: {', '.join(ENCODERS)}. Other families can be added by a package with "
+        "an entry point in the group 'vtc.adapters'"
     )

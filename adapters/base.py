@@ -1,7 +1,8 @@
 """The adapter protocol: what the engine has to know about a model family, and nothing about any method.
 
 A family is one file: the class docstring draws the module tree, the body names the modules and describes the items
-that an encoder call produced. Everything else (hooks, caches, positions, budgets) is the engine's.
+that an encoder call produced. Everything else (hooks, caches, positions, budgets) is the engine's. `VisionSide` is
+what encoders with and without an LLM behind them have in common.
 """
 
 from __future__ import annotations
@@ -17,21 +18,91 @@ from vtc.cost.shapes import Encoded, ModelShape
 from vtc.errors import UnsupportedModel
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind
+from vtc.method.readings import AttentionCall
 
 
-class Adapter(ABC):
-    """One model of one family. Raises UnsupportedModel on construction where compression would not be exact."""
+class VisionSide(ABC):
+    """The vision encoder of one model of one family."""
 
     family: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
-    modalities: ClassVar[tuple[Kind, ...]] = ("image",)
-    towers: ClassVar[tuple[str, ...]]
-    references: ClassVar[tuple[ModelSpec, ...]]
-    """Facts of a published checkpoint for each tower, so that tables can be made without loading anything."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.check()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse configurations that cannot be compressed exactly."""
+
+    # --- modules
+    @property
+    @abstractmethod
+    def vision_layers(self) -> Sequence[nn.Module]:
+        """Vision encoder layers in order."""
+
+    @property
+    @abstractmethod
+    def vision_attention(self) -> Sequence[nn.Module]:
+        """Attention module of each vision encoder layer."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> ModelSpec:
+        """Facts that methods may depend on."""
+
+    @property
+    def patch_projection(self) -> nn.Conv2d | None:
+        """The convolution that makes patches of pictures; None where the encoder is given patches already."""
+        return next((module for module in self.model.modules() if isinstance(module, nn.Conv2d)), None)
+
+    def check_call(self, arguments: dict[str, Any]) -> None:  # noqa: B027 - most families have nothing to refuse
+        """Refuse arguments of a feature call under which `spec` would not hold."""
+
+    def prefix_tokens(self, hidden: Tensor) -> int:
+        """Encoder rows in front of the patches (the class token) in a [crops, T, C] hidden state."""
+        return int(self.spec.has_cls)
+
+    @property
+    def packed(self) -> bool:
+        """True when the encoder runs all items as one sequence cut into attention segments, not as a batch of crops."""
+        return False
+
+    # --- attention
+    @property
+    def looked_up(self) -> bool:
+        """True where attention modules look their function up in transformers, so that it can be tapped there."""
+        return True
+
+    def attention_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
+        """Queries and keys of a call of the attention module of `layer`; needed where nothing is looked up."""
+        raise NotImplementedError
+
+    @property
+    def vision_implementation(self) -> str:
+        """Name of the attention implementation; "sdpa" takes masks of truth values, "eager" additive ones alone."""
+        attention: Any = self.vision_attention[0]
+        return attention.config._attn_implementation or "eager"
+
+    @property
+    def masked(self) -> Sequence[nn.Module]:
+        """The module of each layer whose call takes the mask of its keys."""
+        return self.vision_layers
+
+    def with_mask(self, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of a call of such a module with `mask` [crops, 1, 1, T] on its keys."""
+        if len(args) > 1:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+
+class Adapter(VisionSide):
+    """One model of one family. Raises UnsupportedModel on construction where compression would not be exact."""
+
+    modalities: ClassVar[tuple[Kind, ...]] = ("image",)
+    towers: ClassVar[tuple[str, ...]]
+    references: ClassVar[tuple[ModelSpec, ...]]
+    """Facts of a published checkpoint for each tower, so that tables can be made without loading anything."""
 
     # --- modules
     @property
@@ -62,25 +133,10 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def vision_layers(self) -> Sequence[nn.Module]:
-        """Vision encoder layers in order."""
-
-    @property
-    @abstractmethod
-    def vision_attention(self) -> Sequence[nn.Module]:
-        """Attention module of each vision encoder layer."""
-
-    @property
-    @abstractmethod
     def projector(self) -> nn.Module:
         """The module that maps encoder features to LLM rows, before any packing."""
 
     # --- facts
-    @property
-    @abstractmethod
-    def spec(self) -> ModelSpec:
-        """Facts that methods may depend on."""
-
     @property
     def placeholders(self) -> dict[Kind, int]:
         """Placeholder token id of each modality."""
@@ -106,18 +162,6 @@ class Adapter(ABC):
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         """Items of one get_{kind}_features call, from its bound arguments and its output."""
 
-    def check_call(self, arguments: dict[str, Any]) -> None:  # noqa: B027 - most families have nothing to refuse
-        """Refuse arguments of a feature call under which `spec` would not hold."""
-
-    def prefix_tokens(self, hidden: Tensor) -> int:
-        """Encoder rows in front of the patches (the class token) in a [crops, T, C] hidden state."""
-        return int(self.spec.has_cls)
-
-    @property
-    def packed(self) -> bool:
-        """True when the encoder runs all items as one sequence cut into attention segments, not as a batch of crops."""
-        return False
-
     @property
     def joined(self) -> frozenset[Kind]:
         """Modalities whose LLM tokens are made of several patches each, so that no patch can go missing alone."""
@@ -128,16 +172,21 @@ class Adapter(ABC):
         """True when visual rows are also added inside the LLM's first layers."""
         return False
 
-    def learn(self, processor: Any) -> None:  # noqa: B027 - most families tell their items without it
+    def learn(self, processor: Any) -> None:
         """Take from the checkpoint's processor what prompts are written with, where `regroup` has to know it."""
 
     def regroup(
-        self, contexts: tuple[VisionContext, ...], placeholders: Tensor, ids: Tensor | None = None
+        self,
+        contexts: tuple[VisionContext, ...],
+        placeholders: Tensor,
+        ids: Tensor | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[VisionContext, ...]:
         """Join encoder entries to items where only the prompt shows which belong together.
 
-        placeholders: [K, B, S] bool per kind. ids: [B, S] of the prompt, None where embeddings were given instead. The
-        default leaves the contexts as they are.
+        placeholders: [K, B, S] bool per kind. ids: [B, S] of the prompt, None where embeddings were given instead.
+        sizes: height and width in pixels of every picture of the prompts, as the caller gave them. The default leaves
+        the contexts as they are.
         """
         return contexts
 

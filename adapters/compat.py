@@ -5,6 +5,7 @@ transformers is imported where a model is at hand: tables of families and method
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.batch.context import VisionContext
 from vtc.errors import UnsupportedCall
@@ -29,6 +30,27 @@ def media(kind: Kind, arguments: dict[str, Any]) -> Tensor:
     found = [arguments[name] for name in names if name in arguments]
     pixels: Tensor = found[0]
     return pixels
+
+
+def attention_function_of(attention: nn.Module) -> nn.Module:
+    """The module that looks the attention function up: DINOv2's lay inside the one of its name in older versions."""
+    inner: nn.Module = getattr(attention, "attention", attention)
+    return inner
+
+
+def takes_mask(layer: nn.Module) -> bool:
+    """True when a tower's layer can hide the padding of shorter crops; DINOv2's could not in older versions."""
+    return "attention_mask" in inspect.signature(type(layer).forward).parameters
+
+
+def refuse_other_layer(arguments: dict[str, Any], own: Any) -> None:
+    """Raise UnsupportedCall where a feature call asks for another encoder layer than the configuration's."""
+    given = arguments.get("vision_feature_layer")
+    if given is not None and given != own:
+        raise UnsupportedCall(
+            f"vision_feature_layer={given} was passed to this call, the method was planned for the configuration's "
+            f"{own}; set model.config.vision_feature_layer before vtc.compress instead"
+        )
 
 
 def expands_in_order(model: Any) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Adapter
-from vtc.adapters.compat import refuse_wrong_order
+from vtc.adapters.compat import refuse_other_layer, refuse_wrong_order
 from vtc.adapters.frames import FrameText, Run, frame_text, group, listed, numbered, runs
 from vtc.adapters.shapes import llm_shape, tower_shape
+from vtc.adapters.tiles import Canvas, Tiling, canvas, tilings
 from vtc.batch.context import VisionContext
 from vtc.cost.shapes import Encoded, ModelShape, ProjectorShape
 from vtc.errors import UnsupportedCall
@@ -37,7 +38,8 @@ class InternVLAdapter(Adapter):
 
     The encoder sees tiles. Which of them are one image only the prompt tells: an image is an unbroken run of
     placeholders, as its processor writes it between <img> and </img>; images whose placeholders touch count as one.
-    The last tile of an image of several is the overview; rows and columns of the others are unknown to the model.
+    The last tile of an image of several is the overview; rows and columns of the others are unknown to the model, and
+    follow from the size of the picture and the settings of the processor where the caller gives both.
     A video reaches the model as one image of one tile per frame, with a counting text between them ("Frame2: "). Its
     frames are one item if the ids of that text are known: from the processor, or from `model.config.video_frame_texts`,
     a list of those before frame 2, 3, ... with the marks around them. Otherwise counted images of one tile are refused,
@@ -49,16 +51,17 @@ class InternVLAdapter(Adapter):
     modalities: ClassVar[tuple[Kind, ...]] = ("image", "video")
     towers: ClassVar[tuple[str, ...]] = ("InternViT",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("internvl", 24, 23, True, tuple(range(24)), 28),  # InternVL3-8B-hf, InternViT-300M
+        ModelSpec("internvl", 24, 23, True, tuple(range(24)), 28, unit=2),  # InternVL3-8B-hf, InternViT-300M
     )
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         texts = getattr(self.model.config, "video_frame_texts", None)
         self.frame_text: FrameText | None = listed(texts) if texts else None
+        self.canvas: Canvas | None = None
 
     def learn(self, processor: Any) -> None:
-        self.frame_text = frame_text(processor)
+        self.frame_text, self.canvas = frame_text(processor), canvas(processor)
 
     @property
     def vision_layers(self) -> Sequence[nn.Module]:
@@ -85,7 +88,15 @@ class InternVLAdapter(Adapter):
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
             width=config.text_config.hidden_size,
+            unit=round(1 / config.downsample_ratio) if index in (-1, layers) else 0,
         )
+
+    @property
+    def masked(self) -> Sequence[nn.Module]:
+        return self.vision_attention
+
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        refuse_other_layer(arguments, self.model.config.vision_feature_layer)
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
@@ -126,7 +137,9 @@ class InternVLAdapter(Adapter):
             return shuffled.reshape(count, -1, merged, width).mean(2)  # type: ignore[no-any-return]
 
         place = pack(torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()[None])[0]
-        item = _item("image", 1, place.to(pixels.device), (rows, cols), (round(rows * ratio), round(cols * ratio)))
+        item = _item(
+            "image", 1, None, place.to(pixels.device), (rows, cols), (round(rows * ratio), round(cols * ratio))
+        )
         return VisionContext(
             kind="image",
             items=[item] * len(pixels),
@@ -135,7 +148,11 @@ class InternVLAdapter(Adapter):
         )
 
     def regroup(
-        self, contexts: tuple[VisionContext, ...], placeholders: Tensor, ids: Tensor | None = None
+        self,
+        contexts: tuple[VisionContext, ...],
+        placeholders: Tensor,
+        ids: Tensor | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[VisionContext, ...]:
         """Join tiles to images and frames to videos by the prompt, of which placeholders and few ids go to the host."""
         if not contexts:
@@ -159,7 +176,8 @@ class InternVLAdapter(Adapter):
         items: list[tuple[Kind, int]] = [
             ("video" if count > 1 else "image", sum(itertools.islice(tiles, count))) for count in grouped
         ]
-        return (_join(context, items),)
+        pictures = iter(tilings([count for kind, count in items if kind == "image"], sizes, self.canvas))
+        return (_join(context, [(*item, next(pictures) if item[0] == "image" else None) for item in items]),)
 
     def _grouped(self, images: Sequence[Sequence[Run]], tile: int, ids: Tensor | None) -> list[int]:
         """Runs of placeholders of each item, prompt by prompt; UnsupportedCall where images may be frames."""
@@ -185,9 +203,9 @@ class InternVLAdapter(Adapter):
         return [1] * sum(map(len, images))
 
 
-def _join(context: VisionContext, items: Sequence[tuple[Kind, int]]) -> VisionContext:
+def _join(context: VisionContext, items: Sequence[tuple[Kind, int, Tiling | None]]) -> VisionContext:
     """The context of images and videos that are made of so many consecutive tiles each."""
-    tile, counts = context.items[0], [count for _, count in items]
+    tile, counts = context.items[0], [count for _, count, _ in items]
     assert tile.grid is not None
     place = torch.stack([tile.row, tile.col], dim=1)
     layouts = {item: _item(*item, place, tile.crop_grid, tile.grid[1:]) for item in set(items)}
@@ -213,10 +231,13 @@ def _join(context: VisionContext, items: Sequence[tuple[Kind, int]]) -> VisionCo
     )
 
 
-def _item(kind: Kind, tiles: int, place: Tensor, crop_grid: tuple[int, int], tokens: tuple[int, int]) -> VisualItem:
+def _item(
+    kind: Kind, tiles: int, tiling: Tiling | None, place: Tensor, crop_grid: tuple[int, int], tokens: tuple[int, int]
+) -> VisualItem:
     """Geometry of an image of so many tiles, the last of which is its overview, or of a video of so many frames.
 
-    place: [n, 2] row and column of the tokens of one tile. tokens: their rows and columns.
+    tiling: rows and columns of the tiles that are no overview, row by row, if known. place: [n, 2] row and column of
+    the tokens of one tile. tokens: their rows and columns.
     """
     crop = torch.arange(tiles, device=place.device).repeat_interleave(len(place))
     return VisualItem(
@@ -230,4 +251,5 @@ def _item(kind: Kind, tiles: int, place: Tensor, crop_grid: tuple[int, int], tok
         crop_grid=crop_grid,
         grid=(tiles, *tokens),
         thumbnail=tiles - 1 if tiles > 1 and kind == "image" else None,
+        tiling=tiling,
     )

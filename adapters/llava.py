@@ -1,4 +1,4 @@
-"""LLaVA: one crop per image, a CLIP or SigLIP tower, one LLM token per patch."""
+"""LLaVA: one crop per image, a CLIP, SigLIP or DINOv2 tower, one LLM token per patch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
-from vtc.adapters.compat import refuse_wrong_order
+from vtc.adapters.compat import refuse_other_layer, refuse_wrong_order, takes_mask
 from vtc.adapters.shapes import llm_shape, tower_shape
+from vtc.adapters.towers import CLIP, DINOV2, SIGLIP, Tower
 from vtc.batch.context import VisionContext
 from vtc.cost.shapes import Encoded, ModelShape, ProjectorShape
-from vtc.errors import UnsupportedCall, UnsupportedModel
+from vtc.errors import UnsupportedModel
 from vtc.method.base import ModelSpec
 from vtc.method.layout import Kind, VisualItem
 from vtc.ops.hashing import fingerprint
 
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
-"""Supported tower types and whether they have a class token."""
+TOWERS = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP, "dinov2": DINOV2}
+"""Supported tower types."""
 
 
 class LlavaAdapter(Adapter):
     """LlavaForConditionalGeneration (LLaVA-1.5 and everything trained with its recipe).
 
     model
-    ├── vision_tower (.vision_model up to transformers 5.17) .encoder.layers[i].self_attn
+    ├── vision_tower (.vision_model up to transformers 5.17) .encoder.layers[i].self_attn, or as its `Tower` says
     ├── multi_modal_projector
     └── language_model .layers[i].self_attn
     lm_head
@@ -34,7 +35,7 @@ class LlavaAdapter(Adapter):
 
     family = "llava"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
-    towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP")
+    towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP", "DINOv2")
     single_crop: ClassVar[bool] = True
     usual_crops: ClassVar[int] = 1
     """Crops of a usual picture, for tables."""
@@ -45,10 +46,13 @@ class LlavaAdapter(Adapter):
         ModelSpec(
             "llava", 27, 26, False, tuple(range(27)), 32, encoder_stages=True, single_crop=True
         ),  # a SigLIP-So400m tower
+        ModelSpec(
+            "llava", 12, 10, True, tuple(range(12)), 30, encoder_stages=True, single_crop=True
+        ),  # mini-llava, DINOv2-S/14
     )
 
     def check(self) -> None:
-        """Refuse towers other than CLIP and SigLIP, and what the base class refuses."""
+        """Refuse towers other than those of TOWERS, and what the base class refuses."""
         super().check()
         tower = self.model.config.vision_config.model_type
         if tower not in TOWERS:
@@ -58,12 +62,15 @@ class LlavaAdapter(Adapter):
 
     @property
     def vision_layers(self) -> Sequence[nn.Module]:
-        tower = self.backbone.vision_tower
-        return list(getattr(tower, "vision_model", tower).encoder.layers)
+        return self._tower.layers_of(self.backbone.vision_tower)
 
     @property
     def vision_attention(self) -> Sequence[nn.Module]:
-        return [layer.self_attn for layer in self.vision_layers]  # type: ignore[misc]
+        return self._tower.attention_of(self.backbone.vision_tower)
+
+    @property
+    def _tower(self) -> Tower:
+        return TOWERS[self.model.config.vision_config.model_type]
 
     @property
     def projector(self) -> nn.Module:
@@ -74,7 +81,7 @@ class LlavaAdapter(Adapter):
         config = self.model.config
         layers = config.vision_config.num_hidden_layers
         index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-        has_cls = TOWERS[config.vision_config.model_type]
+        has_cls = self._tower.has_cls
         deepest = max(i if i >= 0 else layers + 1 + i for i in ([index] if isinstance(index, int) else index))
         return ModelSpec(
             family=self.family,
@@ -84,7 +91,10 @@ class LlavaAdapter(Adapter):
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
             # Without a class token "default" cuts the first patch, which may be gone then.
-            encoder_stages=not self.joined and isinstance(index, int) and (has_cls or strategy == "full"),
+            encoder_stages=not self.joined
+            and isinstance(index, int)
+            and (has_cls or strategy == "full")
+            and takes_mask(self.vision_layers[0]),
             single_crop=self.single_crop,
             width=config.text_config.hidden_size,
         )
@@ -95,7 +105,7 @@ class LlavaAdapter(Adapter):
         tower = tower_shape(
             vision,
             patch=vision.patch_size**2,
-            prefix=int(TOWERS.get(vision.model_type, False)),
+            prefix=int(vision.model_type in TOWERS and TOWERS[vision.model_type].has_cls),
             pooling=vision.model_type == "siglip_vision_model" and getattr(vision, "vision_use_head", True),
         )
         llm, patches = llm_shape(config), (vision.image_size // vision.patch_size) ** 2
@@ -119,15 +129,14 @@ class LlavaAdapter(Adapter):
         return shape.crops(crops, patches, None if projected is None else crops * projected)
 
     def check_call(self, arguments: dict[str, Any]) -> None:
-        given, own = arguments.get("vision_feature_layer"), self.model.config.vision_feature_layer
-        if given is not None and given != own:
-            raise UnsupportedCall(
-                f"vision_feature_layer={given} was passed to this call, the method was planned for the configuration's "
-                f"{own}; set model.config.vision_feature_layer before vtc.compress instead"
-            )
+        refuse_other_layer(arguments, self.model.config.vision_feature_layer)
 
     def regroup(
-        self, contexts: tuple[VisionContext, ...], placeholders: Tensor, ids: Tensor | None = None
+        self,
+        contexts: tuple[VisionContext, ...],
+        placeholders: Tensor,
+        ids: Tensor | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[VisionContext, ...]:
         for context in contexts:
             refuse_wrong_order(context, placeholders[list(self.placeholders).index(context.kind)])

@@ -28,6 +28,7 @@ class LlavaNextAdapter(AnyResAdapter):
 
     family = "llava-next"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration",)
+    towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP")
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec(
             "llava-next", 24, 22, True, tuple(range(24)), 32, encoder_stages=True

@@ -34,13 +34,23 @@ def _experts(text: Any, layers: int) -> Experts | None:
 
 
 def tower_shape(vision: Any, *, patch: int, prefix: int = 0, pooling: bool = False) -> TowerShape:
-    """A tower whose configuration names its sizes as CLIP's does; patch: pixels in a patch."""
+    """A tower whose configuration names its sizes as CLIP's or DINOv2's does; patch: pixels in a patch."""
+    intermediate, matrices = _feed_forward(vision)
     return TowerShape(
         hidden=vision.hidden_size,
-        intermediate=vision.intermediate_size,
+        intermediate=intermediate,
         layers=vision.num_hidden_layers,
         inner=vision.hidden_size,
         inputs=patch * getattr(vision, "num_channels", 3),
+        matrices=matrices,
         prefix=prefix,
         pooling=pooling,
     )
+
+
+def _feed_forward(vision: Any) -> tuple[int, int]:
+    """Width and number of matrices of a tower's feed-forward part; DINOv2 names neither."""
+    if (named := getattr(vision, "intermediate_size", None)) is not None:
+        return named, 2
+    width = int(vision.hidden_size * vision.mlp_ratio)
+    return ((int(width * 2 / 3) + 7) // 8 * 8, 3) if vision.use_swiglu_ffn else (width, 2)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtc.app.images import pillow_defaults
 from vtc.app.preparation import Chat
@@ -26,8 +26,12 @@ from vtc.eval.local_data import LocalData
 from vtc.eval.messages import Clips, conversation
 from vtc.eval.outside import PATIENCE, Calls, watching
 from vtc.eval.quiet import muted
+from vtc.eval.store import Record
 from vtc.eval.suite import GROUPS, expand
 from vtc.eval.task_index import GENERATE, TaskIndex
+
+if TYPE_CHECKING:
+    from vtc.eval.scoring import Scored
 
 _loading = threading.Lock()
 """lmms-eval reads task files by a loader that it changes for the whole process, with or without their functions."""
@@ -76,6 +80,26 @@ class SweepTask:
     def main_metric(self) -> str:
         """The first metric that the task declares."""
         return str(next(iter(self.lmms.aggregation())))
+
+    def settings(self, overrides: Mapping[str, Any]) -> Record:
+        """How it is asked, for `run.json`."""
+        generation = self.generation(overrides)
+        return {
+            "cluster_key": self.lmms.config.cluster_key,
+            "prompt_profile": self.profile,
+            "generation": {name: value for name, value in generation.arguments.items() if value is not None},
+            "until": list(generation.until),
+        }
+
+    def target(self, doc_id: int) -> str:
+        """The right answer to a document."""
+        return str(self.lmms.doc_to_target(self.documents[doc_id]))
+
+    def scored(self, rows: Sequence[Record], documents: int, side_files: Path | None = None) -> dict[str, Scored]:
+        """The metrics of one cell, see `vtc.eval.scoring.score`."""
+        from vtc.eval.scoring import score  # which is made of tasks
+
+        return score(self, rows, documents, side_files)
 
     def conversation(self, doc_id: int, clips: Clips | None = None) -> Chat:
         """The chat messages of one document, with its pictures and videos opened, see `vtc.eval.messages`.
@@ -145,6 +169,10 @@ def load_tasks(
         UnknownName: a name that no folder knows, with near matches.
         InputError: a task that is not generate_until, whose data are missing, or whose code fails to load; a data map
             that cannot be used.
+
+    >>> (task,) = load_tasks(["tiny_image"])
+    >>> task.main_metric, len(task.documents)
+    ('accuracy', 720)
     """
     with _loading:
         return _load_tasks(names, include_path, profile, read_data_map(data_map))
@@ -224,6 +252,9 @@ def list_tasks(include_path: Sequence[Path] = (), *, everything: bool = False) -
 
     Only local ones unless `everything`, which adds the generate_until tasks of lmms-eval; most of those need data from
     the hub.
+
+    >>> next(task["kind"] for task in list_tasks() if task["name"] == "tiny_image")
+    'task'
     """
     with _loading:
         return TaskIndex(include_path, defaults=everything).listed()

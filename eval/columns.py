@@ -193,7 +193,10 @@ COLUMNS = (
     Column("ci_high", float, "upper end", scored=lambda m: m.interval.high),
     Column("n", int, "questions it is about", scored=lambda m: len(m.doc_ids)),
     _over_answers("visual_tokens_in", "visual tokens of a question before compression"),
-    _over_answers("visual_tokens_kept", "mean over the LLM's layers of those that enter the layer"),
+    _over_answers(
+        "visual_tokens_kept",
+        "mean over the LLM's layers of those that enter the layer; of an encoder alone, those that leave it",
+    ),
     Column("higher_is_better", bool, "direction of the metric", scored=lambda m: m.better),
     Column("retained", float, "percent of the value of `none`", table=_retained),
     Column("tokdense", float, "value in percent over `visual_tokens_kept` (VQToken)", table=_density),
@@ -210,7 +213,9 @@ COLUMNS = (
     _compared("diff_method", str, "where p and the interval of the difference come from", "how"),
     _over_answers("output_tokens", "tokens of an answer, its end token included", since=1),
     _over_answers(
-        "flops", "operations of a prefill, as `vtc cost` counts them under `exact`, padding left out", since=2
+        "flops",
+        "operations of a prefill or of an image's encoding, as `vtc cost` counts them under `exact`, padding left out",
+        since=2,
     ),
     _over_answers("flops_share", "the same as a share of that of `none`, mean over the questions", since=2),
     _over_answers("kv_bytes", "KV cache of a question at the end of its prefill, padding left out", since=2),

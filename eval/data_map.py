@@ -65,6 +65,9 @@ def read_data_map(given: Path | Mapping[str, Any] | None) -> DataMap:
 
     Raises:
         InputError: a file that is missing or not YAML, an entry that is no path, or a path where nothing lies.
+
+    >>> read_data_map({"pope": ".", "videomme": {"media": "."}}).names
+    ['pope', 'videomme']
     """
     if given is None:
         return DataMap()

@@ -10,21 +10,39 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vtc.app.catalogue import describe_methods
-from vtc.app.method_pages import method_pages
+from vtc.app.method_pages import method_pages, overview
+from vtc.eval.choosing import choosing_page
 from vtc.eval.columns import column_page
+from vtc.eval.reference import core_page, eval_page, methods_page
 from vtc.eval.suite import task_page
 
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
+    "choosing.md": choosing_page,
     "methods.md": lambda: method_pages(describe_methods()),
     "columns.md": column_page,
     "tasks.md": task_page,
+    "api/vtc.md": core_page,
+    "api/methods.md": methods_page,
+    "api/eval.md": eval_page,
 }
 """Name of a file in docs -> what makes its text."""
 
 
-def main(folder: Path = Path("docs")) -> None:
-    """Write all of them into `folder`."""
+BEGIN, END = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
+
+
+def with_methods(readme: str) -> str:
+    """The text of README with the table of the registry's methods between its marks."""
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n{overview(describe_methods(), 'docs/methods.md')}\n{END}{after}"
+
+
+def main(folder: Path = Path("docs"), readme: Path = Path("README.md")) -> None:
+    """Write all of them into `folder`, and the table of methods into `readme`."""
+    readme.write_text(with_methods(readme.read_text(encoding="utf-8")), encoding="utf-8")
     for name, make in DOCUMENTS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(make(), encoding="utf-8")
         sys.stdout.write(f"{folder / name}\n")
 

@@ -103,7 +103,7 @@ class Downsampler:
             media: Any = Video(np.stack([blank] * frames), np.arange(frames) / LIST_RATE, LIST_RATE, frames)
         else:
             media = Image.fromarray(blank)
-        inputs = prepare(self.loaded, [[{"role": "user", "content": [{"type": kind, kind: media}]}]])
+        inputs, _ = prepare(self.loaded, [[{"role": "user", "content": [{"type": kind, kind: media}]}]])
         return int((inputs["input_ids"] == adapters.of(self.loaded.model).placeholders[kind]).sum())
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vtc.errors import VTCError
-from vtc.eval.answering import Outcome, Worker
-from vtc.eval.catalogue import SweepTask
+from vtc.eval.answering import Outcome
+from vtc.eval.asked import Asked
 from vtc.eval.failures import breaks_the_device, failure_record
 from vtc.eval.plan import Item, missing
 from vtc.eval.progress import SilentProgress
@@ -31,6 +31,13 @@ class Ended:
     """An item is over. lost: what became of the worker, if it is gone before the item was done; empty otherwise."""
 
     lost: str = ""
+
+
+class Worker(Protocol):
+    """What answers items, such as `vtc.eval.answering.Worker`."""
+
+    def run(self, item: Item, following: Item | None = None) -> Iterator[Outcome]:
+        """Outcomes of every cell of `item`, each as soon as it is known; following: what is run next."""
 
 
 class Pool(Protocol):
@@ -92,7 +99,7 @@ class Here:
 
 
 def run_items(
-    items: Sequence[Item], tasks: Mapping[str, SweepTask], pool: Pool, writer: Writer, progress: SilentProgress
+    items: Sequence[Item], tasks: Mapping[str, Asked], pool: Pool, writer: Writer, progress: SilentProgress
 ) -> list[Record]:
     """Work through `items` with the workers of `pool` and return the failures.
 
@@ -125,7 +132,7 @@ class _Books:
     """What has become of the items: rows are stored, failures recorded, and what is left of an item is known."""
 
     def __init__(
-        self, items: Sequence[Item], tasks: Mapping[str, SweepTask], writer: Writer, progress: SilentProgress
+        self, items: Sequence[Item], tasks: Mapping[str, Asked], writer: Writer, progress: SilentProgress
     ) -> None:
         self.failures: list[Record] = []
         self._tasks, self._writer, self._progress = tasks, writer, progress

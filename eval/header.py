@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from vtc.errors import InputError
-from vtc.eval.catalogue import SweepTask
+from vtc.eval.asked import Scorable
 from vtc.eval.cells import Cell
 from vtc.eval.facts import Facts
 from vtc.eval.spec import SweepSpec
@@ -19,19 +19,16 @@ from vtc.eval.store import Record, Store
 PACKAGES = ("visual-token-compression", "torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy", "pillow")
 
 
-def documents(spec: SweepSpec, task: SweepTask) -> int:
+def documents(spec: SweepSpec, task: Scorable) -> int:
     """How many documents of `task` the sweep asks about."""
     return min(spec.limit or len(task.documents), len(task.documents))
 
 
-def run_record(
-    store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells: Sequence[Cell], facts: Facts
-) -> Record:
+def run_record(store: Store, spec: SweepSpec, tasks: Sequence[Scorable], cells: Sequence[Cell], facts: Facts) -> Record:
     """The content of `run.json` once `spec` runs: what is there already, and this sweep."""
     run: Record = store.run() if store.exists else {"tasks": {}, "sweeps": []}
     for task in tasks:
         asked = run["tasks"].get(task.name, {}).get("cells", [])
-        generation = task.generation(spec.generation)
         run["tasks"][task.name] = {
             "fingerprint": task.fingerprint,
             "version": task.version,
@@ -39,10 +36,7 @@ def run_record(
             "of": len(task.documents),
             "repeats": task.repeats,
             "main_metric": task.main_metric,
-            "cluster_key": task.lmms.config.cluster_key,
-            "prompt_profile": task.profile,
-            "generation": {name: value for name, value in generation.arguments.items() if value is not None},
-            "until": list(generation.until),
+            **task.settings(spec.generation),
             "cells": list(dict.fromkeys([*asked, *(cell.key() for cell in cells)])),
         }
     sweep = {
@@ -61,7 +55,7 @@ def run_record(
     }
 
 
-def check_same_sweep(store: Store, spec: SweepSpec, tasks: Sequence[SweepTask], cells: Sequence[Cell]) -> None:
+def check_same_sweep(store: Store, spec: SweepSpec, tasks: Sequence[Scorable], cells: Sequence[Cell]) -> None:
     """Refuse to add to a store whose answers could not stand beside the new ones.
 
     Raises:

@@ -206,6 +206,9 @@ def read_ledger(folder: Path | None = None) -> Ledger:
 
     Raises:
         InputError: there is none, or a file does not hold what it should; the line names file and key.
+
+    >>> "fastv-llava-1.5-7b" in read_ledger().tables
+    True
     """
     place = FOLDER if folder is None else folder
     if not (place / BENCHMARKS).is_file():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vtc.eval.catalogue import SweepTask
+from vtc.eval.asked import Asked
 from vtc.eval.seen import RowKey
 
 
@@ -24,7 +24,7 @@ class Item:
 
 
 def plan(
-    task: SweepTask,
+    task: Asked,
     documents: int,
     cells: Sequence[str],
     seen: Container[RowKey],
@@ -44,12 +44,12 @@ def plan(
             yield Item(task.name, doc_ids, tuple(pending))
 
 
-def missing(task: SweepTask, cell: str, doc_ids: Iterable[int], seen: Container[RowKey]) -> int:
+def missing(task: Asked, cell: str, doc_ids: Iterable[int], seen: Container[RowKey]) -> int:
     """How many answers of `cell` to these documents are not in `seen`."""
     return sum(key not in seen for key in _keys(task, cell, doc_ids))
 
 
-def _keys(task: SweepTask, cell: str, doc_ids: Iterable[int]) -> Iterator[RowKey]:
+def _keys(task: Asked, cell: str, doc_ids: Iterable[int]) -> Iterator[RowKey]:
     for doc_id in doc_ids:
         for repeat in range(task.repeats):
             yield cell, task.name, task.fingerprint, doc_id, repeat

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vtc.app.talk import LOG, show, talking
 from vtc.eval.store import Record
 
 
@@ -49,7 +50,8 @@ class ConsoleProgress(SilentProgress):
     def __init__(self, every_seconds: float = 30.0) -> None:
         # The stream is named because whatever redirects sys.stderr later means to silence others, not this bar.
         self.console = Console(file=sys.stderr)
-        self._live = self.console.is_terminal or self.console.is_jupyter
+        show()
+        self._live = talking() and (self.console.is_terminal or self.console.is_jupyter)
         self._every = every_seconds
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -69,8 +71,8 @@ class ConsoleProgress(SilentProgress):
         self._began = self._spoke = 0.0
 
     def note(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Log one line, which appears above the bar."""
+        LOG.info(text, extra={"console": self.console})
 
     def start(self, total: int, done: int, what: str = "answers") -> None:
         """Begin a bar with `done` of `total`."""
@@ -95,7 +97,8 @@ class ConsoleProgress(SilentProgress):
         self._total -= lost
         if self._id is not None:
             self._bar.update(self._id, total=self._total)
-        self.note(f"failed: {failure['task']}, {failure['stage']}: {failure['error']}: {failure['reason']}")
+        text = f"failed: {failure['task']}, {failure['stage']}: {failure['error']}: {failure['reason']}"
+        LOG.error(text, extra={"console": self.console})
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -7,6 +7,8 @@ from typing import Any
 
 from vtc.eval import charts, curves, difficulty
 from vtc.eval.answers import Answers, answers
+from vtc.eval.bench.page import section
+from vtc.eval.bench.record import Record, read_record
 from vtc.eval.columns import COLUMNS
 from vtc.eval.comparisons import POINTS, Retained, needed, pairs, ranked_tasks, retained, seeds_to_untouched
 from vtc.eval.files import files
@@ -17,20 +19,23 @@ from vtc.eval.store import Store
 from vtc.eval.tables import Grid, grid, nominal, short_names
 
 
-def write_report(folder: Path) -> Results:
+def write_report(folder: Path, bench: Path | None = None) -> Results:
     """Write `report.html` and the files of `vtc.eval.files` into `folder` from its store, and return what they show.
 
+    bench: folder of a bench, whose figures become a section of the report.
+
     Raises:
-        InputError: the folder holds no sweep, or cannot be written.
+        InputError: a folder holds no sweep or no bench, or cannot be written.
     """
     results = read_results(folder)
+    measured = None if bench is None else read_record(bench)
     browser = browsed(Store(folder), results.run, results.lines, results.stored)
-    content = files(results) | {"report.html": render(results, browser).encode()}
+    content = files(results) | {"report.html": render(results, browser, measured).encode()}
     write_files(folder, content)
     return results
 
 
-def render(results: Results, browser: dict[str, Any] | None = None) -> str:
+def render(results: Results, browser: dict[str, Any] | None = None, bench: Record | None = None) -> str:
     """The report as one HTML page that needs no other file; `browser` is `vtc.eval.samples.browsed`."""
     page = Page()
     order = retained(results)
@@ -41,6 +46,7 @@ def render(results: Results, browser: dict[str, Any] | None = None) -> str:
         "ranking": _ranking(page, results, order),
         "tasks": [_task(page, results, task) for task in results.tasks],
         "browser": browser or {},
+        "bench": None if bench is None else section(page, bench),
     }
     return page.render("report.html", title=f"Visual-token compression on {results.run['model']['name']}", **context)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import InputError, UnknownName
-from vtc.eval.catalogue import SweepTask, load_tasks, root_cause
+from vtc.eval.asked import Scorable
+from vtc.eval.catalogue import load_tasks, root_cause
 from vtc.eval.cells import BASELINE
 from vtc.eval.columns import scoring_text
 from vtc.eval.failures import FAULTS, failure_record, unanswered
@@ -68,7 +69,7 @@ def _data_map(run: Record) -> Path | Mapping[str, Any] | None:
 
 
 def score_store(
-    task: SweepTask, n: int, baseline: str, writer: Writer, progress: SilentProgress, *, again: bool = False
+    task: Scorable, n: int, baseline: str, writer: Writer, progress: SilentProgress, *, again: bool = False
 ) -> list[Record]:
     """Score the store's cells that are complete on the first `n` documents and not scored there yet; return failures.
 
@@ -117,17 +118,17 @@ def score_store(
     return failures
 
 
-def _left_out(task: SweepTask, n: int, writer: Writer) -> list[int]:
+def _left_out(task: Scorable, n: int, writer: Writer) -> list[int]:
     return sorted(unanswered(writer.store.failures(), task.key, n, writer.seen))
 
 
-def _answerable(task: SweepTask, n: int, writer: Writer) -> list[int]:
+def _answerable(task: Scorable, n: int, writer: Writer) -> list[int]:
     left_out = set(_left_out(task, n, writer))
     return [doc_id for doc_id in range(n) if doc_id not in left_out]
 
 
 def _scored_before(
-    task: SweepTask, n: int, left_out: list[int], store: Store
+    task: Scorable, n: int, left_out: list[int], store: Store
 ) -> tuple[dict[str, bool], dict[str, Record | None]]:
     """Cells by this scoring on these documents, with whether they were compared; cells by others, with theirs."""
     compared: dict[str, bool] = {}

@@ -74,7 +74,7 @@ class Runner(Answerer):
         device = self.model.device
         with attached as handle:
             if handle is not None:
-                handle.system_length = batch.system_lengths
+                batch.tell(handle)
             synchronise(device)
             start = time.perf_counter()
             self.model(**batch.inputs, use_cache=True, logits_to_keep=1)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vtc.app.media import Video
 from vtc.errors import InputError, one_line
-from vtc.eval.catalogue import SweepTask
+from vtc.eval.asked import Scorable
 from vtc.eval.results import asked
 from vtc.eval.store import Record, Store
 
@@ -30,7 +30,7 @@ PICTURES = 4
 """Pictures shown of one document."""
 
 
-def write_samples(store: Store, tasks: Sequence[SweepTask]) -> None:
+def write_samples(store: Store, tasks: Sequence[Scorable]) -> None:
     """Write the samples of each task whose main metric has been scored by document, and the answers' pictures.
 
     A document whose pictures cannot be read is left out: its answers lack as well, or the failure is recorded.
@@ -85,10 +85,10 @@ def choose(scores: Sequence[dict[str, float]], count: int) -> dict[int, str]:
     return reasons
 
 
-def _sample(task: SweepTask, doc_id: int, why: str) -> Record | None:
+def _sample(task: Scorable, doc_id: int, why: str) -> Record | None:
     try:
         messages = task.conversation(doc_id)
-        target = task.lmms.doc_to_target(task.documents[doc_id])
+        target = task.target(doc_id)
     except Exception:  # the task's own code; what it refuses while answering is recorded as a failure already
         return None
     parts = [part for message in messages for part in message["content"]]
@@ -97,7 +97,7 @@ def _sample(task: SweepTask, doc_id: int, why: str) -> Record | None:
     step = max(1, -(-len(pictures) // PICTURES))
     shown = [thumbnail(picture) for picture in pictures[::step]]
     return {
-        "doc_id": doc_id, "question": question, "target": str(target), "why": why, "pictures": shown,
+        "doc_id": doc_id, "question": question, "target": target, "why": why, "pictures": shown,
         "of": len(pictures),
     }  # fmt: skip
 

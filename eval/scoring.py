@@ -19,6 +19,7 @@ import numpy as np
 
 from vtc.errors import InputError, VTCError
 from vtc.eval.aggregation import Aggregation, aggregations, arguments, collecting
+from vtc.eval.asked import Scorable
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.columns import Measured, scored_columns
 from vtc.eval.quiet import muted
@@ -46,11 +47,15 @@ def scoring_of(task_fingerprint: str) -> Record:
 
 @dataclass(frozen=True)
 class Scored:
-    """One metric of one cell: `value` as the task aggregates it, over the documents `doc_ids` (N) that have it."""
+    """One metric of one cell: `value` as the task aggregates it, over the documents `doc_ids` (N) that have it.
+
+    better: whether higher values are better.
+    """
 
     value: float
     doc_ids: tuple[int, ...]
     outcomes: Outcomes
+    better: bool = True
 
 
 class NotScored(InputError):
@@ -91,7 +96,7 @@ def score(task: SweepTask, rows: Sequence[Record], documents: int, side_files: P
     samples = result["samples"][task.name]
     values = {k: v for k, v in result["results"][task.name].items() if "," in k and "_stderr" not in k}
     filters = list(dict.fromkeys(key.split(",", 1)[1] for key in values))
-    declared = list(task.lmms.aggregation())
+    declared, better = list(task.lmms.aggregation()), task.lmms.higher_is_better()
     scored = {}
     for key, value in sorted(values.items(), key=lambda entry: _position(declared, entry[0].split(",")[0])):
         metric, name = key.split(",", 1)
@@ -103,6 +108,7 @@ def score(task: SweepTask, rows: Sequence[Record], documents: int, side_files: P
                 float(value),
                 tuple(s["doc_id"] for s in having),
                 _outcomes(task, aggregated[metric], metric, having, float(value)),
+                bool(better.get(metric, True)),
             )
     _check(task, values, scored)
     return scored
@@ -203,7 +209,7 @@ def _cluster(item: Any, sample: Mapping[str, Any], cluster_key: str) -> Hashable
 
 
 def metric_records(
-    task: SweepTask,
+    task: Scorable,
     cell: str,
     documents: int,
     rows: Sequence[Record],
@@ -216,8 +222,7 @@ def metric_records(
     None for the baseline itself or where it is incomplete. Side files of the task's scoring, such as submissions to a
     server, go to ``folder/submissions/CELL/TASK``.
     """
-    scored = score(task, rows, documents, folder and folder / "submissions" / cell / task.name)
-    better = task.lmms.higher_is_better()
+    scored = task.scored(rows, documents, folder and folder / "submissions" / cell / task.name)
     about = {"cell": cell, "task": task.name, "task_fp": task.fingerprint, "documents": documents}
     about |= {"scoring": scoring_of(task.fingerprint)}
     records = []
@@ -227,8 +232,7 @@ def metric_records(
         with muted():  # the task's code may speak on every resample
             ends = interval(result.outcomes)
             against = _against(result, baseline.get(metric)) if baseline is not None else None
-        direction = bool(better.get(metric.split(",")[0], True))
-        measured = Measured(result.value, result.doc_ids, ends, against, direction, rows)
+        measured = Measured(result.value, result.doc_ids, ends, against, result.better, rows)
         records.append({**about, "metric": metric, **scored_columns(measured), **_by_document(result, rows)})
     return scored, records
 

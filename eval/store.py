@@ -20,6 +20,7 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,9 @@ from typing import Any
 
 from vtc.errors import InputError
 from vtc.eval.seen import RowKey, Seen
+
+SYNC = 1.0
+"""Seconds of answers that a power failure may cost; a killed process loses none, what it wrote is with the system."""
 
 Record = dict[str, Any]
 
@@ -189,6 +193,7 @@ class Writer:
             self._check_empty()
         self.seen = store.index()
         self._cells = set(store.cells())
+        self._synced = time.monotonic()
 
     def _check_empty(self) -> None:
         """InputError if answers lie in the folder, and nothing says whose they are."""
@@ -246,7 +251,9 @@ class Writer:
                 before = file.tell()
                 try:
                     _write_all(file, b"".join(lines))
-                    os.fsync(file.fileno())
+                    if name != "rows" or time.monotonic() - self._synced >= SYNC:
+                        os.fsync(file.fileno())
+                        self._synced = time.monotonic()
                 except BaseException:
                     with contextlib.suppress(OSError):
                         file.truncate(before)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vtc.app.preparation import Chat
 from vtc.errors import InputError
 from vtc.eval import files
+from vtc.eval.asked import Scorable
 from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.cells import Cell, make_methods
 from vtc.eval.cluster import RayEngine
@@ -89,7 +90,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
                 progress.note(f"note: {note}")
             writer.save_run(run_record(store, spec, tasks, cells, facts))
             writer.add_cells(cell.record() for cell in cells)
-            answered, failures = _answer(spec, tasks, cells, pool, writer, progress)
+            answered, failures = answer_missing(spec, tasks, cells, pool, writer, progress)
             for task in tasks:
                 failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
             write_samples(store, tasks)
@@ -122,9 +123,9 @@ def _workers(
         yield facts, crew
 
 
-def _answer(
+def answer_missing(
     spec: SweepSpec,
-    tasks: Sequence[SweepTask],
+    tasks: Sequence[Scorable],
     cells: Sequence[Cell],
     pool: Pool,
     writer: Writer,

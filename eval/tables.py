@@ -83,8 +83,8 @@ def console_title(results: Results, task: str) -> str:
 
 
 NOTE = (
-    "with each value: visual tokens entering an LLM layer, achieved; *: differs from the untouched model, "
-    "p < 0.05 after Holm's correction"
+    "with each value: visual tokens entering an LLM layer, or leaving an encoder, achieved; *: differs from the "
+    "untouched model, p < 0.05 after Holm's correction"
 )
 
 

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from vtc.cli.main import main
 from vtc.method.registry import METHODS
 
 pytestmark = pytest.mark.slow
 
 
-def vtc(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from vtc.cli.main import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+def vtc(*arguments: str) -> Finished:
+    """Run the command in this process: a new one imports torch for seconds."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["vtc", *arguments])
+        with redirect_stderr(io.StringIO()) as errors:
+            try:
+                main()
+                status = 0
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return Finished(status, out.getvalue(), errors.getvalue())
+
+
+def refused(result: Finished, *words: str) -> None:
     """One line on stderr that holds all `words`, nothing on stdout, exit status 2, no traceback."""
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
@@ -82,6 +103,8 @@ def test_models_lists_the_embedded_model_and_every_family() -> None:
     kinds = {entry["name"]: entry["kind"] for entry in entries}
     assert kinds["tiny-llava"] == "embedded"
     assert kinds["llava"] == "family"
+    assert kinds["tiny-clip"] == kinds["clip"] == kinds["open_clip"] == "encoder"
+    assert {entry["name"]: entry["modalities"] for entry in entries}["tiny-onevision"] == ["image", "video"]
 
 
 def test_generate_answers_and_reports_tokens(image: Path) -> None:
@@ -172,5 +195,6 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr
 
 
-def test_unknown_command_fails() -> None:
-    assert vtc("methodes").returncode == 2
+def test_unknown_command_fails_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-c", "from vtc.cli.main import main; main()", "methodes"]
+    assert subprocess.run(command, capture_output=True, timeout=300, check=False).returncode == 2

@@ -5,13 +5,16 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import vtc
 import vtc.adapters
 import vtc.eval
+from vtc.method.registry import METHODS
 
 OPTIONAL = {"lmms_eval", "datasets", "av", "pandas", "pyarrow", "pydantic", "scipy", "sklearn", "statsmodels", "ray"}
 """What `pip install visual-token-compression[eval]` brings; modules that need it are skipped where it is missing."""
@@ -50,3 +53,25 @@ def test_the_examples_are_found() -> None:
     }
     assert min(counts.values()) > 0
     assert {"vtc.adapters.llava", "vtc.methods.vtc_cls", "vtc.eval.tiny"} <= set(NAMES)
+
+
+def examples(value: object) -> bool:
+    return ">>>" in (getattr(value, "__doc__", None) or "")
+
+
+def test_every_public_name_has_an_example() -> None:
+    """Names of `vtc`, methods, and what is public of `vtc.eval`, whose session on the API page counts as well."""
+    reference = pytest.importorskip("vtc.eval.reference")
+    names = {name: getattr(vtc, name) for name in vtc.__all__ if not isinstance(getattr(vtc, name), int)}
+    names |= {name: METHODS.get(name) for name in METHODS.names() if METHODS.get(name).__module__.startswith("vtc.")}
+    for module, found in reference.PUBLIC.items():
+        names |= {name: getattr(importlib.import_module(module), name) for name in found}
+    shown = {name for name in names if re.search(rf"\b{name}\b", reference.SESSION)}
+    assert [name for name, value in names.items() if not examples(value) and name not in shown] == []
+
+
+def test_the_session_of_the_evaluation_package_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = pytest.importorskip("vtc.eval.reference")
+    monkeypatch.chdir(tmp_path)
+    test = doctest.DocTestParser().get_doctest(reference.SESSION, {}, "vtc.eval.reference", None, 0)
+    assert doctest.DocTestRunner(optionflags=OPTIONS).run(test).failed == 0

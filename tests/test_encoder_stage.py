@@ -23,7 +23,11 @@ from vtc.testing.contract import generate, identical
 
 LAYOUT = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]
 TOKENS = 16
-TOWERS = {"llava-clip": (1, 2), "llava-siglip": (0, 3)}  # rows in front of the patches, last layer that counts
+TOWERS = {
+    "llava-clip": (1, 2),
+    "llava-siglip": (0, 3),
+    "llava-dinov2": (1, 2),
+}  # rows in front of the patches, last layer that counts
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,13 @@ def by_hand(name: str, pixels: Tensor, stages: dict[int, Callable[[Tensor], tupl
     if name == "llava-clip":
         hidden = tower.pre_layrnorm(hidden)
     places = torch.arange(hidden.shape[1] - prefix).expand(len(pixels), -1)
-    for index, layer in enumerate(tower.encoder.layers[: last + 1]):
+    layers = tower.encoder.layer if name == "llava-dinov2" else tower.encoder.layers
+    attention = adapters.of(model).vision_attention
+    for index, layer in enumerate(layers[: last + 1]):
         if index in stages:
             kept, rows = stages[index](hidden[:, prefix:])
             hidden, places = torch.cat([hidden[:, :prefix], rows], dim=1), places.gather(1, kept)
-        hook = layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+        hook = attention[index].register_forward_hook(lambda module, args, output: weights.append(output[1]))
         output = layer(hidden, attention_mask=None)
         hidden = output[0] if isinstance(output, tuple) else output
         hook.remove()
@@ -152,10 +158,11 @@ def test_the_tower_by_hand_is_the_tower(name: str, limits: Any) -> None:
         (Inside((EncoderStage(1),)), {1: largest_half}),
         (Inside((EncoderStage(2),)), {2: largest_half}),
         (Inside((EncoderStage(1), EncoderStage(2))), {1: largest_half, 2: largest_half}),
+        (Inside((EncoderStage(0), EncoderStage(2))), {0: largest_half, 2: largest_half}),
         (Inside((EncoderStage(2),), merge=True), {2: neighbours}),
         (Inside((EncoderStage(1), EncoderStage(2)), merge=True), {1: neighbours, 2: neighbours}),
     ],
-    ids=["drop before 1", "drop before 2", "drop twice", "merge", "merge twice"],
+    ids=["drop before 1", "drop before 2", "drop twice", "drop before the first", "merge", "merge twice"],
 )
 def test_survivors_are_those_of_a_shorter_tower(name: str, method: Inside, stages: Any, limits: Any) -> None:
     model, inputs = tiny_model(name), tiny_inputs(name, LAYOUT, extra=1)
@@ -287,12 +294,12 @@ def test_the_budget_counts_llm_tokens(clip: Any) -> None:
     assert handle.trace[0].items[0].kept[0].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("name", "layers"), [("llava-clip", (0, 4, 9, -1)), ("llava-siglip", (0, 5))])
+@pytest.mark.parametrize(("name", "layers"), [("llava-clip", (4, 9, -1)), ("llava-siglip", (5,))])
 def test_layers_without_an_effect_are_refused(name: str, layers: tuple[int, ...]) -> None:
     last = TOWERS[name][1]
     model = tiny_model(name)
     for layer in layers:
-        match = rf"before layer {layer} was asked for; the features .* leave layer {last}, so only stages 1 to that"
+        match = rf"before layer {layer} was asked for; the features .* leave layer {last}, so only stages 0 to that"
         with pytest.raises(UnsupportedMethod, match=match):
             vtc.compress(model, Inside((EncoderStage(layer),)))
     with vtc.compress(model, Inside((EncoderStage(last),))):
@@ -329,6 +336,7 @@ seen: list[StageView] = []
         ("llava-clip", Rows.RECEIVED, (1, 2)),
         ("llava-clip", Rows.RECEIVED, (1, 3)),
         ("llava-siglip", Rows.RECEIVED, (2,)),
+        ("llava-dinov2", Rows.CLS, (1,)),
     ],
 )
 def test_crops_may_keep_different_numbers(name: str, rows: Any, stages: Any, attention: str, limits: Any) -> None:

@@ -7,14 +7,21 @@ import inspect
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig, StaticCache
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    StaticCache,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtc
@@ -352,6 +359,18 @@ def broken_package() -> None:
         MethodRegistry().names()
 
 
+class Sized(FixedKeep):
+    """Says how much tokens count where nothing reads it."""
+
+    def select(self, view: StageView) -> Selection:
+        return replace(super().select(view), sizes=torch.ones(view.items.mask.shape))
+
+
+def encoder() -> Any:
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
+
+
 @dataclass(frozen=True)
 class Case:
     """A mistake, its error, and fragments that say what was given, why it is refused and what to write."""
@@ -517,11 +536,27 @@ CASES: dict[str, Case] = {
     ),
     "encoder layer": Case(
         lambda: vtc.compress(model(), Probe((EncoderStage(4),))),
-        UnsupportedMethod, "before layer 4", "leave layer 2", "only stages 1 to that layer",
+        UnsupportedMethod, "before layer 4", "leave layer 2", "only stages 0 to that layer",
     ),
     "ragged crops": Case(
         lambda: run(Ragged((EncoderStage(1),)), flex_tower),
-        UnsupportedMethod, "'flex_attention'", "needs a padding mask inside the encoder", "attn_implementation='sdpa'",
+        UnsupportedMethod, "'flex_attention'", "needs a mask inside the encoder", "attn_implementation='sdpa'",
+    ),
+    "sizes inside the LLM": Case(
+        lambda: run(Sized()),
+        UnsupportedCall, "sizes of tokens were given at stage 0", "encoder stages alone read", "leave them out there",
+    ),
+    "pixels of a packed encoder": Case(
+        lambda: vtc.compress(tiny_model("qwen2.5-vl"), Probe(needs=Needs({-1: Rows.PIXELS}))),
+        UnsupportedMethod, "pixels of patches were asked for", "is not given pictures", "choose a method that reads",
+    ),
+    "pixels of a layer": Case(
+        lambda: vtc.compress(model(), Probe(needs=Needs({1: Rows.PIXELS}))),
+        UnsupportedMethod, "'pixels' was asked for of vision layer 1", "in front of the layers", "write Needs({-1:",
+    ),
+    "an LLM's argument for an encoder": Case(
+        lambda: vtc.compress(encoder(), "tome", inside=True, keep=4, prompt_length=3),
+        VTCError, "prompt_length given for a CLIPVisionModel", "has no LLM behind its encoder", "leave it out",
     ),
     # engine
     "second method": Case(
@@ -571,6 +606,10 @@ CASES: dict[str, Case] = {
     "no length": Case(
         lambda: vtc.compress(model(), "random", keep=4, prompt_length=0),
         InputError, "prompt_length=0", "is no number of tokens", "prompt_length=[17, 23]",
+    ),
+    "a size for every picture": Case(
+        lambda: vtc.compress(model(), "random", keep=4, image_sizes=[480, 640]),  # type: ignore[list-item]
+        InputError, "image_sizes=[480, 640]", "are no sizes of pictures", "image_sizes=[(480, 640)]",
     ),
     "lengths of another batch": Case(
         lambda: run(FixedKeep(), prompt_length=[8, 8, 8]),

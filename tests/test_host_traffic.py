@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from vtc.method.items import ItemTable
 from vtc.method.layout import VisualItem
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
-from vtc.testing.everything import OPTIONS
+from vtc.testing.everything import OPTIONS, runs
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
 READS = {
@@ -62,7 +63,10 @@ def views(method: Compressor, name: str) -> list[StageView]:
 @pytest.mark.parametrize("registered", vtc.list_methods())
 def test_methods_read_nothing_back(registered: str, name: str) -> None:
     method = vtc.create(registered, **OPTIONS.get(registered, {}))
-    method = with_fresh_weights(method, vtc.adapters.of(tiny_model(name)).spec)
+    spec = vtc.adapters.of(tiny_model(name)).spec
+    method = with_fresh_weights(method, spec)
+    if not runs(method, spec):
+        pytest.skip("does not run on this family")
     found = views(method, name)
     assert found
     reading = 0
@@ -75,6 +79,30 @@ def test_methods_read_nothing_back(registered: str, name: str) -> None:
         except DataDependentOutputException:
             reading += 1
     assert reading == (registered in READS)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(os.environ.get("VTC_SYNC_DEBUG") != "error", reason="on request: VTC_SYNC_DEBUG=error")
+@pytest.mark.parametrize("registered", vtc.list_methods())
+def test_no_stage_waits_for_the_gpu(registered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises wherever the host waits inside a selection, copies of numbers from the host included."""
+    model = tiny_model("llava-clip").cuda()
+    method = with_fresh_weights(vtc.create(registered, **OPTIONS.get(registered, {})), vtc.adapters.of(model).spec)
+    select = type(method).select
+
+    def strict(self: Any, view: StageView) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return select(self, view)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    inputs = {name: value.cuda() for name, value in tiny_inputs("llava-clip", LAYOUT).items()}
+    monkeypatch.setattr(type(method), "select", strict)
+    budget = {"retention": 0.7} if method.needs_budget else {}
+    with torch.no_grad(), vtc.compress(model, method, **budget):  # type: ignore[arg-type]
+        model(**inputs)
 
 
 def test_the_test_notices_a_read() -> None:

@@ -21,19 +21,30 @@ from torch import Tensor
 import vtc.ops
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.ops.checks import numbers
-from vtc.ops.grid import absorbing_cell, cell_centres, output_grid, output_raster, pool_grid, split_budget, strided
+from vtc.ops.grid import (
+    absorbing_cell,
+    cell_centres,
+    frame_lines,
+    output_grid,
+    output_raster,
+    pool_grid,
+    split_budget,
+    strided,
+)
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
+from vtc.ops.pagerank import attention_mass
 from vtc.ops.select import (
     apportion,
     apportion_host,
     first_best,
     front_pack,
+    in_groups,
     left_pack,
+    out_of_groups,
     settle,
     take_last,
     take_rows,
     top_k,
-    top_k_in_groups,
 )
 from vtc.testing.plain import op_cases
 
@@ -93,15 +104,18 @@ def test_apportion(sizes: list[list[int]], data: st.DataObject) -> None:
 
 
 @given(matrices(SCORES), st.data())
-def test_top_k_in_groups(scores: list[list[float]], data: st.DataObject) -> None:
+def test_the_best_of_groups(scores: list[list[float]], data: st.DataObject) -> None:
     rows, width, groups = len(scores), len(scores[0]), 3
     draw = lambda elements: data.draw(  # noqa: E731
         st.lists(st.lists(elements, min_size=width, max_size=width), min_size=rows, max_size=rows)
     )
     group, mask = draw(st.integers(0, groups - 1)), draw(st.booleans())
     keep = [data.draw(st.integers(0, sum(row))) for row in mask]
-    arguments = (torch.tensor(group), groups, torch.tensor(keep), torch.tensor(mask))
-    found = places(top_k_in_groups(torch.tensor(scores), *arguments))
+    place, real = in_groups(torch.tensor(group), groups, width, torch.tensor(mask))
+    shares = apportion(torch.tensor(keep), real.sum(2)).flatten()
+    laid = torch.tensor(scores).gather(1, place.flatten(1)).view(-1, width)
+    marks = top_k(laid, shares, real.flatten(0, 1), most=int(shares.max())).view_as(place)
+    found = places(out_of_groups(marks, place, real, width))
     for row in range(rows):
         members = [[p for p in range(width) if mask[row][p] and group[row][p] == g] for g in range(groups)]
         share = largest_remainders(keep[row], [len(m) for m in members])
@@ -483,10 +497,12 @@ MARKS = torch.tensor([[True, False, True, True], [False, True, True, False]])
 EXAMPLES: dict[str, Callable[[], Any]] = {
     "attention_rows": lambda: attention_rows(example(2, 4, 5, 3), example(2, 2, 5, 3), example(2, 2, high=5), 0.5),
     "attention_received": lambda: attention_received(example(2, 4, 5, 3), example(2, 2, 5, 3), 0.5),
+    "attention_mass": lambda: attention_mass(example(2, 4, 5, 3), example(2, 2, 5, 3), 0.5, torch.full((2, 5), 0.2)),
     "strided": lambda: strided(4, 5, 7),
     "pool_grid": lambda: pool_grid(example(2, 24, 3), (2, 4, 3), (2, 2, 2)),
     "cell_centres": lambda: cell_centres((2, 4, 3), (2, 2, 2)),
     "absorbing_cell": lambda: absorbing_cell((2, 4, 3), (2, 2, 2)),
+    "frame_lines": lambda: torch.stack(frame_lines([(2, 4, 3), (1, 2, 2)])),
     "fingerprint": lambda: fingerprint(example(2, 3, 5)),
     "joint_fingerprint": lambda: joint_fingerprint(example(5, high=3), [2, 3]),
     "uniform": lambda: uniform(example(2, high=9), example(2, 4, high=4), 3),
@@ -495,7 +511,6 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "first_best": lambda: first_best(example(2, 4)),
     "top_k": lambda: top_k(example(2, 4), torch.tensor([1, 3]), MARKS),
     "apportion": lambda: apportion(torch.tensor([3, 5]), torch.tensor([[4, 2], [3, 3]])),
-    "top_k_in_groups": lambda: top_k_in_groups(example(2, 4), example(2, 4, high=2), 2, torch.tensor([1, 2]), MARKS),
     "left_pack": lambda: left_pack(MARKS, 3),
     "front_pack": lambda: front_pack(MARKS, 3),
     "take_rows": lambda: take_rows(example(2, 4, 3), torch.tensor([[1, 2], [0, 3]])),

@@ -54,14 +54,14 @@ def test_any_form_of_a_picture_gives_the_same_inputs(loaded: loading.Loaded, tmp
     exif[0x0112] = 6
     turned.save(file := tmp_path / "phone.png", exif=exif)
     forms = [PICTURE, file, str(file), open_image(file), file.read_bytes(), Image.open(file)]
-    first, *others = [prepare(loaded, [ask("what is this?", form)]) for form in forms]
+    first, *others = [prepare(loaded, [ask("what is this?", form)]).inputs for form in forms]
     assert all(torch.equal(first["pixel_values"], other["pixel_values"]) for other in others)
     assert all(torch.equal(first["input_ids"], other["input_ids"]) for other in others)
 
 
 def test_the_begin_token_is_written_once(loaded: loading.Loaded) -> None:
     begin = loaded.processor.tokenizer.bos_token_id
-    result = prepare(loaded, [ask("what is this?", PICTURE), ask("is there a red star?", PICTURE)])
+    result = prepare(loaded, [ask("what is this?", PICTURE), ask("is there a red star?", PICTURE)]).inputs
     assert (result["input_ids"] == begin).sum(1).tolist() == [1, 1]
 
 

@@ -20,7 +20,7 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection,
 from vtc.ops.attention import attention_received, attention_rows
 from vtc.testing import LastRowTopK, tiny_inputs, tiny_model
 
-NAMES = ["llava-clip", "llava-siglip"]
+NAMES = ["llava-clip", "llava-siglip", "llava-dinov2"]
 PAIR = [[3, "image", 5], [2, "image", 9]]
 EVEN = [[3, "image", 5], [2, "image", 6]]
 

@@ -34,6 +34,8 @@ from vtc.method.registry import create, register
 if typing.TYPE_CHECKING:
     from vtc import adapters as adapters
     from vtc import testing as testing
+    from vtc.app.explore import explore as explore
+    from vtc.app.show import show as show
     from vtc.method import learned as learned
     from vtc.method import weights as weights
 
@@ -59,23 +61,29 @@ __all__ = [
     "VisionReading",
     "compress",
     "create",
+    "explore",
     "list_methods",
     "register",
     "share_encoder",
+    "show",
     "tokens_to_keep",
 ]
 
 
 _LATER = {
     "adapters": "vtc.adapters",
+    "explore": "vtc.app.explore:explore",
     "learned": "vtc.method.learned",
+    "show": "vtc.app.show:show",
     "testing": "vtc.testing",
     "weights": "vtc.method.weights",
 }
-"""Modules that cost time to import, as attributes of the package from their first use on."""
+"""What costs time to import, as attributes of the package from their first use on."""
 
 
 def __getattr__(name: str) -> typing.Any:
     if name in _LATER:
-        return importlib.import_module(_LATER[name])
+        module, _, member = _LATER[name].partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, member) if member else found
     raise AttributeError(f"module 'vtc' has no attribute {name!r}")

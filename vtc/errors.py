@@ -17,7 +17,15 @@ from collections.abc import Iterable
 
 
 class VTCError(ValueError):
-    """Root of all errors raised by vtc; the message says what was given, why it is refused and what to write."""
+    """Root of all errors raised by vtc; the message says what was given, why it is refused and what to write.
+
+    >>> import vtc
+    >>> try:
+    ...     vtc.create("fastv", layer=0)
+    ... except vtc.VTCError as error:
+    ...     print(error)
+    layer=0 leaves no layer in front to rank by; pass at least 1, the paper uses 2 and 3
+    """
 
 
 class BudgetError(VTCError):

@@ -78,15 +78,27 @@ def pick_device(device: str) -> torch.device:
         raise InputError(f"unknown device {device!r}: write auto, cpu or cuda") from error
 
 
-def run(trainer: Trainable, reporter: Reporter, save_every: int, on_step: StepHook) -> float:
+def products(device: torch.device) -> torch.dtype:
+    """Type of the products of matrices: bfloat16 where the hardware multiplies it, elsewhere float32."""
+    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else torch.bfloat16
+
+
+def mixed(device: torch.device) -> torch.autocast:
+    """Inside this context products are computed in the type of `products`."""
+    dtype = products(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def run(trainer: Trainable, reporter: Reporter, save_every: int, on_step: StepHook, log_every: int = 0) -> float:
     """Train what is left of a run; returns the seconds that it took in all.
 
-    `save_every` is the distance of checkpoints in steps. `on_step(stage name, finished steps)` is called after every
-    step.
+    `save_every` is the distance of checkpoints in steps, `log_every` that of losses in the log, which are there at
+    every validation anyway. `on_step(stage name, finished steps)` is called after every step.
     """
     progress, state = _resume(trainer)
     while progress.stage < len(trainer.settings.stages):
-        _run_stage(trainer, progress.stage, progress, state, reporter, save_every, on_step)
+        _run_stage(trainer, progress.stage, progress, state, reporter, save_every, on_step, log_every)
         progress = checkpoint.Progress(progress.stage + 1, 0, progress.seconds)
         state = None
     return progress.seconds
@@ -100,6 +112,7 @@ def _run_stage(
     reporter: Reporter,
     save_every: int,
     on_step: StepHook,
+    log_every: int,
 ) -> None:
     """Train the rest of one stage, saving and validating on the way; `state` is the checkpoint it continues, if any."""
     settings, stage = trainer.settings, trainer.settings.stages[index]
@@ -120,15 +133,18 @@ def _run_stage(
         losses = trainer.losses(trainer.batch(index, progress.step), stage)
         trainer.total(losses, stage).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], settings.clip)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        with optim.orthogonal_in(products(trainer.device)):
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
         progress.step += 1
         reporter.advance({name: float(loss.detach()) for name, loss in losses.items()})
         finished = progress.step == stage.steps
         if progress.step % VALIDATE_EVERY == 0 or finished:
             seconds = before + time.monotonic() - started
             reporter.log(stage, progress.step, seconds, trainer.measure(stage))
+        elif log_every and progress.step % log_every == 0:
+            reporter.log(stage, progress.step, before + time.monotonic() - started, {})
         if progress.step % save_every == 0 or finished:
             save()
         on_step(stage.name, progress.step)

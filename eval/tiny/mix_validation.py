@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtc.eval.tiny import loop
 from vtc.eval.tiny.mixed_batches import MixedBatch, packed_hidden, streams
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.recipes import Recipe
@@ -56,7 +57,7 @@ def measure(trainer: MixTrainer, series: Sequence[Stream], stage: Stage) -> dict
         for start in range(0, stream.different, _BATCH):
             numbers = range(start, min(start + _BATCH, stream.different))
             batch = trainer.make(stream, numbers, random.Random(start))  # the same questions at every validation
-            with torch.autocast(trainer.device.type, torch.bfloat16):
+            with loop.mixed(trainer.device):
                 seen = trainer.family.see(trainer.model, batch.task.media, batch.inputs)
                 counts = list(content_accuracy(trainer.heads, seen.cells, batch.targets).items())
                 found = [(name, good, every) for name, (good, every) in counts]

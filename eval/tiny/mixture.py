@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
+from vtc.embedded import model_path
 from vtc.eval.tiny import loop, record
 from vtc.eval.tiny.export import export
 from vtc.eval.tiny.family import Family, media_inputs, prefix_ids
@@ -48,10 +50,13 @@ class MixTrainer:
 
     @classmethod
     def create(cls, recipe: Recipe, out: Path, device: torch.device) -> MixTrainer:
-        """Fresh weights from the seed of the recipe."""
+        """Fresh weights from the seed of the recipe, but for those that its start gives."""
         torch.manual_seed(recipe.seed)
         family = recipe.family()
-        model = family.build(TRAINING_ATTENTION).to(device).train()
+        model = family.build(TRAINING_ATTENTION)
+        if recipe.start:
+            take_over(model, recipe.start)
+        model = model.to(device).train()
         family.speed_up(model)
         heads = CellHeads(family.width, family.grid, family.hidden if family.has_classes else 0).to(device)
         batches = plan(recipe, sum(stage.steps for stage in recipe.stages))
@@ -125,7 +130,7 @@ class MixTrainer:
 
     def losses(self, batch: MixedBatch, stage: Stage) -> dict[str, Tensor]:
         """Unweighted losses of one batch."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with loop.mixed(self.device):
             seen = self.family.see(self.model, batch.task.media, batch.inputs)
             losses: dict[str, Tensor] = self.heads(seen, batch.targets, batch.present)
             if stage.language:
@@ -148,6 +153,19 @@ class MixTrainer:
         if not stage.language:
             return auxiliary
         return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary
+
+
+def take_over(model: nn.Module, start: str) -> list[str]:
+    """Load every tensor that the embedded model `start`, or a folder, has under the same name and in the same shape.
+
+    Returns their names: of another class the language model, of the same class everything.
+    """
+    folder = start if Path(start).is_dir() else model_path(start)
+    found = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+    own = model.state_dict()
+    shared = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
+    model.load_state_dict(shared, strict=False)
+    return list(shared)
 
 
 def train_mixture(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from vtc.eval.tiny.settings import Stage
 
-_NOT_HIDDEN = ("embed", "lm_head", "content", "place", "presence")  # inputs and outputs of the network
+_NOT_HIDDEN = ("embed", "lm_head", "content", "place", "presence", "low_rank")
+"""Inputs and outputs of the network, and factors, of which only the product is a matrix between hidden layers."""
 
 
 def make_optimisers(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Optimizer]:
@@ -39,3 +43,16 @@ def set_rate(optimisers: Iterable[Optimizer], value: float) -> None:
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = value
+
+
+class _Float32(TorchFunctionMode):
+    """What asks for bfloat16 gets float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {name: torch.float32 if each is torch.bfloat16 else each for name, each in (kwargs or {}).items()}
+        return func(*args, **given)
+
+
+def orthogonal_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Inside this context Muon, which makes its steps orthogonal in bfloat16, does so in float32 if that is `dtype`."""
+    return _Float32() if dtype == torch.float32 else nullcontext()

@@ -27,8 +27,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY, special: Sequence[str] = (), **named: str) -> Any:
-    """A word-level tokenizer: lower case, punctuation as words, `<s>` in front.
+def build_tokenizer(
+    vocabulary: Sequence[str] = VOCABULARY,
+    special: Sequence[str] = (),
+    *,
+    end: str = "",
+    padding_side: str = "left",
+    **named: str,
+) -> Any:
+    """A word-level tokenizer: lower case, punctuation as words, `<s>` in front, `end` behind.
 
     `special` are further words that are never cut or lower-cased, `named` attributes of the tokenizer such as
     ``image_token``.
@@ -37,14 +44,15 @@ def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY, special: Sequence[st
     core.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(r"[?.,]"), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.WhitespaceSplit()])
-    core.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", None, [(BEGIN, TOKEN[BEGIN])])
+    around = [(each, TOKEN[each]) for each in (BEGIN, end) if each]
+    core.post_processor = processors.TemplateProcessing(f"{BEGIN} $A {end}".rstrip(), None, around)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BEGIN,
         eos_token=END,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        padding_side="left",
+        padding_side=padding_side,
         additional_special_tokens=[IMAGE, USER, ASSISTANT, *special],
         model_max_length=MAX_LENGTH,
         **({"model_specific_special_tokens": named} if named else {}),

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vtc.app.talk import LOG, show, talking
 from vtc.eval.tiny.settings import Stage
 
 _SMOOTHING = 0.98
@@ -31,6 +32,7 @@ class Reporter:
         self._log = log
         self._losses: dict[str, float] = {}
         self._task: TaskID | None = None
+        show()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -39,6 +41,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=Console(stderr=True),
+            disable=not talking(),
             speed_estimate_period=300,
         )
 
@@ -68,12 +71,11 @@ class Reporter:
         self._bar.update(self._task, advance=1, losses=shown)
 
     def log(self, stage: Stage, step: int, seconds: float, measured: dict[str, float]) -> None:
-        """Append one validation to the log file and print it."""
+        """Append one validation to the log file and print it; where nothing was measured, the losses."""
         losses = {name: round(value, 4) for name, value in self._losses.items()}
         row: dict[str, Any] = {"stage": stage.name, "step": step, "seconds": round(seconds), "losses": losses}
         row["measured"] = {name: round(value, 4) for name, value in measured.items()}
         with self._log.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self._bar.console.print(
-            f"{stage.name} {step}: " + " ".join(f"{name} {value:.3f}" for name, value in measured.items())
-        )
+        said = " ".join(f"{name} {value:.3f}" for name, value in (measured or losses).items())
+        LOG.info(f"{stage.name} {step}: {said}", extra={"console": self._bar.console})

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-from vtc.errors import InputError, unknown_name
+from vtc.errors import unknown_name
 from vtc.eval.tiny.family import Family
-from vtc.eval.tiny.settings import Stage
+from vtc.eval.tiny.settings import Stage, check
 
 SHARES = {"tiny_image": 0.22, "tiny_detail": 0.22, "tiny_video": 0.32, "tiny_list": 0.11, "tiny_multi": 0.13}
 
@@ -31,14 +31,11 @@ class Recipe:
     end_weight: float = 0.05  # of the end token behind one-word answers; behind lists it counts like a word
     weight_decay: float = 0.01
     clip: float = 2.0
+    start: str = ""  # embedded model, or folder, from which the tensors of same name and shape come; fresh if empty
     sizes: tuple[tuple[str, int], ...] = ()  # fields of the family that differ from its defaults
 
     def __post_init__(self) -> None:
-        for name in ("steps_tower", "steps_joint", "batch_size", "different"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, got {self.seed}")
+        check(self, "steps_tower", "steps_joint", "batch_size", "different")
 
     @property
     def stages(self) -> tuple[Stage, Stage]:
@@ -65,8 +62,8 @@ class Recipe:
 # A longer stage "tower" is cheaper than the steps of "joint" that it saves; tiny-onevision began with a short one.
 RECIPES = {
     "tiny-onevision": Recipe("tiny-onevision"),
-    "tiny-qwen": Recipe("tiny-qwen", steps_tower=2500, steps_joint=6000, batch_size=24),
-    "tiny-internvl": Recipe("tiny-internvl", steps_tower=2500, steps_joint=5000),
+    "tiny-qwen": Recipe("tiny-qwen", steps_tower=1400, steps_joint=2500, batch_size=24, start="tiny-onevision"),
+    "tiny-internvl": Recipe("tiny-internvl", steps_tower=1400, steps_joint=2500, start="tiny-onevision"),
 }
 _CLASSES = {
     "tiny-onevision": "onevision:OneVision",

@@ -107,24 +107,32 @@ def _draw(task: Task, family: str, length: int, facts: Facts, rng: random.Random
     return None
 
 
+def draw(task: Task, facts: Facts, rng: random.Random) -> list[tuple[str, Question | None]]:
+    """Family and question of every slot, none twice; ("", None) for a slot for which none is left."""
+    drawn: list[tuple[str, Question | None]] = []
+    taken: set[str] = set()
+    for wanted, length in task.slots:
+        chosen: tuple[str, Question | None] = ("", None)
+        for name in (wanted, *rng.sample(task.fallbacks, len(task.fallbacks))):
+            question = _draw(task, name, length, facts, rng, taken)
+            if question is not None:
+                taken.add(question.text)
+                chosen = (name, question)
+                break
+        drawn.append(chosen)
+    return drawn
+
+
 def pack(task: Task, facts: Facts, rng: random.Random) -> Packed:
-    """One question per slot, none twice; a slot for which none is left stays empty, its family "".
+    """The questions of `draw` one behind the other; an empty slot is padding.
 
     Answers may have several words. Each is predicted from what stands before it, the end token at the last one.
     """
     ids: list[int] = []
     labels: list[int] = []
     families: list[str] = []
-    taken: set[str] = set()
-    for wanted, length in task.slots:
-        asked: list[int] = []
-        family = ""
-        for name in (wanted, *rng.sample(task.fallbacks, len(task.fallbacks))):
-            question = _draw(task, name, length, facts, rng, taken)
-            if question is not None:
-                taken.add(question.text)
-                asked, family = tokens(question), name
-                break
+    for (family, question), (_, length) in zip(draw(task, facts, rng), task.slots, strict=True):
+        asked = [] if question is None else tokens(question)
         padding = length - len(asked)
         answer = len(asked) - asked.index(TOKEN[ASSISTANT]) - 1 if asked else 0
         ids += asked + [TOKEN[PAD]] * padding

@@ -21,6 +21,19 @@ class Stage:
     language: bool  # False: tower and auxiliary heads only
 
 
+def check(settings: Any, *counts: str) -> None:
+    """InputError for a count below 1, a negative seed, and a batch that the scenes do not fill."""
+    for name in counts:
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if settings.seed < 0:
+        raise InputError(f"seed must be at least 0, got {settings.seed}")
+    if "scenes" in counts and settings.batch_size > settings.scenes:
+        raise InputError(
+            f"a batch of {settings.batch_size} scenes needs at least as many scenes, got {settings.scenes}"
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the weights; the defaults are the recipe of the embedded model."""
@@ -38,13 +51,7 @@ class Settings:
     shape: ModelShape = field(default_factory=ModelShape)
 
     def __post_init__(self) -> None:
-        for name in ("steps_tower", "steps_joint", "batch_size", "scenes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, got {self.seed}")
-        if self.batch_size > self.scenes:
-            raise InputError(f"a batch of {self.batch_size} scenes needs at least as many scenes, got {self.scenes}")
+        check(self, "steps_tower", "steps_joint", "batch_size", "scenes")
 
     @property
     def stages(self) -> tuple[Stage, Stage]:

@@ -49,7 +49,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         model = build_model(settings.shape, TRAINING_ATTENTION).to(device).train()
         heads = AuxiliaryHeads(settings.shape.hidden).to(device)
-        mask = layout.additive_mask(torch.bfloat16, device)
+        mask = layout.additive_mask(loop.products(device), device)
         validation = Validation.create(out / "scenes", min(VALIDATION_SCENES, settings.scenes))
         return cls(settings, out, device, scenes, model, heads, mask, layout.positions().to(device), validation)
 
@@ -69,7 +69,7 @@ class Trainer:
 
     def losses(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
         """Unweighted losses of one batch."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with loop.mixed(self.device):
             vision = see(self.model, batch.pixels)
             losses: dict[str, Tensor] = self.heads(vision, batch.targets, batch.present)
             if stage.language:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtc.eval.tiny import loop
 from vtc.eval.tiny.batches import Batch, make_batch
 from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.heads import CellHeads
@@ -70,7 +71,7 @@ class Validation:
         for start in range(0, len(self.scenes), _BATCH):
             numbers = range(start, min(start + _BATCH, len(self.scenes)))
             batch = make_batch(self.scenes, numbers, random.Random(start), trainer.device)
-            with torch.autocast(trainer.device.type, torch.bfloat16):
+            with loop.mixed(trainer.device):
                 vision = see(trainer.model, batch.pixels)
                 counts = content_accuracy(trainer.heads, vision.patches, batch.targets)
                 if stage.language:

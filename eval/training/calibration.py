@@ -22,6 +22,7 @@ import vtc
 from vtc import adapters
 from vtc.app.loading import load
 from vtc.errors import BudgetError, VTCError
+from vtc.eval.progress import SilentProgress
 from vtc.eval.tiny.batches import normalise
 from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.training.prompts import collate, draw
@@ -86,6 +87,7 @@ def calibrate(
     prompts: Sequence[dict[str, Any]] | Iterable[dict[str, Any]],
     retention: float,
     method: ATPTrainingFree | None = None,
+    progress: SilentProgress | None = None,
 ) -> dict[str, Tensor]:
     """Thresholds under their stored names, for `prompts` as the model takes them; one pass per module and prompt.
 
@@ -97,17 +99,21 @@ def calibrate(
     prompts, layers = list(prompts), method.module_layers(spec)
     parts = ThresholdModules({at: Constants(theta_r=-1.0) for at in layers})
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)} | {"mode": "calibrated"}
-    for index, layer in enumerate(layers):
-        probe = _Probe(**options, parts=parts, layer=layer)
-        with vtc.compress(model, probe, trace=False):
-            for prompt in prompts:
-                model(**prompt)
-        wanted = _count(probe.pool, retention, layers, spec.llm_layers, index)
-        part = parts.part(layer)
-        assert isinstance(part, Constants)
-        theta_r, theta_s = _constants(probe, wanted)
-        part.theta_r.fill_(theta_r)
-        part.theta_s.fill_(theta_s)
+    progress = progress or SilentProgress()
+    progress.start(len(layers) * len(prompts), 0, "passes")
+    with progress:
+        for index, layer in enumerate(layers):
+            probe = _Probe(**options, parts=parts, layer=layer)
+            with vtc.compress(model, probe, trace=False):
+                for prompt in prompts:
+                    model(**prompt)
+                    progress.advance(1)
+            wanted = _count(probe.pool, retention, layers, spec.llm_layers, index)
+            part = parts.part(layer)
+            assert isinstance(part, Constants)
+            theta_r, theta_s = _constants(probe, wanted)
+            part.theta_r.fill_(theta_r)
+            part.theta_s.fill_(theta_s)
     return parts.state_dict()
 
 
@@ -162,13 +168,14 @@ def calibrate_embedded(
     prompts: int = 200,
     seed: int = 0,
     device: str = "auto",
+    progress: SilentProgress | None = None,
 ) -> Path:
     """Write the thresholds that reach `retention` on average over `prompts` questions; returns the file."""
     method = create("atp_training_free", **parameters)
     if not isinstance(method, ATPTrainingFree) or method.mode != "budget":
         raise VTCError("a calibration makes the constants itself; leave mode and weights out")
     model = load(name, device=device, dtype="float32").model
-    tensors = calibrate(model, scene_prompts(prompts, seed, model.device.type), retention, method)
+    tensors = calibrate(model, scene_prompts(prompts, seed, model.device.type), retention, method, progress)
     notes = {
         "base_model": name,
         "retention": str(retention),

@@ -21,6 +21,9 @@ class TrainingSettings:
     embedded model. steps, batch_size: one question about one scene per row. rate, warmup, weight_decay, clip: AdamW
     with a linear warm-up and a cosine down to `floor` * rate. llm_rate: rate of the LLM, 0 leaves it frozen; tower and
     projector always are. scenes: different training scenes. seed: of weights, order and questions.
+
+    >>> TrainingSettings("atp", {"layers": (0, 1, 2), "bins": 64}, steps=500).compressor().layers
+    (0, 1, 2)
     """
 
     method: str

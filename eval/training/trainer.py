@@ -132,6 +132,11 @@ def train(
     threads: CPU threads (0: torch's choice). workers: processes that render scenes. save_every: distance of
     checkpoints in steps; check_every: of checks on held-out scenes with `per_family` questions of every family (0:
     none). `on_step(finished steps)` is called after every step. A trained LLM is exported to `out/model`.
+
+    >>> train(Path("runs/none"), TrainingSettings("fastv"))
+    Traceback (most recent call last):
+        ...
+    vtc.errors.VTCError: 'fastv' ...
     """
     chosen = pick_device(device)
     if threads > 0:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
+    Dinov2Config,
     DINOv3ViTConfig,
     LlamaConfig,
     LlavaConfig,
@@ -33,7 +34,12 @@ GRID = 4
 
 
 def llava(tower: str = "clip", **settings: Any) -> Any:
-    vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig, "other": DINOv3ViTConfig}[tower]
+    vision = {
+        "clip": CLIPVisionConfig,
+        "siglip": SiglipVisionConfig,
+        "dinov2": Dinov2Config,
+        "other": DINOv3ViTConfig,
+    }[tower]
     config = LlavaConfig(
         vision_config=vision(**SIZE, image_size=7 * GRID, patch_size=7),
         text_config=LlamaConfig(**TEXT),
@@ -63,6 +69,7 @@ def prompt(tokens: int) -> dict[str, torch.Tensor]:
         ("clip", {"vision_feature_layer": 2}, 1),
         ("clip", {"vision_feature_layer": [-3, -2]}, 2),  # the deepest of several counts
         ("siglip", {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, 3),
+        ("dinov2", {}, 2),
     ],
 )
 def test_facts_about_the_model(tower: str, settings: Any, feature_layer: int) -> None:
@@ -72,19 +79,20 @@ def test_facts_about_the_model(tower: str, settings: Any, feature_layer: int) ->
         "family": "llava",
         "vision_layers": 4,
         "feature_layer": feature_layer,
-        "has_cls": tower == "clip",
+        "has_cls": tower != "siglip",
         "full_attention_layers": (0, 1, 2, 3),
         "llm_layers": 4,
         "mrope": False,
         "encoder_stages": isinstance(settings.get("vision_feature_layer", -2), int),
         "single_crop": True,
         "width": 64,
+        "unit": 0,
     }
     assert len(adapter.vision_layers) == len(adapter.vision_attention) == len(adapter.layers) == 4
     assert adapter.placeholders == {"image": 120}
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @pytest.mark.parametrize("layer", [-2, 2, [-2, 1]])
 def test_tokens_are_the_rows_the_model_projects(
@@ -104,7 +112,13 @@ def test_tokens_are_the_rows_the_model_projects(
 
 @pytest.mark.parametrize(
     ("tower", "strategy", "first"),
-    [("clip", "default", 0), ("clip", "full", -1), ("siglip", "full", 0), ("siglip", "default", 1)],
+    [
+        ("clip", "default", 0),
+        ("clip", "full", -1),
+        ("siglip", "full", 0),
+        ("siglip", "default", 1),
+        ("dinov2", "full", -1),
+    ],
 )
 def test_geometry(encode: Any, tower: str, strategy: str, first: int) -> None:
     """Patches in raster order; the class token lies outside the raster; a cut first patch leaves none."""
@@ -124,13 +138,13 @@ def test_geometry(encode: Any, tower: str, strategy: str, first: int) -> None:
         assert item.regions == (((1, GRID, GRID),) if first == 0 else ())
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @pytest.mark.parametrize("layer", [-2, [-2, 1]])
 @pytest.mark.parametrize("method", ["vtc_cls", "stride", FixedKeep(at=(0, 2))])
 def test_every_setting_is_exact(tower: str, strategy: str, layer: Any, method: Any, limits: Any) -> None:
     model = llava(tower, vision_feature_select_strategy=strategy, vision_feature_layer=layer)
-    inputs = prompt(16 + (tower == "clip") - (strategy == "default"))
+    inputs = prompt(16 + (tower != "siglip") - (strategy == "default"))
     budget = {} if isinstance(method, FixedKeep) else {"retention": 0.5}
     assert against_oracle(model, inputs, lambda m: vtc.compress(m, method, **budget), 3) <= limits.logits
 
@@ -156,7 +170,7 @@ def test_pixels_have_a_key(encode: Any) -> None:
 
 def test_other_towers_are_refused() -> None:
     with pytest.raises(
-        UnsupportedModel, match=r"LLaVA with a 'dinov3_vit' tower.*clip_vision_model, siglip_vision_model"
+        UnsupportedModel, match=r"LLaVA with a 'dinov3_vit' tower.*clip_vision_model, dinov2, siglip_vision_model"
     ):
         vtc.compress(llava("other"), "random", keep=4)
 

@@ -253,7 +253,7 @@ def _contexts(model: Any, inputs: dict[str, Tensor]) -> list[Any]:
     from vtc.engine.encoder import VisionRecorder
 
     found: list[Any] = []
-    recorder = VisionRecorder(adapters.of(model), Needs(), encoded=found.append)
+    recorder = VisionRecorder(adapters.of(model), Needs(), encoded=lambda context, output: found.append(context))
     recorder.install()
     try:
         with torch.no_grad():

@@ -81,7 +81,7 @@ def recorded(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[int, Tenso
     """kind -> encoder layer -> [I, Nmax] attention per token, as methods get it."""
     adapter = adapters.of(model)
     needs, found = Needs(dict.fromkeys(range(len(adapter.vision_layers)), Rows.RECEIVED)), list[VisionContext]()
-    recorder = VisionRecorder(adapter, needs, encoded=found.append)
+    recorder = VisionRecorder(adapter, needs, encoded=lambda context, output: found.append(context))
     recorder.install()
     try:
         model(**inputs)

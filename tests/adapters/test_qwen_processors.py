@@ -12,70 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import vtc
 from vtc.app import loading
 from vtc.testing import tiny_model
 from vtc.testing.contract import against_oracle, generate
-from vtc.testing.family import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
-from vtc.testing.tiny_qwen import MERGE, PAIR, PATCH
-
-CLASSES = {
-    "qwen2-vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
-    "qwen2.5-vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-    "qwen3-vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
-}
-UNKNOWN, BEGIN, END = 4, 116, 117
-SPECIAL = {
-    "<|endoftext|>": PAD,
-    "<|unknown|>": UNKNOWN,
-    "<|im_start|>": BEGIN,
-    "<|im_end|>": END,
-    "<|image_pad|>": IMAGE,
-    "<|video_pad|>": VIDEO,
-    "<|vision_start|>": VISION_START,
-    "<|vision_end|>": VISION_END,
-}
-CHARACTERS = "\n 0123456789.<>?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'video') %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def build_tokenizer() -> Any:
-    free = (i for i in range(VOCABULARY) if i not in SPECIAL.values())
-    vocabulary = SPECIAL | {character: next(free) for character in CHARACTERS}
-    vocabulary |= {f"<|reserved_{number}|>": number for number in free}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        unk_token="<|unknown|>",
-        padding_side="left",
-        additional_special_tokens=[token for token, number in SPECIAL.items() if number >= BEGIN],
-    )
-
-
-def build_processor(name: str) -> Any:
-    whole, video = (getattr(transformers, class_name) for class_name in CLASSES[name])
-    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": PAIR}
-    area = {"shortest_edge": 64, "longest_edge": 56 * 56}
-    images = transformers.Qwen2VLImageProcessor(size=area, **sizes)
-    volume = {"shortest_edge": 64, "longest_edge": (6 if name == "qwen3-vl" else 1) * 32 * 32}
-    videos = video(size=volume, do_sample_frames=False, cap_pixels_per_frame=False, **sizes)
-    return whole(images, build_tokenizer(), videos, chat_template=TEMPLATE)
+from vtc.testing.family import IMAGE, VIDEO
+from vtc.testing.processors import QWEN_CLASSES, tiny_processor
+from vtc.testing.tiny_qwen import MERGE
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -123,10 +68,10 @@ def sizes(inputs: dict[str, Any], kind: str) -> list[int]:
     return [] if grids is None else (grids.prod(-1) // MERGE**2).tolist()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QWEN_CLASSES)
 @pytest.mark.parametrize("case", CASES)
 def test_chat_template_to_answer(name: str, case: str, limits: Any) -> None:
-    model, processor = tiny_model(name), build_processor(name)
+    model, processor = tiny_model(name), tiny_processor(name)
     inputs = prepare(processor, case)
     assert {"input_ids", "attention_mask", "mm_token_type_ids"} <= set(inputs)
     for kind, token in (("image", IMAGE), ("video", VIDEO)):
@@ -147,7 +92,7 @@ def test_chat_template_to_answer(name: str, case: str, limits: Any) -> None:
 
 
 def test_frames_of_a_qwen3_video_lie_between_timestamps() -> None:
-    processor = build_processor("qwen3-vl")
+    processor = tiny_processor("qwen3-vl")
     inputs = prepare(processor, "a video")
     visual = inputs["input_ids"][0] == VIDEO
     runs = int((visual[1:] & ~visual[:-1]).sum())
@@ -161,9 +106,9 @@ def test_frames_of_a_qwen3_video_lie_between_timestamps() -> None:
     assert len(item.kept[0]) == (len(item.positions) + 1) // 2
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QWEN_CLASSES)
 def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -> None:
-    model, processor = tiny_model(name), build_processor(name)
+    model, processor = tiny_model(name), tiny_processor(name)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = loading.load(str(tmp_path), device="cpu")
@@ -179,12 +124,12 @@ def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -
     assert torch.equal(expected, found)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QWEN_CLASSES)
 def test_video_file_to_answer(name: str, tmp_path: Path) -> None:
     from vtc.app.answer import answer
     from vtc.app.media import Video
 
-    model, processor = tiny_model(name), build_processor(name)
+    model, processor = tiny_model(name), tiny_processor(name)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = loading.load(str(tmp_path), device="cpu")
@@ -198,7 +143,7 @@ def test_video_file_to_answer(name: str, tmp_path: Path) -> None:
 
 
 def loaded_tiny(name: str) -> loading.Loaded:
-    return loading.Loaded(name, "", tiny_model(name), build_processor(name))
+    return loading.Loaded(name, "", tiny_model(name), tiny_processor(name))
 
 
 def as_clip(pictures: list[Image.Image], name: str = "") -> Any:
@@ -208,7 +153,7 @@ def as_clip(pictures: list[Image.Image], name: str = "") -> Any:
     return Video(frames, np.arange(len(frames)) / 24, 24.0, len(frames), name)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QWEN_CLASSES)
 @pytest.mark.parametrize("case", CASES)
 def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> None:
     from vtc.app.preparation import prepare as prepared
@@ -219,7 +164,7 @@ def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> 
         [{**message, "content": [video_as_clip(part) for part in message["content"]]} for message in conversation]
         for conversation in CASES[case]
     ]
-    found = prepared(loaded, conversations)
+    found, _ = prepared(loaded, conversations)
     assert own.keys() == found.keys()
     for key in own:
         assert torch.equal(torch.as_tensor(own[key]), torch.as_tensor(found[key])), key
@@ -255,6 +200,6 @@ def test_a_prompt_is_told_the_true_times_of_uneven_frames() -> None:
     loaded = loaded_tiny("qwen3-vl")
     seconds = np.array([0.0, 0.4, 7.1, 9.3])
     clip = Video(as_clip(FEW).frames, seconds, 13 / 10.0, 13)
-    inputs = prepared(loaded, [[{"role": "user", "content": [{"type": "video", "video": clip}]}]])
+    inputs, _ = prepared(loaded, [[{"role": "user", "content": [{"type": "video", "video": clip}]}]])
     text = loaded.processor.decode(inputs["input_ids"][0])
     assert "<0.2 seconds>" in text and "<8.2 seconds>" in text  # the means of each pair

@@ -1,112 +1,38 @@
-"""The way of a real checkpoint for the families with tiles: chat template, processor, generate(), saved and loaded.
-
-Processors are the published classes with their real placeholder layout, set to the tiny models' sizes, and a tokenizer
-that knows the family's special tokens and single characters.
-"""
+"""The way of a real checkpoint for the families with tiles: chat template, processor, generate(), saved and loaded."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import vtc
 from vtc import adapters
 from vtc.app import loading
-from vtc.errors import UnsupportedCall, VTCError
-from vtc.testing import snapshot, tiny_internvl, tiny_llava, tiny_llava_next, tiny_llava_onevision, tiny_model
+from vtc.app.answer import Answerer
+from vtc.errors import InputError, UnsupportedCall, VTCError
+from vtc.method.base import Selection, StageView
+from vtc.method.layout import VisualItem
+from vtc.testing import (
+    FixedKeep,
+    snapshot,
+    tiny_internvl,
+    tiny_model,
+)
 from vtc.testing.contract import against_oracle, generate
-from vtc.testing.family import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY
+from vtc.testing.family import IMAGE, PAD, VIDEO
+from vtc.testing.processors import tiny_processor
 
 # The InternVL processor of transformers 5.17 hands a tensor to numpy.cumsum.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 
 NAMES = ["llava-next", "llava-next-video", "llava-onevision", "internvl"]
-UNKNOWN, BEGIN, END = 4, 116, 117
-CONTROL = {"<pad>": PAD, "<unk>": UNKNOWN, "<s>": BEGIN, "</s>": END}
-LLAVA = {"<image>": IMAGE, "<video>": VIDEO}
-INTERNVL = {"<IMG_CONTEXT>": IMAGE, "<video>": VIDEO, "<img>": VISION_START, "</img>": VISION_END}
-CHARACTERS = "\n 0123456789.:<>?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def build_tokenizer(name: str) -> Any:
-    special = CONTROL | (INTERNVL if name == "internvl" else LLAVA)
-    free = (i for i in range(VOCABULARY) if i not in special.values())
-    vocabulary = special | {character: next(free) for character in CHARACTERS}
-    vocabulary |= {f"<reserved_{number}>": number for number in free}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    roles = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens=roles if name == "internvl" else {"image_token": "<image>", "video_token": "<video>"},
-    )
-
-
-def template(name: str) -> str:
-    """Chat template that puts the family's placeholder, which the processor expands, in front of the text."""
-    image = "<IMG_CONTEXT>" if name == "internvl" else "<image>"
-    return (
-        "{% for message in messages %}<s>{{ message['role'] }}: "
-        "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}" + image + "\n"
-        "{% elif part['type'] == 'video' %}<video>\n"
-        "{% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-
-
-def build_processor(name: str) -> Any:
-    tokenizer, side = build_tokenizer(name), tiny_llava.SIDE
-    chat: dict[str, Any] = {"chat_template": template(name)}
-    square = {"height": side, "width": side}
-    clip = {"size": {"shortest_edge": side}, "crop_size": square}
-    counts = {"patch_size": tiny_llava.PATCH, "vision_feature_select_strategy": "default"}
-    if name.startswith("llava-next"):
-        images = transformers.LlavaNextImageProcessor(**clip, image_grid_pinpoints=tiny_llava_next.PINPOINTS)
-        counts["num_additional_image_tokens"] = 1
-        if name == "llava-next":
-            return transformers.LlavaNextProcessor(images, tokenizer, **counts, **chat)
-        videos = transformers.LlavaNextVideoVideoProcessor(**clip, do_sample_frames=False)
-        return transformers.LlavaNextVideoProcessor(videos, images, tokenizer, **counts, **chat)
-    if name == "llava-onevision":
-        images = transformers.LlavaOnevisionImageProcessor(
-            size=square, image_grid_pinpoints=tiny_llava_onevision.PINPOINTS
-        )
-        videos = transformers.LlavaOnevisionVideoProcessor(size=square, do_sample_frames=False)
-        return transformers.LlavaOnevisionProcessor(
-            images,
-            tokenizer,
-            videos,
-            num_image_tokens=(side // tiny_llava.PATCH) ** 2,
-            vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_4",
-            **chat,
-        )
-    square = {"height": tiny_internvl.SIDE, "width": tiny_internvl.SIDE}
-    images = transformers.GotOcr2ImageProcessor(size=square, crop_to_patches=True, max_patches=4)
-    videos = transformers.InternVLVideoProcessor(size=square, do_sample_frames=False)
-    return transformers.InternVLProcessor(images, tokenizer, videos, image_seq_length=tiny_internvl.TILE_TOKENS, **chat)
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -190,7 +116,7 @@ def joined(images: list[tuple[int, str, int]], conversations: list[Any]) -> list
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_chat_template_to_answer(name: str, case: str, limits: Any) -> None:
-    model, processor = tiny_model(name), build_processor(name)
+    model, processor = tiny_model(name), tiny_processor(name)
     inputs = prepare(processor, name, case)
     for method in ("vtc_cls", "random", "pool"):
 
@@ -210,7 +136,7 @@ def test_chat_template_to_answer(name: str, case: str, limits: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -> None:
-    model, processor = tiny_model(name), build_processor(name)
+    model, processor = tiny_model(name), tiny_processor(name)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = loading.load(str(tmp_path), device="cpu")
@@ -228,7 +154,7 @@ def test_saved_and_loaded_it_gives_the_same_answers(name: str, tmp_path: Path) -
 
 
 def test_the_last_tile_of_an_internvl_image_is_its_overview() -> None:
-    model, processor = tiny_model("internvl"), build_processor("internvl")
+    model, processor = tiny_model("internvl"), tiny_processor("internvl")
     pictures = [picture(40, 24, 1), picture(24, 56, 2), picture(16, 16, 3)]
     inputs = prepare(processor, "internvl", "several images")
     whole = processor.image_processor(pictures, crop_to_patches=False, return_tensors="pt").pixel_values
@@ -241,7 +167,7 @@ def test_the_last_tile_of_an_internvl_image_is_its_overview() -> None:
 
 
 def test_frames_of_an_internvl_video_lie_between_marks() -> None:
-    processor = build_processor("internvl")
+    processor = tiny_processor("internvl")
     inputs = prepare(processor, "internvl", "a video")
     assert [length for _, _, length in runs(inputs["input_ids"])] == [tiny_internvl.TILE_TOKENS] * 3
     assert processor.decode(inputs["input_ids"][0]).count("Frame") == 3
@@ -249,7 +175,7 @@ def test_frames_of_an_internvl_video_lie_between_marks() -> None:
 
 def test_a_budget_is_that_of_an_internvl_video() -> None:
     """Not of each of its frames; a budget per frame would keep so many times more."""
-    model, processor = tiny_model("internvl"), build_processor("internvl")
+    model, processor = tiny_model("internvl"), tiny_processor("internvl")
     inputs = prepare(processor, "internvl", "images and videos")
     with vtc.compress(model, "random", keep=5, processor=processor) as handle, torch.no_grad():
         model(**inputs)
@@ -267,7 +193,7 @@ def test_a_budget_is_that_of_an_internvl_video() -> None:
 
 def test_an_internvl_prompt_that_counts_images_needs_the_processor() -> None:
     """Frames, and images that the user counts: the ids show which they are once the processor says how it counts."""
-    model, processor = tiny_model("internvl"), build_processor("internvl")
+    model, processor = tiny_model("internvl"), tiny_processor("internvl")
     del model.config.video_frame_texts
     pictures = [picture(16, 16, seed) for seed in range(3)]
     text = "".join(f"Image-{number}: <IMG_CONTEXT>\n" for number in (1, 2, 3)) + "Which is brightest?"
@@ -289,7 +215,7 @@ def test_an_internvl_prompt_that_counts_images_needs_the_processor() -> None:
 
 
 def test_videos_that_follow_one_another_stay_apart() -> None:
-    model, processor = tiny_model("internvl"), build_processor("internvl")
+    model, processor = tiny_model("internvl"), tiny_processor("internvl")
     clips = [[picture(16, 16, 10 * clip + number) for number in range(count)] for clip, count in enumerate((12, 12))]
     text = "<video>\n<video><IMG_CONTEXT>What changes?"
     inputs = dict(processor(text=[text], videos=clips, images=[picture(16, 16, 99)], return_tensors="pt"))
@@ -303,7 +229,7 @@ def test_the_processor_of_another_family_tells_no_frames() -> None:
     model = tiny_model("internvl")
     before = snapshot(model)
     with pytest.raises(VTCError, match="LlavaNextProcessor is no processor of InternVL"):
-        vtc.compress(model, "random", keep=5, processor=build_processor("llava-next"))
+        vtc.compress(model, "random", keep=5, processor=tiny_processor("llava-next"))
     assert snapshot(model) == before
     with vtc.compress(tiny_model("llava-next"), "random", keep=5, processor=object()):  # not asked for there
         pass
@@ -314,7 +240,7 @@ def test_published_sizes_give_the_tokens_that_processors_count(name: str, side: 
     """Any picture on the published tilings: thousands of tokens, odd margins, shrunk maps."""
     config = tiny_model(name).config
     config.vision_config.image_size, config.vision_config.patch_size = side, 14
-    processor = build_processor(name)
+    processor = tiny_processor(name)
     default = type(processor.image_processor)()
     config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = default.image_grid_pinpoints
     if name == "llava-next":
@@ -351,13 +277,13 @@ def as_clip(part: dict[str, Any]) -> dict[str, Any]:
 def test_the_way_of_the_commands_is_the_processors_own(name: str, case: str) -> None:
     from vtc.app.preparation import prepare as prepared
 
-    loaded = loading.Loaded(name, "", tiny_model(name), build_processor(name))
+    loaded = loading.Loaded(name, "", tiny_model(name), tiny_processor(name))
     own = prepare(loaded.processor, name, case)
     conversations = [
         [{**message, "content": [as_clip(part) for part in message["content"]]} for message in conversation]
         for conversation in cases(name)[case]
     ]
-    found = prepared(loaded, conversations)
+    found, _ = prepared(loaded, conversations)
     assert own.keys() == found.keys()
     for key in own:
         if isinstance(own[key], torch.Tensor):
@@ -369,7 +295,7 @@ def test_videos_that_cannot_be_stacked_are_refused() -> None:
     from vtc.app.preparation import prepare as prepared
     from vtc.errors import InputError
 
-    loaded = loading.Loaded("llava-onevision", "", tiny_model("llava-onevision"), build_processor("llava-onevision"))
+    loaded = loading.Loaded("llava-onevision", "", tiny_model("llava-onevision"), tiny_processor("llava-onevision"))
     long, short = (as_clip(user(frames)[0]["content"][0]) for frames in (FRAMES[0], FRAMES[1][:2]))
     with pytest.raises(InputError, match=r"the prompt with videos of 3 and 2 frames .*--frames 2"):
         prepared(loaded, [Chat([{"role": "user", "content": [long, short]}])])
@@ -377,3 +303,124 @@ def test_videos_that_cannot_be_stacked_are_refused() -> None:
     alone = [Chat([{"role": "user", "content": [clip]}], name) for name, clip in clips.items()]
     with pytest.raises(InputError, match=r"the batch of a, b is refused .*ask each alone"):
         prepared(loaded, alone)
+
+
+# --- how the tiles of an InternVL image lie
+SIZES = [(40, 24), (24, 56), (16, 16)]
+
+
+def slope(height: int, width: int) -> Image.Image:
+    """A picture that is redder further down and greener further right."""
+    down, right = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
+    return Image.fromarray(np.stack(np.broadcast_arrays(down, right, np.zeros((1, 1))), -1).round().astype(np.uint8))
+
+
+class Seeing(FixedKeep):
+    """Notes the layouts that it is shown."""
+
+    layouts: ClassVar[list[VisualItem]] = []
+
+    def select(self, view: StageView) -> Selection:
+        self.layouts.extend(view.items.layouts)
+        return super().select(view)
+
+
+def layouts(inputs: dict[str, Any], model: Any = None, **told: Any) -> list[VisualItem]:
+    Seeing.layouts.clear()
+    model = tiny_model("internvl") if model is None else model
+    with vtc.compress(model, Seeing(), **told), torch.no_grad():
+        model(**inputs)
+    return list(Seeing.layouts)
+
+
+def slopes(*sizes: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
+    processor = tiny_processor("internvl")
+    turn = user(*(slope(*size) for size in sizes), "What is this?")
+    chat = dict(tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return processor, dict(processor.apply_chat_template([turn], **chat))
+
+
+def test_sizes_of_pictures_tell_how_their_tiles_lie() -> None:
+    processor, inputs = slopes(*SIZES, (90, 95))
+    found = layouts(inputs, processor=processor, image_sizes=torch.tensor([*SIZES, (90, 95)]))
+    assert [item.tiling for item in found] == [(2, 1), (1, 2), None, (2, 2)]
+    first = 0
+    for item in found:
+        means = inputs["pixel_values"][first : first + item.n_crops].mean((-1, -2))
+        first += item.n_crops
+        if item.tiling is not None:
+            down, right = means[:-1, 0].view(item.tiling), means[:-1, 1].view(item.tiling)
+            assert item.thumbnail == item.n_crops - 1
+            assert (down.diff(dim=0) > 0.5).all() and (right.diff(dim=1) > 0.5).all()
+            assert down.std(1, correction=0).max() < 0.1 and right.std(0, correction=0).max() < 0.1
+    assert [item.tiling for item in layouts(inputs, processor=processor)] == [None] * 4
+
+
+def test_sizes_are_those_of_images_among_videos() -> None:
+    processor = tiny_processor("internvl")
+    inputs = prepare(processor, "internvl", "images and videos")
+    found = layouts(inputs, processor=processor, image_sizes=[(40, 24), (48, 48), (32, 16)])
+    shapes = [(item.kind, item.tiling) for item in found]
+    assert shapes == [("image", (2, 1)), ("image", (2, 2)), ("video", None), ("video", None), ("image", (2, 1))]
+
+
+def test_sizes_may_be_told_anew_and_leave_nothing_behind() -> None:
+    processor, inputs = slopes((40, 24))
+    _, others = slopes((24, 56))
+    model = tiny_model("internvl")
+    layouts(inputs, model)
+    before = snapshot(model)
+    with vtc.compress(model, "globalcom2", retention=0.5, processor=processor) as handle, torch.no_grad():
+        for given, size in ((inputs, (40, 24)), (others, (24, 56))):
+            handle.image_sizes = [size]
+            assert handle.image_sizes == (size,) and handle.system_length is None
+            model(**given)
+    assert snapshot(model) == before
+
+
+def test_the_overview_guides_the_tiles_of_an_internvl_image() -> None:
+    processor, inputs = slopes((90, 95))
+    model, kept = tiny_model("internvl"), {}
+    for sizes in (None, [(90, 95)]):
+        handle = vtc.compress(model, "globalcom2", retention=0.4, tau=0.01, processor=processor, image_sizes=sizes)
+        generate(model, inputs, handle, 1)
+        (item,) = handle.trace[0].items
+        crops = item.kept[0] // tiny_internvl.TILE_TOKENS
+        kept[sizes is None] = crops.bincount(minlength=5).tolist()
+    assert sum(kept[True]) == sum(kept[False])
+    assert max(kept[True][:4]) - min(kept[True][:4]) <= 1 < max(kept[False][:4]) - min(kept[False][:4])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told", "words"),
+    [
+        ([(40, 24)], False, "only together with the processor"),
+        ([(40, 24), (24, 56)], True, r"image_sizes has 2 entries, the prompts hold 1 pictures"),
+        ([(16, 16)], True, r"into 1 x 1 tiles, the picture in the prompt has 3 with its overview"),
+    ],
+)
+def test_sizes_that_do_not_explain_the_tiles_are_refused(sizes: Any, told: bool, words: str) -> None:
+    processor, inputs = slopes((40, 24))
+    model = tiny_model("internvl")
+    layouts(inputs, model)  # transformers leaves hooks of its own
+    before = snapshot(model)
+    with pytest.raises(UnsupportedCall, match=words):
+        layouts(inputs, model, image_sizes=sizes, **({"processor": processor} if told else {}))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("sizes", [40, [40, 24], [(40, 24, 3)], [(40.0, 24.0)], [(0, 24)], "large"])
+def test_what_is_no_size_is_refused(sizes: Any) -> None:
+    with pytest.raises(InputError, match="are no sizes of pictures"):
+        vtc.compress(tiny_model("internvl"), "random", retention=0.5, image_sizes=sizes)
+
+
+def test_an_answerer_tells_the_sizes() -> None:
+    model, processor = tiny_model("internvl"), tiny_processor("internvl")
+    answerer = Answerer(loading.Loaded("tiny", "", model, processor))
+    batch = answerer.prepare([user(slope(40, 24), "What?"), user(slope(24, 56), slope(16, 16), "What?")])
+    assert batch.image_sizes == tuple(SIZES)
+    Seeing.layouts.clear()
+    with answerer.compressed(Seeing()) as handle:
+        answerer.generate(batch, {"max_new_tokens": 1, "do_sample": False}, handle)
+    assert [item.tiling for item in Seeing.layouts] == [(2, 1), (1, 2), None]

@@ -11,20 +11,28 @@ import pytest
 import vtc.testing.__main__ as contract
 from vtc.app.pages import page, table
 from vtc.eval.documents import DOCUMENTS, main
+from vtc.eval.encoders import page as encoder_page
 from vtc.eval.training import atp_report, vqtoken_report
 from vtc.eval.training.measure import Measurement
-from vtc.testing import overhead, timing
+from vtc.testing import graphs, overhead, scaling, selecting, timing
 from vtc.testing.models import TINY_MODELS
 
 DOCS = Path(__file__).parents[2] / "docs"
+README = DOCS.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command writes."""
     folder = tmp_path_factory.mktemp("docs")
-    main(folder)
+    readme = folder / "README.md"
+    readme.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    main(folder, readme)
     return folder
+
+
+def test_the_table_in_the_readme_is_current(written: Path) -> None:
+    assert README.read_text(encoding="utf-8") == (written / "README.md").read_text(encoding="utf-8"), "run `make docs`"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -41,12 +49,27 @@ def atp() -> str:
     return atp_report.report({name: found for name in (atp_report.WEIGHTS, f"{atp_report.WEIGHTS}-25")}, 60)
 
 
+def encoders() -> str:
+    recalls = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    asked = {f"scenes_{name}": ["top1", "top5"] for name in ("colour", "form", "digit", "word")}
+    return encoder_page.report(
+        [
+            encoder_page.Section(f"{task}: 1 pictures", encoder_page.head(metrics), [])
+            for task, metrics in {**asked, "scenes_retrieval": recalls}.items()
+        ]
+    )
+
+
 MEASURED: dict[str, Callable[[], str]] = {
     "overhead": lambda: overhead.report([], 9),
     "ops": lambda: timing.report([]),
+    "selections": lambda: selecting.report([]),
+    "scaling": lambda: scaling.report([]),
+    "graphs": lambda: graphs.report([]),
     "contract": lambda: contract.report((["method", *TINY_MODELS], []), (["check", *TINY_MODELS], []), 7, 5e-5),
     "vqtoken": lambda: vqtoken_report.report([("none", "6", measured(vqtoken_report.FAMILIES, 720))], None),
     "atp": atp,
+    "encoders": encoders,
 }
 """What each report says around its measurements, of which the committed one was made with more weights (`--plain`)."""
 

@@ -168,7 +168,7 @@ def test_nobody_looks_at_scores_after_the_first_batch(
     "rank",
     [
         lambda values, mask: select.top_k(values, torch.tensor([2]), mask),
-        lambda values, mask: select.top_k_in_groups(values, torch.zeros_like(mask).long(), 1, torch.tensor([2]), mask),
+        lambda values, mask: select.settle(values, mask),
         lambda values, mask: greedy.best(values, mask),
         lambda values, mask: greedy.k_center(values[..., None].expand(-1, -1, 2), torch.tensor([0]), 2, mask),
         lambda values, mask: greedy.greedy_map(torch.ones(1, 3, 2), values, 2, mask),

@@ -188,3 +188,23 @@ def test_the_page_is_small_and_loads_nothing(store: Path) -> None:
     text = re.sub(r"(<script[^>]*>).*?</script>", r"\1", text, flags=re.DOTALL)
     loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"([^\"]*)\"", text)
     assert loaded == ["data:,"]
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_page_of_kept_tokens_is_quiet_and_follows_its_slider(browser: Any, tmp_path: Path, width: int) -> None:
+    from vtc.app.loading import load
+    from vtc.app.show import show
+    from vtc.eval.tiny.benchmark import scene_image
+
+    loaded = load("tiny-llava", device="cpu")
+    shown = show(loaded.model, loaded.processor, scene_image(0), "is it?", ["vtc_cls", "stride"], [0.5, 0.25], side=96)
+    assert open_page(browser, shown.save(tmp_path / "shown.html"), width) == []
+    assert overflow(browser) == 0
+    texts = "return [...document.querySelectorAll('article')].map((each) => each.innerText)"
+    assert all("36 of 144 tokens per layer" in text for text in browser.execute_script(texts))
+    move = "const b = document.getElementById('budget'); b.value = 1; b.dispatchEvent(new Event('input'))"
+    browser.execute_script(move)
+    assert all("72 of 144 tokens per layer" in text for text in browser.execute_script(texts))
+    kept = browser.execute_script("return document.querySelector('article img').src")
+    browser.execute_script("document.getElementById('scores').click()")
+    assert browser.execute_script("return document.querySelector('article img').src") != kept

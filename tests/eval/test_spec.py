@@ -11,6 +11,7 @@ import pytest
 
 import vtc
 from vtc.errors import BudgetError, InputError, VTCError
+from vtc.eval.series import make_series
 from vtc.eval.spec import CONFIGS, SweepSpec, make_spec, read_settings
 from vtc.method.composite import combine
 
@@ -23,7 +24,7 @@ def test_the_default_file_says_what_the_defaults_are() -> None:
 
 def test_every_shipped_file_is_valid_and_reached_by_its_name() -> None:
     for file in CONFIGS.glob("*.yaml"):
-        assert make_spec(read_settings(Path(file.stem))) == make_spec(read_settings(file))
+        assert make_series(read_settings(Path(file.stem))) == make_series(read_settings(file))
 
 
 def test_methods_may_be_names_or_mappings() -> None:
@@ -76,7 +77,7 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str, w
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match=r"no sweep file 'nope\.yaml'.*default, quick"):
+    with pytest.raises(InputError, match=r"no sweep file 'nope\.yaml'.*default, demo, full, parts, quick"):
         read_settings(Path("nope.yaml"))
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from vtc.cli.tiny import app
 from vtc.embedded import NAMES, model_path
 from vtc.errors import InputError, UnknownName
+from vtc.eval.tiny import loop
 from vtc.eval.tiny.benchmark import task_rows
 from vtc.eval.tiny.checking import accuracy
 from vtc.eval.tiny.mixed_batches import mixed, plan, streams
-from vtc.eval.tiny.mixture import train_mixture
+from vtc.eval.tiny.mixture import take_over, train_mixture
 from vtc.eval.tiny.model import ModelShape
-from vtc.eval.tiny.optim import rate
+from vtc.eval.tiny.optim import make_optimisers, orthogonal_in, rate, set_rate
 from vtc.eval.tiny.recipes import RECIPES, Recipe
 from vtc.eval.tiny.record import add_accuracy
 from vtc.eval.tiny.settings import Settings
@@ -130,7 +132,7 @@ KILLED_MIXTURE = """
 import os, signal, sys
 from pathlib import Path
 from vtc.eval.tiny.recipes import Recipe
-from vtc.eval.tiny.mixture import train_mixture
+from vtc.eval.tiny.mixture import take_over, train_mixture
 
 def kill(stage, step):
     if (stage, step) == ("joint", 3):
@@ -185,3 +187,48 @@ def test_recipes_fit_the_repository_and_mix_what_their_model_reads() -> None:
 def test_impossible_recipes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError):
         Recipe("tiny-onevision", **wrong)  # type: ignore[arg-type]
+
+
+def test_another_class_starts_with_the_same_language_model() -> None:
+    model = RECIPES["tiny-qwen"].family().build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    taken = take_over(model, "tiny-onevision")
+    trained = AutoModelForImageTextToText.from_pretrained(
+        model_path("tiny-onevision"), dtype=torch.float32
+    ).state_dict()
+    assert set(taken) == {name for name in before if "language_model" in name or "lm_head" in name}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trained[name] if name in taken else before[name]), name
+
+
+def test_a_folder_of_the_same_class_gives_everything() -> None:
+    model = RECIPES["tiny-onevision"].family().build()
+    assert len(take_over(model, str(model_path("tiny-onevision")))) == len(model.state_dict())
+
+
+def test_products_are_in_bfloat16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = torch.randn(4, 4)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        with loop.mixed(torch.device("cpu")):
+            assert (left @ left).dtype == dtype
+    assert loop.products(torch.device("cuda")) == torch.bfloat16
+
+
+def test_muon_is_orthogonal_in_the_type_that_is_asked_for() -> None:
+    gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.nn.Parameter(torch.zeros(24, 8))
+        weight.grad = gradient.clone()
+        muon, _ = make_optimisers([("layer", weight), ("embed", torch.nn.Parameter(torch.zeros(1)))], 0.0)
+        set_rate([muon], 1.0)
+        with orthogonal_in(dtype):
+            muon.step()
+        steps.append(weight.detach())
+    assert not torch.equal(*steps) and torch.allclose(*steps, atol=0.05)
+
+
+def test_tiny_llava_starts_from_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), "--start", "tiny-onevision"])
+    assert isinstance(result.exception, InputError) and "leave --start away" in str(result.exception)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vtc
 from vtc.method.base import StageView
+from vtc.method.states import States
 from vtc.testing import Shape, make_view
 
 
@@ -27,7 +28,7 @@ def shown(view: StageView, tokens: Tensor, text: Tensor) -> StageView:
     """The view with other tokens [1, N, D], and `text` [M, D] as what its question consists of."""
     rows = view.items.scatter(tokens, torch.zeros(*view.visual.shape, tokens.shape[2]))
     place = view.text[0].nonzero().flatten()[: len(text)]
-    return replace(view, hidden=rows.index_put((torch.zeros_like(place), place), text))
+    return replace(view, states=States(rows.index_put((torch.zeros_like(place), place), text)))
 
 
 def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:

@@ -29,6 +29,7 @@ from torch import Tensor
 import vtc
 from vtc import adapters
 from vtc.method.base import CacheStage, EncoderStage
+from vtc.method.groups import Parts
 from vtc.methods.mustdrop import method as code
 
 ENCODER = {"window": "window", "threshold": "tau", "key_rate": "key_rate"}
@@ -106,8 +107,8 @@ def dropped(model: Any, case: dict[str, Any], keys: Tensor, **prompt: Any) -> re
     """A run of the published filter and cache, with the case's thresholds and key set."""
     given = vtc.create("mustdrop", merge="off", filter="threshold", **replay.options(case, FILTER))
 
-    def stored(score: Tensor, group: Tensor, groups: int, rate: float, mask: Tensor) -> Tensor:
-        return mask & torch.isin(torch.arange(mask.shape[1]), keys)
+    def stored(score: Tensor, tiles: Parts, rate: float) -> Tensor:
+        return tiles.items & torch.isin(torch.arange(score.shape[1]), keys)
 
     with replay.watched(code, "key_tokens", stored):
         return llm.run(model, method=given, **prompt)

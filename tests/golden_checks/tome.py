@@ -18,6 +18,7 @@ from torch import Tensor
 import vtc
 from vtc.method.base import EncoderStage, Needs
 from vtc.method.readings import AttentionCall
+from vtc.method.states import States
 from vtc.ops.merge import unmerge
 from vtc.testing import make_view
 from vtc.testing.views import CLIP_L
@@ -37,7 +38,7 @@ def check(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
         view = make_view([(8, 8)] * batch, spec=spec, vision={(layer, reading): list(rows)})
         assert Needs({layer: (reading,)}) == view.needs
         hidden = view.items.scatter(values, torch.zeros(*view.visual.shape, values.shape[2]))
-        view = replace(view, hidden=hidden, stage=EncoderStage(block))
+        view = replace(view, states=States(hidden), stage=EncoderStage(block))
         assert method.select(view) is None  # the first block only begins
         view.memory[method, "rows"] = size[:, 1:], every
         answer = method.select(replace(view, stage=EncoderStage(block + 1)))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import vtc
 from vtc.method.base import Selection, StageView
+from vtc.method.states import States
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.codebook import Clustering
 from vtc.methods.vqtoken.method import OFFICIAL_PREFIX
@@ -37,7 +38,7 @@ def shown(tokens: Tensor, **more: Any) -> StageView:
     """A video of SIDE x SIDE tokens a frame, [frames, places, D]."""
     view = make_view([Shape(((tokens.shape[0], SIDE, SIDE),))], **more)
     hidden = torch.zeros(*view.visual.shape, tokens.shape[2])
-    return replace(view, hidden=view.items.scatter(tokens.flatten(0, 1)[None], hidden))
+    return replace(view, states=States(view.items.scatter(tokens.flatten(0, 1)[None], hidden)))
 
 
 def clustered(view: StageView, start: Callable[..., Tensor], options: dict[str, Any]) -> Outputs:

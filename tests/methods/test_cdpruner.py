@@ -15,6 +15,7 @@ from torch import Tensor
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import ModelSpec, Needs
+from vtc.method.states import States
 from vtc.methods.cdpruner import relevance
 from vtc.ops.greedy import greedy_map
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
@@ -100,7 +101,7 @@ def test_the_question_decides(make_view: Any, kept: Any) -> None:
     hidden = view.hidden.clone()
     hidden[0, view.visual[0]] = torch.eye(6)
     hidden[0, view.text[0]] = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, 4.0])  # in front of the image and behind it
-    asked = dataclasses.replace(view, hidden=hidden)
+    asked = dataclasses.replace(view, states=States(hidden))
     choose = lambda view, **options: kept(view, vtc.create("cdpruner", **options).select(view))  # noqa: E731
     assert choose(asked, inverse=False) == [[4, 5]]
     assert choose(asked) == [[0, 1]]

@@ -14,7 +14,8 @@ from torch import Tensor
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import ModelSpec, Needs
-from vtc.method.parts import Groups, _largest_share
+from vtc.method.groups import Groups, largest_share
+from vtc.method.states import States
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 SHAPES = [(7, 9), (16, 16), (1, 1), (2, 3), (1, 2)]
@@ -50,13 +51,13 @@ def test_only_directions_matter_and_the_first_of_two_equals_wins(make_view: Any,
     view = make_view([(4, 4), (1, 2)], keep=5)
     method = vtc.create("divprune")
     scale = torch.rand(*view.hidden.shape[:2], 1) + 0.2
-    scaled = dataclasses.replace(view, hidden=view.hidden * scale)
+    scaled = dataclasses.replace(view, states=States(view.hidden * scale))
     assert kept(view, method.select(view)) == kept(scaled, method.select(scaled))
     pair = make_view([(1, 2)], keep=1)
     assert kept(pair, method.select(pair)) == [[0]]  # each is the other's nearest
-    same = dataclasses.replace(view, hidden=torch.ones_like(view.hidden))
+    same = dataclasses.replace(view, states=States(torch.ones_like(view.hidden)))
     assert kept(same, method.select(same)) == [[0, 1, 2, 3, 4], [0, 1]]
-    nothing = dataclasses.replace(view, hidden=torch.zeros_like(view.hidden))
+    nothing = dataclasses.replace(view, states=States(torch.zeros_like(view.hidden)))
     assert kept(nothing, method.select(nothing)) == [[0, 1, 2, 3, 4], [0, 1]]
 
 
@@ -82,12 +83,12 @@ def test_crops_choose_together_or_apart(make_view: Any, kept: Any, shares: Any, 
 def test_no_crop_takes_more_steps_than_allowed(sizes: list[int], data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, sum(sizes)))
     exact = vtc.ops.select.apportion(torch.tensor([keep]), torch.tensor([sizes]))[0]
-    assert int(exact.max()) <= _largest_share(keep, sum(sizes), sizes) <= int(exact.max()) + 2
+    assert int(exact.max()) <= largest_share(keep, sum(sizes), sizes) <= int(exact.max()) + 2
     thinned = [data.draw(st.integers(0, size)) for size in sizes]
     if sum(thinned):
         keep = data.draw(st.integers(1, sum(thinned)))
         exact = vtc.ops.select.apportion(torch.tensor([keep]), torch.tensor([thinned]))[0]
-        assert int(exact.max()) <= _largest_share(keep, sum(thinned), sizes)
+        assert int(exact.max()) <= largest_share(keep, sum(thinned), sizes)
 
 
 def test_crops_that_an_earlier_stage_thinned(make_view: Any, kept: Any, shape: Any) -> None:
@@ -99,7 +100,7 @@ def test_crops_that_an_earlier_stage_thinned(make_view: Any, kept: Any, shape: A
     items = view.items.kept(alive, [23, 9], places)
     view = dataclasses.replace(view, items=items)
     groups = Groups.of(view, "crop")
-    assert groups.mask.sum(1).tolist() == [1, 6, 16, 9, 0, 0]
+    assert groups.parts.mask.sum(1).tolist() == [1, 6, 16, 9, 0, 0]
     assert groups.keep.tolist() == [1, 3, 8, 9, 0, 0]
     assert groups.steps >= 9
     found = kept(view, vtc.create("divprune", scope="crop").select(view))
@@ -110,10 +111,10 @@ def test_crops_that_an_earlier_stage_thinned(make_view: Any, kept: Any, shape: A
 def test_taking_and_marking_are_inverse(make_view: Any, shape: Any) -> None:
     view = make_view([shape(((3, 4, 4),)), shape(((1, 2, 2), (1, 5, 5)))], keep=10**4)
     groups = Groups.of(view, "crop")
-    crop = groups.take(view.crop)
+    crop = groups.parts.take(view.crop)
     row = torch.arange(len(crop)) % 3
-    assert torch.equal(crop[groups.mask], row[:, None].expand_as(crop)[groups.mask])
-    everything = torch.arange(groups.mask.shape[1]).expand_as(groups.mask)
+    assert torch.equal(crop[groups.parts.mask], row[:, None].expand_as(crop)[groups.parts.mask])
+    everything = torch.arange(groups.parts.mask.shape[1]).expand_as(groups.parts.mask)
     assert torch.equal(groups.chosen(everything), view.items.mask)
 
 

@@ -70,10 +70,12 @@ def tiles(side: int, count: int, tiling: Any = None) -> VisualItem:
 
 
 def video(frames: int, height: int, width: int, newline: bool = False) -> VisualItem:
-    item = dataclasses.replace(tiles(1, frames * height * width), kind="video", n_crops=frames, thumbnail=None)
+    item = dataclasses.replace(
+        tiles(1, frames * height * width), kind="video", n_crops=frames, thumbnail=None, crop_sizes=()
+    )
     crop = torch.arange(frames).repeat_interleave(height * width)
     grid = (frames, height, width)
-    item = dataclasses.replace(item, crop=crop, grid=grid, regions=(grid,))
+    item = dataclasses.replace(item, crop=crop, grid=grid, regions=(grid,), crop_sizes=())
     if not newline:
         return item
     longer = {name: torch.nn.functional.pad(getattr(item, name), (0, 1), value=-1) for name in ("crop", "row", "col")}

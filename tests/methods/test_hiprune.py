@@ -16,8 +16,10 @@ import vtc
 from vtc import adapters
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Rows
+from vtc.method.groups import Parts
 from vtc.methods.hiprune.method import anchors_of
 from vtc.methods.hiprune.neighbours import hierarchical, neighbours, tile_places
+from vtc.ops.select import in_groups
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain.neighbours import plain_hierarchical, plain_neighbours, plain_tile_places
 
@@ -89,7 +91,8 @@ def test_the_choice_of_one_tile_after_the_other(
     share = torch.tensor([[data.draw(st.integers(0, n)) for n in row] for row in sizes.tolist()])
     anchors = torch.tensor([[data.draw(st.integers(0, n)) for n in row] for row in share.tolist()])
     less = None if penalty is None else torch.full((len(group), 1), penalty)
-    arguments = (middle, deep, near, group, share, anchors, mask, less)
+    place, real = (each.flatten(0, 1) for each in in_groups(group, tiles, int(sizes.max()), mask))
+    arguments = (middle, deep, near, Parts(real, place, mask), share.flatten(), anchors.flatten(), less)
     found = hierarchical(*arguments)
     assert torch.equal(found, plain_hierarchical(*arguments))
     if penalty is None:
@@ -351,6 +354,8 @@ def test_long_videos_stay_small(peak_memory: Any) -> None:
     """100 000 tokens in 174 frames; one table of N x N bytes would be 10 GB."""
     setup = """
 from vtc.methods.hiprune.neighbours import hierarchical, neighbours, tile_places
+from vtc.method.groups import Parts
+from vtc.ops.select import in_groups
 frames, rows, cols = 174, 24, 24
 group = torch.arange(frames).repeat_interleave(rows * cols)[None]
 row, col = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float().repeat(frames, 1).T[:, None]
@@ -359,7 +364,9 @@ every = torch.ones_like(group, dtype=torch.bool)
     code = """
 near = neighbours(group, *tile_places(group, row, col, every), every)
 share = torch.full((1, frames), 64)
-keep = hierarchical(torch.rand(group.shape), torch.rand(group.shape), near, group, share, share // 10, every)
+place, real = (each.flatten(0, 1) for each in in_groups(group, frames, rows * cols, every))
+tiles, share = Parts(real, place, every), share.flatten()
+keep = hierarchical(torch.rand(group.shape), torch.rand(group.shape), near, tiles, share, share // 10)
 assert int(keep.sum()) == 64 * frames
 """
     assert peak_memory(setup, code) < 256 * 2**20

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vtc.methods.aim.importance import pagerank
 from vtc.ops import merge as ops
+from vtc.ops.pagerank import pagerank
 from vtc.testing.plain import importance as plain_importance
 from vtc.testing.plain import merge as plain
 
@@ -206,10 +206,7 @@ def test_rows_that_received_nothing_still_vote() -> None:
 
 def test_a_long_prompt_fits_into_memory(peak_memory: Any) -> None:
     """[H, N, N] would take 3.6 GB; what is streamed is a block of it."""
-    setup = (
-        "from vtc.methods.aim.importance import pagerank; "
-        "q = torch.randn(1, 4, 15000, 8); k = torch.randn(1, 2, 15000, 8)"
-    )
+    setup = "from vtc.ops.pagerank import pagerank; q = torch.randn(1, 4, 15000, 8); k = torch.randn(1, 2, 15000, 8)"
     assert peak_memory(setup, "pagerank(q, k, 0.3, causal=True, iterations=2)") < 2**30
 
 

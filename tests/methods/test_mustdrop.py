@@ -16,9 +16,12 @@ import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import CacheStage, EncoderStage, ModelSpec, Needs, Rows, StageView
 from vtc.method.budget import left_by_stages
+from vtc.method.groups import Parts
+from vtc.method.states import States
 from vtc.methods.mustdrop.dual import dual_filter, keep_with_keys, key_tokens, utilities
 from vtc.methods.mustdrop.method import TEXT
 from vtc.methods.mustdrop.windows import merge_windows, merged_first, raster_windows, window_members, window_similarity
+from vtc.ops.select import in_groups
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.plain import dual as plain_dual
 from vtc.testing.plain import windows as plain_windows
@@ -86,8 +89,10 @@ def test_the_filter(data: st.DataObject, width: int, gamma: float, alpha: float)
     anything = total.masked_fill(~mask, 0).sum(1, keepdim=True) > 0
     assert torch.equal((utility >= 1) & away & anything, found & away & anything)
     rate = data.draw(st.sampled_from([0.0, 0.08, 0.25, 0.5, 1.0]))
-    key = key_tokens(total, group, 3, rate, mask)
-    assert torch.equal(key, plain_dual.plain_key_tokens(total, group, 3, rate, mask))
+    place, real = (each.flatten(0, 1) for each in in_groups(group, 3, 4, mask))
+    tiles = Parts(real, place, mask)
+    key = key_tokens(total, tiles, rate)
+    assert torch.equal(key, plain_dual.plain_key_tokens(total, tiles, rate))
     keep = torch.tensor(data.draw(st.lists(st.integers(0, width + 1), min_size=3, max_size=3)))
     best = keep_with_keys(utility, key, keep, mask)
     assert torch.equal(best, plain_dual.plain_keep_with_keys(utility, key, keep, mask))
@@ -98,20 +103,22 @@ def test_the_filter(data: st.DataObject, width: int, gamma: float, alpha: float)
 def test_the_key_set_is_rounded_up_as_in_python(rate: float) -> None:
     for count in [*range(1, 60), 75, 100, 576]:
         mask = torch.ones(1, count, dtype=torch.bool)
-        key = key_tokens(torch.rand(1, count), torch.zeros(1, count, dtype=torch.long), 1, rate, mask)
+        key = key_tokens(torch.rand(1, count), Parts(mask, None, mask), rate)
         assert int(key.sum()) == math.ceil(rate * count)
 
 
 def test_tokens_far_beyond_the_memory_of_pairs(peak_memory: Any) -> None:
     setup = (
-        "from vtc.methods.mustdrop.windows import *; from vtc.methods.mustdrop.dual import *; "
+        "from vtc.methods.mustdrop.windows import *; from vtc.methods.mustdrop.dual import *;"
+        "from vtc.method.groups import Parts; "
         "x = torch.randn(1, 98304, 256).bfloat16()"
     )
     code = (
         "number = raster_windows([(96, 32, 32)], (2, 2))[None]; members, whole = window_members(number, 24576, 4);"
         "similarity = window_similarity(x, members, whole); merge_windows(x, members, similarity > 0);"
         "mask = number >= 0; utility = utilities(x[..., 0], x[..., 1], 0.001, 0.001, mask);"
-        "keep_with_keys(utility, key_tokens(utility, number, 24576, 0.08, mask), torch.tensor([999]), mask)"
+        "tiles = Parts(whole[0, :, None].expand(-1, 4), members[0], mask);"
+        "keep_with_keys(utility, key_tokens(utility, tiles, 0.08), torch.tensor([999]), mask)"
     )
     assert peak_memory(setup, code) < 2**28  # 50 MB of features in, one copy out
 
@@ -271,7 +278,7 @@ def test_the_plain_merge(make_view: Any, kept: Any, shape: Any, options: Any, sp
     view = make_view(shapes, spec=spec)
     method: Any = vtc.create("mustdrop", filter="off", **options)
     mixed = view.hidden + torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(1)) * 2
-    view = dataclasses.replace(view, hidden=mixed)
+    view = dataclasses.replace(view, states=States(mixed))
     selection = method.select(view)
     numbers = kept(view, selection)
     front = method.keep_raster_order is None and spec.single_crop

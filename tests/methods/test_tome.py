@@ -27,6 +27,7 @@ QWEN = ModelSpec("qwen2_5_vl", 32, 31, False, (7, 15, 23, 31), 36, mrope=True)
 def test_defaults_and_refusals() -> None:
     assert dataclasses.asdict(vtc.create("tome")) == {
         "inside": False, "r": None, "inflection": 0.0, "metric": "keys", "scope": "crop",
+        "proportional": True,
     }  # fmt: skip
     refused: list[tuple[dict[str, Any], str]] = [
         ({"metric": "key"}, "unknown metric 'key'; did you mean 'keys'"),
@@ -47,12 +48,14 @@ def test_defaults_and_refusals() -> None:
 def test_plans() -> None:
     assert ToMe().plan(CLIP_L) == vtc.Plan((PRE_LLM,), vtc.Needs({22: KEYS}), "compact")
     assert ToMe().plan(QWEN) == vtc.Plan((PRE_LLM,), vtc.Needs({31: KEYS}), "preserve")
-    assert ToMe().key_layer(dataclasses.replace(QWEN, feature_layer=22)) == 15
+    assert dataclasses.replace(QWEN, feature_layer=22).key_layer == 15
     assert ToMe(metric="features").plan(CLIP_L).needs == vtc.Needs()
     inside = ToMe(inside=True).plan(CLIP_L)
     assert inside.stages == tuple(EncoderStage(layer) for layer in range(1, 24))
     assert inside.needs == vtc.Needs(dict.fromkeys(range(23), KEYS))
-    with pytest.raises(UnsupportedMethod, match="inside=True merges patches in the vision encoder, which qwen2_5_vl"):
+    with pytest.raises(
+        UnsupportedMethod, match="inside=True works on the patches inside the vision encoder, which this qwen2"
+    ):
         ToMe(inside=True).plan(QWEN)
 
 
@@ -121,8 +124,11 @@ def test_the_plain_means(make_view: Any, kept: Any, shape: Any, budget: Any, met
 
 
 # --- inside the encoder
-def plain_encoder(model: Any, pixels: Tensor, plans: list[list[int]], has_cls: bool) -> Tensor:
-    """[k, D] features of one image after merging behind every block, the class token in front and untouched."""
+def plain_encoder(model: Any, pixels: Tensor, plans: list[list[int]], has_cls: bool, proportional: bool) -> Tensor:
+    """[k, D] features of one image after merging behind every block, the class token in front and untouched.
+
+    proportional: later blocks add the log of the sizes to the logits of their keys.
+    """
     adapter = adapters.of(model)
     layers, attention = list(adapter.vision_layers), list(adapter.vision_attention)
     seen: dict[str, Tensor] = {}
@@ -135,7 +141,8 @@ def plain_encoder(model: Any, pixels: Tensor, plans: list[list[int]], has_cls: b
     for block, plan in enumerate(plans):
         hook = attention[block].k_proj.register_forward_hook(lambda m, args, out: seen.__setitem__("k", out))
         with torch.no_grad():
-            x = layers[block](x, attention_mask=None)
+            bias = torch.tensor(sizes).log()[None, None, None] if proportional else None
+            x = layers[block](x, attention_mask=bias)
         hook.remove()
         metric = seen["k"][0].unflatten(-1, (attention[block].num_heads, -1)).mean(1).double()
         for r in plan:
@@ -152,14 +159,15 @@ def plain_encoder(model: Any, pixels: Tensor, plans: list[list[int]], has_cls: b
 
 @pytest.mark.parametrize(("name", "has_cls"), [("llava-clip", True), ("llava-siglip", False)])
 @pytest.mark.parametrize("keep", [9, 5, 2])
-def test_merging_behind_every_block(name: str, has_cls: bool, keep: int, limits: Any) -> None:
+@pytest.mark.parametrize("proportional", [True, False])
+def test_merging_behind_every_block(name: str, has_cls: bool, keep: int, proportional: bool, limits: Any) -> None:
     model = tiny_model(name)
     inputs = tiny_inputs(name, [[3, "image", 5]], model=model)
     spec = adapters.of(model).spec
     count = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    method = ToMe(inside=True)
+    method = ToMe(inside=True, proportional=proportional)
     plans = method.steps(spec.feature_layer + 1, count, keep)
-    features = plain_encoder(model, inputs["pixel_values"], plans, has_cls)
+    features = plain_encoder(model, inputs["pixel_values"], plans, has_cls, proportional)
     with torch.no_grad():
         expected = model.model.multi_modal_projector(features[None])[0]
     rows: list[Tensor] = []

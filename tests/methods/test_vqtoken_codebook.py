@@ -15,6 +15,7 @@ from torch import Tensor
 import vtc
 from vtc.errors import UnknownName, VTCError
 from vtc.method.base import ModelSpec
+from vtc.method.states import States
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.codebook import VQTokenCodebook
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
@@ -253,7 +254,7 @@ def test_all_tokens_stay_when_the_budget_pays_for_all(make_view: Any) -> None:
 
 def test_equal_tokens_still_give_the_exact_count(make_view: Any) -> None:
     view = make_view([(4, 4), (3, 3)], keep=7)
-    view = dataclasses.replace(view, hidden=torch.ones_like(view.hidden))
+    view = dataclasses.replace(view, states=States(torch.ones_like(view.hidden)))
     assert ((VQTokenCodebook().select(view).keep & view.items.mask).sum(1) == 7).all()
     dropped = VQTokenCodebook(empty="drop").select(view)
     assert dropped.counts is None
@@ -296,7 +297,7 @@ def test_an_item_is_clustered_alike_in_any_batch(make_view: Any, name: str) -> N
     single = make_view([(4, 4)], **budget)
     hidden = single.hidden.clone()
     hidden[single.items.row[0], single.items.index[0]] = view.tokens[0, :16]
-    single = dataclasses.replace(single, hidden=hidden, fingerprint=view.fingerprint[:1])
+    single = dataclasses.replace(single, states=States(hidden), fingerprint=view.fingerprint[:1])
     assert torch.equal(method.assign(single)[0][0], labels[0, :16])
     other = dataclasses.replace(method, seed=1).assign(view)[0]
     assert not torch.equal(other, labels)

@@ -42,7 +42,7 @@ class Batch:
 
     `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words. `works`
     (B) is what the untouched model does for each, None where its family tells no sizes; `full` (B) the same of the
-    prompts that shares of costs refer to, where these are others.
+    prompts that shares of costs refer to, where these are others. `image_sizes` are height and width of every picture.
     """
 
     inputs: Mapping[str, Any]
@@ -50,9 +50,14 @@ class Batch:
     system_lengths: tuple[int, ...] | None = None
     works: tuple[Work, ...] | None = None
     full: tuple[Work, ...] | None = None
+    image_sizes: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
+
+    def tell(self, handle: Handle) -> None:
+        """Say to an attached method what the inputs do not show."""
+        handle.system_length, handle.image_sizes = self.system_lengths, self.image_sizes
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,13 @@ class Answerer:
         Raises:
             InputError: what `vtc.app.preparation.prepare` refuses; the message names the conversation.
         """
-        inputs = prepare(self.loaded, conversations)
+        inputs, sizes = prepare(self.loaded, conversations)
         placeholders = torch.tensor(list(adapters.of(self.model).placeholders.values()), dtype=torch.long)
         visual = torch.isin(inputs["input_ids"].cpu(), placeholders).sum(1)
         heads = tuple(system_length(self.processor, conversation) for conversation in conversations)
         tokens = tuple(visual.tolist())
         text = [length - n for length, n in zip(inputs["attention_mask"].sum(1).tolist(), tokens, strict=True)]
-        return Batch(inputs, tokens, heads, self.meter.untouched(inputs, tokens, text))
+        return Batch(inputs, tokens, heads, self.meter.untouched(inputs, tokens, text), image_sizes=tuple(sizes))
 
     def compressed(self, method: str | Compressor, **settings: Any) -> Handle:
         """`vtc.compress` with this model and processor; a context that ends it. No trace unless `trace` asks for one.
@@ -138,7 +143,7 @@ class Answerer:
         """
         start = time.perf_counter()
         if handle is not None:
-            handle.system_length = batch.system_lengths
+            batch.tell(handle)
         logits = FiniteLogits()
         sampling = contextlib.nullcontext() if seed is None else _seeded(seed, self.model.device)
         with sampling, contextlib.nullcontext() if blame is None else checking(blame):
@@ -211,8 +216,9 @@ def answer(
     answerer = Answerer(loaded)
     media = [{"type": "image", "image": image} for image in images] + [{"type": "video", "video": v} for v in videos]
     batch = answerer.prepare([Chat([{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}])])
-    if "system_length" in options:
-        batch = dataclasses.replace(batch, system_lengths=options.pop("system_length"))
+    told = {"system_lengths": "system_length", "image_sizes": "image_sizes"}
+    given = {field: options.pop(name) for field, name in told.items() if name in options}
+    batch = dataclasses.replace(batch, **given)
     arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}
     if method is None:
         (reply,) = answerer.generate(batch, arguments)

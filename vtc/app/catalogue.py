@@ -57,7 +57,7 @@ def list_methods(
     Raises UnknownName, with near matches, for a pattern no name fits and for a stage or family that does not exist.
 
     >>> list_methods("vq*"), list_methods(stage="encoder", family="llava", trained=False)[:2]
-    (['vqtoken', 'vqtoken_codebook'], ['aim', 'mustdrop'])
+    (['vqtoken', 'vqtoken_codebook'], ['aim', 'diffrate'])
     """
     names = METHODS.names()
     found = [name for name in names if fnmatchcase(name, pattern)] if isinstance(pattern, str) else []
@@ -147,7 +147,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Embedded models and supported families: classes, vision towers, modalities, attention rows, default positions.
+    """Embedded models, supported families and encoders without an LLM: what `vtc models` tells.
 
     vision_attention: the rows methods can read, "cls" where a tower has a class token; positions: of what is removed
     before the LLM.
@@ -159,7 +159,7 @@ def describe_models() -> list[dict[str, Any]]:
             "kind": "embedded",
             "classes": _classes(name),
             "towers": [],
-            "modalities": ["image"],
+            "modalities": list(by_class[_classes(name)[0]].modalities),
             **_reads(by_class[_classes(name)[0]].references[:1]),
         }
         for name in embedded.NAMES
@@ -175,7 +175,21 @@ def describe_models() -> list[dict[str, Any]]:
         }
         for family, adapter in adapters.families().items()
     ]
-    return shipped + families
+    own = [(name, ("open_clip.model.CLIP",)) for name in embedded.ENCODERS]
+    known = [(family, adapter.model_classes) for family, adapter in adapters.encoder_families().items()]
+    encoders = [
+        {
+            "name": name,
+            "kind": "encoder",
+            "classes": list(classes),
+            "towers": [],
+            "modalities": ["image"],
+            "vision_attention": ["received"],
+            "positions": "preserve",
+        }
+        for name, classes in own + known
+    ]
+    return shipped + families + encoders
 
 
 def _reads(references: Sequence[ModelSpec]) -> dict[str, Any]:

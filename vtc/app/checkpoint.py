@@ -15,7 +15,7 @@ from pathlib import Path
 
 PARTS = {
     "weights": ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "adapter_config.json"),
-    "configuration": ("config.json", "*.py"),
+    "configuration": ("config.json", "open_clip_config.json", "*.py"),
     "generation configuration": ("generation_config.json",),
     "chat template": ("chat_template*", "additional_chat_templates/*"),
     "processor": (

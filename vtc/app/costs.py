@@ -8,9 +8,9 @@ from typing import Any
 
 from vtc import adapters
 from vtc.batch.trace import CallStats, Spans
-from vtc.cost.exact import Cost, Work, cost
+from vtc.cost.exact import Cost, Work, cost, encoder_operations
 from vtc.cost.schedule import Schedule, constant
-from vtc.cost.shapes import ModelShape
+from vtc.cost.shapes import ModelShape, TowerShape
 from vtc.engine.attach import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
@@ -46,11 +46,12 @@ class CostMeter:
     def compressed(self, full: Sequence[Work], handle: Handle, call: CallStats) -> tuple[Work, ...]:
         """The same under a method. call: what it did to the batch, rows in the order of `full`."""
         repeats = max(1, call.batch // len(full))  # beams repeat prompts
-        return tuple(self._compressed(work, handle, call, row * repeats) for row, work in enumerate(full))
+        last = self.adapter.spec.feature_layer
+        return tuple(self._compressed(work, handle, call, row * repeats, last) for row, work in enumerate(full))
 
-    def _compressed(self, work: Work, handle: Handle, call: CallStats, row: int) -> Work:
+    def _compressed(self, work: Work, handle: Handle, call: CallStats, row: int, last: int) -> Work:
         assert self.shape is not None
-        last, cut = self.adapter.spec.feature_layer, self.shape.projector.cut
+        cut = self.shape.projector.cut
         projected = None
         if call.encoder_rows:
             layer, rows = call.encoder_rows[-1]
@@ -87,6 +88,17 @@ class CostMeter:
         return cost(self.shape, work, self.element)
 
 
+def encoder_flops(shape: TowerShape, plan: Plan | None, entering: Schedule) -> float:
+    """Operations of an encoder without an LLM on one image: its own and those of a method's readings.
+
+    entering: patches of each layer.
+    """
+    rows = dict(entering.plus(shape.prefix).each())
+    readings = () if plan is None else plan.needs.vision_pairs
+    read = sum(each.operations(rows[max(0, layer)], shape.inner) for layer, each in readings)  # pixels lie at -1
+    return encoder_operations(shape, entering) + read
+
+
 def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = True) -> float:
     """What a method's readings cost by their own account, those of the LLM only where `llm` is set.
 
@@ -95,8 +107,10 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
     tower, decoder, encoded = shape.tower, shape.llm, work.encoded
     total = 0.0
     if encoded.crops:
-        length = encoded.rows / encoded.crops
-        total += sum(encoded.crops * each.operations(length, tower.inner) for _, each in plan.needs.vision_pairs)
+        for layer, each in plan.needs.vision_pairs:
+            shorter = [rows for start, rows in work.shortened if start <= layer]
+            length = shorter[-1] if shorter else encoded.rows / encoded.crops
+            total += encoded.crops * each.operations(length, tower.inner)
     entering = dict(work.visual.plus(work.text).each())
     for layer, reading in plan.needs.llm_pairs if llm else ():
         tokens = entering[max(0, layer - 1) if getattr(reading, "ahead", False) else layer]

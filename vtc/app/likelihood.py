@@ -54,7 +54,7 @@ def likelihoods(
     inputs, labels = completed(batch.inputs, ids, tokenizer.pad_token_id)
     longest = max(map(len, ids))
     if handle is not None:
-        handle.system_length = batch.system_lengths
+        batch.tell(handle)
         handle.prompt_length = tuple(batch.inputs["attention_mask"].sum(1).tolist())
     output = on_device(answerer.model, lambda: answerer.model(**inputs, logits_to_keep=longest + 1, use_cache=False))
     logits: Tensor = output.logits[:, -longest - 1 : -1].float()

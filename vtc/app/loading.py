@@ -65,8 +65,8 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device_map is None:
-        _check_device(device)
-    torch_dtype = _dtype(dtype, device)
+        check_device(device)
+    torch_dtype = dtype_of(dtype, device)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         _check_class(name, config)
@@ -128,7 +128,8 @@ def _resolve(name: str) -> str:
     return name
 
 
-def _dtype(dtype: str, device: str) -> Any:
+def dtype_of(dtype: str, device: str) -> Any:
+    """What loaders take for a --dtype; "auto" is the checkpoint's own on a GPU and float32 on the CPU."""
     if dtype == "auto":
         return "auto" if device != "cpu" else torch.float32
     found = getattr(torch, dtype, None)
@@ -137,7 +138,7 @@ def _dtype(dtype: str, device: str) -> Any:
     return found
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """InputError if no tensor can be put on `device`."""
     try:
         torch.empty(0, device=device)

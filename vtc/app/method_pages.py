@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vtc import adapters
 from vtc.app.pages import page, table
 
 ABOUT = """the docstrings, which `vtc methods --long` prints as well. Budgets mean the same everywhere: `retention` (or
@@ -15,17 +16,26 @@ statistics of every run. Layers count from 0, and "llm layer k" means in front o
 
 def method_pages(entries: Sequence[dict[str, Any]]) -> str:
     """Markdown of the entries that `describe_methods` gives."""
+    return page("Methods", "vtc methods --markdown", ABOUT, overview(entries), *map(_page, entries))
+
+
+def overview(entries: Sequence[dict[str, Any]], pages: str = "") -> str:
+    """A Markdown table with a line for each of the entries that `describe_methods` gives.
+
+    pages: the address of what `method_pages` made, seen from where the table stands.
+    """
+    families = len(adapters.families())
     rows = [
         [
-            f"[`{entry['name']}`](#{entry['name']})",
+            f"[`{entry['name']}`]({pages}#{entry['name']})",
             *(_list(entry[key]) for key in ("stages", "needs")),
             "yes" if entry["trained"] else "no",
+            "all" if len(entry["families"]) == families else _list(entry["families"]),
             _list(entry["positions"]),
         ]
         for entry in entries
     ]
-    head = "method", "acts", "reads", "learned weights", "positions"
-    return page("Methods", "vtc methods --markdown", ABOUT, (head, rows), *map(_page, entries))
+    return table(["method", "acts", "reads", "learned weights", "families", "positions"], rows)
 
 
 def _list(words: Sequence[str]) -> str:
@@ -48,31 +58,32 @@ def _page(entry: dict[str, Any]) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    """A docstring as Markdown, a line per paragraph, so that no formula begins a list."""
-    return "\n\n".join(" ".join(part.split()) for part in text.replace("``", "`").split("\n\n"))
+    """A docstring as Markdown, a line per paragraph, so that no formula begins a list; examples as they are."""
+    return "\n\n".join(map(_paragraph, text.replace("``", "`").split("\n\n")))
+
+
+def _paragraph(part: str) -> str:
+    return f"```python\n{part}\n\n```" if part.startswith(">>>") else " ".join(part.split())
 
 
 def _stages(names: Sequence[str]) -> str:
-    """Stages in words, neighbouring LLM layers as a range.
+    """Stages in words, neighbouring layers as a range.
 
     >>> _stages(["pre-llm", "llm layer 3", "llm layer 4", "llm layer 5", "llm layer 9", "after prefill"])
     'pre-llm, llm layers 3 to 5, llm layer 9, after prefill'
     """
-    parts: list[str] = []
-    run: list[int] = []
-
-    def close() -> None:
-        if run:
-            parts.append(f"llm layer {run[0]}" if len(run) == 1 else f"llm layers {run[0]} to {run[-1]}")
-            run.clear()
-
+    found: list[tuple[str, list[int]]] = []
     for name in names:
-        layer = int(name.removeprefix("llm layer ")) if name.startswith("llm layer ") else None
-        if layer is None or (run and layer != run[-1] + 1):
-            close()
-        if layer is None:
-            parts.append(name)
-        else:
+        kind, _, number = name.rpartition(" layer ")
+        layer = int(number) if kind and number.isdecimal() else None
+        before, run = found[-1] if found else ("", [])
+        if layer is not None and kind == before and run and run[-1] + 1 == layer:
             run.append(layer)
-    close()
+        else:
+            found.append((name, []) if layer is None else (kind, [layer]))
+    parts = [kind if not run else f"{kind} layer{_range(run)}" for kind, run in found]
     return ", ".join(parts) or "-"
+
+
+def _range(run: Sequence[int]) -> str:
+    return f" {run[0]}" if len(run) == 1 else f"s {run[0]} to {run[-1]}"

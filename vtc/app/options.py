@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vtc.app.talk import LOG
 from vtc.errors import InputError
 
 LONGEST_NAME = 255
@@ -26,13 +26,13 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="Hyper-parame
 
 
 def use_plugins(names: Sequence[str]) -> None:
-    """Import plugins and say on stderr which methods each one registers."""
+    """Import plugins and log which methods each one registers."""
     if not names:
         return
     from vtc.method.plugins import load_plugin  # brings in torch, which most commands do without
 
     for name in names:
-        sys.stderr.write(f"plugin {name}: {', '.join(load_plugin(name))}\n")
+        LOG.info(f"plugin {name}: {', '.join(load_plugin(name))}")
 
 
 def output_path(given: str | Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -67,7 +67,14 @@ class Rendered:
     videos: list[Video]
 
 
-def prepare(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
+class Prepared(NamedTuple):
+    """Inputs of `model.generate`, and height and width of every picture that they were made of."""
+
+    inputs: Any
+    image_sizes: list[tuple[int, int]]
+
+
+def prepare(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Prepared:
     """Inputs of `model.generate` for `conversations`, as one left-padded batch on the model's device.
 
     Messages are those of `processor.apply_chat_template`. A picture is whatever `vtc.app.images.open_image` takes,
@@ -79,7 +86,8 @@ def prepare(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]
         inputs = _process(loaded.processor, prompts)
     except Exception as error:  # processors raise whatever comes
         raise _refusal(loaded, prompts, error) from error
-    return on_device(loaded.model, lambda: inputs.to(loaded.model.device, dtype=loaded.model.dtype))
+    sizes = [(image.height, image.width) for prompt in prompts for image in prompt.images]
+    return Prepared(on_device(loaded.model, lambda: inputs.to(loaded.model.device, dtype=loaded.model.dtype)), sizes)
 
 
 def on_device(model: Any, run: Callable[[], Any]) -> Any:

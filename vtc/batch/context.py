@@ -38,11 +38,8 @@ class VisionContext:
         return sum(item.n_tokens for item in self.items)
 
     def pack(self, values: Tensor) -> Tensor:
-        """[crops, T] or [crops, T, C] per-patch values -> [I, Nmax] or [I, Nmax, C] per token.
-
-        Zero on newlines and behind an item's end.
-        """
-        tokens = self.to_tokens(values if values.ndim == 3 else values[..., None])
+        """[crops, T, ...] per-patch values -> [I, Nmax, ...] per token, zero on newlines and behind an item's end."""
+        tokens = self.to_tokens(values.flatten(2) if values.ndim > 2 else values[..., None])
         packed = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         packed = packed.masked_fill(packed.isnan(), 0)
-        return packed if values.ndim == 3 else packed[..., 0]
+        return packed.view(*packed.shape[:2], *values.shape[2:]) if values.ndim > 2 else packed[..., 0]

@@ -7,6 +7,7 @@ the question is told by its length, or ends with the last control token before t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,22 +19,41 @@ from vtc.errors import InputError, UnsupportedCall, shown
 
 Lengths = int | Sequence[int] | Tensor
 """Tokens of every row, padding not counted: one number for all rows, or one for each prompt of the batch."""
+Sizes = Sequence[tuple[int, int]] | Tensor
+"""Height and width in pixels of every picture of a call, in the order of the prompts."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the caller says about the rows of a call; None where nothing is said.
+    """What the caller says about a call; None where nothing is said.
 
     prompt_length: tokens from the first one on that are the prompt. system_length: tokens from the first one on that
-    are the system prompt, with whatever the chat template writes in front of the user's words.
+    are the system prompt, with whatever the chat template writes in front of the user's words. image_sizes: height and
+    width in pixels of every picture that the processor was given, in the order of the prompts.
     """
 
     prompt_length: Lengths | None = None
     system_length: Lengths | None = None
+    image_sizes: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_length", 1), ("system_length", 0)):
             object.__setattr__(self, name, _checked(name, getattr(self, name), least))
+
+
+def pixel_sizes(given: Sizes | None) -> tuple[tuple[int, int], ...] | None:
+    """Sizes as Python numbers. Raises InputError for anything else."""
+    if given is None:
+        return None
+    values = given.tolist() if isinstance(given, Tensor) else given
+    with contextlib.suppress(TypeError, ValueError):
+        pairs = tuple((height, width) for height, width in values)
+        if all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for pair in pairs for side in pair):
+            return pairs
+    raise InputError(
+        f"image_sizes={shown(given)} are no sizes of pictures; pass (height, width) in pixels of each, for example "
+        "image_sizes=[(480, 640)]"
+    )
 
 
 def _checked(name: str, given: Any, least: int) -> int | tuple[int, ...] | None:

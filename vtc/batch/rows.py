@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vtc.method.items import ItemTable
+from vtc.method.states import States
 from vtc.method.view import Selection
-from vtc.ops.select import front_pack, left_pack, take_rows
+from vtc.ops.select import front_pack, left_pack
 
 Side = Literal["front", "left"]
 """Where padding goes: behind what is left, as in the vision encoder, or in front of it, as in the LLM."""
@@ -97,8 +98,8 @@ class Batch:
         moved: dict[str, Any] = {name: None if table is None else table.to(device) for name, table in tables.items()}
         return replace(self, rows=self.rows.to(device), **moved)
 
-    def apply(self, selection: Selection, hidden: Tensor, side: Side) -> tuple[Batch, Tensor]:
-        """Carry out a selection: replace rows of `hidden` [B, L, D], drop the others, and pack what is left to a side.
+    def apply(self, selection: Selection, states: States, side: Side) -> tuple[Batch, Tensor]:
+        """Carry out a selection: drop rows of `states` [B, L, D], pack what is left to a side, and replace some of it.
 
         Synchronises only where the selection leaves its counts open.
         """
@@ -106,12 +107,11 @@ class Batch:
         assert items is not None and separators is not None
         kept = selection.keep & items.mask
         counts, fixed, stay = _counts(selection, kept, items, separators)
-        if selection.tokens is not None:
-            hidden = items.scatter(selection.tokens, hidden, where=kept)
         rows = self._softened(selection, items)
         dropped = [a + b - c - d for a, b, c, d in zip(items.counts, items.fixed, counts, fixed, strict=True)]
         if not any(dropped) and (selection.hide is not None or selection.weights is not None):
-            return replace(self, rows=rows), hidden
+            hidden = states.all()
+            return replace(self, rows=rows), _replaced(selection, items, kept, hidden)
         alive = items.scatter(kept, rows.held)
         if any(items.fixed):
             alive = separators.scatter(stay, alive)
@@ -130,7 +130,8 @@ class Batch:
             separators=separators,
             totals=tuple(totals),
         )
-        return packed, take_rows(hidden, index)
+        after = replace(items, index=moved[items.row[:, None], items.index])
+        return packed, _replaced(selection, after, kept, states.take(index))
 
     def _softened(self, selection: Selection, items: ItemTable) -> RowTable:
         """The rows with hidden tokens and soft masks noted for the layers to come."""
@@ -150,6 +151,11 @@ class Batch:
         full = torch.zeros(self.size, self.length, dtype=torch.uint8, device=source.device)
         # Padding slots point at dropped positions, so they add zero instead of writing.
         return full.scatter_add(1, source, held.to(torch.uint8)) > 0
+
+
+def _replaced(selection: Selection, items: ItemTable, kept: Tensor, hidden: Tensor) -> Tensor:
+    """`hidden` with the selection's own rows at the places of `items`."""
+    return hidden if selection.tokens is None else items.scatter(selection.tokens, hidden, where=kept)
 
 
 def _counts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +84,8 @@ class ItemRecord:
 
     row: batch row. positions: [n] its placeholders in the input. layout: crop, row and column of every token, newlines,
     rasters. kept: stage -> [k] token numbers inside the item that passed it. merged_into: stage -> [n] token number
-    that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows.
+    that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows. scores: stage -> [n]
+    what the stage ranked the tokens by, NaN for those that it did not see; only for stages that tell.
     """
 
     row: int
@@ -91,6 +93,7 @@ class ItemRecord:
     layout: VisualItem
     kept: dict[Stage, Tensor] = field(default_factory=dict)
     merged_into: dict[Stage, Tensor] = field(default_factory=dict)
+    scores: dict[Stage, Tensor] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -154,6 +157,15 @@ class CallRecord:
         self.keep[stage] = alive
         for item in self.items:
             item.kept[stage] = alive[item.row].gather(0, item.positions.to(alive.device)).nonzero().flatten()
+
+    def note_scores(self, stage: Stage, selection: Selection, items: ItemTable) -> None:
+        """Keep what the view's `items` were ranked by, where the selection tells."""
+        if selection.scores is None:
+            return
+        scores = selection.scores.detach().float()
+        for record, numbers, values, count in zip(self.items, items.token, scores, items.counts, strict=True):
+            unknown = torch.full(record.positions.shape, math.nan, device=values.device)
+            record.scores[stage] = unknown.scatter(0, numbers[:count], values[:count])
 
     def note_merge(self, stage: Stage, selection: Selection, items: ItemTable) -> None:
         """Keep which token absorbed which, where the selection replaces rows of the view's `items`."""

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
 from vtc.app.options import JsonOption
+from vtc.cli.shared import whole_table
 from vtc.errors import InputError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -109,9 +109,8 @@ def _tera(value: float) -> str:
 
 
 def _print_conventions(data: Mapping[str, Any], *, shares: bool = True) -> None:
-    table = Table(
-        Column("convention", no_wrap=True), "FLOPs", *(["untouched", "share"] if shares else []), "unit", "used by"
-    )
+    figures = ["FLOPs", "untouched", "share"] if shares else ["FLOPs"]
+    table = whole_table("convention", *figures, fold=("unit", "used by"))
     for entry in data["conventions"]:
         against = [_tera(entry["untouched"]), f"{entry['share']:.1%}"] if shares else []
         table.add_row(entry["name"], _tera(entry["flops"]), *against, entry["unit"], entry["users"])
@@ -130,7 +129,7 @@ def _print_cost(data: Mapping[str, Any]) -> None:
     _say(console, f"{data['model']}: {data['visual']} visual and {data['text']} text tokens, batch {data['batch']}")
     _say(console, f"visual tokens entering a layer: {data['mean_visual']:.4g} in the mean ({spans})")
     _print_conventions(data)
-    table = Table(Column("exact", no_wrap=True), "here", "untouched")
+    table = whole_table("exact", "here", "untouched")
     for name in ("tower", "projector", "llm", "head", "prefill", "decode"):
         table.add_row(f"{name}, operations", _tera(ours[name]), _tera(plain[name]))
     for name, label in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import sys
 import traceback
 from typing import Annotated, Any
@@ -12,17 +13,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from vtc.app.options import JsonOption, PluginOption, SetOption, use_plugins
+from vtc.app.talk import LOG, show
+from vtc.cli.shared import clip, whole_table
 from vtc.errors import InputError, VTCError
 
 app = typer.Typer(
     name="vtc",
     help="Visual-token compression for multimodal language models, and the benchmark that measures it. "
-    "Any command takes --debug for a traceback.",
+    "Any command takes --quiet, which leaves out bars and notes, and --debug, which shows tracebacks.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -81,7 +82,7 @@ def methods(
             console.print(f"{entry['description']}\n", markup=False, highlight=False)
         return
     families = len(adapters.families())
-    table = Table(Column("method", no_wrap=True), "acts", "reads", "families", "what it does")
+    table = whole_table("method", fold=("acts", "reads", "families", "what it does"))
     for entry in entries:
         cells = [", ".join(entry[key]) or "-" for key in ("stages", "needs")]
         where = "all" if len(entry["families"]) == families else ", ".join(entry["families"])
@@ -93,7 +94,7 @@ def methods(
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List embedded models and supported model families."""
+    """List embedded models, supported model families, and encoders without an LLM."""
     from vtc.app.catalogue import describe_models
 
     entries = describe_models()
@@ -101,14 +102,19 @@ def models(as_json: JsonOption = False) -> None:
         _print_json(entries)
         return
     caption = "* embedded; the classes' names end in ForConditionalGeneration"
-    fixed = (Column("name", no_wrap=True), Column("class", no_wrap=True))
-    table = Table(*fixed, "towers", "modalities", "attention", caption=caption)
+    table = whole_table("name", "class", fold=("towers", "modalities", "attention"))
+    table.caption = caption
+    encoders = whole_table("encoder without an LLM", fold=("classes",))
     for entry in entries:
+        if entry["kind"] == "encoder":
+            encoders.add_row(entry["name"], ", ".join(entry["classes"]))
+            continue
         classes = ", ".join(name.removesuffix("ForConditionalGeneration") for name in entry["classes"])
         mark = "*" if entry["kind"] == "embedded" else ""
         cells = [", ".join(entry[key]) or "-" for key in ("towers", "modalities", "vision_attention")]
         table.add_row(*map(escape, (entry["name"] + mark, classes, *cells)))
     Console().print(table)
+    Console().print(encoders)
 
 
 @app.command()
@@ -148,7 +154,7 @@ def generate(
     if not image and not video:
         raise InputError("no --image and no --video given; compression needs something to look at")
     images = [open_image(path) for path in image or []]
-    videos = [_read_video(path, frames, fps) for path in video or []]
+    videos = [clip(path, frames, fps) for path in video or []]
     loaded = load(model, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
     extra: dict[str, Any] = {"positions": positions} if positions is not None else {}
     extra |= {"videos": videos, "method": chosen, "max_new_tokens": max_new_tokens}
@@ -159,24 +165,17 @@ def generate(
     print(result.text)
     share = result.visual_tokens_kept / result.visual_tokens_in if result.visual_tokens_in else 1.0
     kept = f"{result.visual_tokens_kept:g} of {result.visual_tokens_in} visual tokens ({share:.1%})"
-    Console(stderr=True).print(f"{kept}, {result.seconds:.2f} s", highlight=False, style="dim")
-
-
-def _read_video(path: str, frames: int, fps: float | None) -> Any:
-    from vtc.app.media import read_video
-
-    if fps is None:
-        return read_video(path, frames=frames)
-    return read_video(path, "fps", frames=frames, fps=fps)
+    LOG.info(f"{kept}, {result.seconds:.2f} s")
 
 
 def _mount() -> None:
     """Add the commands of the evaluation package; its heavy imports wait until a command runs."""
-    from vtc.cli import cost, ledger, results, sweep, tasks, tiny, train
+    from vtc.cli import bench, cost, doctor, encoders, ledger, mini, results, show, sweep, tasks, tiny, train
 
-    for room in (sweep, results, ledger, tasks, cost, train):
+    for room in (doctor, show, sweep, encoders, results, ledger, tasks, cost, bench, train):
         app.registered_commands.extend(room.app.registered_commands)
     app.add_typer(tiny.app, name="tiny")
+    app.add_typer(mini.app, name="mini")
 
 
 _mount()
@@ -184,8 +183,9 @@ _mount()
 
 def main() -> None:
     """Entry point: 0 on success, 1 for a failure inside a run, 2 for input that is refused."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug, quiet = "--debug" in sys.argv, "--quiet" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--debug", "--quiet")]
+    show(logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO)
     try:
         app(args=arguments)
     except VTCError as error:

@@ -29,6 +29,9 @@ def report(
     ] = False,
     include_path: IncludePath = None,
     data_map: DataMap = None,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of a bench, whose figures become a section.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Redraw report.html, figures and tables of a sweep from its stored answers and scores."""
@@ -45,7 +48,7 @@ def report(
             from vtc.eval.rescoring import rescore as run
 
             failures = run(folder, include_path or (), ConsoleProgress(), data_map)
-        results = write_report(folder)
+        results = write_report(folder, bench)
     show(results, folder, as_json=as_json)
     if failures:
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ import typer
 
 from vtc.app.options import JsonOption, PluginOption, use_plugins
 from vtc.cli.results import show, show_series
-from vtc.cli.shared import DataMap, IncludePath, free_stdout
+from vtc.cli.shared import DataMap, IncludePath, free_stdout, parts
 
 if TYPE_CHECKING:
     from vtc.eval.sweep import SweepResult
@@ -75,17 +75,17 @@ def sweep(
     given: dict[str, Any] = {
         "model": model,
         "methods": methods or None,
-        "retentions": _split(retentions),
-        "keep": _split(keep),
+        "retentions": parts(retentions),
+        "keep": parts(keep),
         "budget": budget,
-        "tasks": _split(tasks),
+        "tasks": parts(tasks),
         "limit": limit,
         "batch_size": batch_size,
         "out": out,
         "include_path": include_path or None,
         "data_map": data_map,
         "plugins": plugin or None,
-        "trackers": _split(track),
+        "trackers": parts(track),
         "positions": positions,
         "seed": seed,
         "device": device,
@@ -125,7 +125,3 @@ def sweep(
         show(results[0].results, specs[0].folder, as_json=True, result=results[0])
     if any(result.failures for result in results):
         raise typer.Exit(1)
-
-
-def _split(texts: list[str] | None) -> list[str] | None:
-    return [part.strip() for text in texts for part in text.split(",") if part.strip()] if texts else None

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vtc.app.options import output_path
-from vtc.embedded import NAMES, model_path
+from vtc.app.talk import talking
+from vtc.embedded import ENCODERS, NAMES, model_path
 from vtc.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -32,27 +33,47 @@ def train(
         int | None, typer.Option(help="Different training scenes (of every task), about 100 kB of disk each.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and questions.")] = 0,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Embedded model or folder whose tensors of same name and shape come first."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Compile the layers; not for tiny-llava.")] = True,
 ) -> None:
-    """Train a model from nothing; the same command goes on after an interruption."""
+    """Train a model, from nothing or from another one; the same command goes on after an interruption."""
     from vtc.eval.tiny.mixture import train_mixture
     from vtc.eval.tiny.settings import Settings
     from vtc.eval.tiny.train import train as run
 
+    if model in ENCODERS:
+        if steps_tower is not None:
+            raise InputError(f"{model} has no stage of the tower alone: leave --steps-tower away")
+        chosen = {"steps_joint": steps_joint, "batch_size": batch_size, "scenes": scenes, "start": start, "seed": seed}
+        typer.echo(str(_train_clip(output_path(out), chosen, device, threads)))
+        return
     given: dict[str, Any] = {
         "steps_tower": steps_tower,
         "steps_joint": steps_joint,
         "batch_size": batch_size,
         "different" if model != NAMES[0] else "scenes": scenes,
+        "start": start,
     }
     if model != NAMES[0]:
         recipe = _recipe(model, seed=seed, **{name: value for name, value in given.items() if value is not None})
         typer.echo(str(train_mixture(output_path(out), recipe, device, threads, compiled=compile)))
         return
+    if start is not None:
+        raise InputError(f"{model} is trained from nothing: leave --start away, or choose another --model")
     settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     typer.echo(str(run(output_path(out), settings, device=device, threads=threads)))
+
+
+def _train_clip(out: Path, given: dict[str, Any], device: str, threads: int) -> Path:
+    from vtc.eval.tiny.clip_train import ClipRecipe, train_clip
+
+    recipe = ClipRecipe(**{name: value for name, value in given.items() if value is not None})
+    return train_clip(out, recipe, device, threads)
 
 
 def _recipe(model: str, **given: Any) -> Recipe:
@@ -76,7 +97,7 @@ def render(
     from vtc.eval.tiny.stream import render_ahead
 
     series = streams(_recipe(model), output_path(out) / "samples")
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=Console(stderr=True), disable=not talking()) as bar:
         task = bar.add_task("samples", total=sum(stream.different for stream in series))
         render_ahead(series, lambda count: bar.advance(task, count))
 
@@ -106,7 +127,7 @@ def check(
 
     folder = model_path(model or NAMES[0]) if model is None or model in NAMES else Path(model)
     rows = task_rows(_task(task), per_family, "check", checking.CHECK_SEED)
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=Console(stderr=True), disable=not talking()) as bar:
         shown = bar.add_task("questions", total=len(rows))
         shares = checking.accuracy(
             folder,

@@ -78,10 +78,11 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure the constant thresholds of atp_training_free with mode=calibrated on an embedded model."""
+    from vtc.eval.progress import ConsoleProgress
     from vtc.eval.training.calibration import calibrate_embedded
     from vtc.method.text import pairs
 
     file, options = output_path(out), pairs(set_ or [], "--set", "atp_training_free")
     with free_stdout():
-        path = calibrate_embedded(file, retention, options, model, prompts, seed, device)
+        path = calibrate_embedded(file, retention, options, model, prompts, seed, device, ConsoleProgress())
     print(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vtc.cost.roofline import Operator
 from vtc.cost.schedule import Schedule
@@ -99,6 +99,14 @@ def tower_operations(tower: TowerShape, encoded: Encoded, shortened: Shortened =
         d = tower.hidden
         total += 2 * (2 * rows * d**2 + 2 * rows * d + encoded.crops * (2 * d**2 + 2 * d * tower.intermediate))
     return total
+
+
+def encoder_operations(tower: TowerShape, patches: Schedule) -> float:
+    """Operations of a vision encoder alone on one image; patches: that enter each layer. Projections are left out."""
+    first, last = patches.spans[0][1], patches.spans[-1][1]
+    whole = tower_operations(replace(tower, layers=0), Encoded(crops=1, patches=first, rows=last + tower.prefix))
+    rows = [count for _, count in patches.plus(tower.prefix).each()]
+    return whole + sum(2 * count * tower.per_row + 4 * count**2 * tower.inner for count in rows)
 
 
 def llm_operations(llm: LLMShape, entering: Schedule) -> float:

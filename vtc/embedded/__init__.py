@@ -10,17 +10,19 @@ from pathlib import Path
 
 from vtc.errors import unknown_name
 
-NAMES = ("tiny-llava",)
+NAMES = ("tiny-llava", "tiny-onevision")
+ENCODERS = ("tiny-clip",)
+"""Image and text towers without an LLM, which open_clip loads."""
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 """Folder of the learned weights."""
 
 
 def model_path(name: str) -> Path:
-    """Folder of an embedded model; raises `UnknownName` for a name that is not in `NAMES`.
+    """Folder of an embedded model; raises `UnknownName` for a name that is not in `NAMES` or `ENCODERS`.
 
     >>> model_path("tiny-llava").name
     'tiny-llava'
     """
-    if name not in NAMES:
-        raise unknown_name("embedded model", name, NAMES)
+    if name not in NAMES + ENCODERS:
+        raise unknown_name("embedded model", name, NAMES + ENCODERS)
     return Path(__file__).resolve().parent / "models" / name

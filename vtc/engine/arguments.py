@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vtc.engine.installed import every_module
 from vtc.errors import UnsupportedModel, VTCError, shown, unknown_name
 from vtc.method.base import Compressor, Positions
 from vtc.method.hyper_parameters import checked
@@ -29,8 +30,10 @@ def check_model(model: Any, method: Any = None) -> None:
         holder = isinstance(getattr(model, "model", None), nn.Module)
         way = "pass its .model" if holder else "pass what from_pretrained(...) of a model class returns"
         raise UnsupportedModel(f"{name} is a {type(model).__name__}, no model; {way}")
-    on_meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-    if on_meta and not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate's bring the weights
+    modules = every_module(model)
+    weights = (weight for module in modules for weight in module._parameters.values() if weight is not None)
+    if any(weight.is_meta for weight in weights) and not any(hasattr(module, "_hf_hook") for module in modules):
+        # accelerate's hooks bring the weights
         raise UnsupportedModel(
             f"the weights of this {type(model).__name__} are on the meta device, so nothing can be computed; load them "
             "with from_pretrained(...)"

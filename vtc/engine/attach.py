@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vtc.batch.prompt import Bounds, Lengths
+from vtc.batch.prompt import Bounds, Lengths, Sizes, pixel_sizes
 from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.errors import BudgetError, VTCError, shown
@@ -18,6 +19,8 @@ from vtc.method.composite import Composite, combine
 from vtc.method.registry import create
 
 if TYPE_CHECKING:
+    from vtc.adapters.encoder_base import EncoderAdapter
+    from vtc.engine.encoder_engine import EncoderEngine
     from vtc.engine.engine import Engine
     from vtc.engine.sharing import SharedEncoder
 
@@ -29,9 +32,19 @@ class Handle:
     trace: one CallRecord per call that carried visual tokens (empty while tracing is off); it grows with the calls,
     so long-lived servers should attach with trace=False. errors: exceptions raised inside the engine, for callers
     that swallow them.
+
+    >>> from vtc.testing import tiny_inputs, tiny_model
+    >>> model = tiny_model("llava-clip")
+    >>> handle = compress(model, "random", keep=4)
+    >>> output = model.generate(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model), max_new_tokens=2)
+    >>> handle.stats.calls[0].visual_tokens_in, handle.stats.calls[0].visual_tokens_kept
+    ((16,), (4.0,))
+    >>> handle.detach()
+    >>> handle
+    Handle(Random(scope='crop', seed=0), Budget(retention=None, keep=4), positions='compact')
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | EncoderEngine) -> None:
         self._engine = engine
         self._depth = 0
 
@@ -59,20 +72,32 @@ class Handle:
     @property
     def prompt_length(self) -> Lengths | None:
         """Tokens of every row that are the prompt, as given to `compress`; may be set anew between calls."""
-        return self._engine.entry.bounds.prompt_length
+        return self._engine.bounds.prompt_length
 
     @prompt_length.setter
     def prompt_length(self, lengths: Lengths | None) -> None:
-        self._engine.entry.bounds = Bounds(lengths, self._engine.entry.bounds.system_length)
+        self._say(prompt_length=lengths)
 
     @property
     def system_length(self) -> Lengths | None:
         """Tokens of every row that are the system prompt, as given to `compress`; may be set anew between calls."""
-        return self._engine.entry.bounds.system_length
+        return self._engine.bounds.system_length
 
     @system_length.setter
     def system_length(self, lengths: Lengths | None) -> None:
-        self._engine.entry.bounds = Bounds(self._engine.entry.bounds.prompt_length, lengths)
+        self._say(system_length=lengths)
+
+    @property
+    def image_sizes(self) -> Sizes | None:
+        """Height and width of every picture, as given to `compress`; to be set anew when the pictures change."""
+        return self._engine.bounds.image_sizes
+
+    @image_sizes.setter
+    def image_sizes(self, sizes: Sizes | None) -> None:
+        self._say(image_sizes=pixel_sizes(sizes))
+
+    def _say(self, **said: Any) -> None:
+        self._engine.bounds = dataclasses.replace(self._engine.bounds, **said)
 
     @property
     def stats(self) -> Stats:
@@ -132,9 +157,10 @@ def compress(
     prompt_length: Lengths | None = None,
     system_length: Lengths | None = None,
     processor: Any = None,
+    image_sizes: Sizes | None = None,
     **hyper_parameters: Any,
 ) -> Handle:
-    """Attach a compression method to an unmodified Hugging Face model.
+    """Attach a compression method to an unmodified Hugging Face model, or to a vision encoder alone.
 
     method: a registered name with its `hyper_parameters`, a Compressor, or a list of those that act at different
     stages, each with its entry in the lists `retention` and `keep`: the first to act gets a share of the input's
@@ -148,15 +174,21 @@ def compress(
     for each prompt of the batch. system_length: how many of them are the system prompt, which no method takes for the
     question; by default it ends with the last control token in front of a row's first visual token. processor: the
     checkpoint's, where the model's inputs do not show what is one item: InternVL needs it to tell the frames of a video
-    from images.
+    from images. image_sizes: (height, width) in pixels of every picture that the processor was given, in the order of
+    the prompts, from which InternVL's adapter knows, with the processor, how their tiles lie; other families see it.
+
+    Encoders without an LLM (`vtc.adapters.ENCODERS`: CLIP, SigLIP, DINOv2, ViT and open_clip's CLIP) take methods that
+    act inside the encoder alone, and none of the arguments from `positions` on but `trace`. retention is then the share
+    of each image's patches that leaves the last layer.
 
     Raises VTCError (BudgetError, UnknownName, UnsupportedModel, UnsupportedMethod) before the model is touched.
 
-    Example::
-
-        with vtc.compress(model, "vtc_cls", retention=0.25) as handle:
-            output = model.generate(**inputs)
-        print(handle.stats.retention)
+    >>> from vtc.testing import tiny_inputs, tiny_model
+    >>> model = tiny_model("llava-clip")
+    >>> with compress(model, "vtc_cls", retention=0.25) as handle:
+    ...     output = model.generate(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model), max_new_tokens=2)
+    >>> handle.stats.retention
+    0.25
     """
     # These bring in transformers, which `import vtc` does not need.
     from vtc import adapters
@@ -176,6 +208,10 @@ def compress(
     else:
         method = _single(method, hyper_parameters)
         budget = _budget(method, retention, keep)
+    encoder = adapters.encoder_of(model)
+    if encoder is not None:
+        given = (positions, pad_output or None, prompt_length, system_length, processor, image_sizes)
+        return _attach(_encoder_engine(encoder, method, budget, given, trace=trace))
     adapter = adapters.of(model)
     if processor is not None:
         adapter.learn(processor)
@@ -187,14 +223,35 @@ def compress(
         _check_reach(method, budget, adapter.spec)
     engine = Engine(
         adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace,
-        bounds=Bounds(prompt_length, system_length),
+        bounds=Bounds(prompt_length, system_length, pixel_sizes(image_sizes)),
     )  # fmt: skip
+    return _attach(engine)
+
+
+def _attach(engine: Engine | EncoderEngine) -> Handle:
     try:
         engine.attach()
     except BaseException:
         engine.detach()
         raise
     return Handle(engine)
+
+
+def _encoder_engine(
+    encoder: EncoderAdapter, method: Compressor, budget: Budget | None, given: tuple[Any, ...], *, trace: bool
+) -> EncoderEngine:
+    """given: the arguments that are about an LLM, None where they were left out."""
+    # As in `compress`.
+    from vtc.engine.encoder_engine import EncoderEngine
+
+    names = ("positions", "pad_output", "prompt_length", "system_length", "processor", "image_sizes")
+    about = [name for name, value in zip(names, given, strict=True) if value is not None]
+    if about:
+        raise VTCError(
+            f"{', '.join(about)} given for a {type(encoder.model).__name__}, which has no LLM behind its encoder; "
+            "leave it out"
+        )
+    return EncoderEngine(encoder, method, budget, trace=trace)
 
 
 def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) -> None:
@@ -232,14 +289,15 @@ def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> Share
     methods: everything that will be attached inside the block; the union of the attention rows they need is recorded.
     Methods with encoder stages still encode for themselves.
 
-    Example::
-
-        with vtc.share_encoder(model, [a, b]) as shared:
-            for inputs in batches:
-                for method in (a, b):
-                    with vtc.compress(model, method, retention=0.25):
-                        model.generate(**inputs)
-                shared.clear()
+    >>> import vtc
+    >>> from vtc.testing import tiny_inputs, tiny_model
+    >>> model, methods = tiny_model("llava-clip"), [vtc.create("vtc_cls"), vtc.create("random")]
+    >>> inputs = tiny_inputs("llava-clip", [[3, "image", 5]], model=model)
+    >>> with vtc.share_encoder(model, methods) as shared:
+    ...     for method in methods:
+    ...         with vtc.compress(model, method, retention=0.25):
+    ...             output = model.generate(**inputs, max_new_tokens=2)  # the tower runs once
+    ...     shared.clear()  # before the next images
     """
     # As above.
     from vtc import adapters

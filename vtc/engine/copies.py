@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from vtc.engine.installed import every_module
 from vtc.errors import VTCError
 
 PACKAGE = __name__.partition(".")[0]
@@ -78,9 +79,11 @@ class CopyGuard:
 
     def install(self) -> None:
         """Mark every module that carries something."""
-        for module in self._model.modules():
+        for module in every_module(self._model):
             own = vars(module)
-            hooks = [hook for name in HOOKS for hook in own[name].values()]
+            hooks = [hook for name in HOOKS if own[name] for hook in own[name].values()]
+            if not hooks and PLAIN.issuperset(map(type, own.values())):
+                continue
             if COPY not in own and any(map(_ours, [*hooks, *own.values()])):
                 own |= {COPY: functools.partial(_copy, module), REDUCE: functools.partial(_refuse, module)}
                 self._modules.append(module)

@@ -13,24 +13,23 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.batch.context import VisionContext
 from vtc.engine.encoder_pass import EncoderPass
-from vtc.engine.installed import Hook, MethodWrapper
+from vtc.engine.installed import MethodWrapper
 from vtc.engine.passes import Passes
-from vtc.engine.taps import TapSet
+from vtc.engine.recording import Recording
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import Needs
 from vtc.method.layout import Kind
-from vtc.method.readings import AttentionCall, LayerOutput, VisionReading, exact
+from vtc.method.readings import VisionReading
 
 if TYPE_CHECKING:
     from vtc.adapters.base import Adapter
-    from vtc.engine.encoder_stages import EncoderStages
     from vtc.engine.sharing import Memo
+    from vtc.engine.tower_stages import TowerStages
 
 MARK = "_vtc_context"
 
@@ -56,7 +55,8 @@ class _Known(threading.local):
 class VisionRecorder:
     """Describes every encoder call of one model while installed.
 
-    needs: what to record. stages: encoder stages to run, None for none. encoded: told of every description. memo:
+    needs: what to record. stages: encoder stages to run, None for none. encoded: told of every description
+    and its output, returns what the caller gets. memo:
     where outputs are kept, so that later calls on the same pixels encode nothing.
     """
 
@@ -64,36 +64,16 @@ class VisionRecorder:
         self,
         adapter: Adapter,
         needs: Needs,
-        stages: EncoderStages | None = None,
+        stages: TowerStages | None = None,
         *,
-        encoded: Callable[[VisionContext], None] = lambda context: None,
+        encoded: Callable[[VisionContext, Any], Any] = lambda context, output: output,
         memo: Memo | None = None,
     ) -> None:
         self.adapter, self.pairs, self.stages, self._memo = adapter, needs.vision_pairs, stages, memo
         self._encoded, self._known = encoded, _Known()
         self._passes = Passes[EncoderPass]() if stages is None else stages.passes
         self._wrappers: list[MethodWrapper] = []
-        self._hooks: list[Any] = []
-        attention, taps = list(adapter.vision_attention), list[tuple[Any, Any]]()
-        for layer, reading in self.pairs:
-            if not 0 <= layer < len(attention):
-                raise UnsupportedMethod(
-                    f"vision layer {layer} was asked for; the encoder of this {adapter.family} model has layers 0 to "
-                    f"{len(attention) - 1}; choose among them"
-                )
-            if not isinstance(reading, VisionReading):
-                raise UnsupportedMethod(
-                    f"{reading.name!r} was asked for of a vision layer, but is a reading of the LLM; write "
-                    "Rows.RECEIVED, for example"
-                )
-            if reading.needs_cls and not adapter.spec.has_cls:
-                raise UnsupportedMethod(
-                    f"attention of the class token was asked for, but the encoder of this {adapter.family} model has "
-                    "none; use Rows.RECEIVED"
-                )
-            if not isinstance(reading, LayerOutput):
-                taps.append((attention[layer], functools.partial(self._tap, layer, reading)))
-        self._taps = TapSet(taps)
+        self._recording = Recording(adapter, self.pairs, self._passes)
 
     def recall(self, output: Any) -> VisionContext | None:
         """The description of an encoder output, also where a wrapper rebuilt the object around the same tensors.
@@ -106,12 +86,8 @@ class VisionRecorder:
     # --- lifecycle
     def install(self) -> None:
         """Wrap the feature methods and place the taps."""
-        self._taps.install()
-        layers, backbone = list(self.adapter.vision_layers), self.adapter.backbone
-        for layer, reading in self.pairs:
-            if isinstance(reading, LayerOutput):
-                hook = Hook(self._keep_output, layer, reading)
-                self._hooks.append(layers[layer].register_forward_hook(hook))
+        self._recording.install()
+        backbone = self.adapter.backbone
         if self.stages is not None:
             self.stages.install()
         for kind in self.adapter.modalities:
@@ -125,12 +101,9 @@ class VisionRecorder:
         for wrapper in reversed(self._wrappers):
             wrapper.remove()
         self._wrappers = []
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
         if self.stages is not None:
             self.stages.remove()
-        self._taps.remove()
+        self._recording.remove()
         self._known = _Known()
 
     # --- the wrapper
@@ -175,23 +148,9 @@ class VisionRecorder:
                 f"these features were encoded without the attention of vision layers {missing}; name every method that "
                 "will be used when calling share_encoder"
             )
-        self._encoded(context)
         if self._memo is None and isinstance(features := _features(output), Tensor):
             self._known.by_features[features] = context
-        return output
-
-    @torch.no_grad()  # scores, not features: a graph would hold a whole attention matrix per layer
-    def _tap(self, layer: int, reading: VisionReading, attention: AttentionCall) -> None:
-        one = self._passes.current
-        if one is not None:
-            with exact(attention.query.device):
-                one.readings.setdefault((layer, reading), []).append(reading.read(attention))
-
-    def _keep_output(self, layer: int, reading: VisionReading, module: Any, args: Any, output: Any) -> None:
-        one = self._passes.current
-        if one is not None:
-            hidden: Tensor = (output[0] if isinstance(output, tuple) else output).detach()
-            one.readings.setdefault((layer, reading), []).append(hidden[None] if self.adapter.packed else hidden)
+        return self._encoded(context, output)
 
     def _collect(self, one: EncoderPass) -> dict[tuple[int, VisionReading], Tensor]:
         """What was recorded of all layers, for every patch that went in."""

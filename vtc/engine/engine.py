@@ -42,6 +42,7 @@ from vtc.engine.inputs import (
     given_contexts,
 )
 from vtc.engine.llm_pass import LLMPass, row_ends
+from vtc.engine.lookup import Lookup
 from vtc.engine.maker import Maker
 from vtc.engine.masks import attention_of, group_mask, model_mask
 from vtc.engine.notes import bounded, without_frames
@@ -50,6 +51,7 @@ from vtc.engine.stages import StageRunner
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, Plan, Positions
 from vtc.method.budget import Budget
+from vtc.method.states import States
 
 OWNER = "_vtc_engine"
 
@@ -99,6 +101,7 @@ class Engine:
         self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
         self.passes = Passes[LLMPass]()
         self.taps = self.stages.taps(self.passes)
+        self.lookup = Lookup(adapter, self.passes)
         self.entry = Entry(adapter, bounds or Bounds())
         self._warned = False
         self._handles: list[Any] = []
@@ -121,6 +124,8 @@ class Engine:
         self.entry.watch.install()
         self.recorder.install()
         self.taps.install()
+        if 0 in self.stages.noted:
+            self.lookup.install()
         handles = self._handles
         handles.append(adapter.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         handles.append(adapter.model.register_forward_hook(self._leave_model, with_kwargs=True, always_call=True))
@@ -152,7 +157,17 @@ class Engine:
             self.entry.watch.remove()
             self.recorder.remove()
             self.taps.remove()
+            self.lookup.remove()
             del self.adapter.model.__dict__[OWNER]
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the caller says about the rows of a call."""
+        return self.entry.bounds
+
+    @bounds.setter
+    def bounds(self, bounds: Bounds) -> None:
+        self.entry.bounds = bounds
 
     @property
     def auxiliary_loss(self) -> Tensor | None:
@@ -173,7 +188,7 @@ class Engine:
             check_compiled(self._hooked, self.adapter.language_model, inside=False)
 
     @_guarded
-    def _enter_backbone(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_backbone(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         one = self.passes.current
         if one is None or one.inside:
             one = self._begin(module)
@@ -181,14 +196,17 @@ class Engine:
         if carries_media(given):
             one.given = given_contexts(given, self.recorder.recall)
             self.entry.find(one, given)
-        else:
-            self._warned = check_without_media(given, self.adapter.placeholders.values(), self._warned)
+            return args, self.lookup.begin(one, given, kwargs)
+        self._warned = check_without_media(given, self.adapter.placeholders.values(), self._warned)
+        return None
 
-    def _encoded(self, context: VisionContext) -> None:
+    def _encoded(self, context: VisionContext, output: Any) -> Any:
         """The encoder has run; where the backbone called it, its pass takes the description."""
         one = self.passes.current
-        if one is not None and one.inside and one.batch is None:
-            one.contexts = (*one.contexts, context)
+        if one is None or not one.inside or one.batch is not None:
+            return output
+        one.contexts = (*one.contexts, context)
+        return output if one.rows is None else one.rows.narrow(context.kind, output)
 
     @_guarded
     def _enter_llm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,25 +216,24 @@ class Engine:
         if one.media and one.placeholders is None:
             refuse_skipped("the module around the language model")
         one.media = False
+        states = self.lookup.states(one, kwargs["inputs_embeds"])
         one.batch = self.entry.batch(one, kwargs)
         if self.tracing and one.now.items is not None:
             one.record = CallRecord.of(one.now.items)
         if not isinstance(kwargs.get("past_key_values"), CompressedCache):
             if one.now.items is None:
-                return None
+                return args, {**kwargs, "inputs_embeds": states.all()}
             if self.stages.keeps_all(one.now, one.contexts):
                 one.note_group(0)
                 for stage in self.stages.noted:
                     one.note(stage)
-                return None
+                return args, {**kwargs, "inputs_embeds": states.all()}
             check_router(kwargs)
         self.stages.check_checkpointing()
         config = self.adapter.language_model.config
         check_attentions(kwargs, config, self.pad_output and one.now.items is not None)
         self._conduct(one, kwargs)
-        hidden: Tensor = kwargs["inputs_embeds"]
-        if one.now.items is not None:
-            hidden = self.stages.run(0, one, hidden)
+        hidden = states.all() if one.now.items is None else self.stages.run(0, one, states)
         positions, mask = one.enter(0, hidden.device)
         if mask is None and one.cache is None:
             # Without cache and mask, gapped position ids would be taken for several packed sequences.
@@ -242,7 +259,7 @@ class Engine:
             one.batch = one.now.to(hidden.device)
             one.rotary = one.rotary if one.group else kwargs["position_embeddings"]
             if one.now.items is not None:
-                hidden = self.stages.run(index, one, hidden)
+                hidden = self.stages.run(index, one, States(hidden))
             positions, mask = one.enter(index, hidden.device)
             one.mask = group_mask(self.adapter.language_model.config, one, index, mask, hidden)
             one.rotary = self.adapter.language_model.rotary_emb(hidden, positions)
@@ -275,6 +292,8 @@ class Engine:
 
     @_guarded
     def _leave_backbone(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if output is not None and (one := self.passes.current) is not None:
+            self.lookup.restore(one, output)
         self._leave(module)
 
     @_guarded

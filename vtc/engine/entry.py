@@ -24,7 +24,7 @@ from vtc.engine.llm_pass import LLMPass
 
 
 class Entry:
-    """Reads the calls of one model. bounds: what the caller says about the prompt; may be set anew between calls."""
+    """Reads the calls of one model. bounds: what the caller says about the calls; may be set anew between calls."""
 
     def __init__(self, adapter: Adapter, bounds: Bounds) -> None:
         self.adapter, self.bounds = adapter, bounds
@@ -55,7 +55,9 @@ class Entry:
         counts = host_counts(one.placeholders, prompt)
         if not any(counts.kinds):
             return batch
-        one.contexts = self.adapter.regroup(one.given or one.contexts, one.placeholders, one.ids)
+        one.contexts = self.adapter.regroup(
+            one.given or one.contexts, one.placeholders, one.ids, self.bounds.image_sizes
+        )
         return find_items(batch, one.placeholders, one.contexts, list(self.adapter.placeholders), counts, prompt)
 
 

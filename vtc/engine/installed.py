@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
@@ -21,6 +23,18 @@ def _plain() -> Callable[..., None]:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def every_module(root: nn.Module) -> list[nn.Module]:
+    """`root` and all below it, each once: `root.modules()` without their names, in a fraction of its time."""
+    found = {id(root): root}
+    queue = [root]
+    while queue:
+        for child in queue.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                queue.append(child)
+    return list(found.values())
 
 
 class Hook(functools.partial[Any]):

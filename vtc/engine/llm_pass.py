@@ -15,6 +15,7 @@ from vtc.engine.cache import CompressedCache
 from vtc.engine.passes import Pass
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Positions, Selection, Stage
+from vtc.method.states import States
 from vtc.ops.select import take_last
 
 
@@ -22,10 +23,10 @@ from vtc.ops.select import take_last
 class LLMPass(Pass):
     """What came in, and how far it is.
 
-    outermost: the module the call began with. labels: [B, S]. placeholders: [K, B, S], control: [B, S] bool, ids:
-    [B, S] of the input. given: descriptions of encoder outputs that came with the call, contexts: of all its media.
-    numbered: the caller numbers output rows as in its input. media: pixels went in and have not reached the language
-    model yet. inside: the backbone is running.
+    outermost: the module the call began with. rows: see `vtc.engine.lookup`. labels: [B, S]. placeholders: [K, B, S],
+    control: [B, S] bool, ids: [B, S] of the input. given: descriptions of encoder outputs that came with the call,
+    contexts: of all its media. numbered: the caller numbers output rows as in its input. media: pixels went in and have
+    not reached the language model yet. inside: the backbone is running.
 
     conducted: the engine changes what the layers see; otherwise the model runs untouched. policy: of positions. cache:
     None without one; adopted: it was a plain one before. features: see `vtc.engine.deepstack`. ends: [B, 1] positions
@@ -37,6 +38,7 @@ class LLMPass(Pass):
     """
 
     outermost: Any = None
+    rows: Any = None
     labels: Tensor | None = None
     placeholders: Tensor | None = None
     control: Tensor | None = None
@@ -66,19 +68,26 @@ class LLMPass(Pass):
     seconds: float = 0.0
 
     # --- pruning
-    def apply(self, stage: Stage, selection: Selection, hidden: Tensor) -> Tensor:
-        """Carry out a selection on [B, L, D] rows and note what it did. Returns [B, L', D]."""
+    def apply(self, stage: Stage, selection: Selection, states: States) -> Tensor:
+        """Carry out a selection on the rows [B, L, D] and note what it did. Returns [B, L', D]."""
         if selection.weights is not None and (stage == 0 or self.cache is not None):
             raise UnsupportedCall(
                 f"soft masks at stage {stage} of a call {'without' if self.cache is None else 'with'} a cache; they "
                 "are for training, inside the LLM and with use_cache=False"
             )
+        given = {"sizes of tokens": selection.sizes, "restored rows": selection.restored}
+        for what, values in given.items():
+            if values is not None:
+                raise UnsupportedCall(
+                    f"{what} were given at stage {stage}, which encoder stages alone read; leave them out there"
+                )
         before = self.now
         assert before.items is not None
         if self.record is not None:
             self.record.note_merge(stage, selection, before.items)
+            self.record.note_scores(stage, selection, before.items)
         self.losses += [] if selection.loss is None else [selection.loss]
-        self.batch, hidden = after, hidden = before.apply(selection, hidden, "left")
+        self.batch, hidden = after, hidden = before.apply(selection, states, "left")
         if after.items is not before.items:
             self.pruned = self.staged = True
         tokens = sum(before.visual_tokens), sum(after.visual_tokens)

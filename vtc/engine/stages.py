@@ -13,14 +13,15 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.rows import Batch
-from vtc.engine.encoder_stages import EncoderStages
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.passes import Passes
 from vtc.engine.taps import TapSet, look_ahead
+from vtc.engine.tower_stages import TowerStages
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.method.budget import Budget
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, exact
+from vtc.method.states import States
 
 
 class StageRunner:
@@ -52,7 +53,7 @@ class StageRunner:
             )
         self.starts = tuple(sorted({0, *bounds}))
         inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
-        self.encoder = EncoderStages(adapter, method, inside, budget, plan.needs, module) if inside else None
+        self.encoder = TowerStages(adapter, method, plan, budget, module) if inside else None
         self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *after]
 
     def taps(self, passes: Passes[LLMPass]) -> TapSet:
@@ -121,26 +122,26 @@ class StageRunner:
             return False
         return all(self.method.keeps_all(self.budget, count) for count in batch.items.input_counts)
 
-    def run(self, stage: int, one: LLMPass, hidden: Tensor) -> Tensor:
+    def run(self, stage: int, one: LLMPass, states: States) -> Tensor:
         """Pass `stage`: [B, L, D] rows in, [B, L', D] rows out."""
         if stage == 0:
-            hidden = _drop_encoded(one, hidden)
+            states = _drop_encoded(one, states)
             one.enter_llm()
         selection = None
         if stage in self.inner:
-            selection = self.select(stage, one, hidden)
+            selection = self.select(stage, one, states)
             one.staged = True
         if selection is not None:
-            hidden = one.apply(stage, selection, hidden)
+            states = States(one.apply(stage, selection, states))
         elif stage in self.noted:
             one.note(stage)
         if stage == 0:
             one.enter_llm()
-        return hidden
+        return states.all()
 
-    def select(self, stage: Stage, one: LLMPass, hidden: Tensor) -> Selection | None:
+    def select(self, stage: Stage, one: LLMPass, states: States) -> Selection | None:
         """Ask the method what to keep."""
-        batch, device = one.now, hidden.device
+        batch, device = one.now, states.device
         rows, valid = batch.rows, batch.rows.held
         assert batch.items is not None and batch.separators is not None
         assert rows.visual is not None and rows.prompt is not None and rows.text is not None
@@ -152,7 +153,7 @@ class StageRunner:
             budget=self.budget,
             items=batch.items,
             separators=batch.separators,
-            hidden=hidden,
+            states=states,
             visual=rows.visual & valid,
             valid=valid,
             prompt=rows.prompt & valid,
@@ -162,7 +163,7 @@ class StageRunner:
                 pair: _stack([context.attention[pair].to(device) for context in one.contexts])
                 for pair in self.plan.needs.vision_pairs
             },
-            llm_rows=_LLMRows(recorded, lambda layer, reading: self._read_ahead(layer, reading, one, hidden)),
+            llm_rows=_LLMRows(recorded, lambda layer, reading: self._read_ahead(layer, reading, one, states.all())),
             needs=self.plan.needs,
             memory=one.memory,
             module=self.module,
@@ -180,7 +181,7 @@ class StageRunner:
             return
         one.batch = batch = one.now.to(hidden.device)
         assert batch.items is not None
-        selection = self.select(stage, one, hidden)
+        selection = self.select(stage, one, States(hidden))
         if selection is None:
             one.note(stage)
             return
@@ -235,21 +236,21 @@ def _nothing(attention: AttentionCall) -> None:
     """A tap that makes a module's queries and keys readable ahead."""
 
 
-def _drop_encoded(one: LLMPass, hidden: Tensor) -> Tensor:
+def _drop_encoded(one: LLMPass, states: States) -> States:
     """Remove the tokens whose patches an encoder stage dropped."""
     items = one.now.items
     if items is None or all(context.alive is None for context in one.contexts):
-        return hidden
+        return states
     marks: list[Tensor] = []
     counts: list[int] = []
     for context in one.contexts:
         sizes = tuple(item.n_tokens - item.newlines for item in context.items)
         width = max(item.n_tokens for item in context.items)
         mark, kept = context.alive or (torch.ones(len(sizes), width, dtype=torch.bool), sizes)
-        marks.append(mark.to(hidden.device))
+        marks.append(mark.to(states.device))
         counts += kept
     alive = _stack(marks)[items.source].gather(1, items.token)
-    return one.apply(0, Selection(alive, counts=[counts[source] for source in items.sources]), hidden)
+    return States(one.apply(0, Selection(alive, counts=[counts[source] for source in items.sources]), states))
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

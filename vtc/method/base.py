@@ -12,19 +12,30 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
 from vtc.errors import VTCError
 from vtc.method.budget import Budget
+from vtc.method.groups import Groups, Scope
 from vtc.method.hyper_parameters import check
-from vtc.method.plan import AFTER_PREFILL, PRE_LLM, CacheStage, EncoderStage, ModelSpec, Needs, Plan, Positions, Stage
+from vtc.method.plan import (
+    AFTER_PREFILL,
+    PIXELS,
+    PRE_LLM,
+    CacheStage,
+    EncoderStage,
+    ModelSpec,
+    Needs,
+    Plan,
+    Positions,
+    Stage,
+)
 from vtc.method.readings import Rows
 from vtc.method.view import Selection, StageView
-from vtc.ops.select import top_k, top_k_in_groups
 
 __all__ = [
     "AFTER_PREFILL",
+    "PIXELS",
     "PRE_LLM",
     "CacheStage",
     "Compressor",
@@ -52,6 +63,18 @@ class Compressor(ABC):
 
     name: registered name, by default the class's in snake_case. version: raised whenever results change. trained: needs
     learned weights. stages: where it acts on every model; override `plan` where that depends on the model.
+
+    >>> import torch, vtc
+    >>> class EveryOther(vtc.Compressor):
+    ...     needs_budget = False
+    ...     def select(self, view):
+    ...         return vtc.Selection(view.items.token % 2 == 0)
+    >>> from vtc.testing import tiny_inputs, tiny_model
+    >>> model = tiny_model("llava-clip")
+    >>> with torch.no_grad(), vtc.compress(model, EveryOther()) as handle:
+    ...     output = model(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model))
+    >>> handle.stats.retention
+    0.5
     """
 
     name: ClassVar[str]
@@ -144,8 +167,6 @@ def _plain(value: Any) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
-Scope = Literal["item", "crop"]
-"""Whether tokens are ranked or merged over the whole item or in each of its crops, tiles or frames."""
 Order = Literal["raster", "official"]
 """How what is left is laid out: in the order of the picture, or as the released code of a method lists it."""
 
@@ -157,6 +178,12 @@ class ScoringCompressor(Compressor):
     scope: "item" ranks all tokens of an image or video together; "crop" ranks inside every crop, tile or frame and
     keeps the same share of each (sizes differ after unpadding; largest remainders make the total exact). The two agree
     on images of one crop. Subclasses set the default that suits their scores.
+
+    >>> class KeepFirst(ScoringCompressor):
+    ...     def score(self, view):
+    ...         return -view.items.token.float()
+    >>> KeepFirst().name, KeepFirst(scope="crop").scope
+    ('keep_first', 'crop')
     """
 
     scope: Scope = field(default="item", kw_only=True)
@@ -167,9 +194,5 @@ class ScoringCompressor(Compressor):
 
     def select(self, view: StageView) -> Selection:
         """Keep the `view.keep` best tokens of each item, in their original order."""
-        keep = torch.tensor(view.keep, device=view.hidden.device)
-        if self.scope == "item" or view.most_crops == 1:
-            chosen = top_k(self.score(view), keep, view.items.mask)
-        else:
-            chosen = top_k_in_groups(self.score(view), view.crop, view.most_crops, keep, view.items.mask)
-        return Selection(chosen, counts=view.keep)
+        scores = self.score(view)
+        return Selection(Groups.of(view, self.scope).best(scores), counts=view.keep, scores=scores)

@@ -118,7 +118,8 @@ class Composite(Compressor):
         for plan in plans:
             needs = needs | plan.needs
         stages = tuple(sorted((stage for plan in plans for stage in plan.stages), key=_order))
-        return Plan(stages, needs, _positions(plans))
+        inner = [plan for plan in plans if any(isinstance(stage, EncoderStage) for stage in plan.stages)]
+        return Plan(stages, needs, _positions(plans), units=bool(inner) and all(plan.units for plan in inner))
 
     def select(self, view: StageView) -> Selection | None:
         plans = [part.plan(view.model) for part in self.parts]

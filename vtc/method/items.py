@@ -44,6 +44,16 @@ class ItemTable:
     def __len__(self) -> int:
         return len(self.counts)
 
+    @property
+    def full(self) -> bool:
+        """Whether every place of the table holds a token, so that `mask` is True everywhere; known on the host."""
+        return all(count == self.mask.shape[1] for count in self.counts)
+
+    @property
+    def gaps(self) -> Tensor | None:
+        """`mask` where it says anything, None where it is True everywhere."""
+        return None if self.full else self.mask
+
     def to(self, device: torch.device) -> ItemTable:
         """The same table on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -6,6 +6,7 @@ prompt, in prompt order. Adapters fill these values in; engine and methods read 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,12 +52,18 @@ class VisualItem:
         if not self.crop_sizes:
             object.__setattr__(self, "crop_sizes", self._sizes())
 
+    @property
+    def framed(self) -> bool:
+        """Whether the crops are the frames of the rasters, one behind the other."""
+        return sum(frames for frames, _, _ in self.regions) == self.n_crops and (
+            sum(map(math.prod, self.regions)) == self.n_tokens - self.newlines
+        )
+
     def _sizes(self) -> tuple[int, ...]:
         """From the rasters where every crop is one of their frames; otherwise counted, which reads the tensor."""
         real = self.n_tokens - self.newlines
-        frames = [height * width for count, height, width in self.regions for _ in range(count)]
         if self.n_crops == 1:
             return (real,)
-        if len(frames) == self.n_crops and sum(frames) == real:
-            return tuple(frames)
+        if self.framed:
+            return tuple(height * width for frames, height, width in self.regions for _ in range(frames))
         return tuple(self.crop[self.crop >= 0].bincount(minlength=self.n_crops).tolist())

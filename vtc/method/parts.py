@@ -1,76 +1,22 @@
-"""Items in parts, their crops or frames: methods that choose in each part on its own, and merging inside parts."""
+"""Merging inside the parts of items, their crops or frames, and inside the encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vtc.method.base import Scope, Selection, StageView
-from vtc.ops.greedy import chosen
-from vtc.ops.merge import bipartite_merge, group_places, lay_out, merge_plan, merge_rows
-from vtc.ops.select import apportion, apportion_host, group_sizes, in_groups, out_of_groups
+from vtc.errors import UnsupportedCall, UnsupportedMethod
+from vtc.method.base import EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
+from vtc.method.readings import VisionReading
+from vtc.ops.merge import Step, bipartite_merge, group_places, lay_out, merge_plan, merge_rows
+from vtc.ops.select import apportion_host, front_pack, group_sizes
 
 Sizes = list[list[int]]
 """Tokens of every group of every item, on the host."""
 
 
-# --- choosing
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """R groups of at most W tokens: the items themselves, or their crops one behind the other.
-
-    place: [R, W] of a group's tokens in its item, None where a group is an item. mask: [R, W]. keep: [R] tokens that a
-    group may keep. steps: no group may keep more.
-    """
-
-    place: Tensor | None
-    mask: Tensor
-    keep: Tensor
-    steps: int
-    items: Tensor
-
-    @staticmethod
-    def of(view: StageView, scope: Scope) -> Groups:
-        """The groups of a view; with scope "crop" an item's budget is split in proportion to the sizes of its crops."""
-        items, mask = view.items, view.items.mask
-        keep = torch.tensor(view.keep, device=mask.device)
-        if scope == "item" or view.most_crops == 1:
-            return Groups(None, mask, keep, max(view.keep, default=0), mask)
-        sizes = [layout.crop_sizes for layout in items.layouts]
-        width = min(mask.shape[1], max(map(max, sizes)))
-        place, real = in_groups(view.crop, view.most_crops, width, mask)
-        share = apportion(keep, real.sum(2))
-        steps = max(map(_largest_share, view.keep, items.counts, sizes))
-        return Groups(place.flatten(0, 1), real.flatten(0, 1), share.flatten(), steps, mask)
-
-    def take(self, values: Tensor) -> Tensor:
-        """[I, N, ...] of the items -> [R, W, ...] of the groups."""
-        if self.place is None:
-            return values
-        item = torch.arange(len(values), device=values.device).repeat_interleave(len(self.place) // len(values))
-        return values[item[:, None], self.place]
-
-    def chosen(self, order: Tensor) -> Tensor:
-        """Mark what the groups keep of their orders [R, steps]; bool [I, N] over the items."""
-        marks = chosen(order, self.keep, self.mask)
-        if self.place is None:
-            return marks
-        items, length = self.items.shape
-        marks, place, real = (each.view(items, -1, each.shape[1]) for each in (marks, self.place, self.mask))
-        return out_of_groups(marks, place, real, length)
-
-
-def _largest_share(keep: int, count: int, sizes: Sequence[int]) -> int:
-    """No crop may keep more of the item's `keep` tokens; only a bound where an earlier stage thinned the crops."""
-    if sum(sizes) != count:
-        return min(keep, max(sizes))
-    return max(min(size, size * keep // count + 1) for size in sizes)
-
-
-# --- merging
 def merge_items(
     view: StageView,
     keep: Sequence[int],
@@ -80,16 +26,19 @@ def merge_items(
     plan: Callable[[int, int], Sequence[int]] = merge_plan,
     weighted: bool = False,
     raster: bool = False,
+    step: Step | None = None,
 ) -> Selection:
     """Merge the tokens of each item down to `keep`, inside crops, tiles or frames or over the whole item.
 
     metric: [I, N, C] what similarity is measured on. plan: (tokens of a group, its share of `keep`) -> tokens to merge
     away at each step. weighted: means count what a token already stands for. raster: means stay where their anchor is;
-    otherwise they follow one another in the order of the algorithm. Items with fewer tokens to keep than groups are
+    otherwise they follow one another in the order of the algorithm. step: the rule of one step, as `bipartite_merge`
+    takes it. Items with fewer tokens to keep than groups are
     merged over all of them.
     """
     items = view.items
     crop, sizes = groups(view, scope)
+    crop_free = all(len(row) == 1 for row in sizes)
     joined = [len(row) > 1 and count < sum(map(bool, row)) for row, count in zip(sizes, keep, strict=True)]
     if any(joined):
         crop = torch.where(torch.tensor(joined, device=crop.device)[:, None], 0, crop)
@@ -97,19 +46,79 @@ def merge_items(
     shares = [share(count, row) for row, count in zip(sizes, keep, strict=True)]
     counts = [count for row in sizes for count in row if count]
     left = [each for part in shares for each in part if each]
-    places = group_places(crop, items.mask, sizes)
-    tokens = view.tokens.flatten(0, 1)[places]
+    side_by_side = items.full and not any(joined) and len(set(counts)) == 1 and (crop_free or view.framed)
+    if side_by_side:  # nothing has to move
+        places = torch.arange(items.mask.numel(), device=crop.device).view(len(counts), -1)
+        tokens = view.tokens.reshape(*places.shape, -1)
+    else:
+        places = group_places(crop, items.mask, sizes)
+        tokens = view.tokens.flatten(0, 1)[places]
     merge = bipartite_merge(
         tokens if metric is view.tokens else metric.flatten(0, 1)[places],
         counts,
         [plan(count, each) for count, each in zip(counts, left, strict=True)],
         size=torch.ones_like(places, dtype=torch.float32) if weighted else None,
+        step=step,
     )
     rows = merge_rows(tokens, merge.target, merge.weight, merge.anchor.shape[1])
     kept, replaced, into = lay_out(merge, rows, places, (items.mask.shape[0], items.mask.shape[1]), raster=raster)
     number = iter(merge.counts)
     totals = [sum(next(number) for count in row if count) for row in sizes]
     return Selection(kept, counts=totals, tokens=replaced, merged_into=into)
+
+
+def inside_plan(
+    what: str,
+    model: ModelSpec,
+    reading: VisionReading | None = None,
+    layers: Sequence[int] | None = None,
+    *,
+    units: bool = False,
+) -> Plan:
+    """The plan of a method that acts inside the encoder, before `layers`: by default behind every block.
+
+    what: names the method, or the option that asks for this. reading: of the block in front of each stage. layers: the
+    one behind the feature layer is the encoder's end. units: it can remove whole squares of `model.unit` alone. Raises
+    UnsupportedMethod where the encoder cannot run on fewer patches.
+    """
+    whole = units and model.unit > 0
+    if not model.encoder_stages and not whole:
+        raise UnsupportedMethod(
+            f"{what} works on the patches inside the vision encoder, which this {model.family} model does not allow; "
+            "choose what acts before or inside the LLM"
+        )
+    layers = range(1, model.feature_layer + 2) if layers is None else layers
+    needs = Needs() if reading is None else Needs({layer - 1: reading for layer in layers})
+    return Plan(tuple(map(EncoderStage, layers)), needs, "preserve" if model.mrope else "compact", units=whole)
+
+
+def even(view: StageView) -> int:
+    """How many patches every crop has at an encoder stage.
+
+    Raises UnsupportedCall where an earlier stage left different numbers of them.
+    """
+    counts = view.items.counts
+    if len(set(counts)) > 1:
+        raise UnsupportedCall(
+            f"merging inside the encoder takes pictures of equally many patches, and an earlier stage left "
+            f"{min(counts)} to {max(counts)} of them; pass pictures one by one, or leave that stage out"
+        )
+    return counts[0]
+
+
+def merged_inside(view: StageView, rows: Tensor, origin: Tensor, size: Tensor | None) -> Selection:
+    """The outcome of a merge at an encoder stage, all crops having equally many patches.
+
+    rows: [I, n, D] what is left, in any order that the next stage is to see. origin: [I, n] the patch of the input that
+    each of them stands for. size: [I, n] what its key counts for in later layers, None for one.
+    """
+    items, left = view.items, rows.shape[1]
+    stays = torch.zeros(len(items), items.layouts[0].n_tokens, dtype=torch.bool, device=rows.device)
+    kept = stays.scatter(1, origin, True).gather(1, items.token)
+    seats = front_pack(kept, left)
+    tokens = view.tokens.scatter(1, seats[..., None].expand_as(rows), rows)
+    sizes = None if size is None else size.new_ones(kept.shape).scatter(1, seats, size)
+    return Selection(kept, counts=[left] * len(items), tokens=tokens, sizes=sizes)
 
 
 def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:

@@ -15,9 +15,12 @@ tokens enter the LLM and unchanged inside it."""
 
 @dataclass(frozen=True)
 class EncoderStage:
-    """Before vision-encoder layer `layer` (0-based, at least 1): the later encoder layers run on fewer tokens.
+    """Before vision-encoder layer `layer` (0-based): the encoder layers from there on run on fewer tokens.
 
     The layer behind the feature layer means before the projector.
+
+    >>> EncoderStage(12)
+    EncoderStage(layer=12)
     """
 
     layer: int
@@ -25,7 +28,11 @@ class EncoderStage:
 
 @dataclass(frozen=True)
 class CacheStage:
-    """After the prefill: rows of dropped tokens leave the KV cache of the layers from `from_layer` on."""
+    """After the prefill: rows of dropped tokens leave the KV cache of the layers from `from_layer` on.
+
+    >>> CacheStage(from_layer=2), AFTER_PREFILL
+    (CacheStage(from_layer=2), CacheStage(from_layer=0))
+    """
 
     from_layer: int = 0
 
@@ -34,12 +41,21 @@ Stage = int | EncoderStage | CacheStage
 """An int k is "before LLM layer k"; 0, before the LLM, is also called PRE_LLM."""
 
 PRE_LLM = 0
+PIXELS = -1
+"""The encoder layer under which pixels are read."""
 AFTER_PREFILL = CacheStage()
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What to record: 0-based layer of the vision encoder or of the LLM -> a reading or several."""
+    """What to record: 0-based layer of the vision encoder or of the LLM -> a reading or several.
+
+    PIXELS (-1), in front of the encoder's layers, has `Rows.PIXELS` alone.
+
+    >>> from vtc import Rows
+    >>> (Needs(vision={22: Rows.CLS}) | Needs(llm={1: Rows.LAST})).llm_pairs
+    ((1, LastRow()),)
+    """
 
     vision: Mapping[int, VisionReading | tuple[VisionReading, ...]] = field(default_factory=dict)
     llm: Mapping[int, LLMReading | tuple[LLMReading, ...]] = field(default_factory=dict)
@@ -81,8 +97,15 @@ class ModelSpec:
 
     feature_layer: the encoder layer whose output is projected for the LLM. full_attention_layers: encoder layers in
     which a patch sees its whole image (all of them unless the encoder uses windows). mrope: multi-axis positions.
-    encoder_stages: methods may act inside the encoder, whatever the modality. single_crop: an image is one crop.
+    encoder_stages: methods may act inside the encoder, whatever the modality. unit: where an LLM token is made of
+    squares of so many patches a side, methods may act there that remove whole squares (`Plan.units`); 0 where they may
+    not. single_crop: an image is one crop.
     width: hidden size of the LLM, 0 where no model is loaded.
+
+    >>> import vtc
+    >>> spec = vtc.adapters.families()["llava"].references[0]
+    >>> spec.llm_layers, spec.feature_layer, spec.has_cls
+    (32, 22, True)
     """
 
     family: str
@@ -95,12 +118,26 @@ class ModelSpec:
     encoder_stages: bool = False
     single_crop: bool = False
     width: int = 0
+    unit: int = 0
+
+    @property
+    def key_layer(self) -> int:
+        """The last encoder layer up to the feature layer that sees the whole image."""
+        return max(layer for layer in self.full_attention_layers if layer <= self.feature_layer)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a method acts on a given model, what it needs there, and its default position policy."""
+    """Where a method acts on a given model, what it needs there, and its default position policy.
+
+    units: inside the encoder it removes whole squares of `ModelSpec.unit` patches a side.
+
+    >>> import vtc
+    >>> vtc.create("fastv", layer=3).plan(vtc.adapters.families()["llava"].references[0]).stages
+    (3,)
+    """
 
     stages: tuple[Stage, ...]
     needs: Needs
     positions: Positions
+    units: bool = False

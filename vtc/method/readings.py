@@ -71,13 +71,24 @@ class Reading(ABC):
 
 @dataclass(frozen=True)
 class VisionReading(Reading):
-    """Something recorded of a vision encoder's attention. needs_cls: only encoders with a class token have it."""
+    """Something recorded of a vision encoder's attention. needs_cls: only encoders with a class token have it.
+
+    >>> class Sharpness(VisionReading):
+    ...     name = "sharpness"
+    ...     def read(self, attention):  # query, key: [crops, heads, T, width]
+    ...         return attention.key.float().norm(dim=-1).mean(1)
+    >>> Sharpness().name
+    'sharpness'
+    """
 
     needs_cls: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, attention: AttentionCall) -> Tensor:
-        """[crops, T] or [crops, T, C] for the T rows of the encoder, the class token included."""
+        """[crops, T] or [crops, T, C] for the T rows of the encoder, the class token included.
+
+        More axes behind T are for stages inside the encoder alone.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,13 @@ class LLMReading(Reading):
 
     ahead: read before the layer runs, at the stage in front of it, from the layer's own projections of the rows that
     arrive there; only where a method asks for it, since the projections are computed a second time.
+
+    >>> class KeyNorm(LLMReading):
+    ...     name = "key norm"
+    ...     def read(self, attention, rows):  # rows: which are prompt, visual or text
+    ...         return attention.key.float().norm(dim=-1).mean(1)
+    >>> KeyNorm().ahead
+    False
     """
 
     ahead: ClassVar[bool] = False
@@ -159,10 +177,10 @@ class Received(VisionReading):
 
     def read(self, attention: AttentionCall) -> Tensor:
         query, key, scaling, mask = attention.query, attention.key, attention.scaling, attention.mask
-        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:  # some rows are padding
-            real = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1:  # padding, or sizes
+            real = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min)[:, 0, 0]
             share = real / real.sum(1, keepdim=True)
-            return attention_sums(query, key, share[None], scaling, mask=real)[0]
+            return attention_sums(query, key, share[None], scaling, mask=mask)[0]
         return attention_received(query, key, scaling, mask=mask, segments=attention.segments)
 
 
@@ -236,8 +254,25 @@ class GroupSums(LLMReading):
         return attention_sums(query, key, groups.float(), attention.scaling, mask=rows.mask, causal=True)
 
 
+@dataclass(frozen=True)
+class Pixels(VisionReading):
+    """What the encoder was given of each patch: [crops, T, channels * height * width], zero for the class token."""
+
+    name: ClassVar[str] = "pixels"
+
+    def read(self, attention: AttentionCall) -> Tensor:
+        raise NotImplementedError("recorded from the encoder's input, not from its attention")
+
+
 class Rows:
-    """The ready readings."""
+    """The ready readings.
+
+    >>> import vtc
+    >>> vtc.Needs(vision={22: Rows.CLS}, llm={1: (Rows.LAST, Rows.GROUP_SUMS)}).vision_pairs
+    ((22, ClassRow()),)
+    """
+
+    PIXELS = Pixels()
 
     CLS = ClassRow()
     CLS_PATCHES = ClassToPatches()

@@ -121,18 +121,25 @@ def register(cls: type[M]) -> type[M]:
 
     Raises VTCError for a name that is taken or that nobody could write, and for a class that makes no method.
 
-    Example::
-
-        @vtc.register
-        class KeepFirst(vtc.ScoringCompressor):  # vtc.create("keep_first", power=3)
-            power: float = 2.0
-
-            def score(self, view):
-                return -view.items.token.float() ** self.power
+    >>> import vtc
+    >>> @vtc.register
+    ... class KeepFirst(vtc.ScoringCompressor):
+    ...     power: float = 2.0
+    ...     def score(self, view):
+    ...         return -view.items.token.float() ** self.power
+    >>> vtc.create("keep_first", power=3)
+    KeepFirst(scope='item', power=3.0)
+    >>> METHODS.unregister("keep_first")
     """
     return METHODS.register(cls)
 
 
 def create(name: str, **hyper_parameters: Any) -> Compressor:
-    """Build a method by name: ``vtc.create("vtc_cls", layers=3)``."""
+    """Build a method by name, with hyper-parameters where they differ from the defaults.
+
+    Raises UnknownName for a name or a hyper-parameter that does not exist, and VTCError for a value that is refused.
+
+    >>> create("fastv", layer=3)
+    FastV(layer=3, ratio=None, scope='item')
+    """
     return METHODS.create(name, **hyper_parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from vtc.method.budget import Budget
 from vtc.method.items import ItemTable
 from vtc.method.plan import ModelSpec, Needs, R, Stage, each
 from vtc.method.readings import LLMReading, VisionReading
+from vtc.method.states import States
+from vtc.ops.select import in_groups, take_rows
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,14 @@ class Selection:
     None keeps them.
     hide: [I, N] bool, tokens that stay in the sequence while no row of a later layer attends to them (a reference mode;
     it saves nothing). weights: [I, N] in (0, 1], soft masks for training: the token's key counts so much in every
-    later layer, except for the token itself; multiplied over the stages. loss: added to `Handle.auxiliary_loss`.
+    later layer, except for the token itself; multiplied over the stages. sizes: [I, N], at encoder stages: what each
+    token stands for. Later encoder layers attend to its key as often, softmax(Q K^T / sqrt(D) + log sizes); said anew
+    at every stage that has it. restored: [I, P, D], at encoder stages: rows for all patches that entered the encoder,
+    in the order of the picture; every patch has a row again, and of all else said here nothing is read. loss: added to
+    `Handle.auxiliary_loss`. scores: [I, N] what the tokens were ranked by, higher stays; for traces alone.
+
+    >>> Selection(keep=torch.tensor([[True, False, True]]), counts=(2,)).counts
+    (2,)
     """
 
     keep: Tensor
@@ -39,7 +49,10 @@ class Selection:
     separators: Tensor | Literal[False] | None = None
     hide: Tensor | None = None
     weights: Tensor | None = None
+    sizes: Tensor | None = None
+    restored: Tensor | None = None
     loss: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +60,24 @@ class StageView:
     """What a method sees at one stage. I items, N their largest token count, B batch rows of length L.
 
     stage: the stage reached. model: facts about the model. budget: None for methods without one. items: the table of
-    items and where their tokens lie; separators: the same for their separators. hidden: [B, L, D] rows entering the
-    stage. visual, valid, prompt, text: [B, L] bool; the prompt is what is valid and no answer, whether generated,
-    drafted or given with labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel
-    keys. memory: what the method left there at earlier stages of the same call. module: its learned parts.
+    items and where their tokens lie; separators: the same for their separators. states: of the rows entering the
+    stage, `tokens` of the items alone and `hidden` of all; what is not asked for is not put together. visual, valid,
+    prompt, text: [B, L] bool; the prompt is what is valid and no answer, whether generated, drafted or given with
+    labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel keys. memory: what the
+    method left there at earlier stages of the same call. module: its learned parts.
+
+    What a method of one line sees of two images, the budget being a quarter of 16 tokens each:
+
+    >>> import vtc
+    >>> from vtc.testing import tiny_inputs, tiny_model
+    >>> class Look(vtc.ScoringCompressor):
+    ...     def score(self, view):
+    ...         print(view.stage, view.tokens.shape, view.items.counts, view.keep)
+    ...         return view.tokens[..., 0]
+    >>> model = tiny_model("llava-clip")
+    >>> with torch.no_grad(), vtc.compress(model, Look(), retention=0.25):
+    ...     output = model(**tiny_inputs("llava-clip", [[3, "image", 5], ["image", 9]], model=model))
+    0 torch.Size([2, 16, 64]) (16, 16) (4, 4)
     """
 
     stage: Stage
@@ -58,7 +85,7 @@ class StageView:
     budget: Budget | None
     items: ItemTable
     separators: ItemTable
-    hidden: Tensor
+    states: States
     visual: Tensor
     valid: Tensor
     prompt: Tensor
@@ -66,6 +93,7 @@ class StageView:
     fingerprint: Tensor
     vision_rows: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
     llm_rows: dict[tuple[int, LLMReading], Tensor] = field(default_factory=dict)
+    vision_prefix: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     memory: dict[Any, Any] = field(default_factory=dict)
     module: nn.Module | None = None
@@ -73,7 +101,17 @@ class StageView:
     @cached_property
     def tokens(self) -> Tensor:
         """[I, N, D] hidden rows of the items' tokens."""
-        return self.hidden[self.items.row[:, None], self.items.index]
+        return self.states.of(self.items)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """[B, L, D] hidden rows of everything, text included."""
+        return self.states.all()
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything here lies."""
+        return self.states.device
 
     @cached_property
     def crop(self) -> Tensor:
@@ -84,6 +122,26 @@ class StageView:
     def most_crops(self) -> int:
         """Crops or frames of the item that has most of them, on the host; 1 where there are no items."""
         return max((layout.n_crops for layout in self.items.layouts), default=1)
+
+    @cached_property
+    def framed(self) -> bool:
+        """Whether every crop of every item is a raster of its own and no token has left it; known on the host."""
+        columns = zip(self.items.layouts, self.items.counts, strict=True)
+        return all(layout.framed and count == layout.n_tokens - layout.newlines for layout, count in columns)
+
+    @cached_property
+    def crops(self) -> tuple[Tensor, Tensor]:
+        """The tokens of each crop side by side: places [I, G, W] in the item, and which of them are real."""
+        sizes, mask = [layout.crop_sizes for layout in self.items.layouts], self.items.mask
+        width = min(mask.shape[1], max(map(max, sizes), default=0))
+        if not self.framed:
+            return in_groups(self.crop, self.most_crops, width, mask)
+        rows = [[*row, *[0] * (self.most_crops - len(row))] for row in sizes]
+        first = [[0, *accumulate(row[:-1])] for row in rows]
+        begin, size = torch.tensor([first, rows], device=mask.device)[..., None]
+        step = torch.arange(width, device=mask.device)
+        real = step < size
+        return (begin + step) * real, real
 
     @cached_property
     def place(self) -> tuple[Tensor, Tensor]:
@@ -121,12 +179,22 @@ class StageView:
         index = self.items.token
         if rows.ndim == 2:
             return rows.gather(1, index)
+        if rows.ndim > 3:
+            return take_rows(rows, index)
         return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+    def vision_lead(self, layer: int, reading: VisionReading | None = None) -> Tensor:
+        """[I, P, ...] what was recorded of the P rows in front of the patches, such as a class token.
+
+        At encoder stages alone; P is 0 where the encoder has no such rows. reading: which of several.
+        """
+        return self.vision_prefix[layer, reading or _only(self.needs.vision[layer])][self.items.source]
 
     def llm_attention(self, layer: int, reading: LLMReading | None = None) -> Tensor:
         """[..., I, N] what was recorded of LLM layer `layer`, at the items' tokens. reading: which of several."""
         rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
-        return rows[..., self.items.row[:, None], self.items.index]
+        rows = rows.index_select(-2, self.items.row)
+        return rows.gather(-1, self.items.index.expand(*rows.shape[:-1], -1))
 
     def mean(self, values: Tensor) -> Tensor:
         """[I, N, ...] one value per token -> [I, ...] mean over the real tokens of each item, in float32.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, Scope, Selection, StageView
-from vtc.method.parts import Groups
+from vtc.method.groups import Groups
 from vtc.method.registry import register
 from vtc.ops.greedy import alignment, greedy_map, total
 from vtc.ops.select import settle
@@ -37,6 +37,10 @@ class CDPruner(Compressor):
     of the remaining tokens fill the budget. AnyRes images keep their resolution and their newline tokens, which are no
     candidates; crops get the same share of their tokens, not the same count; multi-axis rotary models keep original
     positions.
+
+    >>> import vtc
+    >>> vtc.create("cdpruner", theta=0.5)
+    CDPruner(inverse=True, theta=0.5, scope='crop')
     """
 
     inverse: bool = True
@@ -55,8 +59,8 @@ class CDPruner(Compressor):
 
     def select(self, view: StageView) -> Selection:
         groups = Groups.of(view, self.scope)
-        quality = groups.take(self.quality(view))
-        order = greedy_map(groups.take(view.tokens), quality, groups.steps, groups.mask)
+        quality = groups.parts.take(self.quality(view))
+        order = greedy_map(groups.parts.take(view.tokens), quality, groups.steps, groups.parts.mask)
         return Selection(groups.chosen(order), counts=view.keep)
 
     def quality(self, view: StageView) -> Tensor:

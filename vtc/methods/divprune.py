@@ -6,9 +6,9 @@ from dataclasses import field
 from typing import ClassVar
 
 from vtc.method.base import Compressor, Scope, Selection, StageView
-from vtc.method.parts import Groups
+from vtc.method.groups import Groups
 from vtc.method.registry import register
-from vtc.ops.greedy import k_center, most_isolated
+from vtc.ops.greedy import k_center
 
 
 @register
@@ -26,6 +26,10 @@ class DivPrune(Compressor):
     too); shares are rounded half up, not half to even; batches and several images work; cosines are computed in float32
     whatever the model runs in; zero vectors count as equally far from everything instead of giving NaN; multi-axis
     rotary models keep original positions.
+
+    >>> import vtc
+    >>> vtc.create("divprune", scope="crop")
+    DivPrune(scope='crop')
     """
 
     scope: Scope = field(default="item", kw_only=True)
@@ -34,6 +38,6 @@ class DivPrune(Compressor):
 
     def select(self, view: StageView) -> Selection:
         groups = Groups.of(view, self.scope)
-        tokens = groups.take(view.tokens)
-        order = k_center(tokens, most_isolated(tokens, groups.mask), groups.steps, groups.mask)
+        tokens, mask = groups.parts.take(view.tokens), groups.parts.mask
+        order = k_center(tokens, None, groups.steps, mask)
         return Selection(groups.chosen(order), counts=view.keep)

@@ -32,6 +32,13 @@ class FastV(Compressor):
     Departures from the paper and its code: images of a prompt keep their own share by default; newline tokens stay (the
     release ranks the span of an image with its newlines); prompts are pruned once, at the prefill, as in the released
     variant with a KV cache, and not again at every step; each row of a batch is read at its own last token.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("fastv", layer=3).plan(llava).needs
+    Needs(vision={}, llm={2: LastRow()})
+    >>> vtc.create("fastv", ratio=0.5).needs_budget
+    False
     """
 
     layer: int = 2
@@ -57,18 +64,19 @@ class FastV(Compressor):
         return Plan((self.layer,), Needs(llm={self.layer - 1: Rows.LAST}), "preserve")
 
     def select(self, view: StageView) -> Selection:
-        items, device = view.items, view.hidden.device
+        items, device = view.items, view.device
         counts = view.keep_from_layer(self.layer) if self.ratio is None else self._left(items.counts)
         if self.scope == "item":
-            keep = torch.tensor(counts, device=device)
-            return Selection(top_k(view.llm_attention(self.layer - 1, Rows.LAST), keep, items.mask), counts=counts)
+            scores, keep = view.llm_attention(self.layer - 1, Rows.LAST), torch.tensor(counts, device=device)
+            kept = top_k(scores, keep, items.gaps, most=max(counts, default=0))
+            return Selection(kept, counts=counts, scores=scores)
         rows = view.hidden.shape[0]
         totals = _by_row(items.rows, counts, rows)
         if self.ratio is not None:
             totals = self._left(_by_row(items.rows, items.counts, rows))
         ranked = items.scatter(items.mask, torch.zeros_like(view.visual))
-        scores: Tensor = view.llm_rows[self.layer - 1, Rows.LAST]
-        chosen = top_k(scores, torch.tensor(totals, device=device), ranked)
+        ranking: Tensor = view.llm_rows[self.layer - 1, Rows.LAST]
+        chosen = top_k(ranking, torch.tensor(totals, device=device), ranked, most=max(totals))
         return Selection(chosen[items.row[:, None], items.index])
 
     def _left(self, tokens: tuple[int, ...]) -> tuple[int, ...]:

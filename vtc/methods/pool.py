@@ -22,6 +22,11 @@ class Pool(Compressor):
     tiles are averaged too where there are more of them than tokens to keep). Thumbnail and stitched map of an AnyRes
     image are pooled separately and share the budget in proportion to their sizes; all newlines stay. A pooled token
     takes the place and position of the token at its cell's centre.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("pool").plan(llava).positions
+    'compact'
     """
 
     name: ClassVar[str] = "pool"
@@ -30,7 +35,7 @@ class Pool(Compressor):
     def select(self, view: StageView) -> Selection:
         items, tokens = view.items, view.tokens
         device = tokens.device
-        kept, pooled = torch.zeros_like(items.mask), tokens.clone()
+        kept, pooled = torch.zeros_like(items.mask), torch.zeros_like(tokens)
         into = torch.full_like(items.token, -1)
         counts = [0] * len(items)
         wanted = [(layout.regions, count) for layout, count in zip(items.layouts, view.keep, strict=True)]
@@ -40,12 +45,14 @@ class Pool(Compressor):
             if not regions:
                 raise UnsupportedCall("pool needs items whose tokens form full rasters; choose another method here")
             rows = torch.tensor(same, device=device)[:, None]
+            alike = tokens if len(same) == len(wanted) else tokens[rows[:, 0]]
             for first, grid, share in split_budget(regions, count):
                 output = output_raster(grid, share)
                 centres = first + cell_centres(grid, output, device)
                 cells = absorbing_cell(grid, output, device)
-                place = first + torch.arange(cells.numel(), device=device)
-                pooled[rows, centres] = pool_grid(tokens[rows, place], grid, output)
+                end = first + cells.numel()
+                place = torch.arange(first, end, device=device)
+                pooled[rows, centres] = pool_grid(alike[:, first:end], grid, output)
                 kept[rows, centres] = True
                 into[rows, place] = centres[cells]
                 for i in same:

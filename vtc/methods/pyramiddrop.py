@@ -41,6 +41,13 @@ class PyramidDrop(Compressor):
 
     Departures from the paper and its code: every image has its own share, where the release knows one image a
     prompt; newline tokens stay; the layers for small budgets are ours.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("pyramiddrop").plan(llava).stages
+    (2, 8, 10, 16, 18, 24)
+    >>> vtc.create("pyramiddrop", ratios=(0.5, 0.25, 0.125)).needs_budget
+    False
     """
 
     layers: tuple[int, ...] | None = None
@@ -100,8 +107,9 @@ class PyramidDrop(Compressor):
         counts = self.left(view, view.stage)
         if counts == view.items.counts:
             return None
-        keep = torch.tensor(counts, device=view.hidden.device)
-        return Selection(top_k(view.llm_attention(*self.reading(view.stage)), keep, view.items.mask), counts=counts)
+        keep = torch.tensor(counts, device=view.device)
+        scores = view.llm_attention(*self.reading(view.stage))
+        return Selection(top_k(scores, keep, view.items.gaps, most=max(counts)), counts=counts, scores=scores)
 
     def reading(self, stage: int) -> tuple[int, LLMReading]:
         """The LLM layer and what of it ranks the tokens before layer `stage`."""

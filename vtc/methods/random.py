@@ -20,6 +20,10 @@ class Random(ScoringCompressor):
     every batch and at every place of a prompt, and two images get different subsets. At a given seed a smaller budget
     keeps a subset of what a larger one keeps (of images with one crop; over several crops the shares are rounded).
     Every crop, tile or frame keeps the same share (`scope`).
+
+    >>> import vtc
+    >>> vtc.create("random", seed=1)
+    Random(scope='crop', seed=1)
     """
 
     seed: int = 0

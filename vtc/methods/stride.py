@@ -21,6 +21,10 @@ class Stride(Compressor):
     proportion to their sizes), "sequence" takes every N/k-th token of the flattened item, which drops whole columns
     when k divides the row length. Both are centred and keep the exact count. Items without full rasters are strided
     as a sequence.
+
+    >>> import vtc
+    >>> vtc.create("stride", layout="sequence")
+    Stride(layout='sequence')
     """
 
     layout: Literal["grid", "sequence"] = "grid"

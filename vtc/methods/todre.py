@@ -45,6 +45,13 @@ class ToDRE(Compressor):
     in front of the images too. Since image rows cannot see the question behind them, a_vt is 0 unless text stands in
     front of an image. Positions are renumbered without gaps where the tokens enter the LLM, except under multi-axis
     rotary positions, and stay as they are behind stage 2.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("todre", relevance=False).plan(llava).stages
+    (0,)
+    >>> vtc.create("todre", check_layers=(0.5, 28)).plan(llava).stages
+    (0, 17, 29)
     """
 
     variant: Variant = "max_sum"

@@ -6,13 +6,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vtc.errors import UnsupportedMethod, VTCError
+from vtc.errors import VTCError
 from vtc.method.base import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
-from vtc.method.parts import merge_items
+from vtc.method.parts import even, inside_plan, merge_items, merged_inside
 from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
-from vtc.ops.select import front_pack, take_rows
+from vtc.ops.select import take_rows
 
 Metric = Literal["keys", "features"]
 
@@ -32,14 +32,22 @@ class ToMe(Compressor):
     inside: merge in the vision encoder instead, a few tokens after every block up to the feature layer, spread evenly;
     for encoders that allow it, the budget then being counted per crop. r: tokens to merge after every block instead,
     one number or a list of them (blocks behind its end merge nothing); takes no budget, the paper uses 8 to 16.
-    inflection: -1 to 1, how the number falls (negative) or rises over the blocks around r. metric: "keys", or
-    "features" for the tokens themselves. scope: merge in each "crop" or frame or over the whole "item", before the LLM.
+    inflection: -1 to 1, how the number falls (negative) or rises over the blocks around r. proportional: later blocks
+    attend to a merged token as often as it has patches, softmax(Q K^T / sqrt(d) + log size) (equation 1 of the paper;
+    inside the encoder only; the authors leave it out for encoders trained by masking, such as MAE's). metric: "keys",
+    or "features" for the tokens themselves. scope: merge in each "crop" or frame or over the whole "item", before the
+    LLM.
 
     Departures from the paper and its code: the default acts behind the encoder, which is no faster inside it but works
-    on every model; inside, tokens merge after a block and not between its attention and its MLP, attention is not
-    scaled by sizes, and before the projector tokens return to the order of their targets (the code leaves them as
-    even, then odd ones). The class token stays out of it, as in the code. Keys carry rotary positions where the
-    encoder has them.
+    on every model; inside, tokens merge after a block and not between its attention and its MLP, and behind the last
+    block tokens return to the order of their targets (the code leaves them as even, then odd ones); a retention makes
+    r as even over the blocks as whole tokens allow. The class token stays out of it, as in the code. Keys carry rotary
+    positions where the encoder has them.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("tome", inside=True, r=16).plan(llava).stages[:2]
+    (EncoderStage(layer=1), EncoderStage(layer=2))
     """
 
     inside: bool = False
@@ -47,8 +55,10 @@ class ToMe(Compressor):
     inflection: float = 0.0
     metric: Metric = "keys"
     scope: Scope = "crop"
+    proportional: bool = True
 
     name: ClassVar[str] = "tome"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,21 +75,11 @@ class ToMe(Compressor):
         return self.r is None
 
     def plan(self, model: ModelSpec) -> Plan:
+        reading = KEYS if self.metric == "keys" else None
+        if self.inside:
+            return inside_plan("inside=True", model, reading)
         positions: Literal["preserve", "compact"] = "preserve" if model.mrope else "compact"
-        if not self.inside:
-            needs = Needs({self.key_layer(model): KEYS}) if self.metric == "keys" else Needs()
-            return Plan((PRE_LLM,), needs, positions)
-        if not model.encoder_stages:
-            raise UnsupportedMethod(
-                f"inside=True merges patches in the vision encoder, which {model.family} does not allow; leave it out"
-            )
-        blocks = range(model.feature_layer + 1)
-        needs = Needs(dict.fromkeys(blocks, KEYS)) if self.metric == "keys" else Needs()
-        return Plan(tuple(EncoderStage(block + 1) for block in blocks), needs, positions)
-
-    def key_layer(self, model: ModelSpec) -> int:
-        """The last layer up to the feature layer that sees the whole image."""
-        return max(layer for layer in model.full_attention_layers if layer <= model.feature_layer)
+        return Plan((PRE_LLM,), Needs({model.key_layer: reading}) if reading else Needs(), positions)
 
     def steps(self, blocks: int, tokens: int, keep: int | None) -> list[list[int]]:
         """Tokens to merge after each of `blocks` blocks, a list of steps each; keep: how many are to be left.
@@ -110,12 +110,12 @@ class ToMe(Compressor):
             return self._inside(view, view.stage.layer - 1)
         if view.keep == view.items.counts:
             return None
-        metric = view.vision_attention(self.key_layer(view.model), KEYS) if self.metric == "keys" else view.tokens
+        metric = view.vision_attention(view.model.key_layer, KEYS) if self.metric == "keys" else view.tokens
         return merge_items(view, view.keep, metric, scope=self.scope, weighted=True, raster=True)
 
     def _inside(self, view: StageView, block: int) -> Selection | None:
         """After encoder block `block`. Rows stay in the order of the algorithm until the last block."""
-        items, blocks, patches = view.items, view.model.feature_layer + 1, view.items.input_counts[0]
+        items, blocks, patches = view.items, view.model.feature_layer + 1, even(view)
         keep = view.keep[0] if self.needs_budget and block == 0 else None
         if block == 0:
             view.memory[self, "plans"] = self.steps(blocks, patches, keep)
@@ -126,10 +126,10 @@ class ToMe(Compressor):
             return None
         metric = view.vision_attention(block, KEYS) if self.metric == "keys" else view.tokens
         # The class token takes the first place among those that propose, which decides who the others are.
-        lead, groups, count = int(view.model.has_cls), len(items), items.counts[0]
+        lead, groups = int(view.model.has_cls), len(items)
         merge = bipartite_merge(
             torch.nn.functional.pad(metric, (0, 0, lead, 0)),
-            [count + lead] * groups,
+            [patches + lead] * groups,
             [plan] * groups,
             size=torch.nn.functional.pad(size, (lead, 0), value=1.0),
             order="index" if lead else "similarity",
@@ -142,8 +142,4 @@ class ToMe(Compressor):
             order = origin.argsort(dim=1)
             rows, size, origin = take_rows(rows, order), take_rows(size, order), take_rows(origin, order)
         view.memory[self, "rows"] = size, origin
-        stays = torch.zeros(groups, patches, dtype=torch.bool, device=rows.device).scatter(1, origin, True)
-        kept = stays.gather(1, items.token)
-        seats = front_pack(kept, left)
-        tokens = view.tokens.scatter(1, seats[..., None].expand_as(rows), rows)
-        return Selection(kept, counts=[left] * groups, tokens=tokens)
+        return merged_inside(view, rows, origin, size if self.proportional else None)

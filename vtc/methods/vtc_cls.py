@@ -38,6 +38,11 @@ class VTCCLS(ScoringCompressor):
     Departures from the paper and its code: batches and several images work, each item is ranked on its own; a budget
     of one token works; encoders without a class token (SigLIP, Qwen) use the attention a patch receives, mean over
     heads and queries, from layers that see the whole image; multi-axis rotary models keep original positions.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("vtc_cls", start_layer=20).plan(llava).needs.vision
+    {20: ClassRow(), 21: ClassRow(), 22: ClassRow()}
     """
 
     layers: int = 3

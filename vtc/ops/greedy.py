@@ -1,11 +1,14 @@
 """Greedy choice of diverse tokens: one token per step, the choice for fewer tokens is the beginning of that for more.
 
 All items walk together; an item that is to keep fewer tokens than its neighbours ignores the end of its order. A step
-costs one product of the tokens with a vector, [N, D] x [D]; the N x N similarities never exist. Similarity is the
-cosine, in float32; features of half precision and a copy with unit length are all that is held.
+costs one product of the tokens with a vector, [N, D] x [D], or reads a row of the N x N similarities where these are
+small enough to be held (`STORE`) and many steps use them; a CPU then takes as many items at a time as fit. Similarity
+is the cosine, in float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +18,10 @@ from vtc.ops.select import TIE, first_best
 
 CHUNK = 4096
 PAIRS = 2**24
+STORE = 2**26
+"""Similarities held at once (256 MiB)."""
+PAYS = 16
+"""A matrix product is so many times as fast as the products with single vectors, which wait for memory."""
 RANK = 1e-5
 
 
@@ -73,35 +80,27 @@ def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor
     >>> max_sum(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
     [[0, 1, 3]]
     """
-    return _walk(_unit(numbers(features, mask)), start, steps, mask, farthest=False)
+    return _walk(numbers(features, mask), start, steps, mask, farthest=False)
 
 
-def k_center(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:
+def k_center(features: Tensor, start: Tensor | None, steps: int, mask: Tensor) -> Tensor:
     """Greedy k-center: always the token that is farthest from its nearest chosen one; arguments as in `max_sum`.
+
+    start: None begins with the token of `most_isolated`.
 
     >>> x = torch.tensor([[[1.0, 0.0], [-1.7, 1.0], [0.0, 2.0], [3.0, 0.3]]])
     >>> k_center(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
     [[0, 1, 2]]
     """
-    return _walk(_unit(numbers(features, mask)), start, steps, mask, farthest=True)
+    return _walk(numbers(features, mask), start, steps, mask, farthest=True)
 
 
 def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
     """[I] the token of each item whose nearest other token is farthest away, by cosine; the lower one of equals.
 
-    Arguments as in `max_sum`. Streams over the tokens, N^2 D operations in all.
+    Arguments as in `max_sum`. Streams over the tokens, N^2 D / 2 multiplications in all.
     """
-    unit = _unit(numbers(features, mask))
-    items, length = mask.shape
-    steps = torch.arange(length, device=mask.device)
-    nearest = []
-    for some in torch.split(steps, max(1, PAIRS // (items * length))):
-        cosine = unit[:, some] @ unit.transpose(1, 2)
-        other = mask[:, None, :] & (steps != some[:, None])
-        nearest.append(cosine.masked_fill(~other, -torch.inf).amax(2))
-    rated = torch.where(mask, torch.cat(nearest, dim=1), torch.inf)
-    # Two that are each other's nearest are equals, whichever of them the rounding of their product favours.
-    return first_best(-rated)
+    return _isolated(_Cosines(numbers(features, mask), steps=0), mask)
 
 
 def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> Tensor:
@@ -112,12 +111,13 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
     directions are kept as an orthonormal basis, [D, D] at most, instead of the Cholesky rows [steps, N]. Returns the
     order as `max_sum` does.
     """
-    unit = _unit(numbers(features, mask))
+    cosines = _Cosines(numbers(features, mask), steps=0)
     quality = numbers(quality, mask).detach().float().nan_to_num()
-    item = torch.arange(len(unit), device=unit.device)
-    left, residual, worth = mask, unit.norm(dim=2).square(), quality.square()
-    basis = unit.new_zeros(len(unit), min(steps, unit.shape[2]), unit.shape[2])
-    order = item.new_zeros(len(unit), steps)
+    rows, scale = cosines.rows, cosines.scale
+    item = torch.arange(len(rows), device=rows.device)
+    left, residual, worth = mask, (scale > 0).float(), quality.square()
+    basis = rows.new_zeros(len(rows), min(steps, rows.shape[2]), rows.shape[2])
+    order = item.new_zeros(len(rows), steps)
     for step in range(steps):
         new = left & (residual > RANK)
         some = new.any(1, keepdim=True) & (step < basis.shape[1])
@@ -128,38 +128,107 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
         order[:, step] = token
         left = left.scatter(1, token[:, None], False)
         if step < basis.shape[1]:
-            known, direction = basis[:, :step], unit[item, token]
+            known, direction = basis[:, :step], cosines.direction(token)
             for _ in range(2):  # once more for what rounding left of the known directions
                 direction = direction - torch.bmm(_products(known, direction)[:, None], known)[:, 0]
             direction = torch.nn.functional.normalize(direction, dim=1) * some
             basis[:, step] = direction
-            residual = residual - _products(unit, direction).square()
+            residual = residual - (_products(rows, direction) * scale).nan_to_num(0.0).square()
     return order
 
 
-def _walk(unit: Tensor, start: Tensor, steps: int, mask: Tensor, *, farthest: bool) -> Tensor:
+def _walk(features: Tensor, start: Tensor | None, steps: int, mask: Tensor, *, farthest: bool) -> Tensor:
     """Both rules: the next token has the lowest sum (or the lowest maximum) of cosines to those before it."""
-    item = torch.arange(len(unit), device=unit.device)
+    items, length = mask.shape
+    fit = STORE // max(1, length * length)
+    if features.device.type == "cpu" and 0 < fit < items and length <= PAYS * steps:
+        given, masks = torch.split(features, fit), torch.split(mask, fit)
+        firsts = [None] * len(given) if start is None else torch.split(start, fit)
+        parts = zip(given, firsts, masks, strict=True)
+        return torch.cat([_walk(x, first, steps, real, farthest=farthest) for x, first, real in parts])
+    cosines = _Cosines(features, steps)
+    token = _isolated(cosines, mask) if start is None else start
     rated = torch.where(mask, -torch.inf if farthest else 0.0, torch.inf)
-    order = start.new_zeros(len(unit), steps)
-    token = start
+    order = token.new_zeros(items, steps)
     for step in range(steps):
         if step:
-            token = first_best(-rated, TIE if farthest else TIE * step)
+            token = _last_best(rated, TIE if farthest else TIE * step)
         order[:, step] = token
-        cosine = _products(unit, unit[item, token])
+        cosine = cosines.to(token)
         rated = torch.maximum(rated, cosine) if farthest else rated + cosine
-        rated = rated.scatter(1, token[:, None], torch.inf)
+        rated = rated.scatter_(1, token[:, None], torch.inf)
     return order
 
 
-def _products(unit: Tensor, direction: Tensor) -> Tensor:
+def _last_best(rated: Tensor, slack: float) -> Tensor:
+    """[I] lowest index of a value [I, N] that is at most `slack` above the lowest."""
+    # The maximum of floats is found many times as fast as that of bytes.
+    return (rated <= rated.amin(1, keepdim=True) + slack).float().max(1).indices
+
+
+class _Cosines:
+    """Cosines between tokens [I, N, D] without a scaled copy of them; zero with vectors of no or no finite length.
+
+    steps: how many rows will be asked for, which decides whether all similarities are computed and held.
+    """
+
+    def __init__(self, features: Tensor, steps: int) -> None:
+        self.rows = features.detach().float()
+        self.item = torch.arange(len(features), device=features.device)
+        length = self.rows.norm(dim=2)
+        # A NaN would win every comparison, be chosen again and again, and leave an item short of tokens.
+        self.scale = torch.where((length > 1e-12) & (length < torch.inf), 1 / length, 0.0)
+        items, places = self.scale.shape
+        self.all: Tensor | None = None
+        if items * places * places <= STORE and places <= PAYS * steps:
+            self.all = self.rows.new_empty(items, places, places)
+            for some, others, cosine in self.blocks(max(1, -(-places // 4))):
+                self.all[:, some, others] = cosine
+                self.all[:, others, some] = cosine.transpose(1, 2)
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, columns, cosines [I, n, m]) of blocks of the matrix that with their transposes cover it."""
+        ranges = [slice(at, at + size) for at in range(0, self.scale.shape[1], size)]
+        for number, some in enumerate(ranges):
+            for others in ranges[number:]:
+                cosine = torch.bmm(self.rows[:, some], self.rows[:, others].transpose(1, 2))
+                cosine = cosine.mul_(self.scale[:, some, None]).mul_(self.scale[:, None, others])
+                yield some, others, cosine.nan_to_num_(0.0)
+
+    def direction(self, token: Tensor) -> Tensor:
+        """[I, D] tokens scaled to unit length."""
+        return (self.rows[self.item, token] * self.scale[self.item, token, None]).nan_to_num(0.0)
+
+    def to(self, token: Tensor) -> Tensor:
+        """[I, N] cosine of every token to one of its item's, [I]."""
+        if self.all is not None:
+            return self.all[self.item, token]
+        return (_products(self.rows, self.direction(token)) * self.scale).nan_to_num_(0.0)
+
+
+def _isolated(cosines: _Cosines, mask: Tensor) -> Tensor:
+    """See `most_isolated`."""
+    items = len(mask)
+    if cosines.all is not None:
+        # Neither a token's cosine to itself nor one to what is masked is read again by `k_center`.
+        cosines.all.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        cosines.all.add_(torch.where(mask, 0.0, -torch.inf)[:, None])
+        return first_best(torch.where(mask, -cosines.all.amax(2), -torch.inf))
+    nearest = cosines.scale.new_full(mask.shape, -torch.inf)
+    absent = torch.where(mask, 0.0, -torch.inf)  # to add it is several times as fast as to fill in a mask
+    for some, others, cosine in cosines.blocks(max(1, min(1024, int((PAIRS / items) ** 0.5)))):
+        if some == others:
+            cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        cosine = cosine.add_(absent[:, None, others])
+        nearest[:, some] = torch.maximum(nearest[:, some], cosine.amax(2))
+        if some != others:
+            cosine = cosine.add_(absent[:, some, None])
+            nearest[:, others] = torch.maximum(nearest[:, others], cosine.amax(1))
+    rated = torch.where(mask, nearest, torch.inf)
+    # Two that are each other's nearest are equals, whichever of them the rounding of their product favours.
+    return first_best(-rated)
+
+
+def _products(rows: Tensor, direction: Tensor) -> Tensor:
     """[I, N, D], [I, D] -> [I, N]. A row times a matrix: on CPUs eight times as fast as the matrix times a column."""
-    return torch.bmm(direction[:, None, :], unit.transpose(1, 2))[:, 0]
-
-
-def _unit(features: Tensor) -> Tensor:
-    """A float32 copy scaled to unit length; zero vectors stay zero. Scaled in place, so that there is one copy only."""
-    unit = features.detach().to(torch.float32, copy=True)
-    # A NaN would win every comparison, be chosen again and again, and leave an item short of tokens.
-    return unit.div_(unit.norm(dim=2, keepdim=True).clamp(min=1e-12)).nan_to_num_(0.0)
+    return torch.bmm(direction[:, None, :], rows.transpose(1, 2))[:, 0]

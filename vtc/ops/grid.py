@@ -68,6 +68,23 @@ def output_raster(grid: Grid, keep: int) -> Grid:
     return frames, *output_grid(height, width, keep // frames)
 
 
+def frame_lines(regions: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row and column of every token in its frame, and rows and columns of the frame, [n] each.
+
+    regions: rasters one behind the other, n tokens in all.
+
+    >>> [lines.tolist() for lines in frame_lines([(1, 2, 2), (2, 1, 1)])]
+    [[0, 0, 1, 1, 0, 0], [0, 1, 0, 1, 0, 0], [2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 1, 1]]
+    """
+    parts = []
+    for frames, height, width in regions:
+        row = torch.arange(height).repeat_interleave(width).repeat(frames)
+        col = torch.arange(width).repeat(frames * height)
+        parts.append(torch.stack([row, col, torch.full_like(row, height), torch.full_like(row, width)]))
+    row, col, height, width = torch.cat(parts, 1) if parts else torch.empty(4, 0, dtype=torch.long)
+    return row, col, height, width
+
+
 def split_budget(regions: Sequence[Grid], keep: int) -> list[tuple[int, Grid, int]]:
     """(first token, raster, tokens to keep) of rasters that lie one behind the other, in proportion to their sizes.
 

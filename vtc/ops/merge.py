@@ -7,7 +7,8 @@ features, keys or anything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from vtc.ops.checks import numbers
 from vtc.ops.rank import inverse, order_by
 
 RowOrder = Literal["similarity", "index"]
+Step = Callable[[Tensor, Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
+"""One step of a merge, as `merge_step` takes and gives it."""
 BLOCK = 2**25
 """Numbers of a similarity block or of a channel slice held at once (128 MiB in float32)."""
 
@@ -61,12 +64,12 @@ def best_match(metric: Tensor, counts: Tensor, *, protected: int = 0) -> tuple[T
     places = torch.arange(sources.shape[1], device=metric.device)
     if length < 2:
         return places.expand(groups, -1), metric.new_full((groups, len(places)), -torch.inf, dtype=torch.float32)
-    directions = _unit(targets).transpose(1, 2)
     present = 2 * places[: targets.shape[1]] + 1 < counts[:, None]
+    directions = torch.where(present[..., None], _unit(targets), 0.0).transpose(1, 2)
+    absent = present.float().log()[:, None]  # 0 or -inf: to add it is several times as fast as to fill in a mask
     partner, similarity = [], []
     for part in torch.split(sources, max(1, BLOCK // max(1, groups * targets.shape[1])), dim=1):
-        cosine = torch.matmul(_unit(part), directions).masked_fill(~present[:, None], -torch.inf)
-        value, index = cosine.max(-1)
+        value, index = torch.matmul(_unit(part), directions).add_(absent).max(-1)
         partner.append(index)
         similarity.append(value)
     proposes = (2 * places < counts[:, None]) & (2 * places >= protected)
@@ -120,6 +123,7 @@ def bipartite_merge(
     size: Tensor | None = None,
     order: RowOrder = "similarity",
     protected: int = 0,
+    step: Step | None = None,
 ) -> Merge:
     """Merge each group step by step; later steps compare the means of what earlier ones merged.
 
@@ -127,7 +131,9 @@ def bipartite_merge(
     takes at most half of the tokens that can merge. size: [G, t] what the tokens stand for: means are weighted by it
     and sizes add up; without it every step averages plainly, so that a merged token counts once (sizes then count
     input tokens). order, protected: as in `merge_step`; protected tokens need the order "index" to stay in front.
+    step: another rule instead of `merge_step`: (metric, counts, merged) -> target, anchor.
     """
+    step = step or functools.partial(merge_step, order=order, protected=protected)
     groups, length, _ = metric.shape
     metric = metric.detach()  # decisions have no gradient, and a graph would hold every similarity
     device, now = metric.device, list(counts)
@@ -137,16 +143,16 @@ def bipartite_merge(
     mass = present.float() if size is None else torch.where(present, size.float(), 0.0)
     weight = present.float()
     steps = max(map(len, plans), default=0)
-    for step in range(steps):
-        wanted = [plan[step] if step < len(plan) else 0 for plan in plans]
+    for number in range(steps):
+        wanted = [plan[number] if number < len(plan) else 0 for plan in plans]
         gone = [max(0, min(r, (n - protected) // 2)) for n, r in zip(now, wanted, strict=True)]
-        into, stands = merge_step(metric, now, gone, order=order, protected=protected)
+        into, stands = step(metric, now, gone)
         now = [n - r for n, r in zip(now, gone, strict=True)]
         width = stands.shape[1]
         part = mass if weighted else (mass > 0).float()
         total = _sums(part, into, width + 1)
         share = part / total.gather(1, into).clamp(min=torch.finfo(torch.float32).tiny)
-        if step + 1 < steps:
+        if number + 1 < steps:
             metric = merge_rows(metric, into, share, width, dtype=torch.float32)
         # A token behind its group's end stays behind it: the spare row of the last step has no weight in this one.
         inside = target.clamp(max=into.shape[1] - 1)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from vtc.ops.checks import numbers
-from vtc.ops.rank import inverse, order_by, rank_in_group
+from vtc.ops.rank import rank_in_group
 
 TIE = 1e-6
 """Scores that differ by no more than this share of their magnitude are equal: rounding told them apart."""
+TAIL = 64
+"""So many entries below the last one kept are looked at for ties; more of them only where they are exactly equal."""
 
 
 def settle(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,11 +32,8 @@ def settle(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
-    apart = torch.ones_like(ordered, dtype=torch.bool)
-    higher, lower = ordered[:, :-1], ordered[:, 1:]
-    apart[:, 1:] = ~(higher - lower <= TIE * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0))
     place = torch.arange(ordered.shape[1], device=ordered.device)
-    first = torch.where(apart, place, 0).cummax(1).values
+    first = torch.where(_apart(ordered), place, 0).cummax(1).values
     return torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, first))
 
 
@@ -47,19 +46,50 @@ def first_best(scores: Tensor, slack: Tensor | float = TIE) -> Tensor:
     return (scores >= scores.amax(-1, keepdim=True) - slack).to(torch.uint8).argmax(-1)
 
 
-def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None) -> Tensor:
+def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int | None = None) -> Tensor:
     """Mark the `keep` best entries of each row; ties (see `settle`) go to the lower index.
 
-    scores: [I, N], higher is kept. keep: [I] counts, may differ by row. mask: [I, N] bool, False is never kept.
-    Returns bool [I, N] with min(keep, available) entries per row set.
+    scores: [I, N], higher is kept. keep: [I] counts, may differ by row. mask: [I, N] bool, False is never kept. most:
+    no row keeps more, where the host knows; only so many are sorted. Returns bool [I, N] with min(keep, available)
+    entries per row set.
 
     >>> top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([2])).tolist()
     [[False, True, True, False]]
     """
-    scores = settle(scores, mask)
-    if mask is None:
-        return inverse(order_by(best=scores)) < keep[:, None]
-    return (inverse(order_by(~mask, best=scores)) < keep[:, None]) & mask  # a real score may be -inf as well
+    length = scores.shape[1]
+    if not length:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
+    if scores.is_floating_point():
+        # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true.
+        scores = numbers(scores, mask).nan_to_num(torch.inf, torch.inf, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, lowest)
+    held = length if most is None else min(length, most + TAIL)
+    ordered = scores.topk(held, 1).values if held < length else scores.sort(1, descending=True).values
+    # The best and the worst score of those that tie with the last one kept: nothing else depends on an index.
+    last = (keep - 1).clamp(0, held - 1)[:, None]
+    apart, place = _apart(ordered), torch.arange(held, device=scores.device)
+    best = ((apart & (place <= last)) * place).amax(1, keepdim=True)
+    worst = held - 1 - ((apart & (place > last)) * (held - place)).amax(1, keepdim=True)
+    bounds = ordered.gather(1, torch.cat([best, torch.minimum(worst, last + TAIL)], 1))
+    above = scores > bounds[:, :1]
+    tied = (scores >= bounds[:, 1:]) ^ above
+    if mask is not None:  # a real score may be the lowest as well
+        tied = tied & mask
+    return above | (tied & (tied.cumsum(1) <= keep[:, None] - above.sum(1, keepdim=True)))
+
+
+def _apart(ordered: Tensor) -> Tensor:
+    """Whether an entry of falling rows [I, N] is lower than the one before it by more than rounding; bool [I, N]."""
+    apart = torch.ones_like(ordered, dtype=torch.bool)
+    higher, lower = ordered[:, :-1], ordered[:, 1:]
+    if ordered.is_floating_point():
+        slack = TIE * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0)
+        apart[:, 1:] = ~(higher - lower <= slack)
+    else:
+        apart[:, 1:] = higher != lower
+    return apart
 
 
 def apportion(total: Tensor, sizes: Tensor) -> Tensor:
@@ -97,27 +127,6 @@ def group_sizes(group: Tensor, groups: int, mask: Tensor) -> Tensor:
     """[I, groups] entries of each group; group: [I, N] numbers below `groups`, read where mask [I, N] is set."""
     counts = torch.zeros(len(group), groups + 1, dtype=torch.long, device=group.device)
     return counts.scatter_add(1, torch.where(mask, group, groups), mask.long())[:, :groups]
-
-
-def top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
-    """Mark `keep` entries of each row, the best of every group, from each group the same share of its entries.
-
-    scores: [I, N], higher is kept, ties go to the lower index. group: [I, N] numbers below `groups`. keep: [I] counts,
-    split over a row's groups by `apportion`. mask: [I, N] bool, False is never kept and belongs to no group.
-    Returns bool [I, N].
-
-    >>> scores, group = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0, 5.0]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
-    >>> top_k_in_groups(scores, group, 2, torch.tensor([3]), torch.ones(1, 6, dtype=torch.bool)).int().tolist()
-    [[1, 1, 0, 0, 0, 1]]
-    """
-    return top_k_of_groups(scores, group, apportion(keep, group_sizes(group, groups, mask)), mask)
-
-
-def top_k_of_groups(scores: Tensor, group: Tensor, shares: Tensor, mask: Tensor) -> Tensor:
-    """Mark the best entries of every group, `shares` [I, G] of them; the rest as in `top_k_in_groups`."""
-    group = torch.where(mask, group, shares.shape[1])
-    allowed = torch.nn.functional.pad(shares, (0, 1)).gather(1, group)
-    return rank_in_group(group, best=settle(scores, mask)) < allowed
 
 
 def in_groups(group: Tensor, groups: int, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,9 @@ class FilledView(StageView):
         return self._fill(super().llm_attention(layer, reading))
 
     def _fill(self, values: Tensor) -> Tensor:
-        """[..., I, N] or [I, N, C] with everything outside the items' mask replaced."""
+        """[..., I, N] or [I, N, ...] with everything outside the items' mask replaced."""
         mask = self.items.mask
-        mask = mask if values.shape[-2:] == mask.shape else mask[..., None]
+        mask = mask if values.shape[-2:] == mask.shape else mask.view(*mask.shape, *(1,) * (values.ndim - 2))
         noise = SIZE * torch.arange(values.numel(), device=values.device).cos().view(values.shape)
         return torch.where(mask, values, noise.to(values.dtype))
 

@@ -69,7 +69,7 @@ class LastRowTopK(Compressor):
 
     def select(self, view: StageView) -> Selection:
         counts = view.keep_from_layer(self.layer)
-        keep = torch.tensor(counts, device=view.hidden.device)
+        keep = torch.tensor(counts, device=view.device)
         return Selection(top_k(view.llm_attention(self.layer - 1), keep, view.items.mask), counts=counts)
 
 

@@ -1,7 +1,8 @@
-"""Tiny LLaVA with a CLIP or a SigLIP tower."""
+"""Tiny LLaVA with a CLIP, a SigLIP or a DINOv2 tower."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,27 +21,28 @@ TOWER: dict[str, Any] = {
     "patch_size": PATCH,
 }
 
+_NARROW = {name: value for name, value in TOWER.items() if name != "intermediate_size"}
+
 
 def _build(tower: str, layers: int) -> nn.Module:
     from transformers import (
         CLIPVisionConfig,
+        Dinov2Config,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         SiglipVisionConfig,
     )
 
+    whole: dict[str, Any] = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    vision, settings = {
+        "clip": (CLIPVisionConfig(**TOWER), {}),
+        "siglip": (SiglipVisionConfig(**TOWER), whole),
+        # Its positions are those of larger pictures, as in released checkpoints, and are interpolated in every call.
+        "dinov2": (Dinov2Config(**(_NARROW | {"image_size": SIDE + 2 * PATCH}), mlp_ratio=2), {}),
+    }[tower]
     text = LlamaConfig(**text_settings(layers))
-    if tower == "clip":
-        config = LlavaConfig(vision_config=CLIPVisionConfig(**TOWER), text_config=text, image_token_index=IMAGE)
-    else:
-        config = LlavaConfig(
-            vision_config=SiglipVisionConfig(**TOWER),
-            text_config=text,
-            image_token_index=IMAGE,
-            vision_feature_select_strategy="full",
-            vision_feature_layer=-1,
-        )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **settings)
     return LlavaForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
@@ -50,6 +52,6 @@ def _piece(model: Any, kind: Kind, generator: torch.Generator, number: int, tota
 
 
 MODELS = {
-    "llava-clip": TinyModel("llava", lambda layers: _build("clip", layers), ("image",), _piece, concatenate),
-    "llava-siglip": TinyModel("llava", lambda layers: _build("siglip", layers), ("image",), _piece, concatenate),
+    f"llava-{tower}": TinyModel("llava", functools.partial(_build, tower), ("image",), _piece, concatenate)
+    for tower in ("clip", "siglip", "dinov2")
 }

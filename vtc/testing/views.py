@@ -15,6 +15,7 @@ from vtc.method.base import ModelSpec, Needs, Rows, StageView
 from vtc.method.budget import Budget
 from vtc.method.layout import VisualItem
 from vtc.method.plan import grouped
+from vtc.method.states import States
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 
@@ -23,11 +24,12 @@ CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 class Shape:
     """An item: rasters of (frames, rows, columns) one behind the other, after each row of the last a newline if asked.
 
-    The frames of all rasters are its crops.
+    The frames of all rasters are its crops. tiling: (rows, columns) of the crops behind the first, the thumbnail.
     """
 
     regions: tuple[tuple[int, int, int], ...]
     newlines: bool = False
+    tiling: tuple[int, int] | None = None
 
     def item(self) -> VisualItem:
         """The geometry of such an item."""
@@ -59,6 +61,8 @@ class Shape:
             newlines=sum(newline),
             grid=self.regions[0] if single else None,
             regions=self.regions,
+            thumbnail=None if self.tiling is None else 0,
+            tiling=self.tiling,
         )
 
 
@@ -75,12 +79,13 @@ def make_view(
     stage: Any = 0,
     spec: ModelSpec = CLIP_L,
     seed: int = 0,
+    width: int = 6,
     **budget: Any,
 ) -> StageView:
     """Build the view of a batch that holds items of the given shapes, up to two in a row, text around them.
 
     shapes: (rows, columns) or Shape. vision: layer, or (layer, reading) -> one [n] or [n, C] tensor per item. llm:
-    (layer, reading) -> [..., B, L]. budget: retention= or keep=. hidden rows have 6 random numbers each.
+    (layer, reading) -> [..., B, L]. budget: retention= or keep=. width: random numbers of each hidden row.
     """
     generator = torch.Generator().manual_seed(seed)
     items = [(each if isinstance(each, Shape) else raster(*each)).item() for each in shapes]
@@ -104,7 +109,7 @@ def make_view(
         budget=Budget(**budget) if budget else None,
         items=table,
         separators=separators,
-        hidden=torch.randn(len(rows), length, 6, generator=generator),
+        states=States(torch.randn(len(rows), length, width, generator=generator)),
         visual=visual,
         valid=valid,
         prompt=valid,

@@ -1,4 +1,4 @@
-"""AIM (`method.py`), the importance of tokens (`importance.py`) and the falling schedule (`schedule.py`)."""
+"""AIM (`method.py`) and its falling schedule (`schedule.py`)."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ from vtc.method.budget import tokens_to_keep
 from vtc.method.parts import groups, merge_items
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
 from vtc.method.registry import register
-from vtc.methods.aim.importance import pagerank
 from vtc.methods.aim.schedule import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.ops.merge import merge_plan
+from vtc.ops.pagerank import pagerank
 from vtc.ops.select import top_k
 
 Metric = Literal["auto", "keys", "features"]
@@ -90,6 +90,13 @@ class AIM(Compressor):
     tokens than frames are merged across frames; under multi-axis rotary positions merged tokens keep the ids of the
     places they are laid on, where the released code takes those of a grid of half the size (elsewhere positions are
     numbered without gaps where the tokens enter the LLM, and unchanged inside it, as released).
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("aim", prune=False).plan(llava).stages
+    (EncoderStage(layer=23),)
+    >>> vtc.create("aim", schedule=(14, 22)).plan(llava).stages[:3]
+    (EncoderStage(layer=23), 15, 16)
     """
 
     merge: bool = True
@@ -272,11 +279,11 @@ class AIM(Compressor):
             return None
         if not any(wanted):
             return Selection(torch.zeros_like(items.mask), counts=wanted, separators=False)
-        keep = torch.tensor(wanted, device=view.hidden.device)
+        keep = torch.tensor(wanted, device=view.device)
         scores = view.llm_attention(layer - 1, self.reading)
         if not any(items.fixed):
             counts = [min(count, have) for count, have in zip(wanted, now, strict=True)]
-            return Selection(top_k(scores, keep, items.mask), counts=counts)
+            return Selection(top_k(scores, keep, items.gaps, most=max(counts)), counts=counts, scores=scores)
         others = view.llm_rows[layer - 1, self.reading][separators.row[:, None], separators.index]
         mask = torch.cat([items.mask, separators.mask], 1)
         index = torch.cat([items.index, separators.index], 1)

@@ -96,14 +96,14 @@ class ATPScores(Compressor):
     def places(self, view: StageView) -> tuple[Tensor, Tensor]:
         """[I, N] row and column of each token on the grid that its crop or frame had in the input."""
         if (self.name, "grid") not in view.memory:
-            layouts, device = view.items.layouts, view.hidden.device
+            layouts, device = view.items.layouts, view.device
             crop = pad_sequence([item.crop for item in layouts], batch_first=True, padding_value=-1).to(device)
             axes = [
                 pad_sequence([getattr(item, axis) for item in layouts], batch_first=True).to(device)
                 for axis in ("row", "col")
             ]
             view.memory[self.name, "grid"] = [dense_rank(places, crop, LINE) for places in axes]
-        row, col = (line.to(view.hidden.device) for line in view.memory[self.name, "grid"])
+        row, col = (line.to(view.device) for line in view.memory[self.name, "grid"])
         return row.gather(1, view.items.token), col.gather(1, view.items.token)
 
     @abstractmethod
@@ -181,6 +181,11 @@ class ATP(LearnedCompressor, ATPScores):
     separators stay, and their rows count as visual rows; if nothing passes, the best token of S_red stays; soft masks
     weigh the keys of all later layers and are floored at 1e-6; in training, tokens below a mask of 0.5 set no scale but
     their rows still count in S_self; original positions are kept, without an additional two-dimensional embedding.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("atp", layers=(4, 14)).plan(llava).stages
+    (5, 15)
     """
 
     feature: Feature = "pool"
@@ -238,7 +243,7 @@ class ATP(LearnedCompressor, ATPScores):
         if view.items.mask.shape[1] == 0:
             return None
         before: Tensor = view.memory.get((self.name, "product"), view.items.mask.float())
-        before = before.to(view.hidden.device)
+        before = before.to(view.device)
         scores = self.scores(view, before > 0.5 if self.training else view.items.mask)
         module = view.module.part(view.stage - 1)
         theta: tuple[Tensor, Tensor] = module(scores.own, scores.cross, scores.alive)

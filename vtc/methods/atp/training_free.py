@@ -47,6 +47,13 @@ class ATPTrainingFree(ATPScores):
 
     Departures from the paper and its code: the paper has no form without training; reported under its own name.
     Separators stay and count against the budget.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("atp_training_free").plan(llava).stages
+    (5, 15, 25)
+    >>> vtc.create("atp_training_free").least_retention(llava)
+    0.15625
     """
 
     mode: Mode = "budget"
@@ -137,9 +144,7 @@ class ATPTrainingFree(ATPScores):
         part = view.module.part(layer)
         assert isinstance(part, Constants)
         scores = self.scores(view, view.items.mask)
-        theta_r, theta_s = (
-            theta.to(view.hidden.device).expand(len(view.items)) for theta in (part.theta_r, part.theta_s)
-        )
+        theta_r, theta_s = (theta.to(view.device).expand(len(view.items)) for theta in (part.theta_r, part.theta_s))
         kept = thresholds.hard_keep(scores.redundancy, scores.spatial, theta_r, theta_s, view.items.mask)
         return Selection(kept)
 

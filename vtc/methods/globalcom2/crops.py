@@ -73,7 +73,7 @@ def exact_shares(ratios: Tensor, sizes: Tensor, total: Tensor, fixed: Tensor) ->
     quota = own + torch.minimum(free, _scale(ratios, free, rest)[:, None] * free * ratios)
     quota = (quota * 2**20).round() / 2**20  # sums in another order must not decide between equal remainders
     share = quota.floor()
-    return (share + top_k(quota - share, total - share.sum(1))).long()
+    return (share + top_k(quota - share, (total - share.sum(1)).long())).long()
 
 
 def _scale(ratios: Tensor, sizes: Tensor, total: Tensor) -> Tensor:

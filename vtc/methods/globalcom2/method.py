@@ -11,12 +11,13 @@ from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Order, Plan, Rows, Selection, StageView
+from vtc.method.groups import Parts
 from vtc.method.layout import VisualItem
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.methods.globalcom2 import crops
 from vtc.ops.rank import inverse
-from vtc.ops.select import take_rows, top_k_of_groups
+from vtc.ops.select import take_rows
 
 Score = Literal["auto", "cls", "cosine", "received"]
 
@@ -42,15 +43,20 @@ class GlobalCom2(Compressor):
     the budget, by largest remainder; without it they are rounded down as in the released code.
 
     Rules for other inputs: images of one crop and images on Qwen-VL are one tile (first step only). Tiles whose rows
-    and columns the model does not know (InternVL) get equal shares and are ranked by their own view. The frames of a
-    video are its crops: the overview is the mean of z over the frames, S_c the sum of z over frame c, its part in that
-    mean. Where the model shrinks the stitched map, g is resized to the shrunk one.
+    and columns nobody told (InternVL without `image_sizes`) get equal shares and are ranked by their own view. The
+    frames of a video are its crops: the overview is the mean of z over the frames, S_c the sum of z over frame c, its
+    part in that mean. Where the model shrinks the stitched map, g is resized to the shrunk one.
 
     Departures from the paper and its code: the order of the picture and one newline per row of it, unless
     layout="official"; the exact budget, unless exact_total=False; at least one token of the thumbnail; everything
     stays where R = 1; images of one crop are compressed; batches and several images work, each on its own; a crop
     that lies in the padding does not shift the others; "cosine" averages over the tokens that unpadding leaves;
     patches that an earlier stage removed count as the lowest score of their item.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("globalcom2", tau=5).plan(llava).needs.vision
+    {23: ClassLogits()}
     """
 
     tau: float = 10.0
@@ -86,7 +92,7 @@ class GlobalCom2(Compressor):
         return dataclasses.replace(super().plan(model), needs=Needs(vision={layer: reading}))
 
     def select(self, view: StageView) -> Selection:
-        items, device = view.items, view.hidden.device
+        items, device = view.items, view.device
         groups = view.most_crops
         z = self._scores(view, groups)
         overall, sums, guided = _guidance(view, z, groups)
@@ -107,7 +113,8 @@ class GlobalCom2(Compressor):
             shares = crops.floored_shares(ratios, sizes, largest)
         both = crops.blend(z, overall, view.crop, groups, items.mask, self.alpha)
         ranked = torch.where(guided.gather(1, view.crop.clamp(min=0)), both, z)
-        chosen = top_k_of_groups(ranked, view.crop, shares, items.mask)
+        parts = Parts.of(view, "crop")
+        chosen = parts.give(parts.best(parts.take(ranked), shares.flatten()))
         selection = Selection(chosen, counts=total if self.exact_total else None)
         return _line_up(view, selection, z, newlines) if newlines else selection
 
@@ -175,7 +182,7 @@ def _alike(view: StageView, only: dict[int, int] | None = None) -> Iterator[tupl
             key = (layout.kind, layout.n_tokens, layout.newlines, layout.thumbnail, layout.tiling, layout.regions)
             same.setdefault(key, []).append(item)
     for rows in same.values():
-        yield view.items.layouts[rows[0]], torch.tensor(rows, device=view.hidden.device)
+        yield view.items.layouts[rows[0]], torch.tensor(rows, device=view.device)
 
 
 def _guidance(view: StageView, z: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:

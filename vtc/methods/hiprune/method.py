@@ -16,8 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.groups import Parts, largest_share
 from vtc.method.registry import register
 from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
+from vtc.ops.grid import frame_lines
 from vtc.ops.select import apportion, group_sizes
 
 Collision = Literal["exact", "official"]
@@ -60,6 +62,11 @@ class HiPrune(Compressor):
     tile has in the prompt; several images, videos (per frame) and encoders other than CLIP ViT-L and Qwen2.5-VL follow
     the same rule; budgets that leave room beside all tokens are spent on separators, and a budget of everything runs
     the model untouched; the text-guided HiPrune++ is left out.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("hiprune", object_layer=9).plan(llava).needs.vision
+    {8: Received(), 22: Received()}
     """
 
     alpha: float = 0.1
@@ -108,16 +115,20 @@ class HiPrune(Compressor):
     def select(self, view: StageView) -> Selection:
         items = view.items
         middle, deep = (view.vision_attention(layer, Rows.RECEIVED) for layer in self.layers(view.model))
-        near = neighbours(view.crop, *_places(view), items.mask, self.border)
+        near = neighbours(view.crop, *_places(view), items.mask, self.border, whole=view.framed)
         budget = view.keep
         if self.newlines == "drop":
             budget = tuple(min(total, now) for total, now in zip(view.granted, items.counts, strict=True))
         share = _shares(view, budget, self.split)
         penalty = _penalty(view) if self.collision == "official" else None
         anchors = anchors_of(share, self.alpha)
-        kept = hierarchical(middle, deep, near, view.crop, share, anchors, items.mask, penalty)
+        columns = zip(budget, items.counts, items.layouts, strict=True)
+        most = max((largest_share(k, n, layout.crop_sizes) for k, n, layout in columns), default=0)
+        tiles, share, anchors = Parts.of(view, "crop"), share.flatten(), anchors.flatten()
+        kept = hierarchical(middle, deep, near, tiles, share, anchors, penalty, most=most)
         exact = self.collision == "exact" and self.split == "exact"
-        return Selection(kept, counts=budget if exact else None, separators=_separators(view, kept, self.newlines))
+        separators = _separators(view, kept, self.newlines)
+        return Selection(kept, counts=budget if exact else None, separators=separators, scores=deep)
 
 
 def anchors_of(share: Tensor, alpha: float) -> Tensor:
@@ -131,18 +142,24 @@ def anchors_of(share: Tensor, alpha: float) -> Tensor:
 
 def _places(view: StageView) -> tuple[Tensor, Tensor, Tensor]:
     """[I, N] place, columns and places of each token's tile, numbered over all tokens that the encoder emitted."""
+    if view.framed:  # the rasters tell; nothing has to be numbered
+        layouts, device = view.items.layouts, view.device
+        known = {regions: torch.stack(frame_lines(regions)) for regions in {layout.regions for layout in layouts}}
+        rows = pad_sequence([known[layout.regions].T for layout in layouts], batch_first=True).to(device)
+        row, col, height, width = rows.unbind(2)
+        return row * width + col, width, height * width
     geometry = [
         pad_sequence([getattr(item, name) for item in view.items.layouts], batch_first=True, padding_value=-1)
         for name in ("crop", "row", "col")
     ]
-    crop, row, col = (each.to(view.hidden.device) for each in geometry)
+    crop, row, col = (each.to(view.device) for each in geometry)
     place, width, size = (each.gather(1, view.items.token) for each in tile_places(crop, row, col, crop >= 0))
     return place, width, size
 
 
 def _shares(view: StageView, budget: Sequence[int], split: Split) -> Tensor:
     """[I, G] budget of every tile."""
-    sizes, device = group_sizes(view.crop, view.most_crops, view.items.mask), view.hidden.device
+    sizes, device = group_sizes(view.crop, view.most_crops, view.items.mask), view.device
     if split == "exact":
         return apportion(torch.tensor(budget, device=device), sizes)
     floor = [total // layout.n_crops for total, layout in zip(budget, view.items.layouts, strict=True)]
@@ -152,7 +169,7 @@ def _shares(view: StageView, budget: Sequence[int], split: Split) -> Tensor:
 def _penalty(view: StageView) -> Tensor:
     """[I, 1] one, in units of the mean over queries where the release takes their sum."""
     queries = [1 if view.model.has_cls else math.prod(layout.crop_grid) for layout in view.items.layouts]
-    return 1 / torch.tensor(queries, device=view.hidden.device)[:, None]
+    return 1 / torch.tensor(queries, device=view.device)[:, None]
 
 
 def _separators(view: StageView, kept: Tensor, newlines: Newlines) -> Tensor | Literal[False] | None:

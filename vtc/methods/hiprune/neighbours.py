@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.ops.rank import dense_rank, rank_in_group, run_starts
-from vtc.ops.select import settle
+from vtc.method.groups import Parts
+from vtc.ops.rank import dense_rank, run_starts
+from vtc.ops.select import top_k
 
 Border = Literal["clamp", "drop"]
 STRIDE = 2**40
@@ -49,7 +50,14 @@ def _most(numbers: Tensor, group: Tensor) -> Tensor:
 
 
 def neighbours(
-    group: Tensor, place: Tensor, width: Tensor, size: Tensor, mask: Tensor, border: Border = "clamp"
+    group: Tensor,
+    place: Tensor,
+    width: Tensor,
+    size: Tensor,
+    mask: Tensor,
+    border: Border = "clamp",
+    *,
+    whole: bool = False,
 ) -> Tensor:
     """Positions of the tokens at the left, at the right, above and below: [I, N, 4].
 
@@ -57,7 +65,7 @@ def neighbours(
     "clamp" takes the places p - 1, p + 1, p - width, p + width limited to 0 .. size - 1, so that the ends of a row
     touch the rows above and below and what would lie outside the tile is its first or last token; "drop" knows only
     neighbours that lie inside the tile and, for left and right, in the same row. A token without a neighbour on one
-    side names itself there.
+    side names itself there. whole: no token is missing and tiles lie one behind the other, so that nothing is searched.
 
     >>> place, every = torch.arange(6)[None], torch.ones(1, 6).bool()
     >>> near = neighbours(torch.zeros(1, 6).long(), place, torch.full((1, 6), 3), torch.full((1, 6), 6), every)
@@ -67,19 +75,20 @@ def neighbours(
     width = width.clamp(min=1)  # zero outside the mask
     steps = torch.stack([-torch.ones_like(width), torch.ones_like(width), -width, width], dim=-1)
     target = place[..., None] + steps
-    inside = (target >= 0) & (target < size[..., None])
     if border == "drop":
-        same_row = target // width[..., None] == (place // width)[..., None]
-        inside &= torch.cat([same_row[..., :2], torch.ones_like(same_row[..., 2:])], dim=-1)
+        inside = (target >= 0) & (target < size[..., None])
+        inside[..., :2] &= target[..., :2] // width[..., None] == (place // width)[..., None]
         target = torch.where(inside, target, place[..., None])
     else:
-        target = target.clamp(min=0).minimum(size[..., None] - 1)
+        target = target.clamp_(min=0).minimum(size[..., None] - 1)
+    itself = torch.arange(group.shape[1], device=group.device)[:, None]
+    if whole:
+        return torch.where(mask[..., None], target.add_((itself[:, 0] - place)[..., None]), itself)
     # One number per place of an item: its tile, then its place. What is masked out gets a number behind them all.
     ordered, order = torch.where(mask, group * STRIDE + place, 2**62).sort(dim=1, stable=True)
     wanted = (group * STRIDE)[..., None] + target
     slot = torch.searchsorted(ordered, wanted.flatten(1)).clamp(max=group.shape[1] - 1)
     found = (ordered.gather(1, slot) == wanted.flatten(1)).view_as(wanted) & mask[..., None]
-    itself = torch.arange(group.shape[1], device=group.device)[:, None]
     return torch.where(found, order.gather(1, slot).view_as(wanted), itself)
 
 
@@ -87,41 +96,32 @@ def hierarchical(
     object_scores: Tensor,
     deep_scores: Tensor,
     near: Tensor,
-    group: Tensor,
+    tiles: Parts,
     share: Tensor,
     anchors: Tensor,
-    mask: Tensor,
     penalty: Tensor | None = None,
+    *,
+    most: int | None = None,
 ) -> Tensor:
     """Keep of every tile its anchors, the anchors' neighbours, and the best of the rest by another score.
 
     object_scores, deep_scores: [I, N], higher is kept, ties go to the lower index. near: [I, N, 4] from `neighbours`.
-    group: [I, N] numbers below G. share: [I, G] tokens to keep of each tile. anchors: [I, G] how many of them are the
-    tile's best by `object_scores`. mask: [I, N] bool. Where anchors and neighbours exceed the share, the anchors stay
-    and the neighbours with the best object scores. Returns bool [I, N].
+    share: [R] tokens to keep of each of the R tiles, anchors: [R] how many of them are its best by `object_scores`.
+    Where anchors and neighbours exceed the share, the anchors stay and the neighbours with the best object scores.
+    Returns bool [I, N].
 
-    penalty: [I, 1] makes the exclusion inexact: instead of leaving anchors and neighbours out, their deep scores are
-    lowered by so much and share minus their number chosen from all tokens, so that some may be chosen twice and fewer
-    than `share` stay.
+    most: no tile keeps more, where the host knows. penalty: [I, 1] makes the exclusion inexact: instead of leaving
+    anchors and neighbours out, their deep scores are lowered by so much and share minus their number chosen from all
+    tokens, so that some may be chosen twice and fewer than `share` stay.
     """
-    object_scores, deep_scores = settle(object_scores, mask), settle(deep_scores, mask)
-    share, anchors = (torch.cat([each, each.new_zeros(len(each), 1)], dim=1) for each in (share, anchors))
-    group = torch.where(mask, group, share.shape[1] - 1)
-    limit = share.gather(1, group)
-    chosen = (rank_in_group(group, best=object_scores) < anchors.gather(1, group)) & mask
-    touched = torch.zeros_like(near[..., 0]).scatter_add(1, near.flatten(1), _repeated(chosen, near))
-    union = (chosen | (touched > 0)) & mask
-    tier = torch.where(chosen, 0, torch.where(union, 1, 2))
-    if penalty is None:
-        scores = torch.where(union, object_scores, deep_scores)
-        return (rank_in_group(group, tier, best=scores) < limit) & mask
-    union &= rank_in_group(group, tier, best=object_scores) < limit
-    taken = torch.zeros_like(share).scatter_add(1, group, union.long())
-    lowered = torch.where(union, deep_scores - penalty, deep_scores)
-    more = rank_in_group(group, best=lowered) < (share - taken).gather(1, group)
-    return (union | more) & mask
-
-
-def _repeated(marks: Tensor, near: Tensor) -> Tensor:
-    """[I, N] -> [I, N * 4] int64"""
-    return marks.long()[..., None].expand_as(near).flatten(1)
+    middle, deep = tiles.take(object_scores), tiles.take(deep_scores)
+    chosen = tiles.best(middle, anchors, most)
+    beside = tiles.give(chosen).long()[..., None].expand_as(near)
+    touched = torch.zeros_like(object_scores, dtype=torch.long).scatter_add(1, near.flatten(1), beside.flatten(1))
+    union = (chosen | (tiles.take(touched) > 0)) & tiles.mask
+    union = top_k(middle.masked_fill(chosen, torch.inf), share, union, most=most)
+    others = tiles.mask & ~union if penalty is None else tiles.mask
+    if penalty is not None:
+        lowered = deep - penalty.repeat_interleave(len(deep) // len(penalty), 0)
+        deep = torch.where(union, lowered, deep)
+    return tiles.give(union | top_k(deep, share - union.sum(1), others, most=most))

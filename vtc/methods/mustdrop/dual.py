@@ -5,13 +5,16 @@ Letters: I items, N tokens, B rows of a batch, K keys, R query rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from vtc.method.groups import Parts
 from vtc.ops.attention import CHUNK, attention_rows
 from vtc.ops.checks import numbers
 from vtc.ops.rank import inverse, order_by
-from vtc.ops.select import group_sizes, settle, top_k_of_groups
+from vtc.ops.select import settle
 
 LIMIT = 2**24
 """Attention weights held at once: 64 MiB, so that the text of a long video's question fits beside the model."""
@@ -43,16 +46,18 @@ def attention_sum_and_max(
     return torch.stack([total, peak])
 
 
-def key_tokens(score: Tensor, group: Tensor, groups: int, rate: float, mask: Tensor) -> Tensor:
-    """Mark ceil(rate * size) entries of every group, the highest scores; equal scores go to the lower index.
+def key_tokens(score: Tensor, tiles: Parts, rate: float) -> Tensor:
+    """Mark ceil(rate * size) tokens of every tile, the highest scores; equal scores go to the lower index.
 
-    score, group (numbers below `groups`), mask: [I, N]. Returns bool [I, N].
+    score: [I, N]. Returns bool [I, N].
 
-    >>> score = torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.5]])
-    >>> key_tokens(score, torch.tensor([[0, 0, 0, 1, 1]]), 2, 0.4, torch.ones(1, 5, dtype=torch.bool)).int().tolist()
-    [[0, 1, 1, 0, 1]]
+    >>> every = torch.ones(1, 5, dtype=torch.bool)
+    >>> key_tokens(torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.5]]), Parts(every, None, every), 0.4).int().tolist()
+    [[0, 1, 0, 0, 1]]
     """
-    return top_k_of_groups(score, group, (group_sizes(group, groups, mask).double() * rate).ceil().long(), mask)
+    count = (tiles.mask.sum(1).double() * rate).ceil().long()
+    most = math.ceil(tiles.mask.shape[1] * rate)
+    return tiles.give(tiles.best(tiles.take(score), count, most))
 
 
 def dual_filter(total: Tensor, peak: Tensor, gamma: float, alpha: float, mask: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vtc.method.base import (
     StageView,
 )
 from vtc.method.budget import left_by_stages
+from vtc.method.groups import Parts
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, VisionReading
 from vtc.method.registry import register
 from vtc.methods.mustdrop.dual import (
@@ -109,6 +110,13 @@ class MustDrop(Compressor):
     its members in the mean. Under multi-axis positions tokens keep theirs. The layout of tiled images, with newlines
     and without margins, stays the model's, so their tokens stay in raster order. Without text behind the image no
     threshold drops a token, and a budget keeps the first ones. With keep=, step 1 grants each tile that many tokens.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("mustdrop").plan(llava).stages
+    (EncoderStage(layer=1), 3, 7, 11, 15, CacheStage(from_layer=2))
+    >>> vtc.create("mustdrop", merge="off", filter="off").plan(llava).stages
+    (CacheStage(from_layer=2),)
     """
 
     merge: Windowing = "threshold"
@@ -224,7 +232,7 @@ class MustDrop(Compressor):
             return None
         windows = Windows.of(view, self.window)
         least = [min(each, most) for each, most in zip(self._fewest(view), windows.counts, strict=True)]
-        chosen = top_k(windows.similarity, torch.tensor(least, device=view.hidden.device), windows.whole)
+        chosen = top_k(windows.similarity, torch.tensor(least, device=view.device), windows.whole)
         if self.merge == "threshold":
             chosen = chosen | windows.whole & (windows.similarity >= self.tau)
         raster = self.keep_raster_order
@@ -262,7 +270,7 @@ class MustDrop(Compressor):
         counts = [min(left[stage], now) for left, now in zip(progress.left, items.counts, strict=True)]
         utility = utilities(total, peak, self.gamma, self.alpha, items.mask)
         kept = keep_with_keys(utility, key, torch.tensor(counts, device=key.device), items.mask)
-        return Selection(kept, counts=counts)
+        return Selection(kept, counts=counts, scores=utility)
 
     def _begin(self, view: StageView) -> Progress:
         """The key set and, under a budget, the schedule; synchronises once for the sizes of the key set."""
@@ -284,7 +292,7 @@ class MustDrop(Compressor):
             return torch.zeros_like(view.items.mask)
         table = view.memory.get((self, "scores"))
         score = self._scores(view) if table is None else table.to(view.items.token.device).gather(1, view.items.token)
-        return key_tokens(score, view.crop, view.most_crops, self.key_rate, view.items.mask)
+        return key_tokens(score, Parts.of(view, "crop"), self.key_rate)
 
     def _scores(self, view: StageView) -> Tensor:
         return view.vision_attention(*self.salience(view.model))

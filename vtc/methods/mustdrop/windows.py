@@ -21,6 +21,8 @@ from vtc.ops.rank import inverse, order_by
 from vtc.ops.select import in_groups, take_rows
 
 EPSILON = 1e-8
+BLOCK = 2**22
+"""Numbers of the members held at once (16 MiB in float32)."""
 APART = -2.0
 """Below every mean cosine: the similarity of a window that is not whole."""
 
@@ -80,12 +82,11 @@ def window_similarity(x: Tensor, members: Tensor, whole: Tensor) -> Tensor:
     the sum of unit vectors minus the sum of their squared lengths, so memory is one row per window.
     """
     size = members.shape[2]
-    total = x.new_zeros(*members.shape[:2], x.shape[2], dtype=torch.float32)
-    own = x.new_zeros(members.shape[:2], dtype=torch.float32)
-    for member in members.unbind(2):
-        row = take_rows(x, member).float()
-        row = row / row.norm(dim=-1, keepdim=True).clamp(min=EPSILON)
-        total, own = total + row, own + row.square().sum(-1)
+    length = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)
+    inverse = 1 / length.clamp(min=EPSILON)
+    flat = members.flatten(1)
+    weights, own = (each.gather(1, flat).view_as(members) for each in (inverse, (length * inverse).square()))
+    total, own = _window_sums(x, members, weights), own.sum(2)
     return numbers((total.square().sum(-1) - own) / (size * (size - 1)), whole).masked_fill(~whole, APART)
 
 
@@ -98,15 +99,27 @@ def merge_windows(x: Tensor, members: Tensor, chosen: Tensor) -> tuple[Tensor, T
     """
     items, length, _ = x.shape
     anchor = torch.where(chosen, members[..., 0], length)  # a spare row takes what must not be written
-    mean = sum(take_rows(x, member).float() for member in members.unbind(2)) / members.shape[2]
-    assert isinstance(mean, Tensor)
+    mean = _window_sums(x, members) / members.shape[2]
     spare = torch.cat([x, x.new_zeros(items, 1, x.shape[2])], dim=1)
-    tokens = spare.scatter(1, anchor[..., None].expand_as(mean), mean.to(x.dtype))[:, :length]
+    tokens = spare.scatter_(1, anchor[..., None].expand_as(mean), mean.to(x.dtype))[:, :length]
     place = torch.where(chosen[..., None], members, length).flatten(1)
     taken = anchor[..., None].expand_as(members).flatten(1)
     into = members.new_full((items, length + 1), -1).scatter(1, place, taken)[:, :length]
     kept = (into < 0) | (into == torch.arange(length, device=x.device))
     return tokens, kept, into
+
+
+def _window_sums(x: Tensor, members: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[I, W, D] float32 sums over the members of each window, weighted by [I, W, k]. Streams over the windows."""
+    (items, windows, size), width = members.shape, x.shape[2]
+    result = x.new_empty(items, windows, width, dtype=torch.float32)
+    chunk = max(1, BLOCK // max(1, items * size * width))
+    for first in range(0, windows, chunk):
+        part = slice(first, first + chunk)
+        rows = take_rows(x, members[:, part].flatten(1)).float().view(items, -1, size, width)
+        sums = rows.sum(2) if weights is None else (weights[:, part, None] @ rows)[:, :, 0]
+        result[:, part] = sums
+    return result
 
 
 def merged_first(kept: Tensor, members: Tensor, chosen: Tensor, similarity: Tensor) -> Tensor:
@@ -174,16 +187,18 @@ class Windows:
 
 def _numbers(view: StageView, window: tuple[int, int]) -> Tensor:
     """[I, N] window of each token, -1 for none."""
-    device = view.hidden.device
-    known: dict[int, Tensor] = {}
-    for layout in view.items.layouts:
-        if id(layout) not in known:
+    device = view.device
+    known: dict[object, Tensor] = {}
+    # Without newlines the rasters say everything, whoever made the layout.
+    keys = [id(layout) if layout.newlines else layout.regions for layout in view.items.layouts]
+    for key, layout in zip(keys, view.items.layouts, strict=True):
+        if key not in known:
             newline = layout.newline.to(device)
             number = raster_windows(layout.regions, window, device)
             number = torch.nn.functional.pad(number, (0, layout.n_tokens - len(number)), value=-1)
             rank = (~newline).cumsum(0).clamp(min=1) - 1
-            known[id(layout)] = number.gather(0, rank).masked_fill(newline, -1)
-    numbers = pad_sequence([known[id(layout)] for layout in view.items.layouts], batch_first=True, padding_value=-1)
+            known[key] = number.gather(0, rank).masked_fill(newline, -1)
+    numbers = pad_sequence([known[key] for key in keys], batch_first=True, padding_value=-1)
     return numbers.gather(1, view.items.token).masked_fill(~view.items.mask, -1)
 
 

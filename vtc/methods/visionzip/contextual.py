@@ -12,8 +12,6 @@ from vtc.ops.select import front_pack, take_rows, top_k
 
 BLOCK = 1 << 24
 """Similarities held at a time."""
-CHANNELS = 256
-"""Channels summed at a time."""
 
 
 def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,23 +59,24 @@ def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, bloc
     return torch.where(left & target.any(1, keepdim=True), into, -1)
 
 
-def add_mean(tokens: Tensor, into: Tensor, target: Tensor, channels: int = CHANNELS) -> Tensor:
+def add_mean(tokens: Tensor, into: Tensor, target: Tensor, most: int | None = None) -> Tensor:
     """Every target plus the mean of the tokens that go into it: x + mean, a sum; [I, N, D], float32 inside.
 
-    into: [I, N] places as from `nearest_target`; target: [I, N] bool. A target that nothing goes into stays as it is,
-    and so does every other token. Streams over the channels.
+    into: [I, N] places as from `nearest_target`; target: [I, N] bool. most: no item has more targets, where the host
+    knows. A target that nothing goes into stays as it is, and so does every other token.
     """
     items, length, width = tokens.shape
+    slots = min(length, most or length)
+    number = target.cumsum(1) - 1  # the targets of an item, side by side
     given = (into >= 0) & ~target
-    row = torch.where(given, into, length)
-    count = torch.zeros(items, length + 1, device=tokens.device).scatter_add(1, row, given.float())[:, :length, None]
-    first = torch.arange(items, device=tokens.device)[:, None] * (length + 1)
-    result = tokens.clone()
-    for start in range(0, width, channels):
-        part = tokens[..., start : start + channels].float()
-        total = torch.zeros(items * (length + 1), part.shape[2], device=tokens.device)
-        total.index_add_(0, (first + row).flatten(), part.flatten(0, 1))
-        mean = total.view(items, length + 1, -1)[:, :length] / count.clamp(min=1)
-        merged = torch.where(target[..., None], part + mean, part)
-        result[..., start : start + channels] = merged.to(tokens.dtype)
-    return result
+    slot = torch.where(given, number.gather(1, into.clamp(min=0)), slots)
+    count = torch.zeros(items, slots + 1, device=tokens.device).scatter_add(1, slot, given.float())
+    first = torch.arange(items, device=tokens.device)[:, None] * (slots + 1)
+    total = torch.zeros(items * (slots + 1), width, device=tokens.device)
+    chunk = max(1, BLOCK // (items * width))
+    for x, row in zip(torch.split(tokens, chunk, 1), torch.split(first + slot, chunk, 1), strict=True):
+        total = total.index_add_(0, row.flatten(), x.flatten(0, 1).float())
+    place = front_pack(target, slots)  # behind an item's targets other tokens, to which nothing is added
+    mean = total.view(items, slots + 1, width)[:, :slots] / count[:, :slots, None].clamp(min=1)
+    merged = (take_rows(tokens, place).float() + mean).to(tokens.dtype)
+    return tokens.scatter(1, place[..., None].expand_as(merged), merged)

@@ -46,6 +46,11 @@ class VisionZip(Compressor):
     itself does not reach the LLM, D patches do; exact k; encoders without a class token rank by the attention a patch
     receives, mean over heads and queries, in the last layer up to p that sees the whole image; where encoders rotate
     keys, rotated ones are compared; tiled images are unpadded, and ranked after that, also under layout="official".
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("visionzip", before="projector").plan(llava).stages
+    (EncoderStage(layer=23),)
     """
 
     share: float = 54 / 64
@@ -59,11 +64,6 @@ class VisionZip(Compressor):
         if not 0 < self.share <= 1:
             raise VTCError(f"share={self.share} is outside (0, 1]; it is the dominant part, the paper's is 54/64")
 
-    @staticmethod
-    def layer(model: ModelSpec) -> int:
-        """p, the encoder layer that is read."""
-        return max(layer for layer in model.full_attention_layers if layer <= model.feature_layer)
-
     def plan(self, model: ModelSpec) -> Plan:
         plan = super().plan(model)
         if self.before == "projector":
@@ -74,10 +74,10 @@ class VisionZip(Compressor):
                 )
             plan = dataclasses.replace(plan, stages=(EncoderStage(model.feature_layer + 1),))
         attention = Rows.CLS if model.has_cls else Rows.RECEIVED
-        return dataclasses.replace(plan, needs=Needs(vision={self.layer(model): (attention, MEAN_KEYS)}))
+        return dataclasses.replace(plan, needs=Needs(vision={model.key_layer: (attention, MEAN_KEYS)}))
 
     def select(self, view: StageView) -> Selection:
-        items, layer = view.items, self.layer(view.model)
+        items, layer = view.items, view.model.key_layer
         official = self.layout == "official"
         keep = view.keep
         if official:
@@ -94,11 +94,11 @@ class VisionZip(Compressor):
                 score[rows], metric[rows], view.crop[rows], items.mask[rows], shape, [keep[item] for item in same]
             )
             best[rows], target[rows], into[rows] = found
-        tokens = add_mean(view.tokens, into, target)
+        tokens = add_mean(view.tokens, into, target, max(keep, default=0))
         kept = best | target
         into = torch.where(best, torch.arange(into.shape[1], device=into.device), into)
         if not official:
-            return Selection(kept, counts=keep, tokens=tokens, merged_into=into)
+            return Selection(kept, counts=keep, tokens=tokens, merged_into=into, scores=score)
         order = order_by(torch.where(kept, self._block(view, target), 8))  # block by block
         anchors = order_by(~kept)
         moved = torch.empty_like(order).scatter_(1, order, anchors)
@@ -109,6 +109,7 @@ class VisionZip(Compressor):
             tokens=torch.empty_like(tokens).scatter(1, rows, take_rows(tokens, order)),
             merged_into=torch.where(into >= 0, moved.gather(1, into.clamp(min=0)), -1),
             separators=False,
+            scores=score,
         )
 
     @staticmethod

@@ -54,12 +54,11 @@ def seed_centres(
     nearest = torch.full((items, runs, places), torch.inf, device=tokens.device)
     steps = torch.arange(width, device=tokens.device)
     number = torch.arange(runs, device=tokens.device).expand(items, -1)
+    each = [key[:, None, None], number[..., None], steps]
+    keys = fingerprint(torch.stack([part.expand(items, runs, width) for part in each], -1).flatten(0, 2))
     drawn: list[Tensor] = []
-    for step in steps.unbind():
-        keys = fingerprint(
-            torch.stack([key[:, None].expand(-1, runs), number, step.expand(items, runs)], -1).flatten(0, 1)
-        )
-        chance = uniform(keys, token.repeat_interleave(runs, 0), seed).view(items, runs, places)
+    for now in keys.view(items * runs, width).unbind(1):
+        chance = uniform(now, token.repeat_interleave(runs, 0), seed).view(items, runs, places)
         # Of exponential waiting times with these rates the shortest belongs to i with probability rate_i / sum.
         rate = torch.ones_like(nearest) if not drawn else nearest + 1e-6
         waiting = -torch.log1p(-(chance * (1 - 2**-24) + 2**-25)) / rate

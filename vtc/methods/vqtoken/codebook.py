@@ -80,7 +80,7 @@ class Clustering(Compressor):
 
     def _elbow(self, view: StageView) -> tuple[Tensor, int]:
         """Clusters of every item and the most the rule can give; an item never gets more than its tokens."""
-        device, candidates = view.hidden.device, self.k_max - self.k_min + 1
+        device, candidates = view.device, self.k_max - self.k_min + 1
         held = torch.tensor(view.items.counts, device=device)
         counts = torch.minimum(torch.arange(self.k_min, self.k_max + 1, device=device), held[:, None])
         key = fingerprint(torch.stack([view.fingerprint, torch.ones_like(view.fingerprint)], 1))  # not the last run's
@@ -120,6 +120,11 @@ class VQTokenCodebook(Clustering):
     crops or tiles of an image share one codebook; draws depend on pixels and seed, not on a global generator; clusters
     that end empty are filled, so that the budget is exact; under multi-axis rotary positions rows get consecutive
     positions, or keep those of their medoids with representative="medoid", order="place".
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
+    >>> vtc.create("vqtoken_codebook").plan(llava).positions
+    'compact'
     """
 
     codebook_space: Space = "raw"

@@ -65,6 +65,10 @@ class VQToken(Clustering, LearnedCompressor):
     in float32; images work (see queries; "line", "cluster" and residual are ours), every raster of a tiled image counts
     as a frame; draws depend on pixels and seed; clusters that end empty are filled; the number of clusters follows the
     budget by default, not the elbow.
+
+    >>> import vtc
+    >>> vtc.create("vqtoken", weights="vqtoken-tiny-llava").trained
+    True
     """
 
     codebook_space: Space = "normalized"
@@ -145,7 +149,7 @@ class VQToken(Clustering, LearnedCompressor):
         if self.queries != "cluster":
             self._check(view, rows)
         labels, counts, most = self.assign(view)
-        mask, device = view.items.mask, view.hidden.device
+        mask, device = view.items.mask, view.device
         if self.canonical_ids:
             labels = cluster.relabel(labels, cluster.ordering(cluster.describe(labels, most, mask)))
         codes, _ = cluster.codebook(view.tokens, labels, most, mask, normalized=self.codebook_space == "normalized")
@@ -183,7 +187,7 @@ class VQToken(Clustering, LearnedCompressor):
                 )
             maps.append(_raster(item.regions, self.grid).view(-1, self.places))
         rows = tuple(len(places) for places in maps)
-        return pad_sequence(maps, batch_first=True).to(view.hidden.device), rows
+        return pad_sequence(maps, batch_first=True).to(view.device), rows
 
     def _check(self, view: StageView, rows: tuple[int, ...]) -> None:
         """Refuse items that get fewer tokens than there are queries, unless they stay whole anyway."""

@@ -40,7 +40,7 @@ def plain_nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int
     return into
 
 
-def plain_add_mean(tokens: Tensor, into: Tensor, target: Tensor, channels: int = 0) -> Tensor:
+def plain_add_mean(tokens: Tensor, into: Tensor, target: Tensor) -> Tensor:
     """x_t + mean of the assigned."""
     found = tokens.clone()
     for crop in range(len(tokens)):
@@ -89,7 +89,6 @@ def sum_arguments(size: Size) -> dict[str, Any]:
         "tokens": tokens,
         "into": nearest_target(**given),
         "target": given["target"],
-        "channels": 2 if size == "small" else 256,
     }
 
 

@@ -20,7 +20,6 @@ from vtc.methods.globalcom2.crops import (
     stretch,
     unlike_mean,
 )
-from vtc.ops.select import top_k_of_groups
 from vtc.testing.plain import OpCase, Size
 
 
@@ -126,16 +125,6 @@ def plain_blend(local: Tensor, overall: Tensor, group: Tensor, groups: int, mask
             norm_g = max(1e-12, math.sqrt(sum(over[j] ** 2 for j in crop)))
             for j in crop:
                 found[item, j] = (1 - alpha) * here[j] / norm_l + alpha * over[j] / norm_g
-    return found
-
-
-def plain_top_k_of_groups(scores: Tensor, group: Tensor, shares: Tensor, mask: Tensor) -> Tensor:
-    """Sort every crop by falling score, then rising index."""
-    found = torch.zeros_like(mask)
-    for item, crops in enumerate(members(group, mask, shares.shape[1])):
-        row = scores[item].tolist()
-        for crop, count in zip(crops, shares[item].tolist(), strict=True):
-            found[item, sorted(crop, key=lambda j: (-row[j], j))[:count]] = True
     return found
 
 
@@ -289,16 +278,6 @@ CASES = (
         plain_blend,
         lambda size: {"local": scores_of(size), "overall": scores_of(size, 1), **tokens(size), "alpha": 0.3},
         1e-6,
-    ),
-    OpCase(
-        top_k_of_groups,
-        plain_top_k_of_groups,
-        lambda size: {
-            "scores": scores_of(size),
-            "group": tokens(size)["group"],
-            "shares": torch.arange(5).expand(len(tokens(size)["mask"]), -1) * (1 if size == "small" else 60),
-            "mask": tokens(size)["mask"],
-        },
     ),
     OpCase(released_order, plain_released_order, order_arguments),
     OpCase(standardise, plain_standardise, lambda size: {"values": scores_of(size), **tokens(size)}, 1e-6),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.method.groups import Parts
 from vtc.methods.mustdrop.dual import attention_sum_and_max, dual_filter, keep_with_keys, key_tokens, utilities
+from vtc.ops.select import in_groups
 from vtc.testing.plain import OpCase, Size
 
 
@@ -42,12 +44,13 @@ def plain_attention_sum_and_max(
     return torch.stack([total, peak])
 
 
-def plain_key_tokens(score: Tensor, group: Tensor, groups: int, rate: float, mask: Tensor) -> Tensor:
-    """Sort every group and take its first ceil(rate * size)."""
-    chosen = torch.zeros_like(mask)
-    for item, there in enumerate(mask.tolist()):
-        for each in range(groups):
-            members = [p for p, real in enumerate(there) if real and int(group[item, p]) == each]
+def plain_key_tokens(score: Tensor, tiles: Parts, rate: float) -> Tensor:
+    """Sort every tile and take its first ceil(rate * size)."""
+    assert tiles.place is not None
+    chosen = torch.zeros_like(tiles.items)
+    for item, places in enumerate(tiles.place.view(len(score), -1, tiles.place.shape[1])):
+        for place, real in zip(places, tiles.mask.view(len(score), *places.shape)[item], strict=True):
+            members = place[real].tolist()
             members.sort(key=lambda p: (-float(score[item, p]), p))
             chosen[item, members[: math.ceil(rate * len(members))]] = True
     return chosen
@@ -116,13 +119,13 @@ def make_attention(size: Size) -> dict[str, Any]:
 
 def make_keys(size: Size) -> dict[str, Any]:
     total, _, mask = attention(size)
-    group = torch.arange(mask.shape[1]).expand_as(mask) // (96 if size == "large" else 5)
+    width = 96 if size == "large" else 5
+    group = torch.arange(mask.shape[1]).expand_as(mask) // width
+    place, real = in_groups(group, int(group.max()) + 1, width, mask)
     return {
         "score": total.mul(64).round(),  # ties
-        "group": torch.where(mask, group, -1),
-        "groups": int(group.max()) + 1,
+        "tiles": Parts(real.flatten(0, 1), place.flatten(0, 1), mask),
         "rate": 0.08 if size == "large" else 0.3,
-        "mask": mask,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.methods.aim import importance as ops
+from vtc.ops import pagerank as ops
 from vtc.testing.plain import OpCase, Size
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.method.groups import Parts
 from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
+from vtc.ops.select import in_groups
 from vtc.testing.plain import OpCase, Size
 
 
@@ -59,20 +61,21 @@ def plain_hierarchical(
     object_scores: Tensor,
     deep_scores: Tensor,
     near: Tensor,
-    group: Tensor,
+    tiles: Parts,
     share: Tensor,
     anchors: Tensor,
-    mask: Tensor,
     penalty: Tensor | None = None,
 ) -> Tensor:
     """Anchors, buffers, registers, tile by tile."""
-    kept = torch.zeros_like(mask)
-    for item in range(len(group)):
+    kept = torch.zeros(near.shape[:2], dtype=torch.bool)
+    for item in range(len(near)):
         middle, deep = object_scores[item].tolist(), deep_scores[item].tolist()
-        for tile, members in tiles_of(group, mask, item):
-            budget = int(share[item, tile])
+        for tile in range(item * len(tiles.mask) // len(near), (item + 1) * len(tiles.mask) // len(near)):
+            assert tiles.place is not None
+            members = tiles.place[tile][tiles.mask[tile]].tolist()
+            budget = int(share[tile])
             ranked = sorted(members, key=lambda p: (-middle[p], p))
-            first = ranked[: int(anchors[item, tile])]
+            first = ranked[: int(anchors[tile])]
             buffers = {int(q) for p in first for q in near[item, p]} - set(first)
             union = [*first, *sorted(buffers, key=lambda p: (-middle[p], p))][:budget]
             if penalty is None:
@@ -122,15 +125,15 @@ def make_hierarchical(size: Size) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     tiles = int(group.max()) + 1
     count = torch.stack([(group == tile).sum(1) for tile in range(tiles)], dim=1)
-    share = count // 2
+    share = count.flatten() // 2
+    place, real = in_groups(group, tiles, int(count.max()), mask)
     return {
         "object_scores": torch.rand(group.shape, generator=generator),
         "deep_scores": torch.rand(group.shape, generator=generator).mul(8).round(),  # ties
         "near": near,
-        "group": group,
+        "tiles": Parts(real.flatten(0, 1), place.flatten(0, 1), mask),
         "share": share,
         "anchors": share // 4,
-        "mask": mask,
     }
 
 

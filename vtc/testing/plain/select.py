@@ -19,7 +19,6 @@ from vtc.ops.select import (
     take_last,
     take_rows,
     top_k,
-    top_k_in_groups,
 )
 from vtc.testing.plain import OpCase, Size
 
@@ -62,16 +61,6 @@ def plain_group_sizes(group: Tensor, groups: int, mask: Tensor) -> Tensor:
         [g for g, real in zip(*row, strict=True) if real] for row in zip(group.tolist(), mask.tolist(), strict=True)
     ]
     return torch.tensor([[row.count(g) for g in range(groups)] for row in rows])
-
-
-def plain_top_k_in_groups(scores: Tensor, group: Tensor, groups: int, keep: Tensor, mask: Tensor) -> Tensor:
-    """The best of every group, each group with its share."""
-    rows = []
-    for row, of, real, count in zip(scores.tolist(), group.tolist(), mask.tolist(), keep.tolist(), strict=True):
-        members = [[place for place in range(len(row)) if real[place] and of[place] == g] for g in range(groups)]
-        share = _largest_remainders(count, [len(some) for some in members])
-        rows.append([place for some, n in zip(members, share, strict=True) for place in _best(row, some, n)])
-    return _marks(rows, scores.shape[1])
 
 
 def plain_left_pack(kept: Tensor, length: int) -> Tensor:
@@ -157,7 +146,6 @@ CASES = (
     OpCase(top_k, plain_top_k, _ranked),
     OpCase(apportion, plain_apportion, _shares),
     OpCase(group_sizes, plain_group_sizes, _grouped),
-    OpCase(top_k_in_groups, plain_top_k_in_groups, lambda size: _ranked(size, groups=5)),
     OpCase(out_of_groups, plain_out_of_groups, _placed),
     OpCase(left_pack, plain_left_pack, _packed),
     OpCase(front_pack, plain_front_pack, _packed),

@@ -25,21 +25,47 @@ def pagerank(
     block: int = BLOCK,
     store: int = STORE,
 ) -> Tensor:
-    """Root mean square over heads of p after `iterations` of ``p <- (1 - damping) p softmax(S / tau) + damping p0``.
+    """[B, Q] root mean square over heads of what `attention_mass` gives, from an equal share for every voter.
+
+    voters: [B, Q] bool, the rows that have a share, all of them by default. All else as there.
+    """
+    voting = query.new_ones(query.shape[0], query.shape[2], dtype=torch.float32) if voters is None else voters.float()
+    share = voting / voting.sum(1, keepdim=True).clamp(min=1)
+    mass = attention_mass(
+        query, key, scaling, share, tau=tau, iterations=iterations, damping=damping, mask=mask, causal=causal,
+        block=block, store=store,
+    )  # fmt: skip
+    return mass.square().mean(1).sqrt()
+
+
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    share: Tensor,
+    *,
+    tau: float = 1.0,
+    iterations: int = 5,
+    damping: float = 0.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    block: int = BLOCK,
+    store: int = STORE,
+) -> Tensor:
+    """p of every head after `iterations` of ``p <- (1 - damping) p softmax(S / tau) + damping p0``.
 
     query: [B, Hq, Q, D], key: [B, Hk, K, D], both after rotary embedding; Hq is a multiple of Hk (grouped queries).
     Queries are the last Q of the K keys; mass that reaches the keys before them is lost. mask: [B, 1|Hq, Q, K] bool or
-    additive, or [B, K] bool (False receives nothing). causal: query i sees keys up to i + K - Q. voters: [B, Q] bool,
-    the rows that start with an equal share (p0), all of them by default; rows that see no key pass nothing on.
-    Returns [B, Q], float32. Streams over the queries, never [Q, K] at once unless Hq * Q * K is below `store`.
+    additive, or [B, K] bool (False receives nothing). causal: query i sees keys up to i + K - Q. share: [B, Q], p0;
+    rows that see no key pass nothing on. Returns [B, Hq, Q], float32. Streams over the queries, never [Q, K] at once
+    unless Hq * Q * K is below `store`.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     before = keys - length
-    queries = query.view(batch, groups, heads // groups, length, width)
+    queries = query.reshape(batch, groups, heads // groups, length, width)
     seen = key.float().transpose(-1, -2).unsqueeze(2)  # shared by the neighbouring query heads of a group
-    voting = torch.ones(batch, length, device=query.device) if voters is None else voters.float()
-    begin = (voting / voting.sum(1, keepdim=True).clamp(min=1))[:, None].expand(-1, heads, -1)
+    begin = share.float()[:, None].expand(-1, heads, -1)
     rows = max(1, min(length, block // max(1, batch * heads * keys)))
     keep = batch * heads * length * keys <= store
     stored: list[Tensor] = []
@@ -63,7 +89,7 @@ def pagerank(
             passed = torch.matmul(mass[:, :, None, first:last], weights)[:, :, 0, before:]
             arrived[..., : passed.shape[-1]] += passed
         mass = (1 - damping) * arrived + damping * begin
-    return mass.square().mean(1).sqrt()
+    return mass
 
 
 def _masked(

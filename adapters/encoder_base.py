@@ -1,0 +1,92 @@
+"""The adapter protocol of vision encoders without an LLM behind them: what the engine has to know about one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from torch import nn
+
+from vtc.adapters.base import VisionSide
+from vtc.adapters.compat import takes_mask
+from vtc.cost.shapes import TowerShape
+from vtc.errors import UnsupportedCall
+from vtc.method.base import ModelSpec
+
+
+class EncoderAdapter(VisionSide):
+    """One encoder of one family: class and register tokens, then one row per patch, all layers of one length.
+
+    Raises UnsupportedModel on construction for configurations that are built otherwise.
+    """
+
+    ways_around: ClassVar[tuple[str, ...]] = ()
+    """Methods of `encoder` that run its layers without calling it."""
+
+    @property
+    @abstractmethod
+    def has_cls(self) -> bool:
+        """A class token stands in front of the patches."""
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Any:
+        """The module one call of which takes pixels through all layers; everything else calls it."""
+
+    @property
+    def pools_patches(self) -> bool:
+        """True where the pooled output is made of the patches, not of the class token alone."""
+        return not self.has_cls
+
+    @property
+    def spec(self) -> ModelSpec:
+        layers = len(self.vision_layers)
+        return ModelSpec(
+            family=self.family,
+            vision_layers=layers,
+            feature_layer=layers - 1,
+            has_cls=self.has_cls,
+            full_attention_layers=tuple(range(layers)),
+            llm_layers=0,
+            encoder_stages=self.masks_keys,
+            single_crop=True,
+        )
+
+    @property
+    def attention_pooled(self) -> bool:
+        """True where an attention head of its own pools the last layer's rows."""
+        return False
+
+    @property
+    def patch_embedding(self) -> nn.Conv2d:
+        """The convolution that cuts an image into patches."""
+        return next(module for module in self.encoder.modules() if isinstance(module, nn.Conv2d))
+
+    @property
+    def shape(self) -> TowerShape:
+        """The sizes that the cost of an image depends on; a layer's matrices count whatever they are called."""
+        weight, layer = self.patch_embedding.weight, self.vision_layers[0]
+        hidden, inputs = weight.shape[0], weight[0].numel()
+        matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
+        return TowerShape(
+            hidden=hidden,
+            intermediate=(matrices - 4 * hidden**2) // (2 * hidden),
+            layers=len(self.vision_layers),
+            inner=hidden,
+            inputs=inputs,
+            prefix=self.prefix_tokens(weight),
+            pooling=self.attention_pooled,
+        )
+
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        """Refuse arguments of a call of `encoder` that would not fit what is left."""
+        if arguments.get("attention_mask") is not None:
+            raise UnsupportedCall(
+                "an attention_mask over all patches was passed to this encoder, which does not fit those that a method "
+                "leaves; leave it out, or leave the `with` block first"
+            )
+
+    @property
+    def masks_keys(self) -> bool:
+        """True where a layer can be told which keys to hide and how much they count."""
+        return takes_mask(self.vision_layers[0])

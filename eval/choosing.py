@@ -1,0 +1,152 @@
+"""The document that helps to choose a method: what led in committed results, beside what the registry says of each.
+
+Nothing is measured here. `docs/results/tiny_onevision.md` holds a sweep's tables, `docs/results/overhead.md` times of
+prefills; what a method needs stands in its plan.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtc.app.catalogue import describe_methods
+from vtc.app.method_pages import overview
+from vtc.app.pages import page, table, wrapped
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+CONTROLS = ("random", "stride", "pool")
+"""Methods that know nothing of the picture; whatever loses to them is of no use on that task."""
+BEST = 3
+USES = {
+    "tiny_detail": "documents, small details",
+    "tiny_video": "video",
+    "tiny_list": "long answers",
+    "tiny_multi": "several pictures",
+    "tiny_image": "one plain picture",
+}
+"""Tasks of the sweep -> what somebody may want to do."""
+
+ABOUT = """the sweep in [results/tiny_onevision.md](results/tiny_onevision.md), the times in
+[results/overhead.md](results/overhead.md), and the registry. The scores are those of an embedded model on synthetic
+pictures and clips: they rank mechanisms there and promise nothing about another model. Take from here two or three
+candidates, and let [a sweep on your own data](sweeps.md) decide."""
+
+READING = """In brackets: the score in percent. Rows called "{random}" and "untouched" say what an arbitrary choice and
+the whole prompt reach. A score over {questions} questions is uncertain by up to {noise:.0f} points, so neighbours are
+rarely told apart; [results/claims.md](results/claims.md) has paired intervals. Methods inside the LLM cannot meet
+small retentions, because the layers in front of them see every token; they are missing there."""
+
+BLIND = """These read nothing inside the model: neither attention nor keys of any layer. They run beside any attention
+kernel. The best of them, by use:"""
+
+SERVER = """For a server it counts that the number of tokens is known beforehand and the same in every layer: then
+batches stay rectangular, the cache is as short as the prompt, and `torch.compile` takes the language model whole. That
+holds for methods that act before the LLM alone. They are listed by what their prefill took in a batch of four, as a
+multiple of that of a prompt that is so short from the start (one run on a shared CPU), and by the milliseconds that the
+host spent in the engine. [Serving](serving.md) says how to attach one."""
+
+INSIDE = """{names} act inside the LLM, where they see the question with the model's own eyes, and pay for it with the
+layers in front of their first stage, which see everything. What reads attention rows needs SDPA
+([what is refused](engine.md#limits)); `vtc doctor --model NAME` says which methods a checkpoint of yours can run."""
+
+TRAINED = """{names} run on learned weights, which fit one model and one setting; [training](training.md) makes them.
+Everything else is training-free."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One table of a sweep: `scores` of each method in percent by retention, in the order of the columns."""
+
+    name: str
+    questions: int
+    untouched: float
+    scores: Mapping[str, Mapping[str, float]]
+
+    def best(self, retention: str, among: Sequence[str]) -> list[str]:
+        """Those of `among` with the highest scores at a retention, each with its score.
+
+        >>> Task("t", 9, 90.0, {"a": {"0.5": 50.0}, "b": {"0.5": 70.0}, "c": {}}).best("0.5", ["a", "b", "c"])
+        ['`b` (70.0)', '`a` (50.0)']
+        """
+        there = [name for name in among if retention in self.scores.get(name, {})]
+        there.sort(key=lambda name: -self.scores[name][retention])
+        return [f"`{name}` ({self.scores[name][retention]:.1f})" for name in there[:BEST]]
+
+
+def read_tables(text: str) -> Iterator[Task]:
+    """The tables of a sweep's `table.md`.
+
+    >>> text = "easy, accuracy (%), 9 questions, m; *\\n\\n| method | 0.5 |\\n|---|---|\\n| untouched | 99.0 |\\n"
+    >>> [task.scores["a"] for task in read_tables(text + "| a | 8.5 +- 1 |")]
+    [{'0.5': 8.5}]
+    """
+    for name, questions, rows in re.findall(r"^(\w+), [^\n]*?(\d+) questions[^\n]*\n\n((?:\|[^\n]*\n?)+)", text, re.M):
+        head, _, *lines = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines())
+        scores: dict[str, dict[str, float]] = {}
+        for method, *cells in lines:
+            found = zip(head[1:], (re.match(r"[\d.]+", cell) for cell in cells), strict=True)
+            scores[method.split(",")[0]] = {retention: float(number[0]) for retention, number in found if number}
+        untouched = next(iter(scores.pop("untouched").values()))
+        yield Task(name, int(questions), untouched, scores)
+
+
+def read_overhead(text: str) -> dict[str, tuple[float, float]]:
+    """Method -> time over the limit's and engine milliseconds in a batch of four, of `python -m vtc.testing.overhead`.
+
+    >>> read_overhead("| pool | 64 | 4 | 3618.4 | 634.6 | 594.8 | 1.07 | 22.05 |")
+    {'pool': (1.07, 22.05)}
+    """
+    rows = re.findall(r"^\| (\w+) \| \d+ \| 4 \|(?: [\d.]+ \|){3} ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    return {name: (float(share), float(engine)) for name, share, engine in rows}
+
+
+def choosing_page(results: Path = RESULTS) -> str:
+    """The document, made of the files in `results`."""
+    entries = {entry["name"]: entry for entry in describe_methods() if entry["name"] not in CONTROLS}
+    tasks = {task.name: task for task in read_tables((results / "tiny_onevision.md").read_text(encoding="utf-8"))}
+    shown = [(use, tasks[name]) for name, use in USES.items()]
+    blind = [name for name, entry in entries.items() if not entry["needs"]]
+    least = min(task.questions for _, task in shown)
+    reading = READING.format(random=CONTROLS[0], questions=least, noise=100 * 1.96 * math.sqrt(0.25 / least))
+    trained = " and ".join(f"`{name}`" for name, entry in entries.items() if entry["trained"])
+    inside = ", ".join(f"`{name}`" for name, entry in entries.items() if "llm" in entry["stages"])
+    overhead = read_overhead((results / "overhead.md").read_text(encoding="utf-8"))
+    return page(
+        "Choosing a method",
+        "python -m vtc.eval.documents",
+        ABOUT,
+        "## By what you do",
+        _leaders(shown, list(entries)),
+        wrapped(reading),
+        "## Without access to attention",
+        f"{wrapped(BLIND)}\n\n{_leaders(shown, blind)}",
+        "## On a server",
+        f"{wrapped(SERVER)}\n\n{_server(entries, overhead)}",
+        "## Inside the LLM",
+        wrapped(INSIDE.format(names=inside)),
+        "## With learned weights",
+        wrapped(TRAINED.format(names=trained)),
+        "## All methods",
+        overview(describe_methods(), "methods.md"),
+    )
+
+
+def _leaders(shown: Sequence[tuple[str, Task]], among: Sequence[str]) -> str:
+    retentions = list(next(iter(shown[0][1].scores.values())))
+    rows: list[list[str]] = []
+    for use, task in shown:
+        rows.append([f"**{use}** ({task.name})", *(", ".join(task.best(r, among)) or "-" for r in retentions)])
+        luck = task.scores[CONTROLS[0]]
+        rows.append([f"{CONTROLS[0]}; untouched {task.untouched:.1f}", *(f"{luck[r]:.1f}" for r in retentions)])
+    return table(["use (task)", *(f"at {retention}" for retention in retentions)], rows)
+
+
+def _server(entries: Mapping[str, Mapping[str, Any]], overhead: Mapping[str, tuple[float, float]]) -> str:
+    before = [name for name, entry in entries.items() if entry["stages"] == ["pre-llm"] and name in overhead]
+    before.sort(key=lambda name: overhead[name])
+    rows = [[f"`{name}`", f"{overhead[name][0]:.2f}", f"{overhead[name][1]:.1f}"] for name in before]
+    return table(["method", "prefill / limit", "engine ms"], rows)

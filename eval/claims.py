@@ -1,0 +1,157 @@
+"""`python -m vtc.eval.claims FOLDER` writes what the methods' claims are worth on a finished sweep, as Markdown.
+
+A claim is a comparison of two methods on one task, in `claims.yaml`. It is supported at a retention where the
+95 % interval of the paired difference lies above the line, refuted where it lies below, and open where it holds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vtc.app.pages import page
+from vtc.errors import InputError
+from vtc.eval.answers import Answers, answers
+from vtc.eval.cells import BASELINE
+from vtc.eval.comparisons import Pair, paired_series
+from vtc.eval.results import Asked, Results, asked, read_results
+
+FILE = Path(__file__).with_name("claims.yaml")
+CONTROLS = ("random", "stride", "pool", "downsample")
+UNTOUCHED = "untouched"
+Verdict = Literal["supported", "not supported", "open"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One comparison that a claim comes down to; `why` stands alone where none can be made."""
+
+    method: str
+    claim: str
+    task: str = ""
+    better: str = ""
+    than: str = ""
+    within: float = 0.0
+    retentions: tuple[float, ...] = ()
+    why: str = ""
+    note: str = ""
+
+
+def read_claims(path: Path = FILE) -> list[Claim]:
+    """The claims of a file; raises InputError for entries with other keys."""
+    made = []
+    for number, entry in enumerate(yaml.safe_load(path.read_text(encoding="utf-8")), 1):
+        try:
+            made.append(Claim(**{**entry, "retentions": tuple(entry.get("retentions", ()))}))
+        except TypeError as error:
+            raise InputError(f"{path.name}, claim {number}: {error}; see the head of the file for the keys") from None
+    return made
+
+
+def base_name(method: str) -> str:
+    """A label without the number of its seeds.
+
+    >>> base_name("random, 3 seeds")
+    'random'
+    """
+    return method.split(",")[0]
+
+
+def differences(data: Answers, better: str, than: str) -> list[Pair]:
+    """`better` minus `than` at every retention that both have; the untouched model has all of them."""
+    places: dict[str, dict[Asked, int]] = {}
+    for number, line in enumerate(data.lines):
+        places.setdefault(base_name(line["method"]), {})[asked(line)] = number
+    one, other = places.get(better, {}), places.get(than, {})
+    whole = data.baseline if than == UNTOUCHED else None
+    couples = [(n, other.get(budget, whole)) for budget, n in one.items()]
+    return paired_series(data, [(n, m) for n, m in couples if m is not None])
+
+
+def verdict(low: float, high: float, line: float) -> Verdict:
+    """What an interval says about being above `line`.
+
+    >>> verdict(1.0, 3.0, 0.0), verdict(-1.0, 3.0, 0.0), verdict(-3.0, -1.0, 0.0)
+    ('supported', 'open', 'not supported')
+    """
+    return "supported" if low > line else "not supported" if high < line else "open"
+
+
+def judged(claims: Iterable[Claim], results: Results) -> Iterator[list[str]]:
+    """Rows of the table, one per claim."""
+    known: dict[str, Answers | None] = {}
+    for claim in claims:
+        words = claim.claim + (f" ({claim.note})" if claim.note else "")
+        if claim.why or claim.task not in results.tasks:
+            yield [claim.method, words, "-", f"not testable here: {claim.why or 'the task was not swept'}"]
+            continue
+        if claim.task not in known:
+            known[claim.task] = answers(results, claim.task, results.main_metric(claim.task))
+        data = known[claim.task]
+        found = [] if data is None else differences(data, claim.better, claim.than)
+        found = [pair for pair in found if not claim.retentions or pair.retention in claim.retentions]
+        line = f", line at {-claim.within:g}" if claim.within else ""
+        shown = f"{claim.task}: {claim.better} minus {claim.than}{line}"
+        yield [claim.method, words, shown, "; ".join(_said(pair, -claim.within) for pair in found) or "not swept"]
+
+
+def _said(pair: Pair, line: float) -> str:
+    diff, low, high = (100 * value for value in (pair.diff, pair.low, pair.high))
+    return f"{pair.retention}: {diff:+.1f} ({low:+.1f} to {high:+.1f}) {verdict(low, high, line)}"
+
+
+def losses(results: Results) -> Iterator[list[str]]:
+    """Rows: methods that a control beats on a task, where the interval leaves no doubt."""
+    for task in results.tasks:
+        data = answers(results, task, results.main_metric(task))
+        if data is None:
+            continue
+        names = dict.fromkeys(base_name(line["method"]) for line in data.lines)
+        for control in CONTROLS:
+            for name in names:
+                if name in (*CONTROLS, BASELINE):
+                    continue
+                worse = [pair for pair in differences(data, name, control) if pair.high < 0]
+                if worse:
+                    where = ", ".join(f"{pair.retention} ({100 * pair.diff:+.1f})" for pair in worse)
+                    yield [task, name, control, where]
+
+
+def document(results: Results, claims: Sequence[Claim]) -> str:
+    """The page."""
+    run: Mapping[str, Any] = results.run
+    counts = ", ".join(f"{task} {run['tasks'][task]['documents']}" for task in results.tasks)
+    words = f"""questions of each task: {counts}. Model: {run["model"]["name"]}. Differences are in points of the task's
+    main metric, paired over questions, with 95 % intervals (clustered by picture). "supported": the interval lies above
+    zero (or above the line that the claim draws), "not supported": below, "open": it holds the line. The embedded
+    models are small and their tasks synthetic: a verdict is about the mechanism on them, not about published
+    benchmarks."""
+    head = ["method", "claim", "measured as", "at retention: difference and verdict"]
+    lost = ["task", "method", "loses to", "at retention (points)"]
+    return page(
+        "Claims of the methods, measured",
+        "python -m vtc.eval.claims results/full/tiny-onevision",
+        words,
+        (head, judged(claims, results)),
+        "## Methods that lose to a control",
+        "A control knows nothing of the picture. Only differences whose interval lies below zero are listed.",
+        (lost, losses(results)),
+        packages=("torch", "transformers", "lmms-eval"),
+    )
+
+
+def main() -> None:
+    """Print the page of a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    sys.stdout.write(document(read_results(parser.parse_args().folder), read_claims()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A small HTTP service: one worker collects requests into batches and answers them from fewer visual tokens.
+
+    pip install fastapi uvicorn
+    python examples/server.py --model tiny-llava --method vtc_cls --retention 0.25
+    curl -s localhost:8000/answer -H 'content-type: application/json' \
+         -d "{\"question\": \"What color is the circle?\", \"image\": \"$(base64 -w0 photo.jpg)\"}"
+
+`Answers` is all there is to it; FastAPI only stands in front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import queue
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vtc
+from vtc.embedded import NAMES, model_path
+
+
+class Answers:
+    """Questions in, futures out. One thread owns the model; whatever waits while it works is its next batch."""
+
+    def __init__(self, model: str, method: str, retention: float, most: int = 8) -> None:
+        path = model_path(model) if model in NAMES else model
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.processor.tokenizer.padding_side = "left"
+        self.model = AutoModelForImageTextToText.from_pretrained(path).eval()
+        self.handle = vtc.compress(self.model, method, retention=retention, trace=False)  # stays attached
+        self.most = most
+        self._waiting: queue.Queue[tuple[Image.Image, str, Future[str]]] = queue.Queue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def ask(self, picture: Image.Image, question: str) -> Future[str]:
+        """The answer, later."""
+        future: Future[str] = Future()
+        self._waiting.put((picture.convert("RGB"), question, future))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            while len(batch) < self.most and not self._waiting.empty():
+                batch.append(self._waiting.get())
+            try:
+                texts = self._answer([(picture, question) for picture, question, _ in batch])
+            except Exception as error:
+                for *_, future in batch:
+                    future.set_exception(error)
+                continue
+            for (*_, future), text in zip(batch, texts, strict=True):
+                future.set_result(text)
+
+    @torch.inference_mode()
+    def _answer(self, asked: list[tuple[Image.Image, str]]) -> list[str]:
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+            for picture, question in asked
+        ]
+        how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(chats, padding=True, **how)
+        output = self.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        texts: list[str] = self.processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return texts
+
+
+def make_app(answers: Answers) -> Any:
+    """The service: POST /answer with a question and a picture in base64, GET /health."""
+    from fastapi import Body, FastAPI
+
+    app = FastAPI()
+
+    @app.post("/answer")
+    def answer(question: str = Body(), image: str = Body()) -> dict[str, str]:
+        picture = Image.open(io.BytesIO(base64.b64decode(image)))
+        return {"answer": answers.ask(picture, question).result()}
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        stats = answers.handle.stats
+        return {"calls": len(stats.calls), "retention": stats.retention if stats.calls else None}
+
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--method", default="vtc_cls")
+    parser.add_argument("--retention", type=float, default=0.25)
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    import uvicorn
+
+    uvicorn.run(make_app(Answers(args.model, args.method, args.retention)), port=args.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""PixelPrune against a walk over the patches of one picture at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtc
+from vtc.errors import UnsupportedMethod, VTCError
+from vtc.method.base import EncoderStage, ModelSpec, Needs, Plan, Rows
+from vtc.methods.pixelprune import PixelPrune
+from vtc.testing import tiny_inputs, tiny_model
+from vtc.testing.encoders import PREFIX, Seen, build, by_hand, encode, pixels
+
+CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True)
+QWEN = ModelSpec("qwen2_5_vl", 32, 31, False, (7, 15, 23, 31), 36, mrope=True)
+LIMIT = 5e-5
+
+
+def test_plan_and_refusals() -> None:
+    assert PixelPrune().plan(CLIP_L) == Plan((EncoderStage(0),), Needs({-1: Rows.PIXELS}), "compact")
+    assert not PixelPrune().needs_budget and not PixelPrune(tau=0.1).needs_budget and PixelPrune(tau=None).needs_budget
+    with pytest.raises(UnsupportedMethod, match="'pixelprune' works on the patches inside the vision encoder"):
+        PixelPrune().plan(QWEN)
+    for options in ({"tau": -1.0}, {"metric": "min"}):
+        with pytest.raises(VTCError, match=next(iter(options))):
+            vtc.create("pixelprune", **options)
+
+
+def drawn(seed: int, batch: int = 2, side: int = 8, colours: int = 2) -> Tensor:
+    """[B, 3, 4 * side, 4 * side] pictures of 4 x 4 patches in few colours, one of them with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.randint(0, colours, (batch, 1, 4, 4), generator=generator).float().expand(-1, 3, -1, -1)
+    picture = cells.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    noise = 0.1 * torch.rand(picture.shape, generator=generator)
+    return torch.cat([picture[:1] + noise[:1], picture[1:]])
+
+
+def walk(cells: Tensor, tau: float, metric: str) -> tuple[list[int], list[float]]:
+    """Which of the patches [R, C, pixels] stay, and how far each is from its prediction."""
+    height, width = cells.shape[:2]
+    seen: dict[tuple[int, int], Tensor] = {}
+    stays, rest = [], []
+
+    def apart(one: Tensor, other: Tensor) -> float:
+        gap = (one - other).abs()
+        return float({"max": gap.max(), "mae": gap.mean(), "rmse": gap.square().mean().sqrt()}[metric])
+
+    for r in range(height):
+        for c in range(width):
+            own, guess = cells[r, c], None
+            if r and c:
+                a, b, corner = seen[r, c - 1], seen[r - 1, c], seen[r - 1, c - 1]
+                guess = b if apart(corner, a) <= tau and apart(corner, b) > tau else a
+            elif r or c:
+                guess = seen[r, c - 1] if c else seen[r - 1, c]
+            distance = float("inf") if guess is None else apart(own, guess)
+            rest.append(distance)
+            if guess is None or distance > tau:
+                stays.append(width * r + c)
+                seen[r, c] = own
+            else:
+                seen[r, c] = guess
+    return stays, rest
+
+
+@pytest.mark.parametrize("metric", ["max", "mae", "rmse"])
+@pytest.mark.parametrize("tau", [0.0, 0.06, 0.3])
+def test_the_selection_is_that_of_the_walk(metric: Any, tau: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    method = PixelPrune(tau=tau, metric=metric)
+    for shape in ((1, 1), (1, 6), (5, 1), (7, 9)):
+        cells = torch.randint(0, 3, (4, *shape, 1), generator=generator) + torch.zeros(4)
+        cells = cells + (torch.rand(cells.shape, generator=generator) * 0.2 if tau else 0)
+        found = method.scan(cells, tau) if tau else method.residuals(cells) > 0
+        for one, stays in zip(cells, found, strict=True):
+            assert stays.flatten().nonzero().flatten().tolist() == walk(one, tau, metric)[0]
+
+
+def cut(image: Tensor) -> Tensor:
+    """[4, 4, pixels] the squares of 8 x 8 of a picture of 32 x 32."""
+    rows = [[image[:, r : r + 8, c : c + 8].flatten() for c in range(0, 32, 8)] for r in range(0, 32, 8)]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "Dinov2WithRegistersModel", "ViTModel"])
+@torch.no_grad()
+def test_what_enters_the_encoder_is_what_the_walk_leaves(name: str) -> None:
+    model, lead = build(name), PREFIX[name]
+    for tau in (0.0, 0.15):
+        images = drawn(5)
+        with vtc.compress(model, "pixelprune", tau=tau) as handle:
+            together = encode(model, images)
+            alone = encode(model, images[1:])
+        assert float((together[1:] - alone).abs().max()) <= LIMIT
+        for image, found, kept in zip(images, together, handle.stats.calls[0].visual_tokens_kept, strict=True):
+            cells = cut(image)
+            left, _ = walk(cells, tau, "max")
+            assert kept == len(left)
+
+            def act(layer: int, rows: Tensor, seen: Seen | None, left: list[int] = left) -> Any:
+                return (torch.cat([rows[:lead], rows[[lead + n for n in left]]]) if layer == 0 else rows), None
+
+            assert float((found - by_hand(model, image, act)[0]).abs().max()) <= LIMIT
+    with vtc.compress(model, "pixelprune") as handle:
+        found = encode(model, pixels(1))
+    assert handle.stats.retention == 1.0
+    assert float((found - encode(model, pixels(1))).abs().max()) <= LIMIT
+
+
+@torch.no_grad()
+def test_a_budget_keeps_what_is_predicted_worst() -> None:
+    model, images = build("SiglipVisionModel"), drawn(7, colours=4)
+    with vtc.compress(model, "pixelprune", tau=None, keep=5) as handle:
+        encode(model, images)
+    for image, item in zip(images, handle.trace[0].items, strict=True):
+        _, rest = walk(cut(image), 0.0, "max")
+        best = sorted(sorted(range(16), key=lambda n, rest=rest: (-rest[n], n))[:5])
+        assert item.kept[EncoderStage(0)].tolist() == best
+    with vtc.compress(model, "pixelprune", tau=None, retention=1.0):
+        found = encode(model, images)
+    assert torch.equal(found, encode(model, images))
+
+
+def test_it_runs_in_front_of_an_llm_and_pictures_differ() -> None:
+    model, layout = tiny_model("llava-clip"), [[4, "image", 3], [2, "image", 12]]
+    inputs = tiny_inputs("llava-clip", layout)
+    side = inputs["pixel_values"].shape[-1]
+    inputs["pixel_values"] = drawn(5, side=side // 4)
+    with torch.no_grad(), vtc.compress(model, "pixelprune") as handle:
+        together = model(**inputs).logits[:, -1]
+    kept = handle.stats.calls[0].visual_tokens_kept
+    assert kept[0] == 16.0 and 1 < kept[1] < 16  # noise stays
+    alone = tiny_inputs("llava-clip", layout, only=1)
+    alone["pixel_values"] = inputs["pixel_values"][1:]
+    with torch.no_grad(), vtc.compress(model, "pixelprune"):
+        assert float((model(**alone).logits[0, -1] - together[1]).abs().max()) <= LIMIT
+
+
+def pictures(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs with drawn pictures of 4 x 4 squares, the same for every number of them."""
+    tiles, _, side, _ = inputs["pixel_values"].shape
+    return {**inputs, "pixel_values": drawn(5, batch=tiles, side=side // 4)}
+
+
+@torch.no_grad()
+def test_squares_that_make_one_token_leave_together() -> None:
+    """InternVL: the tower by hand on fewer patches, its rows at their places again, pixel shuffle and projector."""
+    model = tiny_model("internvl")
+    images, backbone = drawn(5, batch=3), model.model
+    lefts = [walk(cut(image), 0.0, "max")[0] for image in images]
+    with vtc.compress(model, "pixelprune"):
+        found = backbone.get_image_features(
+            images, vision_feature_layer=-1, vision_feature_select_strategy="default", return_dict=True
+        ).pooler_output
+    tower = backbone.vision_tower
+    embedded = tower.embeddings(images)
+    embedded = embedded[0] if isinstance(embedded, tuple) else embedded
+    for image, left, rows in zip(embedded, lefts, found, strict=True):
+        patches = [16 * (n // 4) + 8 * i + 2 * (n % 4) + j for n in left for i in range(2) for j in range(2)]
+        x = image[None, [0, *(1 + n for n in sorted(patches))]]
+        for layer in tower.encoder.layer:
+            x = layer(x)
+        x = tower.layernorm(x)
+        full = torch.zeros(64, x.shape[2]).index_copy(0, torch.tensor(sorted(patches)), x[0, 1:])
+        shuffled = backbone.pixel_shuffle(full.view(1, 8, 8, -1), scale_factor=0.5).flatten(1, 2)
+        expected = backbone.multi_modal_projector(shuffled)[0]
+        assert 1 < len(left) <= 16
+        assert float((rows[left] - expected[left]).abs().max()) <= LIMIT
+
+
+@torch.no_grad()
+def test_tiles_and_prompts_of_internvl_differ() -> None:
+    model, layout = tiny_model("internvl"), [[4, "image", 3], [2, "image", 12], [9]]
+    inputs = pictures(tiny_inputs("internvl", layout, model=model))
+    with vtc.compress(model, "pixelprune") as handle:
+        together = model(**inputs).logits[:, -1]
+    call, tiles = handle.stats.calls[0], len(inputs["pixel_values"])
+    kept = [len(walk(cut(image), 0.0, "max")[0]) for image in inputs["pixel_values"]]
+    assert sum(call.visual_tokens_kept) == sum(kept) < 16 * tiles
+    first = int(call.visual_tokens_in[0]) // 16
+    alone = tiny_inputs("internvl", layout, only=1, model=model)
+    alone["pixel_values"] = inputs["pixel_values"][first:]
+    with vtc.compress(model, "pixelprune"):
+        assert float((model(**alone).logits[0, -1] - together[1]).abs().max()) <= LIMIT
+    with vtc.compress(model, "pixelprune", tau=None, retention=0.5) as handle:
+        model(**inputs)
+    assert handle.stats.calls[0].visual_tokens_kept[:2] == (8.0 * first, 8.0 * (tiles - first))
+    with vtc.compress(model, Single()), pytest.raises(UnsupportedMethod, match="makes each image token of several"):
+        model(**inputs)
+    with pytest.raises(UnsupportedMethod, match="makes each image token of several"):
+        vtc.compress(model, Single(told=False))
+
+
+@dataclass(frozen=True)
+class Single(vtc.Compressor):
+    """Wrong on purpose: says that it removes whole squares, and removes one patch."""
+
+    told: bool = True
+
+    name: ClassVar[str] = "single"
+
+    @property
+    def needs_budget(self) -> bool:
+        return False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((EncoderStage(1),), Needs(), "compact", units=self.told)
+
+    def select(self, view: vtc.StageView) -> vtc.Selection:
+        return vtc.Selection(view.items.token > 0)

@@ -1,0 +1,59 @@
+"""Memory of a selection grows with the tokens, not with their square; the page of `vtc.testing.scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vtc.ops import merge
+from vtc.testing import scaling
+from vtc.testing.released import fresh
+from vtc.testing.released.cases import selection_cases
+
+CASES = selection_cases()
+SIDE, MOST = 90, 16
+"""8100 tokens; so many times their rows in float32 are allowed, a quarter of all pairs is twice as much."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks so small that they do not hide what grows, one round of k-means."""
+    monkeypatch.setattr(merge, "BLOCK", 2**20)
+    monkeypatch.setattr(scaling, "ITERATIONS", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_no_selection_holds_all_pairs_of_tokens(name: str) -> None:
+    method, view = scaling.seen(CASES[name], SIDE)
+    view = fresh(view)
+    limit = MOST * SIDE**2 * scaling.WIDTH * 4
+    assert limit < SIDE**4  # bytes of a quarter of all pairs
+    assert scaling.peak(lambda: method.select(view)) <= limit
+
+
+def test_the_peak_counts_what_is_held_at_once() -> None:
+    def call() -> None:
+        for _ in range(3):
+            held = torch.empty(1000, 1000)  # 4 MB, freed in each turn
+            held.sort(0)  # values, indices, and what the operation holds inside
+            del held
+
+    assert 4e6 + 4e6 + 8e6 <= scaling.peak(call) < 4e7
+
+
+def test_a_row_has_slope_and_limit() -> None:
+    found = [(100, 0.5, 10), (1000, 1.0, 2**20), (10000, 100.0, 3 * 2**30)]
+    assert scaling.row("random", found) == ["random", "0.50", "1.00", "100.00", "2.00", "3072", "NO"]
+
+
+def test_a_case_is_measured_at_every_size() -> None:
+    found = scaling.measure(CASES["stride"], (8, 12))
+    assert [tokens for tokens, _, _ in found] == [64, 144]
+    assert all(ms > 0 and most > 0 for _, ms, most in found)

@@ -1,0 +1,100 @@
+"""Items in parts, their crops or frames: methods that choose in each part on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtc.method.view import StageView
+from vtc.ops.greedy import chosen
+from vtc.ops.select import apportion, out_of_groups, top_k
+
+Scope = Literal["item", "crop"]
+"""Whether tokens are ranked or merged over the whole item or in each of its crops, tiles or frames."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """R parts of at most W tokens: the items themselves, or their crops one behind the other.
+
+    mask: [R, W], the places that hold a token. place: [R, W] of each token in its item, None where the parts of an item
+    are equal shares of its row, one behind the other. items: [I, N], the mask of the items. full: every place holds a
+    token, as the host knows.
+    """
+
+    mask: Tensor
+    place: Tensor | None
+    items: Tensor
+    full: bool = False
+
+    @staticmethod
+    def of(view: StageView, scope: Scope) -> Parts:
+        """The items of a view or their crops."""
+        items, mask = view.items, view.items.mask
+        if scope == "item" or view.most_crops == 1:
+            return Parts(mask, None, mask, items.full)
+        sizes = {size for layout in items.layouts for size in layout.crop_sizes}
+        if view.framed and items.full and sizes == {mask.shape[1] // view.most_crops}:
+            return Parts(mask.view(len(mask) * view.most_crops, -1), None, mask, full=True)
+        place, real = view.crops
+        return Parts(real.flatten(0, 1), place.flatten(0, 1), mask)
+
+    def take(self, values: Tensor) -> Tensor:
+        """[I, N, ...] of the items -> [R, W, ...] of the parts."""
+        if self.place is None:
+            return values.reshape(*self.mask.shape, *values.shape[2:])
+        if values.ndim == 2:
+            return values.gather(1, self.place.view(len(values), -1)).view_as(self.place)
+        item = torch.arange(len(values), device=values.device).repeat_interleave(len(self.place) // len(values))
+        return values[item[:, None], self.place]
+
+    def give(self, values: Tensor) -> Tensor:
+        """[R, W] of the parts -> [I, N] of the items, zero or False where a token lies in no part."""
+        if self.place is None:
+            return values.reshape(self.items.shape)
+        items, length = self.items.shape
+        values, place, real = (each.view(items, -1, each.shape[1]) for each in (values, self.place, self.mask))
+        return out_of_groups(values, place, real, length)
+
+    def best(self, scores: Tensor, keep: Tensor, most: int | None = None) -> Tensor:
+        """Mark the `keep` [R] highest of the parts' scores [R, W], none of them more than `most`; bool [R, W]."""
+        return top_k(scores, keep, None if self.full else self.mask, most=most)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Parts with a budget. keep: [R] tokens that a part may keep. steps: no part may keep more."""
+
+    parts: Parts
+    keep: Tensor
+    steps: int
+
+    @staticmethod
+    def of(view: StageView, scope: Scope) -> Groups:
+        """The parts of a view; with scope "crop" an item's budget is split in proportion to the sizes of its crops."""
+        parts, layouts = Parts.of(view, scope), view.items.layouts
+        keep = torch.tensor(view.keep, device=parts.mask.device)
+        if len(parts.mask) == len(keep):
+            return Groups(parts, keep, max(view.keep, default=0))
+        share = apportion(keep, parts.mask.view(len(keep), -1, parts.mask.shape[1]).sum(2)).flatten()
+        columns = zip(view.keep, view.items.counts, layouts, strict=True)
+        return Groups(parts, share, max(largest_share(k, n, layout.crop_sizes) for k, n, layout in columns))
+
+    def chosen(self, order: Tensor) -> Tensor:
+        """Mark what the parts keep of their orders [R, steps]; bool [I, N] over the items."""
+        return self.parts.give(chosen(order, self.keep, self.parts.mask))
+
+    def best(self, scores: Tensor) -> Tensor:
+        """Mark what the parts keep by their items' scores [I, N], the highest of each; bool [I, N]."""
+        return self.parts.give(self.parts.best(self.parts.take(scores), self.keep, self.steps))
+
+
+def largest_share(keep: int, count: int, sizes: Sequence[int]) -> int:
+    """No crop may keep more of the item's `keep` tokens; only a bound where an earlier stage thinned the crops."""
+    if sum(sizes) != count:
+        return min(keep, max(sizes))
+    return max(min(size, size * keep // count + 1) for size in sizes)

@@ -1,0 +1,140 @@
+"""Selections as the released implementations compute them, to time ours against: no raggedness, no ties, no trace.
+
+Every method has two forms. `batched` is the algorithm in plain batched torch for items of one shape, written from its
+description; `loop` treats image after image as the released code does. Both return what stays: marks [I, N], or the
+rows [I, K, D] of methods that merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.method.base import ModelSpec, Rows, Selection, StageView
+from vtc.method.registry import create
+from vtc.methods.mustdrop.method import TEXT
+from vtc.testing.views import CLIP_L, Shape, make_view
+
+TILED = Shape(((5, 24, 24),), tiling=(2, 2))
+SHAPES = {576: Shape(((1, 24, 24),)), 2880: TILED, 6272: Shape(((32, 14, 14),))}
+"""An image, a thumbnail with four tiles, and a video of 32 frames."""
+NARROW, WIDE, KEYS = 6, 896, 64
+"""Width of the rows where nobody looks at them, of a small LLM, and of an encoder's keys."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What a released implementation is given: one shape for all items, and how many tokens stay.
+
+    shape: (crops, rows, columns). tokens: [I, N, D]. values: what the method's plan recorded at the tokens, [..., I, N]
+    or [I, N, C]. keep: tokens of an item. ours: the selection of this library, for numbers that only it knows.
+    """
+
+    method: Any
+    view: StageView
+    shape: tuple[int, int, int]
+    tokens: Tensor
+    values: tuple[Tensor, ...]
+    keep: int
+    ours: Selection
+
+    @property
+    def items(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    def item(self, index: int) -> tuple[Tensor, ...]:
+        """The recorded values of one item."""
+        return tuple(v[index] if v.ndim == 2 or v.shape[0] == self.items else v[:, index] for v in self.values)
+
+
+Form = Callable[[Scene], Tensor]
+
+
+@dataclass(frozen=True)
+class SelectionCase:
+    """One stage of one method with its released forms.
+
+    stage: where it acts. wide: it looks at the tokens themselves. share: of the tokens that stay, keep: instead, how
+    many. tolerance: of rows, relative to the largest; None where draws differ, so that only the number of tokens is the
+    same. largest: items with more tokens are not timed.
+    """
+
+    name: str
+    batched: Form
+    loop: Form
+    stage: Any = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    wide: bool = False
+    share: float = 1 / 9
+    keep: int | None = None
+    tolerance: float | None = 0.0
+    largest: int = 6272
+
+    def seen(
+        self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None
+    ) -> tuple[Any, StageView]:
+        """The method, and what it sees of `batch` items of a shape."""
+        ((crops, rows, columns),) = shape.regions
+        length = crops * rows * columns
+        method: Any = create(self.name.split(" ")[0], **self.options)
+        width = width or (WIDE if self.wide else NARROW)
+        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1)
+        wanted = keep or self.keep or max(1, int(length * self.share) // crops) * crops
+        budget: dict[str, Any] = {"keep": wanted} if method.needs_budget else {}
+        view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, **budget)
+        return method, recorded(view, method, spec)
+
+    def scene(self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None) -> Scene:
+        """The case on `batch` items of a shape, with what our selection keeps of them."""
+        method, view = self.seen(shape, batch, keep=keep, width=width)
+        ours = method.select(fresh(view))
+        ((crops, rows, columns),) = shape.regions
+        values = _values(view)
+        return Scene(method, view, (crops, rows, columns), view.tokens, values, int(ours.keep[0].sum()), ours)
+
+
+def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
+    """The view with random readings for all that the method plans, and with its learned parts."""
+    generator = torch.Generator().manual_seed(3)
+    plan, items = method.plan(spec), view.items
+    longest = max(layout.n_tokens for layout in items.layouts)
+    vision: dict[Any, Tensor] = {}
+    llm: dict[Any, Tensor] = {}
+    for layer, readings in plan.needs.vision.items():
+        for reading in readings if isinstance(readings, tuple) else (readings,):
+            wide = () if reading in FLAT else (KEYS,)
+            vision[layer, reading] = torch.rand(len(items), longest, *wide, generator=generator)
+    for layer, readings in plan.needs.llm.items():
+        (reading,) = readings if isinstance(readings, tuple) else (readings,)
+        pair = (2,) if isinstance(reading, type(Rows.GROUP_SUMS)) or reading == TEXT else ()
+        llm[layer, reading] = torch.rand(*pair, *view.hidden.shape[:2], generator=generator)
+    torch.manual_seed(0)
+    module = method.build(spec).eval() if method.trained else None
+    return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, needs=plan.needs, module=module)
+
+
+FLAT = (Rows.CLS, Rows.RECEIVED, Rows.CLS_LOGITS, Rows.CLS_PATCHES)
+
+
+def _values(view: StageView) -> tuple[Tensor, ...]:
+    seen = [key for key in view.vision_rows]
+    if isinstance(view.stage, int) and view.stage > 0:
+        now = [key for key in view.llm_rows if key[0] in (view.stage - 1, view.stage)]
+        return tuple(view.llm_attention(*key) for key in now[:1]) + tuple(view.vision_attention(*key) for key in seen)
+    return tuple(view.vision_attention(*key) for key in seen)
+
+
+def fresh(view: StageView) -> StageView:
+    """The view as a method meets it first, its tokens gathered already: those of the released form are a slice."""
+    new = dataclasses.replace(view, memory={})
+    new.__dict__["tokens"] = view.tokens
+    return new

@@ -1,0 +1,54 @@
+"""Every method's stages with their released forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from vtc.testing.released import Form, SelectionCase, clusters, diverse, merging, ranking, tiles
+
+Case = SelectionCase
+
+
+def selection_cases() -> dict[str, SelectionCase]:
+    """The cases by name: the method, and where it has several stages the stage."""
+    vtc_cls = Case("vtc_cls", ranking.vtc_cls_batched, ranking.vtc_cls_loop)
+    cases = (
+        Case("aim (merging)", *_both(merging.aim), options={"prune": False}, wide=True, tolerance=1e-5),
+        Case("aim (pruning)", ranking.last_row_batched, ranking.last_row_loop, 18, {"merge": False}, share=1 / 2),
+        Case("atp", ranking.atp_batched, ranking.atp_loop, 1, {"weights": "atp-tiny-llava"}),
+        Case("atp_training_free", ranking.atp_counts_batched, ranking.atp_counts_loop, 5, share=1 / 5),
+        Case("cdpruner", diverse.cdpruner_batched, diverse.cdpruner_loop, wide=True),
+        Case("divprune", diverse.divprune_batched, diverse.divprune_loop, wide=True),
+        Case("fastv", ranking.last_row_batched, ranking.last_row_loop, 2),
+        Case("globalcom2", tiles.globalcom2_batched, tiles.globalcom2_loop, options={"exact_total": False}),
+        Case("hiprune", tiles.hiprune_batched, tiles.hiprune_loop),
+        Case("mustdrop (filter)", ranking.mustdrop_batched, ranking.mustdrop_loop, 3, THRESHOLD),
+        Case("mustdrop (windows)", *_both(merging.mustdrop_windows), options=WINDOWS, wide=True, tolerance=1e-5,
+             largest=576),
+        Case("pool", *_both(merging.pool), wide=True, tolerance=1e-5),
+        Case("pyramiddrop", ranking.last_row_batched, ranking.last_row_loop, 2),
+        Case("random", ranking.random_batched, ranking.random_loop, tolerance=None),
+        Case("stride", ranking.stride_batched, ranking.stride_loop, tolerance=None),
+        Case("todre (diversity)", diverse.todre_batched, diverse.todre_loop, options=DIVERSE, wide=True),
+        Case("todre (relevance)", ranking.parted_batched, ranking.parted_loop, 29, {"diversity": False}),
+        Case("tome", *_both(merging.tome), wide=True, tolerance=1e-5),
+        Case("visionzip", *_both(merging.visionzip), wide=True, tolerance=1e-5),
+        Case("vqtoken", clusters.vqtoken_batched, clusters.vqtoken_loop, options=RESAMPLED, wide=True, keep=64,
+             tolerance=None, largest=2880),
+        Case("vqtoken_codebook", clusters.vqtoken_batched, clusters.vqtoken_loop, wide=True, keep=64, tolerance=None,
+             largest=2880),
+        vtc_cls,
+    )  # fmt: skip
+    return {case.name: case for case in cases}
+
+
+WINDOWS = {"merge": "count", "retain": 320, "filter": "off", "cache": False}
+THRESHOLD = {"filter": "threshold", "merge": "off"}
+DIVERSE = {"relevance": False}
+RESAMPLED = {"resample": True, "weights": "vqtoken-tiny-llava"}
+
+
+def _both(form: Callable[..., Tensor]) -> tuple[Form, Form]:
+    return merging.at_once(form), merging.by_item(form)

@@ -1,0 +1,139 @@
+"""Methods that make new rows: pooling, ToMe, AIM, VisionZip, MustDrop's windows. They return rows [I, K, D]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtc.ops.grid import output_raster
+from vtc.ops.merge import merge_plan
+from vtc.testing.released import Scene
+from vtc.testing.released.ranking import tiles
+
+unit = torch.nn.functional.normalize
+
+
+def by_item(form: Callable[..., Tensor]) -> Callable[[Scene], Tensor]:
+    """`form(scene, tokens [I, C, n, D], values [I, C, n, ...] ...)` image after image."""
+
+    def loop(scene: Scene) -> Tensor:
+        given = [tiles(scene, each) for each in (scene.tokens, *scene.values)]
+        return torch.cat([form(scene, *(each[item : item + 1] for each in given)) for item in range(scene.items)])
+
+    return loop
+
+
+def at_once(form: Callable[..., Tensor]) -> Callable[[Scene], Tensor]:
+    """The same with all images at once."""
+    return lambda scene: form(scene, *(tiles(scene, each) for each in (scene.tokens, *scene.values)))
+
+
+def pool(scene: Scene, tokens: Tensor) -> Tensor:
+    """Adaptive average pooling of every frame."""
+    items, crops, _, width = tokens.shape
+    output = output_raster(scene.shape, scene.keep)
+    flat = tokens.reshape(items * crops, *scene.shape[1:], width).permute(0, 3, 1, 2)
+    if output[0] == crops:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(flat, output[1:])
+        return pooled.flatten(2).transpose(1, 2).reshape(items, -1, width)
+    whole = flat.reshape(items, crops, width, *scene.shape[1:]).transpose(1, 2)
+    return torch.nn.functional.adaptive_avg_pool3d(whole, output).flatten(2).transpose(1, 2)
+
+
+def _match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Even tokens that stay and that go, [G, .], and the odd token that each of the latter goes to."""
+    a, b = unit(metric[:, ::2], dim=-1), unit(metric[:, 1::2], dim=-1)
+    value, partner = (a @ b.transpose(1, 2)).max(-1)
+    edges = value.argsort(dim=-1, descending=True)
+    return edges[:, r:], edges[:, :r], partner.gather(1, edges[:, :r])
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _added(odd: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    return odd.scatter_add(1, into[..., None].expand_as(gone), gone)
+
+
+def tome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
+    """Repeated bipartite matching on keys, means weighted by sizes; behind each other in the order of the targets."""
+    items, crops, length, width = tokens.shape
+    x, metric = tokens.flatten(0, 1), keys.flatten(0, 1)
+    size = torch.ones(len(x), length, 1)
+    place = torch.arange(length).expand(len(x), -1)
+    for r in merge_plan(length, scene.keep // crops):
+        stay, gone, into = _match(metric, r)
+        merged = []
+        for values in (x * size, metric * size, size):
+            even, odd = values[:, ::2], values[:, 1::2]
+            merged.append(torch.cat([_pick(even, stay), _added(odd, _pick(even, gone), into)], 1))
+        place = torch.cat([place[:, ::2].gather(1, stay), place[:, 1::2]], 1)
+        size = merged[2]
+        x, metric = merged[0] / size, merged[1] / size
+    return _pick(x, place.argsort(1)).view(items, -1, width)
+
+
+def aim(scene: Scene, tokens: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Repeated matching with plain means; rows in the order of the algorithm."""
+    items, crops, length, width = tokens.shape
+    x = tokens.flatten(0, 1)
+    metric = x if keys is None else keys.flatten(0, 1)
+    for r in merge_plan(length, scene.keep // crops):
+        stay, gone, into = _match(metric, r)
+        count = torch.ones(len(x), metric.shape[1] // 2).scatter_add(1, into, torch.ones_like(into).float())
+        merged = []
+        for values in (x, metric) if keys is not None else (x,):
+            even, odd = values[:, ::2], values[:, 1::2]
+            merged.append(torch.cat([_pick(even, stay), _added(odd, _pick(even, gone), into) / count[..., None]], 1))
+        x, metric = merged[0], merged[-1]
+    return x.view(items, -1, width)
+
+
+def visionzip(scene: Scene, tokens: Tensor, score: Tensor, keys: Tensor) -> Tensor:
+    """Dominant tokens by attention; the others go to evenly spaced targets through a one-hot matrix."""
+    items, crops, length, width = tokens.shape
+    x, metric, score = tokens.flatten(0, 1), unit(keys.flatten(0, 1), dim=-1), score.flatten(0, 1)
+    groups = len(x)
+    share = scene.keep // crops
+    dominant = math.floor(share * scene.method.share + 0.5)
+    contextual = share - dominant
+    mask = torch.ones(groups, length, dtype=torch.bool).scatter(1, score.topk(dominant, 1).indices, False)
+    rest = x[mask].view(groups, length - dominant, width)
+    left = metric[mask].view(groups, length - dominant, -1)
+    step = max(1, (length - dominant) // contextual)
+    number = torch.arange(0, length - dominant, step)[:contextual]
+    others = torch.ones(length - dominant, dtype=torch.bool)
+    others[number] = False
+    nearest = (left[:, others] @ left[:, number].transpose(1, 2)).argmax(2)
+    hot = torch.zeros(groups, int(others.sum()), contextual).scatter(2, nearest[..., None], 1)
+    total = hot.transpose(1, 2) @ rest[:, others]
+    merged = rest[:, number] + total / hot.sum(1).clamp(min=1)[..., None]
+    places = torch.arange(length).expand(groups, -1)
+    order = torch.cat([places[~mask].view(groups, -1), places[mask].view(groups, -1)[:, number]], 1).argsort(1)
+    rows = torch.cat([x[~mask].view(groups, dominant, width), merged], 1)
+    return _pick(rows, order).view(items, -1, width)
+
+
+def mustdrop_windows(scene: Scene, tokens: Tensor, *_: Tensor) -> Tensor:
+    """The most uniform windows of every image become one token each, in front of all others."""
+    items, crops, length, width = tokens.shape
+    (rows, columns), (wide, high) = scene.shape[1:], scene.method.window
+    assert crops == 1, "as released: one crop per image"
+    fits = tokens.view(items, rows // wide, wide, columns // high, high, width)
+    windows = fits.permute(0, 1, 3, 2, 4, 5).reshape(items, -1, wide * high, width)
+    direction = unit(windows, dim=-1)
+    like = direction @ direction.transpose(-1, -2)
+    k = wide * high
+    similarity = (like.sum((-1, -2)) - like.diagonal(dim1=-2, dim2=-1).sum(-1)) / (k * (k - 1))
+    r = (length - scene.keep) // (k - 1)
+    chosen = similarity.topk(r, 1).indices
+    means = _pick(windows.mean(2), chosen)
+    number = torch.arange(length).view(rows // wide, wide, columns // high, high).permute(0, 2, 1, 3).reshape(-1, k)
+    gone = torch.zeros(items, length, dtype=torch.bool)
+    gone.scatter_(1, number[chosen].flatten(1), True)
+    rest = tokens[:, 0][~gone].view(items, -1, width)
+    return torch.cat([means, rest], 1)
