@@ -9,6 +9,8 @@ OLDEST := 5.17.0
 OLD_READY := $(OLD)/.ready-$(OLDEST)-$(HASH)
 
 export HF_HUB_OFFLINE = 1
+# Every command is a process that imports PyTorch: without compiled files, which some machines ask for, twice as slow.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-oldest lint site notebooks docs results clean
 

@@ -43,7 +43,7 @@ LONG = (
     "vtc.eval.training.calibration.calibrate_embedded", "vtc.eval.tiny.train.train", "vtc.eval.tiny.checking.accuracy",
     "vtc.eval.tiny.mixture.train_mixture", "vtc.eval.tiny.stream.render_ahead", "vtc.eval.tiny.benchmark.write_rows",
     "vtc.eval.tiny.benchmark.task_rows", "vtc.eval.mini.build.build", "vtc.eval.mini.train.train",
-    "vtc.eval.mini.train.export",
+    "vtc.eval.mini.train.export", "vtc.eval.encoders.run.run_encoders",
 )  # fmt: skip
 """Where work begins that takes long, or that needs the results of a command before it."""
 
@@ -69,7 +69,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     """What a reader has: a folder with a picture, a clip and a file of methods, and a model with inputs in Python."""
     picture = Image.new("RGB", (168, 168), (230, 230, 230))
     ImageDraw.Draw(picture).ellipse((50, 50, 110, 110), fill=(220, 30, 30))
-    picture.save(tmp_path / "photo.jpg")
+    for name in ("photo.jpg", "scene.png"):
+        picture.save(tmp_path / name)
     (tmp_path / "pictures").mkdir()
     for number in range(3):
         picture.save(tmp_path / "pictures" / f"{number}.png")

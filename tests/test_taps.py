@@ -223,7 +223,7 @@ def test_nested_users_restore_the_registry_last(clip: Any, siglip: Any) -> None:
         second.remove()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert ALL_ATTENTION_FUNCTIONS._local_mapping == local
-    assert (taps._taps, taps._users, taps._saved) == ({}, {}, {})
+    assert (taps._taps, taps._users, taps._saved, taps._wrappers) == ({}, {}, {}, {})
 
 
 def test_a_function_somebody_registered_is_given_back(clip: Any) -> None:
@@ -238,6 +238,33 @@ def test_a_function_somebody_registered_is_given_back(clip: Any) -> None:
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is original
+
+
+@pytest.mark.parametrize("left", ["another", "none"])
+def test_what_somebody_registers_while_a_model_is_attached_ends_no_reading(clip: Any, siglip: Any, left: str) -> None:
+    original, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], list[Any]()
+    served = vtc.compress(siglip, LastRowTopK(layer=2), retention=0.7)
+    ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    own = lambda module, *args, **kwargs: (calls.append(module), ours(module, *args, **kwargs))[1]  # noqa: E731
+    try:
+        if left == "another":
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+        else:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        counts: list[AttentionCall] = []
+        with vtc.compress(clip, LastRowTopK(layer=2), retention=0.7) as handle, torch.no_grad():
+            taps_ = TapSet([(modules(clip, "llm")[0], counts.append)])
+            taps_.install()
+            clip(**tiny_inputs("llava-clip", PAIR))
+            taps_.remove()
+        assert handle.stats.retention == pytest.approx(0.7, abs=0.05)
+        assert len(counts) == 1  # not once for each of our two layers
+        assert bool(calls) == (left == "another")
+        served.detach()
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is (own if left == "another" else original)
+    finally:
+        ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+    assert (taps._taps, taps._users, taps._saved, taps._wrappers) == ({}, {}, {}, {})
 
 
 def test_eager_attention_has_no_seam() -> None:

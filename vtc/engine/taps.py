@@ -29,13 +29,17 @@ _taps: dict[int, tuple[weakref.ref[TapSet], ...]] = {}
 _dropped: deque[tuple[weakref.ref[TapSet], Sequence[tuple[int, str]]]] = deque()
 _users: dict[str, int] = {}
 _saved: dict[str, tuple[bool, Callable[..., Any]]] = {}
+_wrappers: dict[str, Callable[..., Any]] = {}
+"""By name what was registered last; one under a function that somebody registered later only passes on."""
 
 
-def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(name: str) -> None:
+    base = ALL_ATTENTION_FUNCTIONS[name]
+
     def tapped(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        sets = _taps.get(id(module))
+        sets = _taps.get(id(module)) if _wrappers.get(name) is tapped else None
         taps = [tap for ref in sets if (found := ref()) for tap in found.of(module)] if sets else ()
         if taps:
             scaling = kwargs.get("scaling")
@@ -54,7 +58,8 @@ def _wrap(base: Callable[..., Any]) -> Callable[..., Any]:
                 tap(call)
         return base(module, query, key, value, attention_mask, *args, **kwargs)
 
-    return tapped
+    _saved[name] = (name in ALL_ATTENTION_FUNCTIONS._local_mapping, base)
+    _wrappers[name] = ALL_ATTENTION_FUNCTIONS[name] = tapped
 
 
 class _Seen(Exception):
@@ -115,10 +120,8 @@ class TapSet:
             _sweep()
             for key, name in places:
                 _taps[key] = (*_taps.get(key, ()), mine)
-                if _users.get(name, 0) == 0:
-                    base = ALL_ATTENTION_FUNCTIONS[name]
-                    _saved[name] = (name in ALL_ATTENTION_FUNCTIONS._local_mapping, base)
-                    ALL_ATTENTION_FUNCTIONS[name] = _wrap(base)
+                if ALL_ATTENTION_FUNCTIONS[name] is not _wrappers.get(name):
+                    _wrap(name)
                 _users[name] = _users.get(name, 0) + 1
         self._finalizer = weakref.finalize(self, _drop, mine, places)
         self._finalizer.atexit = False
@@ -153,6 +156,8 @@ def _sweep() -> None:
             if _users[name] == 0:
                 del _users[name]
                 was_local, base = _saved.pop(name)
+                if ALL_ATTENTION_FUNCTIONS[name] is not _wrappers.pop(name):
+                    continue  # somebody registered another over it
                 if was_local:
                     ALL_ATTENTION_FUNCTIONS[name] = base
                 else:
