@@ -3,7 +3,7 @@
     python examples/folder.py pictures --prompt "What color is the circle?"
     python examples/folder.py pictures --model llava-hf/llava-1.5-7b-hf --method fastv --retention 0.5
 
-Prints a JSON object for each picture.
+Prints a JSON object for each picture; one that cannot be read has an error in place of an answer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vtc
 from vtc.embedded import NAMES, model_path
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -29,7 +30,7 @@ def load(name: str) -> tuple[Any, Any]:
     path = model_path(name) if name in NAMES else name
     processor = AutoProcessor.from_pretrained(path)
     processor.tokenizer.padding_side = "left"
-    return processor, AutoModelForImageTextToText.from_pretrained(path).eval()
+    return processor, AutoModelForImageTextToText.from_pretrained(path).to(DEVICE).eval()
 
 
 def prompts(processor: Any, pictures: list[Image.Image], question: str) -> Any:
@@ -48,8 +49,15 @@ def answers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     files = sorted(file for file in args.folder.iterdir() if file.suffix.lower() in SUFFIXES)
     with vtc.compress(model, args.method, retention=args.retention) as handle, torch.inference_mode():
         for first in range(0, len(files), args.batch_size):
-            some = files[first : first + args.batch_size]
-            pictures = [Image.open(file).convert("RGB") for file in some]
+            some, pictures = list[Path](), list[Image.Image]()
+            for file in files[first : first + args.batch_size]:
+                try:
+                    pictures.append(Image.open(file).convert("RGB"))
+                    some.append(file)
+                except OSError as error:
+                    yield {"file": file.name, "error": str(error)}
+            if not pictures:
+                continue
             inputs = prompts(processor, pictures, args.prompt).to(model.device)
             output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
             texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

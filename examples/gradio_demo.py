@@ -16,6 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vtc
 from vtc.embedded import NAMES, model_path
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Demo:
     """One model, asked with and without a method."""
@@ -23,13 +25,15 @@ class Demo:
     def __init__(self, model: str) -> None:
         path = model_path(model) if model in NAMES else model
         self.processor = AutoProcessor.from_pretrained(path)
-        self.model = AutoModelForImageTextToText.from_pretrained(path).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(path).to(DEVICE).eval()
 
-    def answer(self, picture: Image.Image, question: str, method: str, retention: float) -> tuple[str, str, str]:
+    def answer(self, picture: Image.Image | None, question: str, method: str, retention: float) -> tuple[str, str, str]:
         """Answer of the untouched model, answer under the method, and what was kept; a refusal in its place."""
+        if picture is None:
+            return "", "", "choose a picture first"
         content = [{"type": "image", "image": picture.convert("RGB")}, {"type": "text", "text": question}]
         how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template([{"role": "user", "content": content}], **how)
+        inputs = self.processor.apply_chat_template([{"role": "user", "content": content}], **how).to(DEVICE)
         whole = self._generate(inputs)
         try:
             with vtc.compress(self.model, method, retention=retention) as handle:

@@ -25,6 +25,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vtc
 from vtc.embedded import NAMES, model_path
 
+Waiting = tuple[Image.Image, str, Future[str]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Answers:
     """Questions in, futures out. One thread owns the model; whatever waits while it works is its next batch."""
@@ -33,16 +36,16 @@ class Answers:
         path = model_path(model) if model in NAMES else model
         self.processor = AutoProcessor.from_pretrained(path)
         self.processor.tokenizer.padding_side = "left"
-        self.model = AutoModelForImageTextToText.from_pretrained(path).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(path).to(DEVICE).eval()
         self.handle = vtc.compress(self.model, method, retention=retention, trace=False)  # stays attached
         self.most = most
-        self._waiting: queue.Queue[tuple[Image.Image, str, Future[str]]] = queue.Queue()
+        self._waiting: queue.Queue[Waiting] = queue.Queue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, picture: Image.Image, question: str) -> Future[str]:
         """The answer, later."""
         future: Future[str] = Future()
-        self._waiting.put((picture.convert("RGB"), question, future))
+        self._waiting.put((picture, question, future))
         return future
 
     def _work(self) -> None:
@@ -51,13 +54,18 @@ class Answers:
             while len(batch) < self.most and not self._waiting.empty():
                 batch.append(self._waiting.get())
             try:
-                texts = self._answer([(picture, question) for picture, question, _ in batch])
-            except Exception as error:
-                for *_, future in batch:
-                    future.set_exception(error)
-                continue
-            for (*_, future), text in zip(batch, texts, strict=True):
-                future.set_result(text)
+                self._resolve(batch)
+            except Exception:  # one of them cannot be answered; the others can
+                for one in batch:
+                    try:
+                        self._resolve([one])
+                    except Exception as error:
+                        one[2].set_exception(error)
+
+    def _resolve(self, batch: list[Waiting]) -> None:
+        texts = self._answer([(picture, question) for picture, question, _ in batch])
+        for (*_, future), text in zip(batch, texts, strict=True):
+            future.set_result(text)
 
     @torch.inference_mode()
     def _answer(self, asked: list[tuple[Image.Image, str]]) -> list[str]:
@@ -67,7 +75,7 @@ class Answers:
         ]
         how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(chats, padding=True, **how)
-        output = self.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        output = self.model.generate(**inputs.to(DEVICE), max_new_tokens=16, do_sample=False)
         texts: list[str] = self.processor.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -76,19 +84,22 @@ class Answers:
 
 def make_app(answers: Answers) -> Any:
     """The service: POST /answer with a question and a picture in base64, GET /health."""
-    from fastapi import Body, FastAPI
+    from fastapi import Body, FastAPI, HTTPException
 
     app = FastAPI()
 
     @app.post("/answer")
     def answer(question: str = Body(), image: str = Body()) -> dict[str, str]:
-        picture = Image.open(io.BytesIO(base64.b64decode(image)))
+        try:
+            picture = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+        except (ValueError, OSError) as error:
+            raise HTTPException(400, f"`image` is not a picture in base64: {error}") from error
         return {"answer": answers.ask(picture, question).result()}
 
     @app.get("/health")
     def health() -> dict[str, Any]:
         stats = answers.handle.stats
-        return {"calls": len(stats.calls), "retention": stats.retention if stats.calls else None}
+        return {"calls": stats.count, "retention": stats.retention if stats.count else None}
 
     return app
 

@@ -108,7 +108,7 @@ def test_a_detached_handle_opens_no_block(clip: Any) -> None:
         pass
     with vtc.compress(clip, INNER) as other, pytest.raises(VTCError, match="this handle was detached"), handle:
         pass
-    assert other.stats.calls == []
+    assert not other.stats.calls
 
 
 def test_nothing_is_left_behind(clip: Any) -> None:
@@ -131,7 +131,7 @@ def test_an_exception_in_the_method_leaves_nothing_behind(clip: Any) -> None:
         prefill(clip, handle)
     assert snapshot(clip) == before
     assert [type(error) for error in handle.errors] == [ZeroDivisionError]
-    assert handle.stats.calls == []
+    assert not handle.stats.calls
     assert (taps._taps, taps._users, taps._saved) == ({}, {}, {})
 
 
@@ -238,7 +238,7 @@ def test_text_only_calls_may_use_any_cache(clip: Any) -> None:
         assert torch.equal(
             clip.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static"), plain
         )
-    assert handle.stats.calls == []
+    assert not handle.stats.calls
 
 
 # --- refused arguments

@@ -41,12 +41,14 @@ def test_a_folder_of_pictures(
 ) -> None:
     for name in ("a.png", "b.jpg", "c.png"):
         circle.save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "d.png"):
+        (tmp_path / name).write_text("no picture")
     command = ["folder.py", str(tmp_path), "--prompt", QUESTION, "--batch-size", "2", "--max-new-tokens", "1"]
     monkeypatch.setattr(sys, "argv", command)
     example("folder").main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"] for line in lines] == ["a.png", "b.jpg", "c.png"]
+    assert [line.pop("file") for line in lines] == ["a.png", "b.jpg", "d.png", "c.png"]
+    assert "cannot identify" in lines.pop(2)["error"]
     assert {line["answer"] for line in lines} == {"red"}
     assert {line["retention"] for line in lines} == {0.25}
 
@@ -63,9 +65,9 @@ def test_the_server_answers_in_batches(circle: Image.Image) -> None:
     asked = [answers.ask(circle, QUESTION) for _ in range(3)]
     assert {future.result(timeout=120).split()[0] for future in asked} == {"red"}
     assert answers.handle.stats.retention == 0.25
-    broken = answers.ask(circle, "two <image> placeholders")
+    before, broken, behind = (answers.ask(circle, text) for text in (QUESTION, "two <image> placeholders", QUESTION))
     assert broken.exception(timeout=120) is not None
-    assert answers.ask(circle, QUESTION).result(timeout=120).startswith("red")
+    assert {before.result(timeout=120).split()[0], behind.result(timeout=120).split()[0]} == {"red"}
 
 
 def test_the_service_in_front_of_it(circle: Image.Image) -> None:
@@ -78,7 +80,8 @@ def test_the_service_in_front_of_it(circle: Image.Image) -> None:
     image = base64.b64encode(stream.getvalue()).decode()
     told = client.post("/answer", json={"question": QUESTION, "image": image}).json()
     assert told["answer"].startswith("red")
-    assert client.get("/health").json()["retention"] == 0.25
+    assert client.get("/health").json() == {"calls": 1, "retention": 0.25}
+    assert client.post("/answer", json={"question": QUESTION, "image": "no picture"}).status_code == 400
 
 
 def test_the_demo_answers(circle: Image.Image) -> None:
@@ -86,9 +89,11 @@ def test_the_demo_answers(circle: Image.Image) -> None:
     whole, short, kept = demo.answer(circle, QUESTION, "vtc_cls", 0.25)
     assert whole.startswith("red") and short.startswith("red")
     assert kept.startswith("25.0%")
+    assert demo.answer(None, QUESTION, "vtc_cls", 0.25)[2] == "choose a picture first"
     assert "cannot be met" in demo.answer(circle, QUESTION, "fastv", 0.1)[2]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # gradio's own
 def test_the_page_of_the_demo() -> None:
     pytest.importorskip("gradio")
     assert example("gradio_demo").Demo("tiny-llava").page() is not None

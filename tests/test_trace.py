@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.batch.trace import CallStats, StageStats, Stats
+from vtc.batch.trace import LAST_CALLS, CallStats, StageStats, Stats
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
 from vtc.testing import TINY_MODELS, FixedKeep, LastRowTopK, tiny_inputs, tiny_model
@@ -251,6 +251,16 @@ def test_sums_over_calls(clip: Any) -> None:
     assert stats.retention == 0.25
     assert stats.seconds >= sum(c.seconds for c in stats.calls) > 0
     assert Stats().retention == 1.0
+
+
+def test_a_model_that_stays_attached_collects_no_more(clip: Any) -> None:
+    (one,) = call(clip, Listed()).stats.calls
+    stats = Stats()
+    for batch in range(1, LAST_CALLS + 101):
+        stats.add(replace(one, batch=batch))
+    assert [one.batch for one in stats.calls] == list(range(101, LAST_CALLS + 101))
+    assert (stats.count, stats.visual_tokens_in) == (LAST_CALLS + 100, 48 * (LAST_CALLS + 100))
+    assert stats.retention == call(clip, Listed()).stats.retention
 
 
 def test_a_budget_of_everything_is_noted(clip: Any) -> None:

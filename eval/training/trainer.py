@@ -78,7 +78,6 @@ class Trainer:
         """The answer loss of a step's batch, and what the method adds."""
         batch = training_batch(self.scenes, self.settings.seed, step, self.settings.batch_size)
         output = self.model(**{name: value.to(self.device) for name, value in batch.items()}, use_cache=False)
-        self.handle.stats.calls.clear()
         own = self.handle.auxiliary_loss
         return {"answer": output.loss} | ({} if own is None else {"method": own})
 

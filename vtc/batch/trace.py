@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,8 @@ from vtc.method.base import Selection, Stage
 from vtc.method.items import ItemTable
 from vtc.method.layout import Kind, VisualItem
 from vtc.ops.grid import Grid
+
+LAST_CALLS = 1000
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,26 @@ class CallStats:
 
 @dataclass
 class Stats:
-    """Calls with visual tokens, in order. Text-only calls and decode steps are counted, not listed."""
+    """Calls with visual tokens: sums over all, and the last of them one by one. Decode steps are in no number of these.
 
-    calls: list[CallStats] = field(default_factory=list)
+    calls: the last 1,000 of `count`, oldest first, so that a model that stays attached collects no more. other_calls:
+    text-only calls and decode steps. visual_tokens_in: visual tokens before compression. visual_tokens_kept: those that
+    entered an LLM layer, mean over the layers. seconds: spent in the engine.
+    """
+
+    calls: deque[CallStats] = field(default_factory=lambda: deque(maxlen=LAST_CALLS))
+    count: int = 0
     other_calls: int = 0
+    visual_tokens_in: int = 0
+    visual_tokens_kept: float = 0.0
     seconds: float = 0.0
 
-    @property
-    def visual_tokens_in(self) -> int:
-        """Visual tokens of all calls before compression."""
-        return sum(sum(call.visual_tokens_in) for call in self.calls)
-
-    @property
-    def visual_tokens_kept(self) -> float:
-        """Visual tokens of all calls that entered an LLM layer, mean over the layers."""
-        return sum(sum(call.visual_tokens_kept) for call in self.calls)
+    def add(self, call: CallStats) -> None:
+        """Count a call with visual tokens."""
+        self.calls.append(call)
+        self.count += 1
+        self.visual_tokens_in += sum(call.visual_tokens_in)
+        self.visual_tokens_kept += sum(call.visual_tokens_kept)
 
     @property
     def retention(self) -> float:

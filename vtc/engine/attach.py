@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Handle:
     """An attached method. Leave its `with` block or call `detach` to give the model back untouched.
 
-    method, plan, budget, positions: what was attached, with every default resolved. stats: numbers per call.
+    method, plan, budget, positions: what was attached, with every default resolved. stats: numbers of the calls.
     trace: one CallRecord per call that carried visual tokens (empty while tracing is off); it grows with the calls,
     so long-lived servers should attach with trace=False. errors: exceptions raised inside the engine, for callers
     that swallow them.

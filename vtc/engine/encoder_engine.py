@@ -128,7 +128,7 @@ class EncoderEngine:
                 "choose a method that keeps equally many"
             )
         with self._noting:
-            self.stats.calls.append(one.stats(len(self.adapter.vision_layers)))
+            self.stats.add(one.stats(len(self.adapter.vision_layers)))
             self.stats.seconds += one.seconds
             if one.record is not None:
                 self.trace.append(one.record)

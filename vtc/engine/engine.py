@@ -349,7 +349,7 @@ class Engine:
             self.stages.evict(one, output.last_hidden_state)
         with self._noting:
             if one.now.items is not None:
-                self.stats.calls.append(one.stats(self.spec.llm_layers, output.past_key_values))
+                self.stats.add(one.stats(self.spec.llm_layers, output.past_key_values))
                 self.trace += [] if one.record is None else [one.record]
             else:
                 self.stats.other_calls += 1
