@@ -64,6 +64,7 @@ class ConsoleProgress(SilentProgress):
             TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not self._live,
+            speed_estimate_period=300,
         )
         self._id: TaskID | None = None
         self._what = ""

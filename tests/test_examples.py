@@ -93,7 +93,9 @@ def test_the_demo_answers(circle: Image.Image) -> None:
     assert "cannot be met" in demo.answer(circle, QUESTION, "fastv", 0.1)[2]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # gradio's own
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # gradio's own
 def test_the_page_of_the_demo() -> None:
     pytest.importorskip("gradio")
     assert example("gradio_demo").Demo("tiny-llava").page() is not None

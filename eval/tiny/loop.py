@@ -127,7 +127,7 @@ def _run_stage(
         progress.seconds = before + time.monotonic() - started
         checkpoint.save(trainer.out, settings.as_dict(), progress, trainer.modules, optimisers)
 
-    reporter.start(stage, progress.step)
+    reporter.begin(stage, progress.step)
     while progress.step < stage.steps:
         optim.set_rate(optimisers, optim.rate(stage, progress.step))
         losses = trainer.losses(trainer.batch(index, progress.step), stage)
@@ -138,7 +138,7 @@ def _run_stage(
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
         progress.step += 1
-        reporter.advance({name: float(loss.detach()) for name, loss in losses.items()})
+        reporter.step({name: float(loss.detach()) for name, loss in losses.items()})
         finished = progress.step == stage.steps
         if progress.step % VALIDATE_EVERY == 0 or finished:
             seconds = before + time.monotonic() - started

@@ -1,74 +1,41 @@
-"""What a training run shows and writes down: a progress bar with the time left, and one JSON line per validation."""
+"""What a training run shows and writes down: its progress, and one JSON line per validation."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-from vtc.app.talk import LOG, show, talking
+from vtc.eval.progress import ConsoleProgress
 from vtc.eval.tiny.settings import Stage
 
 _SMOOTHING = 0.98
 
 
-class Reporter:
-    """Shows the state of a run on stderr and appends validations to a file."""
+class Reporter(ConsoleProgress):
+    """Reports the steps of a run and their losses, and appends validations to a file."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, every_seconds: float = 30.0) -> None:
+        super().__init__(every_seconds)
         self._log = log
         self._losses: dict[str, float] = {}
-        self._task: TaskID | None = None
-        show()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=Console(stderr=True),
-            disable=not talking(),
-            speed_estimate_period=300,
-        )
-
-    def __enter__(self) -> Reporter:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
 
     def rendering(self, scenes: int) -> Callable[[int], None]:
-        """A bar for the rendering of that many scenes; call the result with the number of new ones."""
-        task = self._bar.add_task("scenes", total=scenes, losses="")
-        return lambda done: self._bar.update(task, advance=done)
+        """Begin the rendering of that many scenes; call the result with the number of new ones."""
+        self.start(scenes, 0, "scenes")
+        return self.advance
 
-    def start(self, stage: Stage, step: int) -> None:
-        """Begin the bar of a stage at a step."""
+    def begin(self, stage: Stage, step: int) -> None:
+        """Begin a stage at a step."""
         self._losses = {}
-        self._task = self._bar.add_task(f"stage {stage.name}", total=stage.steps, completed=step, losses="")
+        self.start(stage.steps, step, f"steps of stage {stage.name}")
 
-    def advance(self, losses: dict[str, float]) -> None:
+    def step(self, losses: dict[str, float]) -> None:
         """Count one step and its losses."""
         for name, value in losses.items():
             self._losses[name] = _SMOOTHING * self._losses.get(name, value) + (1 - _SMOOTHING) * value
-        assert self._task is not None, "start() comes before advance()"
-        shown = " ".join(f"{name} {value:.3f}" for name, value in self._losses.items())
-        self._bar.update(self._task, advance=1, losses=shown)
+        self.advance(1, _said(self._losses))
 
     def log(self, stage: Stage, step: int, seconds: float, measured: dict[str, float]) -> None:
         """Append one validation to the log file and print it; where nothing was measured, the losses."""
@@ -77,5 +44,8 @@ class Reporter:
         row["measured"] = {name: round(value, 4) for name, value in measured.items()}
         with self._log.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        said = " ".join(f"{name} {value:.3f}" for name, value in (measured or losses).items())
-        LOG.info(f"{stage.name} {step}: {said}", extra={"console": self._bar.console})
+        self.note(f"{stage.name} {step}: {_said(measured or losses)}")
+
+
+def _said(numbers: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in numbers.items())

@@ -170,12 +170,12 @@ def _run(
 ) -> None:
     settings = trainer.settings
     started, before = time.monotonic(), progress.seconds
-    reporter.start(settings.stage, progress.step)
+    reporter.begin(settings.stage, progress.step)
     while progress.step < settings.steps:
         losses = trainer.step(progress.step, optimiser)
         progress.step += 1
         progress.seconds = before + time.monotonic() - started
-        reporter.advance(losses)
+        reporter.step(losses)
         finished = progress.step == settings.steps
         if checks[0] and progress.step % checks[0] == 0 and not finished:
             reporter.log(settings.stage, progress.step, progress.seconds, trainer.check(checks[1]).numbers())

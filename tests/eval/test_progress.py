@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vtc.eval.progress import ConsoleProgress, SilentProgress, default_progress
+from vtc.eval.tiny.progress import Reporter
+from vtc.eval.tiny.settings import Stage
 
 FAILURE: dict[str, Any] = {"task": "t", "stage": "answer", "error": "OSError", "reason": "[disk] full"}
 
@@ -53,6 +57,28 @@ def test_one_count_follows_another(monkeypatch: pytest.MonkeyPatch) -> None:
         "5 of 10 scenes, 0:00:40 left",
         "6 of 8 steps, 0:00:40 left, loss 0.5",
     ]
+
+
+def test_a_training_tells_its_steps_and_its_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    clock = iter([0.0, 20.0, 40.0, 100.0, 140.0])
+    monkeypatch.setattr("vtc.eval.progress.time.monotonic", lambda: next(clock))
+    stage = Stage("joint", 12, rate=1e-3, warmup=1, floor=0.1, language=True)
+    with Reporter(tmp_path / "log.jsonl") as reporter:
+        rendered = reporter.rendering(8)
+        rendered(2)
+        rendered(2)
+        reporter.begin(stage, 10)
+        reporter.step({"answer": 0.5})
+        reporter.log(stage, 11, 39.6, {"shape": 0.25})
+    assert stream.getvalue().splitlines() == [
+        "4 of 8 scenes, 0:00:40 left",
+        "11 of 12 steps of stage joint, 0:00:40 left, answer 0.500",
+        "joint 11: shape 0.250",
+    ]
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    told = {"stage": "joint", "step": 11, "seconds": 40, "losses": {"answer": 0.5}, "measured": {"shape": 0.25}}
+    assert json.loads(line) == told
 
 
 def test_a_notebook_shows_the_bar_below_its_cell() -> None:
