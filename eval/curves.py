@@ -83,8 +83,12 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
     better = line["higher_is_better"] if line is not None else True
     tone = colours(data.methods)
     names = short_names(data.methods)
-    values = [point["value"] for point in drawn] + ([line["value"] * factor] if line else [])
-    low, high = domain(values)
+    few = len(data.methods) <= MANY
+    shown = ("value", "low", "high") if few else ("value",)
+    values = [point[name] for point in drawn for name in shown if point[name] is not None]
+    low, high = domain(values + ([line["value"] * factor] if line else []))
+    if data.percent and max(values, default=0.0) <= 100:
+        high = min(high, 100.0)
     x: Spec = {
         "field": axis, "type": "quantitative", "scale": {"type": "log", "reverse": True, "nice": False},
         "axis": {"title": AXES[axis] if labels else None, "grid": False, "format": "~s", "labelOverlap": True},
@@ -112,7 +116,6 @@ def curves(results: Results, data: Grid, axis: str, *, height: int = 380, labels
         shape = {"type": "line", "interpolate": "step-before", "strokeWidth": 9, "opacity": 0.13, "color": INK}
         edge = front(drawn, axis, better=better)
         layers.append({"data": {"values": edge}, "mark": shape, "encoding": {"x": x, "y": y}})
-    few = len(data.methods) <= MANY
     whiskers = {"condition": {"param": "lit", "value": 0.6, "empty": few}, "value": 0}
     layers += [
         {"mark": {"type": "line", "strokeWidth": 1.8}, "encoding": {"x": x, "y": y, "color": colour, "opacity": lit}},

@@ -66,6 +66,16 @@ def test_a_cost_is_an_axis_where_the_store_knows_it(tmp_path: Path, write_store:
     }
 
 
+def test_the_axis_holds_every_interval_that_is_shown_and_ends_at_all(tmp_path: Path, write_store: WriteStore) -> None:
+    answers = [[1] * 12, [0] + [1] * 11, [1, 0, 0] * 4]
+    write_store(tmp_path, [("none", 1.0), ("a", 0.5), ("b", 0.5)], {"t": answers})
+    results = read_results(tmp_path)
+    data = grid(results, "t", "accuracy")
+    lows = [point["low"] for point in points(results, data)]
+    (low, high) = curves(results, data, "share")["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    assert None not in lows and low < min(lows) < 30 and high == 100
+
+
 def test_a_picture_is_drawn_without_a_browser(tmp_path: Path, write_store: WriteStore) -> None:
     write_store(tmp_path, [("none", 1.0), ("a", 0.5), ("b", 0.5)], {"t": [[1.0, 1], [1.0, 0], [1.0, 1]]})
     svg = charts.picture(figure(read_results(tmp_path)), "svg").decode()

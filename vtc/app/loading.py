@@ -53,7 +53,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> Loaded:
-    """Load `name`: one of `vtc.eval.embedded.NAMES`, a checkpoint folder or a hub name.
+    """Load `name`: one of `vtc.embedded.NAMES`, a checkpoint folder or a hub name.
 
     device: "auto" takes the GPU if there is one. dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU.
     Raises InputError when nothing can be loaded and UnsupportedModel when no adapter knows the class; the class is
