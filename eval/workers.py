@@ -280,11 +280,15 @@ def _main(pipe: Any, order: Order, devices: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     remote = Remote(order)
     messages: Iterator[Message] = remote.begin()
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the driver is gone
+    try:
         while True:
             for message in messages:
                 pipe.send(message)
             messages = remote.run(*pipe.recv())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the driver is gone
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending, and what ends last must not be interrupted
 
 
 def _end_with_parent() -> None:

@@ -386,6 +386,29 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path, model_folder: Path, write
     assert not any(map(_lives, children))
 
 
+ENDING = """
+import atexit, multiprocessing, os, signal, types
+
+
+@atexit.register
+def last():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.write(2, b"left")
+
+
+ours, theirs = multiprocessing.Pipe()
+ours.close()
+workers._end_with_parent = lambda: None
+workers.Remote = lambda order: types.SimpleNamespace(begin=lambda: iter(()))
+workers._main(theirs, None, None)
+"""
+
+
+def test_a_process_that_is_ending_is_not_interrupted() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "left")
+
+
 def _lives(process: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
