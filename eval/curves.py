@@ -15,7 +15,7 @@ from vtc.eval.tables import Grid, grid, nominal, short_names
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 AXES = {
     "share": "visual tokens, % of all (achieved)",
-    "flops": "FLOPs of the prefill per question",
+    "flops": "FLOPs per question, of prefill or encoder",
     "seconds": "seconds per answer, measured",
 }
 MANY = 6
@@ -206,7 +206,8 @@ def _tooltip(drawn: Sequence[Spec], data: Grid, axis: str) -> list[Spec]:
 
 
 def figure(results: Results) -> Spec:
-    """One panel per task, its main metric against the achieved tokens: the picture beside the report."""
+    """One panel per task, the picture beside the report: its main metric against the achieved tokens, or against FLOPs
+    where a method leaves as many tokens at several budgets, as those do that restore what they merged."""
     panels = []
     for task in results.tasks:
         data = grid(results, task, results.main_metric(task))
@@ -215,7 +216,7 @@ def figure(results: Results) -> Spec:
             mark = {"type": "text", "text": "no cell is complete", "fontSize": 14}
             panels.append(panel | {"data": {"values": [{}]}, "mark": mark})
         else:
-            spec = curves(results, data, "share")
+            spec = curves(results, data, _axis(points(results, data)))
             panels.append(
                 panel
                 | {"data": spec["data"], "layer": [_apart(layer, len(data.methods) <= MANY) for layer in spec["layer"]]}
@@ -225,6 +226,11 @@ def figure(results: Results) -> Spec:
         "columns": min(len(panels), 3), "concat": panels, "spacing": 40, "padding": 14,
         "resolve": {"scale": dict.fromkeys(("x", "y", "color", "shape"), "independent")},
     }  # fmt: skip
+
+
+def _axis(drawn: Sequence[Spec]) -> str:
+    shares = {(point["method"], point["share"]) for point in drawn}
+    return "flops" if len(shares) < len(drawn) and "flops" in axes(drawn) else "share"
 
 
 def _apart(layer: Spec, few: bool) -> Spec:

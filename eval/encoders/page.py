@@ -24,7 +24,7 @@ by all cells in turn on one thread of a CPU that other work shared, and in brack
 model's; with so few patches it says little of larger models. The model is `tiny-clip`, its pictures are held out from
 training: `scenes_colour`, `scenes_form`, `scenes_digit` and `scenes_word` ask which one colour, form, digit or word a
 scene shows, `scenes_retrieval` seeks two captions of each of all scenes, and their scenes."""
-FIGURE = "![Accuracy against the share of patches that is left](encoders.png)"
+FIGURE = "![Accuracy against FLOPs](encoders.png)"
 
 
 class Section(NamedTuple):

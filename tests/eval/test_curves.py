@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vtc.eval import charts
-from vtc.eval.curves import axes, curves, figure, front, points, spread
+from vtc.eval.curves import _axis, axes, curves, figure, front, points, spread
 from vtc.eval.results import read_results
 from vtc.eval.tables import grid
 
@@ -74,6 +74,14 @@ def test_the_axis_holds_every_interval_that_is_shown_and_ends_at_all(tmp_path: P
     lows = [point["low"] for point in points(results, data)]
     (low, high) = curves(results, data, "share")["layer"][0]["encoding"]["y"]["scale"]["domain"]
     assert None not in lows and low < min(lows) < 30 and high == 100
+
+
+def test_budgets_that_leave_as_many_tokens_stand_apart_by_their_cost(tmp_path: Path, write_store: WriteStore) -> None:
+    write_store(tmp_path, [("none", 1.0), ("a", 0.5), ("a", 0.25)], {"t": [[1, 1], [1, 0], [0, 0]]})
+    drawn = points(results := read_results(tmp_path), grid(results, "t", "accuracy"))
+    assert _axis([point | {"flops": 1e9} for point in drawn]) == "share"
+    assert _axis([point | {"flops": 1e9, "share": 100} for point in drawn]) == "flops"
+    assert _axis([point | {"share": 100} for point in drawn]) == "share"
 
 
 def test_a_picture_is_drawn_without_a_browser(tmp_path: Path, write_store: WriteStore) -> None:

@@ -388,6 +388,7 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path, model_folder: Path, write
 
 ENDING = """
 import atexit, multiprocessing, os, signal, types
+from vtc.eval import workers
 
 
 @atexit.register
@@ -399,7 +400,7 @@ def last():
 ours, theirs = multiprocessing.Pipe()
 ours.close()
 workers._end_with_parent = lambda: None
-workers.Remote = lambda order: types.SimpleNamespace(begin=lambda: iter(()))
+workers.Remote = lambda order: types.SimpleNamespace(begin=lambda: iter(()), run=None)
 workers._main(theirs, None, None)
 """
 
