@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,17 @@ def _build(layers: int) -> nn.Module:
         vision_aspect_ratio="anyres_max_4",
     )
     return LlavaOnevisionForConditionalGeneration(config)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def unshrunk() -> Iterator[None]:
+    """Inside, no picture is so large that the packing resizes its map of patches."""
+    global SIZES
+    before, SIZES = SIZES, SIZES[1:3] + SIZES[4:]
+    try:
+        yield
+    finally:
+        SIZES = before
 
 
 def _piece(model: Any, kind: Kind, generator: torch.Generator, number: int, total: int) -> Piece:
