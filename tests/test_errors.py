@@ -298,6 +298,14 @@ def encode(name: str, kind: Any, seeds: int = 1, *, odd: bool = False, method: A
             subject(**inputs)
 
 
+def overlapping() -> Any:
+    subject = model()
+    projection = adapters.of(subject).patch_projection
+    assert projection is not None
+    projection.stride = (1, 1)
+    return subject
+
+
 def several_layers() -> Any:
     subject = model()
     subject.config.vision_feature_layer = [1, 2]
@@ -541,7 +549,7 @@ CASES: dict[str, Case] = {
     ),
     "sizes in a packed encoder": Case(
         lambda: encode("qwen2-vl", "image", method=Sized((EncoderStage(1),))),
-        UnsupportedMethod, "'probe'", "takes none", "proportional=False",
+        UnsupportedMethod, "'fixed_keep'", "takes none", "proportional=False",
     ),
     "proportional in a packed encoder": Case(
         lambda: vtc.compress(tiny_model("qwen2-vl"), "tome", inside=True, retention=0.5),
@@ -563,8 +571,8 @@ CASES: dict[str, Case] = {
         lambda: run(Sized()),
         UnsupportedCall, "sizes of tokens were given at stage 0", "encoder stages alone read", "leave them out there",
     ),
-    "pixels of a packed encoder": Case(
-        lambda: vtc.compress(tiny_model("qwen2.5-vl"), Probe(needs=Needs({-1: Rows.PIXELS}))),
+    "pixels of overlapping patches": Case(
+        lambda: vtc.compress(overlapping(), Probe(needs=Needs({-1: Rows.PIXELS}))),
         UnsupportedMethod, "pixels of patches were asked for", "is not given pictures", "choose a method that reads",
     ),
     "pixels of a layer": Case(

@@ -201,7 +201,7 @@ def test_squares_of_a_packed_encoder(name: str) -> None:
     cells = [torch.randint(0, 2, (t, h // 2, w // 2, 1), generator=generator) for t, h, w in grids]
     pixels = torch.cat([one.expand(-1, -1, -1, 4 * 96).reshape(-1, 96) for one in cells]).float()
     for method, tau in (("pixelprune", 0.0), (PixelPrune(tau=0.06), 0.06)):
-        noisy = pixels + (torch.rand(pixels.shape, generator=generator) * 0.2 if tau else 0)
+        noisy = pixels + (torch.rand(pixels.shape, generator=generator) * 0.05 if tau else 0)
         squares = torch.split(noisy.view(-1, 4 * 96), [t * h * w // 4 for t, h, w in grids])
         expected = []
         for (t, h, w), square in zip(grids, squares, strict=True):

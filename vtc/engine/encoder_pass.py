@@ -23,9 +23,8 @@ class EncoderPass(Pass):
     kind: of what is encoded. packing: of an encoder that runs all items as one sequence, rows and columns of the tokens
     of each crop and their places in it. readings: what each layer and reading recorded, one entry per attention call.
     grid: rows and columns of the patches. seats: where these are, from the first stage on. shortened: layers of stages
-    and the rows of each crop behind them. segments: see `vtc.engine.encoder_stages`. stages, seconds (on the host),
-    record: for statistics and a trace. spans: first layer of every group of layers that hold the same rows, their
-    width and the tokens of each crop in them.
+    and the rows of each crop behind them. stages, seconds (on the host), record: for statistics and a trace. spans:
+    first layer of every group of layers that hold the same rows, their width and the tokens of each crop in them.
     """
 
     kind: Kind = "image"
