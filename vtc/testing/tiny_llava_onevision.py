@@ -15,7 +15,13 @@ from vtc.testing.tiny_llava import PATCH, SIDE, TOWER
 from vtc.testing.tiny_llava_next import FRAMES, anyres_tensors, collate, feature_count
 
 PINPOINTS = [[SIDE * rows, SIDE * cols] for rows, cols in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4))]
-SIZES = ((100, 110), (40, 50), (28, 60), (80, 62), (25, 25))  # pixels; the first and fourth exceed four crops
+SIZES: tuple[tuple[int, int], ...] = (
+    (100, 110),
+    (40, 50),
+    (28, 60),
+    (80, 62),
+    (25, 25),
+)  # pixels; the first and fourth exceed four crops
 
 
 def _build(layers: int) -> nn.Module:
