@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -52,6 +52,13 @@ class VisionSide(ABC):
         """Facts that methods may depend on."""
 
     @property
+    def patch_source(self) -> nn.Module | None:
+        """The module that makes rows of pictures or, in a packed encoder, of their patches [P, pixels]; None if there
+        is none such.
+        """
+        return self.patch_projection
+
+    @property
     def patch_projection(self) -> nn.Conv2d | None:
         """The convolution that makes patches of pictures; None where the encoder is given patches already."""
         return next((module for module in self.model.modules() if isinstance(module, nn.Conv2d)), None)
@@ -67,6 +74,18 @@ class VisionSide(ABC):
     def packed(self) -> bool:
         """True when the encoder runs all items as one sequence cut into attention segments, not as a batch of crops."""
         return False
+
+    def packing(self, kind: Kind, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], Tensor | None] | None:
+        """Of a packed encoder's call: rows and columns of the tokens of each crop, and their places in its sequence.
+
+        The places are [U], of the tokens of all crops row by row, in units of the patches that make one; None where
+        they are just that. None for a batch of crops.
+        """
+        return None
+
+    def with_rows(self, rows: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of a call of a packed encoder's layer of which only `rows` [P'] of its sequence are left."""
+        raise NotImplementedError
 
     # --- attention
     @property
@@ -162,10 +181,20 @@ class Adapter(VisionSide):
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         """Items of one get_{kind}_features call, from its bound arguments and its output."""
 
+    def unit(self, kind: Kind) -> int:
+        """Patches along a side of the square that an LLM token of this modality is made of; 0 where squares overlap."""
+        return 1
+
+    def gathering(self, kind: Kind) -> tuple[nn.Module, Literal["before", "behind"]] | None:
+        """Where encoder rows are joined by their places ahead of the projector, so that all have to be there: before or
+        behind which module. None where nothing joins them, or the projector itself joins neighbours.
+        """
+        return None
+
     @property
-    def joined(self) -> frozenset[Kind]:
-        """Modalities whose LLM tokens are made of several patches each, so that no patch can go missing alone."""
-        return frozenset()
+    def projectors(self) -> Sequence[nn.Module]:
+        """All modules that make LLM rows of encoder rows; `projector` and those of deeper features."""
+        return (self.projector,)
 
     @property
     def deepstack(self) -> bool:

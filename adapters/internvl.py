@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ class InternVLAdapter(Adapter):
     modalities: ClassVar[tuple[Kind, ...]] = ("image", "video")
     towers: ClassVar[tuple[str, ...]] = ("InternViT",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("internvl", 24, 23, True, tuple(range(24)), 28, unit=2),  # InternVL3-8B-hf, InternViT-300M
+        ModelSpec(
+            "internvl", 24, 23, True, tuple(range(24)), 28, encoder_stages=True, joins=True
+        ),  # InternVL3-8B-hf, InternViT-300M
     )
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,7 +90,8 @@ class InternVLAdapter(Adapter):
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
             width=config.text_config.hidden_size,
-            unit=round(1 / config.downsample_ratio) if index in (-1, layers) else 0,
+            encoder_stages=index in (-1, layers),  # the output of inner layers is captured before it can be filled up
+            joins=True,
         )
 
     @property
@@ -115,9 +118,12 @@ class InternVLAdapter(Adapter):
         patches = pixels.shape[-2] // height * (pixels.shape[-1] // width)
         return self.shape(self.model.config).crops(pixels.shape[0], patches)
 
-    @property
-    def joined(self) -> frozenset[Kind]:
-        return frozenset(["image", "video"])
+    def unit(self, kind: Kind) -> int:
+        side: int = round(1 / self.model.config.downsample_ratio)
+        return side
+
+    def gathering(self, kind: Kind) -> tuple[nn.Module, Literal["before", "behind"]] | None:
+        return self.vision_layers[-1], "behind"
 
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         """One item per tile; `regroup` joins them to images."""

@@ -91,10 +91,10 @@ class LlavaAdapter(Adapter):
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
             # Without a class token "default" cuts the first patch, which may be gone then.
-            encoder_stages=not self.joined
-            and isinstance(index, int)
+            encoder_stages=isinstance(index, int)
             and (has_cls or strategy == "full")
             and takes_mask(self.vision_layers[0]),
+            joins=any(self.unit(kind) != 1 for kind in self.modalities),
             single_crop=self.single_crop,
             width=config.text_config.hidden_size,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from torch import nn
 
 from vtc.adapters.llava_next import LlavaNextAdapter
 from vtc.batch.context import VisionContext
@@ -28,7 +30,8 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     modalities: ClassVar[tuple[Kind, ...]] = ("image", "video")
     towers: ClassVar[tuple[str, ...]] = ("CLIP",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("llava-next-video", 24, 22, True, tuple(range(24)), 32),  # LLaVA-NeXT-Video-7B, CLIP-L/14-336
+        # LLaVA-NeXT-Video-7B, CLIP-L/14-336
+        ModelSpec("llava-next-video", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, joins=True),
     )
 
     def check(self) -> None:
@@ -41,9 +44,12 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
                 "tokens of a video's frames; published checkpoints use 'average'"
             )
 
-    @property
-    def joined(self) -> frozenset[Kind]:
-        return frozenset(["video"])
+    def unit(self, kind: Kind) -> int:
+        stride = int(self.model.config.spatial_pool_stride)
+        return 1 if kind == "image" else 0 if self.side % stride else stride
+
+    def gathering(self, kind: Kind) -> tuple[nn.Module, Literal["before", "behind"]] | None:
+        return None if kind == "image" else (self.backbone.vision_resampler, "before")
 
     @property
     def projected_per_frame(self) -> int | None:

@@ -26,7 +26,9 @@ class LlavaOnevisionAdapter(AnyResAdapter):
 
     A stitched map of more than 1.21 times the area that `vision_aspect_ratio` ("anyres_max_9": nine crops) allows is
     shrunk bilinearly, so one token stands for several patches there. Images of a prompt that holds several are not
-    tiled. A video has one newline, behind its last frame.
+    tiled. A video has one newline, behind its last frame. Its frames are resized to half their side, rounded up: from
+    an even side every token is the mean of 2 x 2 patches, from an odd one (27 in published checkpoints) neighbouring
+    tokens share patches.
     """
 
     family = "llava-onevision"
@@ -34,12 +36,12 @@ class LlavaOnevisionAdapter(AnyResAdapter):
     modalities: ClassVar[tuple[Kind, ...]] = ("image", "video")
     towers: ClassVar[tuple[str, ...]] = ("SigLIP",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("llava-onevision", 26, 25, False, tuple(range(26)), 28),  # LLaVA-OneVision-7B, SigLIP-So400m/14-384
+        # LLaVA-OneVision-7B, SigLIP-So400m/14-384
+        ModelSpec("llava-onevision", 26, 25, False, tuple(range(26)), 28, encoder_stages=True, joins=True),
     )
 
-    @property
-    def joined(self) -> frozenset[Kind]:
-        return frozenset(["video"])
+    def unit(self, kind: Kind) -> int:
+        return 1 if kind == "image" else 0 if self.side % 2 else 2  # from an odd side, pooling weighs neighbours anew
 
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         if kind == "image":

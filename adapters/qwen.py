@@ -62,6 +62,9 @@ class QwenVLAdapter(Adapter):
             full_attention_layers=self.full_attention_layers(depth),
             llm_layers=self.model.config.text_config.num_hidden_layers,
             mrope=True,
+            encoder_stages=True,
+            packed=True,
+            joins=True,
             width=self.model.config.text_config.hidden_size,
         )
 
@@ -92,6 +95,31 @@ class QwenVLAdapter(Adapter):
             for frames, height, width in [] if grids is None else grids.tolist():
                 total += shape.frames(frames, height, width)
         return total
+
+    def unit(self, kind: Kind) -> int:
+        return int(self.model.config.vision_config.spatial_merge_size)
+
+    @property
+    def projectors(self) -> Sequence[nn.Module]:
+        return (self.projector, *getattr(self.backbone.visual, "deepstack_merger_list", ()))
+
+    @property
+    def patch_source(self) -> nn.Module | None:
+        return self.backbone.visual.patch_embed  # type: ignore[no-any-return]
+
+    def packing(self, kind: Kind, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], Tensor | None]:
+        table: Tensor = arguments[f"{kind}_grid_thw"]
+        merge = self.unit(kind)
+        frames = [(height // merge, width // merge) for t, height, width in table.tolist() for _ in range(t)]
+        return frames, self.raster_order(table)
+
+    def with_rows(self, rows: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cosine, sine = kwargs["position_embeddings"]
+        marks = torch.zeros(len(cosine) + 1, dtype=torch.int32, device=rows.device)
+        before = marks.index_fill(0, rows + 1, 1).cumsum(0, dtype=torch.int32)  # rows left in front of each place
+        segments = torch.unique_consecutive(before[kwargs["cu_seqlens"].long()])
+        less = {"cu_seqlens": segments, "position_embeddings": (cosine[rows], sine[rows])}
+        return args, {name: value for name, value in kwargs.items() if name != "max_seqlen"} | less
 
     def full_attention_layers(self, depth: int) -> tuple[int, ...]:
         """Encoder layers in which a patch sees its whole frame."""

@@ -23,7 +23,9 @@ class Qwen25VLAdapter(QwenVLAdapter):
     family = "qwen2.5-vl"
     model_classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("qwen2.5-vl", 32, 31, False, (7, 15, 23, 31), 28, mrope=True),  # Qwen2.5-VL-7B
+        ModelSpec(
+            "qwen2.5-vl", 32, 31, False, (7, 15, 23, 31), 28, mrope=True, encoder_stages=True, packed=True, joins=True
+        ),  # Qwen2.5-VL-7B
     )
 
     @classmethod

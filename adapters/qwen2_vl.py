@@ -15,7 +15,9 @@ class Qwen2VLAdapter(QwenVLAdapter):
     family = "qwen2-vl"
     model_classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("qwen2-vl", 32, 31, False, tuple(range(32)), 28, mrope=True),  # Qwen2-VL-7B
+        ModelSpec(
+            "qwen2-vl", 32, 31, False, tuple(range(32)), 28, mrope=True, encoder_stages=True, packed=True, joins=True
+        ),  # Qwen2-VL-7B
     )
 
     @classmethod

@@ -28,7 +28,9 @@ class Qwen3VLAdapter(QwenVLAdapter):
         "Qwen3VLMoeForConditionalGeneration",
     )
     references: ClassVar[tuple[ModelSpec, ...]] = (
-        ModelSpec("qwen3-vl", 27, 26, False, tuple(range(27)), 36, mrope=True),  # Qwen3-VL-8B
+        ModelSpec(
+            "qwen3-vl", 27, 26, False, tuple(range(27)), 36, mrope=True, encoder_stages=True, packed=True, joins=True
+        ),  # Qwen3-VL-8B
     )
 
     @property

@@ -287,12 +287,29 @@ def shared(methods: list[Any], attached: Any) -> None:
         subject(**tiny_inputs(NAME, PAIR))
 
 
-def encode(name: str, kind: Any, seeds: int = 1) -> None:
-    """Drop patches inside the encoder of a family whose packing may join patches."""
+def encode(name: str, kind: Any, seeds: int = 1, *, odd: bool = False, method: Any = None) -> None:
+    """Drop patches inside the encoder of a family whose packing may resize their map, `odd` of an odd side."""
     subject = tiny_model(name)
     for seed in range(seeds):
-        with vtc.compress(subject, Half((EncoderStage(1),))), torch.no_grad():
-            subject(**tiny_inputs(name, [[3, kind, 4]], seed=seed, model=subject))
+        inputs = tiny_inputs(name, [[3, kind, 4]], seed=seed, model=subject)
+        if odd:
+            subject.config.vision_config.patch_size = subject.config.vision_config.image_size // 3
+        with vtc.compress(subject, method or Half((EncoderStage(1),))), torch.no_grad():
+            subject(**inputs)
+
+
+def overlapping() -> Any:
+    subject = model()
+    projection = adapters.of(subject).patch_projection
+    assert projection is not None
+    projection.stride = (1, 1)
+    return subject
+
+
+def several_layers() -> Any:
+    subject = model()
+    subject.config.vision_feature_layer = [1, 2]
+    return subject
 
 
 def flex_tower(subject: Any, inputs: dict[str, Any]) -> None:
@@ -518,21 +535,29 @@ CASES: dict[str, Case] = {
         VTCError, "'whole'", "has no default for share", "write for example vtc.create('whole', share=...)",
     ),
     # encoder stages
-    "packed encoder": Case(
-        lambda: vtc.compress(tiny_model("qwen2-vl"), Probe((EncoderStage(1),))),
-        UnsupportedMethod, "'probe'", "one packed sequence", "Choose a method that acts before or inside the LLM",
+    "several feature layers": Case(
+        lambda: vtc.compress(several_layers(), Probe((EncoderStage(1),))),
+        UnsupportedMethod, "'probe'", "several layers or of an inner one", "Choose a method that acts before or inside",
     ),
-    "joined patches": Case(
-        lambda: vtc.compress(tiny_model("internvl"), Probe((EncoderStage(1),))),
-        UnsupportedMethod, "'probe'", "of several patches", "Choose a method that acts before or inside",
-    ),
-    "joined frames": Case(
-        lambda: encode("llava-next-video", "video"),
-        UnsupportedMethod, "each video token", "of several patches", "Choose a method that acts before or inside",
+    "frames whose tokens share patches": Case(
+        lambda: encode("llava-onevision", "video", odd=True),
+        UnsupportedMethod, "each video token", "its neighbours share", "Choose a method that acts before or inside",
     ),
     "image that the packing shrinks": Case(
         lambda: encode("llava-onevision", "image", seeds=8),
-        UnsupportedMethod, "each image token", "of several patches", "Choose a method that acts before or inside",
+        UnsupportedMethod, "each image token", "its neighbours share", "or pass smaller images",
+    ),
+    "sizes in a packed encoder": Case(
+        lambda: encode("qwen2-vl", "image", method=Sized((EncoderStage(1),))),
+        UnsupportedMethod, "'fixed_keep'", "takes none", "proportional=False",
+    ),
+    "proportional in a packed encoder": Case(
+        lambda: vtc.compress(tiny_model("qwen2-vl"), "tome", inside=True, retention=0.5),
+        UnsupportedMethod, "inside=True", "without a mask", "pass proportional=False",
+    ),
+    "attention in windows": Case(
+        lambda: vtc.compress(tiny_model("qwen2.5-vl"), "zero_tprune", retention=0.7),
+        UnsupportedMethod, "'zero_tprune'", "limits to windows in blocks [0, 2]", "take those behind blocks of whole",
     ),
     "encoder layer": Case(
         lambda: vtc.compress(model(), Probe((EncoderStage(4),))),
@@ -546,8 +571,8 @@ CASES: dict[str, Case] = {
         lambda: run(Sized()),
         UnsupportedCall, "sizes of tokens were given at stage 0", "encoder stages alone read", "leave them out there",
     ),
-    "pixels of a packed encoder": Case(
-        lambda: vtc.compress(tiny_model("qwen2.5-vl"), Probe(needs=Needs({-1: Rows.PIXELS}))),
+    "pixels of overlapping patches": Case(
+        lambda: vtc.compress(overlapping(), Probe(needs=Needs({-1: Rows.PIXELS}))),
         UnsupportedMethod, "pixels of patches were asked for", "is not given pictures", "choose a method that reads",
     ),
     "pixels of a layer": Case(

@@ -297,18 +297,10 @@ def test_the_adapter_declares_its_family() -> None:
     assert all(reference.family == NAME for reference in adapter.references)
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava-next-video", "llava-onevision"])
-def test_stages_inside_the_encoder_need_a_token_per_patch(name: str) -> None:
-    from vtc.testing import tiny_inputs
-
-    model = tiny_model(name)
-    method = dataclasses.replace(FixedKeep(), at=(EncoderStage(1),))
-    if name == "internvl":
-        with pytest.raises(UnsupportedMethod, match="makes each image token of several patches"):
-            vtc.compress(model, method)
-        return
-    with vtc.compress(model, method) as handle, torch.no_grad():
-        with pytest.raises(UnsupportedMethod, match="makes each video token of several patches"):
-            model(**tiny_inputs(name, [[3, "video", 4]], model=model))
-        model(**tiny_inputs(name, [[3, "image", 4, "image"]], model=model))
-    assert 0 < handle.stats.retention < 1
+def test_stages_inside_the_encoder_need_the_last_layer() -> None:
+    model = tiny_model(NAME)
+    assert adapters.of(model).spec.encoder_stages
+    model.config.vision_feature_layer = 2
+    assert not adapters.of(model).spec.encoder_stages
+    with pytest.raises(UnsupportedMethod, match="does not allow: its features are those of several layers or of an"):
+        vtc.compress(model, dataclasses.replace(FixedKeep(), at=(EncoderStage(1),)))

@@ -86,7 +86,8 @@ def test_facts_about_the_model(tower: str, settings: Any, feature_layer: int) ->
         "encoder_stages": isinstance(settings.get("vision_feature_layer", -2), int),
         "single_crop": True,
         "width": 64,
-        "unit": 0,
+        "packed": False,
+        "joins": False,
     }
     assert len(adapter.vision_layers) == len(adapter.vision_attention) == len(adapter.layers) == 4
     assert adapter.placeholders == {"image": 120}

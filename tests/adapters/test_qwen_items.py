@@ -14,8 +14,8 @@ from vtc import adapters
 from vtc.batch.context import VisionContext
 from vtc.engine.encoder import VisionRecorder, context_of
 from vtc.errors import UnsupportedMethod, UnsupportedModel
-from vtc.method.base import EncoderStage, Needs, Plan, Rows
-from vtc.testing import FixedKeep, tiny_model
+from vtc.method.base import Needs, Rows
+from vtc.testing import tiny_model
 from vtc.testing.tiny_qwen import CHANNELS, MERGE, PAIR, PATCH
 
 NAMES = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
@@ -137,16 +137,6 @@ def test_facts_of_the_tiny_models_and_of_published_checkpoints() -> None:
 
 
 # --- refusals
-@pytest.mark.parametrize("name", NAMES)
-def test_stages_inside_the_encoder_are_refused(name: str) -> None:
-    class Inside(FixedKeep):
-        def plan(self, model: Any) -> Plan:
-            return Plan((EncoderStage(1),), Needs(), "preserve")
-
-    with pytest.raises(UnsupportedMethod, match=f"inside the vision encoder; {name} encodes all items as one packed"):
-        vtc.compress(tiny_model(name), Inside())
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_class_token_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedMethod, match=r"none; use Rows\.RECEIVED"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import vtc
+from vtc.engine.encoder import context_of
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import EncoderStage, ModelSpec, Needs, Plan, Rows
 from vtc.methods.pixelprune import PixelPrune
@@ -190,26 +190,28 @@ def test_tiles_and_prompts_of_internvl_differ() -> None:
     with vtc.compress(model, "pixelprune", tau=None, retention=0.5) as handle:
         model(**inputs)
     assert handle.stats.calls[0].visual_tokens_kept[:2] == (8.0 * first, 8.0 * (tiles - first))
-    with vtc.compress(model, Single()), pytest.raises(UnsupportedMethod, match="makes each image token of several"):
-        model(**inputs)
-    with pytest.raises(UnsupportedMethod, match="makes each image token of several"):
-        vtc.compress(model, Single(told=False))
 
 
-@dataclass(frozen=True)
-class Single(vtc.Compressor):
-    """Wrong on purpose: says that it removes whole squares, and removes one patch."""
-
-    told: bool = True
-
-    name: ClassVar[str] = "single"
-
-    @property
-    def needs_budget(self) -> bool:
-        return False
-
-    def plan(self, model: ModelSpec) -> Plan:
-        return Plan((EncoderStage(1),), Needs(), "compact", units=self.told)
-
-    def select(self, view: vtc.StageView) -> vtc.Selection:
-        return vtc.Selection(view.items.token > 0)
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@torch.no_grad()
+def test_squares_of_a_packed_encoder(name: str) -> None:
+    """Every frame is a picture, and what the processor wrote side by side is a square; pictures may differ in size."""
+    model, generator = tiny_model(name), torch.Generator().manual_seed(2)
+    grids = [(1, 8, 12), (2, 4, 6), (1, 8, 12)]
+    cells = [torch.randint(0, 2, (t, h // 2, w // 2, 1), generator=generator) for t, h, w in grids]
+    pixels = torch.cat([one.expand(-1, -1, -1, 4 * 96).reshape(-1, 96) for one in cells]).float()
+    for method, tau in (("pixelprune", 0.0), (PixelPrune(tau=0.06), 0.06)):
+        noisy = pixels + (torch.rand(pixels.shape, generator=generator) * 0.05 if tau else 0)
+        squares = torch.split(noisy.view(-1, 4 * 96), [t * h * w // 4 for t, h, w in grids])
+        expected = []
+        for (t, h, w), square in zip(grids, squares, strict=True):
+            for number, frame in enumerate(square.view(t, h // 2, w // 2, -1)):
+                kept = walk(frame, tau, "max")[0]
+                expected.append([number * (h // 2) * (w // 2) + n for n in kept])
+        with vtc.compress(model, method):
+            output = model.model.get_image_features(noisy, torch.tensor(grids), return_dict=True)
+        context = context_of(output)
+        assert context is not None and context.alive is not None
+        found = [row.nonzero().flatten().tolist() for row in context.alive[0]]
+        assert found == [expected[0], expected[1] + expected[2], expected[3]]
+        assert sum(map(len, found)) < len(noisy) // 4

@@ -21,7 +21,7 @@ class VisionContext:
     model's own packing, one [n_i, C] tensor per item, NaN on newline tokens.
     attention: (encoder layer, reading) -> [I, Nmax] or [I, Nmax, C] per token, as the method's Needs asked for it.
     alive: [I, Nmax] bool where an encoder stage removed tokens, with the surviving counts; None where none did.
-    rows: (encoder layer, rows of each crop from there on, padding included) of those stages.
+    rows: (encoder layer, rows of each crop from there on, in the mean over crops and padding included) of those stages.
     """
 
     kind: Kind
@@ -30,7 +30,7 @@ class VisionContext:
     to_tokens: Callable[[Tensor], list[Tensor]]
     attention: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
     alive: tuple[Tensor, tuple[int, ...]] | None = None
-    rows: tuple[tuple[int, int], ...] = ()
+    rows: tuple[tuple[int, float], ...] = ()
 
     @property
     def total(self) -> int:

@@ -41,8 +41,8 @@ class CallStats:
     visual tokens that enter the layer, the figure a budget is about. layer_rows: sequence length entering each layer.
     kv_rows: rows each layer's cache holds after the call, empty without a cache. seconds: host time in the engine.
     entering: spans of neighbouring layers, and the visual tokens of each batch row that enter each of them; left: the
-    same of those that stay in their caches. encoder_rows: (encoder layer, rows of each crop from there on) where stages
-    inside the vision encoder shortened it.
+    same of those that stay in their caches. encoder_rows: (encoder layer, rows of each crop from there on, in the mean
+    over crops of several sizes) where stages inside the vision encoder shortened it.
     """
 
     batch: int
@@ -54,7 +54,7 @@ class CallStats:
     seconds: float
     entering: Spans = ()
     left: Spans = ()
-    encoder_rows: tuple[tuple[int, int], ...] = ()
+    encoder_rows: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass

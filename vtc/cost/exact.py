@@ -14,9 +14,9 @@ from vtc.cost.roofline import Operator
 from vtc.cost.schedule import Schedule
 from vtc.cost.shapes import NOTHING, Encoded, LLMShape, ModelShape, TowerShape
 
-Shortened = tuple[tuple[int, int], ...]
-"""(layer, rows of each crop from there on) of stages inside the tower, in order; one behind the last layer that is read
-shortens what is projected."""
+Shortened = tuple[tuple[int, float], ...]
+"""(layer, rows of each crop from there on, in the mean) of stages inside the tower, in order; one behind the last layer
+that is read shortens what is projected."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def tower_operations(tower: TowerShape, encoded: Encoded, shortened: Shortened =
     steps = dict(shortened)
     for layer in range(tower.layers):
         if layer in steps:
-            rows = encoded.crops * steps[layer]
-            full = windows = encoded.crops * steps[layer] ** 2
+            share = encoded.crops * steps[layer] / encoded.rows  # of every sequence, and of its windows
+            rows, full, windows = (share * encoded.rows, share**2 * encoded.pairs, share**2 * encoded.window_pairs)
         pairs = full if tower.is_full(layer) else windows
         total += 2 * rows * tower.per_row + 4 * pairs * tower.inner
     if tower.pooling:  # one query per crop over all rows, keys and values of these, and a feed-forward of one row

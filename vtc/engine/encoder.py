@@ -124,11 +124,14 @@ class VisionRecorder:
         return features
 
     def _encode(self, kind: Kind, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        packing = None
         if self.pairs or self.stages is not None:
-            self.adapter.check_call(bound(function, args, kwargs))
+            arguments = bound(function, args, kwargs)
+            self.adapter.check_call(arguments)
+            packing = self.adapter.packing(kind, arguments)
         if self.stages is not None:
             self.stages.check(kind)
-        one = self._passes.begin(EncoderPass())
+        one = self._passes.begin(EncoderPass(kind=kind, packing=packing))
         try:
             output = function(*args, **kwargs)
         finally:

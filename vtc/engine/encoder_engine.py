@@ -118,9 +118,9 @@ class EncoderEngine:
         if one is None:
             return
         self.passes.end(one)
-        if output is None or one.batch is None:  # it raised, or no stage was reached
+        if output is None or one.seats is None:  # it raised, or no stage was reached
             return
-        tokens = one.now.visual_tokens
+        tokens = one.seats.parts[0].batch.visual_tokens
         if self.adapter.pools_patches and len(set(tokens)) > 1:
             raise UnsupportedMethod(
                 f"{self.method.name!r} left {min(tokens)} to {max(tokens)} patches of the images of this batch; what "

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtc.batch.rows import RowTable
-from vtc.engine.encoder_pass import SIZES, EncoderPass
+from vtc.engine.encoder_pass import EncoderPass
 from vtc.engine.installed import Hook
 from vtc.engine.passes import Passes
+from vtc.engine.seats import SIZES, Crops, Packed, Part, Seats
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import Compressor, EncoderStage, Plan, StageView
 from vtc.method.budget import Budget
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 class EncoderStages:
     """Runs a method's encoder stages. Each crop is an item; shorter ones are padded and masked inside the encoder.
+
+    Encoders that run all items as one sequence need no padding: its segments get shorter.
 
     passes: of the encoder; outside of one it runs untouched. Whatever belongs to a call lies in its pass, so that
     threads do not meet.
@@ -74,11 +76,12 @@ class EncoderStages:
         self._handles = []
 
     def expand(self, one: EncoderPass, layer: int, values: Tensor) -> Tensor:
-        """Rows recorded at `layer`, [crops, prefix + M, ...] -> [crops, prefix + P, ...]; zero for missing patches."""
-        seen = [places for stage, places in one.left if stage <= layer and stage != self._behind]
-        if not seen:
-            return values
-        return spread(values, seen[-1], values.shape[1] - seen[-1].shape[1], one.patches)
+        """Rows recorded at `layer` -> the same of all patches that went in; zero for those that were gone."""
+        return values if one.seats is None else one.seats.expand(values, min(layer, self._behind - 1))
+
+    def unit(self, one: EncoderPass) -> int:
+        """Patches along a side of a token."""
+        return 1
 
     # --- hooks
     def _note_grid(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
@@ -97,28 +100,45 @@ class EncoderStages:
 
     def _hide(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         one = self.passes.current
-        if one is None or one.batch is None:
+        if one is None or not one.pruned:
             return None
-        mask = self._mask(one.now.rows, args[0] if args else kwargs["hidden_states"])
+        if isinstance(one.seats, Packed):
+            self._check_mask(any(SIZES in part.batch.rows.extra for part in one.seats.parts), takes=False)
+            return self.adapter.with_rows(one.seats.now, args, kwargs)
+        assert isinstance(one.seats, Crops)
+        mask = self._mask(one.seats, args[0] if args else kwargs["hidden_states"])
         return None if mask is None else self.adapter.with_mask(mask, args, kwargs)
 
-    def _mask(self, rows: RowTable, hidden: Tensor) -> Tensor | None:
+    def _mask(self, seats: Crops, hidden: Tensor) -> Tensor | None:
         """[crops, 1, 1, T] on the keys, bool or additive; None where crops are of one length and all keys count one."""
-        valid, sizes = rows.valid, rows.extra.get(SIZES)
-        if valid is None and sizes is None:
+        rows = seats.part.batch.rows
+        sizes = rows.extra.get(SIZES)
+        if rows.valid is None and sizes is None:
             return None
         implementation = self.adapter.vision_implementation
-        if implementation not in ("sdpa", "eager"):
-            what = "keeps another number of patches in each crop" if sizes is None else "lets larger patches count more"
-            raise UnsupportedMethod(
-                f"{self.method.name!r} {what}, which needs a mask inside the encoder; {implementation!r} attention "
-                "takes none there. Load the model with attn_implementation='sdpa'"
-            )
+        self._check_mask(sizes is not None, takes=implementation in ("sdpa", "eager"), padded=True)
+        held = seats.of_rows(rows.held)
         if sizes is None and implementation == "sdpa":
-            return rows.held[:, None, None]
-        bias = torch.zeros_like(rows.source, dtype=torch.float32) if sizes is None else sizes.log()
-        bias = bias.to(hidden.dtype).masked_fill(~rows.held, torch.finfo(hidden.dtype).min)
+            return held[:, None, None]
+        bias = torch.zeros_like(held, dtype=torch.float32) if sizes is None else seats.of_rows(sizes).log()
+        bias = bias.to(hidden.dtype).masked_fill(~held, torch.finfo(hidden.dtype).min)
         return bias[:, None, None]
+
+    def _check_mask(self, sizes: bool, *, takes: bool, padded: bool = False) -> None:
+        """Refuse what needs a mask where attention `takes` none: sizes, and padding of shorter crops."""
+        if takes or not (sizes or padded):
+            return
+        if self.adapter.packed:
+            raise UnsupportedMethod(
+                f"{self.method.name!r} lets larger patches count more, which needs a mask inside the encoder; the "
+                f"packed one of {self.adapter.family} takes none. Use a form of it without (proportional=False)"
+            )
+        what = "lets larger patches count more" if sizes else "keeps another number of patches in each crop"
+        raise UnsupportedMethod(
+            f"{self.method.name!r} {what}, which needs a mask inside the encoder; "
+            f"{self.adapter.vision_implementation!r} attention takes none there. Load the model with "
+            "attn_implementation='sdpa'"
+        )
 
     def _behind_layers(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         one = self.passes.current
@@ -129,52 +149,56 @@ class EncoderStages:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _run(self, one: EncoderPass, stage: EncoderStage, hidden: Tensor, prefix: int) -> Tensor:
-        """Pass `stage`: [crops, prefix + M, D] rows in, fewer of them out."""
+        """Pass `stage`: rows of the encoder in, fewer of them out."""
         if stage.layer == min(self.stages):
-            one.enter(hidden, prefix)
-        one.drop_prefix(prefix)
-        if self.method.keeps_all(self.budget, one.patches):
+            one.enter(self._seats(one, hidden, prefix))
+        assert one.seats is not None
+        if isinstance(one.seats, Crops):
+            one.seats.part.drop_prefix(prefix)
+        parts = one.seats.parts
+        whole = [self.method.keeps_all(self.budget, part.tokens) for part in parts]
+        if all(whole):
             return hidden
         start = time.perf_counter()
+        tokens = one.seats.tokens(hidden)
         with exact(hidden.device):
-            selection = self.method.select(self._view(one, stage, hidden))
-        hidden = hidden if selection is None else one.apply(stage, selection, hidden)
+            selections = [
+                None if all_stay else self.method.select(self._view(one, stage, part, rows))
+                for part, rows, all_stay in zip(parts, tokens, whole, strict=True)
+            ]
+        if any(selection is not None for selection in selections):
+            hidden = one.apply(stage, selections, tokens)
         one.seconds += time.perf_counter() - start
         return hidden
 
-    def _view(self, one: EncoderPass, stage: EncoderStage, hidden: Tensor) -> StageView:
-        batch = one.now
-        assert batch.items is not None and batch.separators is not None
+    def _seats(self, one: EncoderPass, hidden: Tensor, prefix: int) -> Seats:
+        unit = self.unit(one)
+        if one.packing is not None:
+            return Packed(hidden, *one.packing, unit**2)
+        return Crops(hidden, prefix, one.grid, unit)
+
+    def _view(self, one: EncoderPass, stage: EncoderStage, part: Part, rows: Tensor) -> StageView:
+        batch, seats = part.batch, one.seats
+        assert batch.items is not None and batch.separators is not None and seats is not None
         valid = batch.rows.held
-        visual = torch.nn.functional.pad(batch.items.mask, (one.prefix, 0))
+        visual = torch.nn.functional.pad(batch.items.mask, (part.prefix, 0))
         recorded = one.recorded(packed=self.adapter.packed)
-        rows = {pair: self.expand(one, pair[0], values) for pair, values in recorded.items()}
+        every = {pair: self.expand(one, pair[0], values) for pair, values in recorded.items()}
         return StageView(
             stage=stage,
             model=self.adapter.spec,
             budget=self.budget,
             items=batch.items,
             separators=batch.separators,
-            states=States(hidden),
+            states=States(rows),
             visual=visual,
             valid=valid,
             prompt=visual,
             text=torch.zeros_like(valid),
             fingerprint=torch.zeros_like(batch.items.row),
-            vision_rows={pair: values[:, -one.patches :] for pair, values in rows.items()},
-            vision_prefix={pair: values[:, : -one.patches] for pair, values in rows.items()},
+            vision_rows={pair: pair[1].join(seats.members(values, part)) for pair, values in every.items()},
+            vision_prefix={pair: seats.lead(values, part) for pair, values in every.items()},
             needs=self.plan.needs,
-            memory=one.memory,
+            memory=part.memory,
             module=self.module,
         )
-
-
-def spread(values: Tensor, places: Tensor, prefix: int, patches: int) -> Tensor:
-    """[crops, prefix + M, ...] -> [crops, prefix + patches, ...], zeros where no place points.
-
-    Places at `patches` and beyond are thrown away.
-    """
-    full = values.new_zeros(values.shape[0], prefix + patches + 1, *values.shape[2:])
-    crop = torch.arange(values.shape[0], device=values.device)[:, None]
-    full = full.index_put((crop, places + prefix), values[:, prefix:])[:, :-1]
-    return torch.cat([values[:, :prefix], full[:, prefix:]], dim=1) if prefix else full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,13 +57,13 @@ class Recording:
         self._taps = TapSet((module, functools.partial(self._read, n, one)) for n, module, one in tapped)
 
     def _check_pixels(self, layer: int, reading: VisionReading) -> None:
-        projection, family = self.adapter.patch_projection, self.adapter.family
+        source, family = self.adapter.patch_source, self.adapter.family
         if layer != PIXELS or not isinstance(reading, Pixels):
             raise UnsupportedMethod(
                 f"{reading.name!r} was asked for of vision layer {layer}; pixels are read in front of the layers and "
                 "nothing else is: write Needs({-1: Rows.PIXELS})"
             )
-        if projection is None or self.adapter.packed or projection.stride != projection.kernel_size:
+        if source is None or not (self.adapter.packed or source.stride == source.kernel_size):
             raise UnsupportedMethod(
                 f"the pixels of patches were asked for, but the encoder of this {family} model is not given pictures "
                 "that it cuts into patches; choose a method that reads features"
@@ -76,8 +77,8 @@ class Recording:
             if isinstance(reading, LayerOutput):
                 hook = Hook(self._keep_output, layer, reading)
                 self._hooks.append(layers[layer].register_forward_hook(hook))
-            if isinstance(reading, Pixels) and (projection := self.adapter.patch_projection) is not None:
-                self._hooks.append(projection.register_forward_pre_hook(Hook(self._keep_pixels, reading)))
+            if isinstance(reading, Pixels) and (source := self.adapter.patch_source) is not None:
+                self._hooks.append(source.register_forward_pre_hook(Hook(self._keep_pixels, reading)))
         for layer, module, reading in [] if self.adapter.looked_up else self._attention:
             hook = Hook(self._read_call, layer, reading)
             self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -111,12 +112,22 @@ class Recording:
         cells = cells.reshape(*pixels.shape[:2], rows, height, columns, width)
         return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
+    @staticmethod
+    def _arranged(pixels: Tensor, rasters: Sequence[tuple[int, int]], order: Tensor | None) -> Tensor:
+        """[P, C] pixels of a packed encoder's patches, token by token, in the sequence of its layers."""
+        if order is None:
+            return pixels
+        tokens = pixels.view(len(order), -1)
+        return torch.empty_like(tokens).index_copy(0, order.to(pixels.device), tokens).view_as(pixels)
+
     def _keep_pixels(self, reading: VisionReading, module: Any, args: Any) -> None:
         one = self._passes.current
         if one is not None:
-            patches = self._cut(args[0].detach(), module)
-            lead = self.adapter.prefix_tokens(patches)
-            rows = torch.nn.functional.pad(patches, (0, 0, lead, 0))
+            if one.packing is None:
+                patches = self._cut(args[0].detach(), module)
+                rows = torch.nn.functional.pad(patches, (0, 0, self.adapter.prefix_tokens(patches), 0))
+            else:
+                rows = self._arranged(args[0].detach(), *one.packing)[None]
             one.readings.setdefault((PIXELS, reading), []).append(rows)
 
     def _keep_output(self, layer: int, reading: VisionReading, module: Any, args: Any, output: Any) -> None:

@@ -73,23 +73,37 @@ def inside_plan(
     reading: VisionReading | None = None,
     layers: Sequence[int] | None = None,
     *,
-    units: bool = False,
+    attention: bool = False,
+    sizes: bool = False,
+    restores: bool = False,
 ) -> Plan:
     """The plan of a method that acts inside the encoder, before `layers`: by default behind every block.
 
     what: names the method, or the option that asks for this. reading: of the block in front of each stage. layers: the
-    one behind the feature layer is the encoder's end. units: it can remove whole squares of `model.unit` alone. Raises
-    UnsupportedMethod where the encoder cannot run on fewer patches.
+    one behind the feature layer is the encoder's end. attention: the reading is what all patches pay one another.
+    sizes: keys are to count by their size (`proportional`). restores: as in `Plan`. Raises UnsupportedMethod where the
+    encoder cannot run on fewer patches, where a block read has windows, and where keys cannot be weighted.
     """
-    whole = units and model.unit > 0
-    if not model.encoder_stages and not whole:
+    if not model.encoder_stages:
         raise UnsupportedMethod(
             f"{what} works on the patches inside the vision encoder, which this {model.family} model does not allow; "
             "choose what acts before or inside the LLM"
         )
     layers = range(1, model.feature_layer + 2) if layers is None else layers
+    narrow = [layer - 1 for layer in layers if layer - 1 not in model.full_attention_layers]
+    if attention and narrow:
+        raise UnsupportedMethod(
+            f"{what} reads attention inside the vision encoder, which this {model.family} model limits to windows in "
+            f"blocks {narrow}; where the method lets you choose layers, take those behind blocks of whole pictures "
+            f"({[layer + 1 for layer in model.full_attention_layers]}), or choose what acts before or inside the LLM"
+        )
+    if sizes and model.packed:
+        raise UnsupportedMethod(
+            f"{what} works on the patches inside the vision encoder, which this {model.family} model packs into one "
+            "sequence without a mask: merged ones cannot count by their size there; pass proportional=False"
+        )
     needs = Needs() if reading is None else Needs({layer - 1: reading for layer in layers})
-    return Plan(tuple(map(EncoderStage, layers)), needs, "preserve" if model.mrope else "compact", units=whole)
+    return Plan(tuple(map(EncoderStage, layers)), needs, "preserve" if model.mrope else "compact", restores=restores)
 
 
 def even(view: StageView) -> int:

@@ -97,9 +97,9 @@ class ModelSpec:
 
     feature_layer: the encoder layer whose output is projected for the LLM. full_attention_layers: encoder layers in
     which a patch sees its whole image (all of them unless the encoder uses windows). mrope: multi-axis positions.
-    encoder_stages: methods may act inside the encoder, whatever the modality. unit: where an LLM token is made of
-    squares of so many patches a side, methods may act there that remove whole squares (`Plan.units`); 0 where they may
-    not. single_crop: an image is one crop.
+    encoder_stages: methods may act inside the encoder. packed: it runs all pictures as one sequence, in which keys
+    cannot be told how much they count. joins: some tokens of the LLM are made of several patches. single_crop: an image
+    is one crop.
     width: hidden size of the LLM, 0 where no model is loaded.
 
     >>> import vtc
@@ -118,7 +118,8 @@ class ModelSpec:
     encoder_stages: bool = False
     single_crop: bool = False
     width: int = 0
-    unit: int = 0
+    packed: bool = False
+    joins: bool = False
 
     @property
     def key_layer(self) -> int:
@@ -130,7 +131,7 @@ class ModelSpec:
 class Plan:
     """Where a method acts on a given model, what it needs there, and its default position policy.
 
-    units: inside the encoder it removes whole squares of `ModelSpec.unit` patches a side.
+    restores: behind the encoder every patch has a row again (`Selection.restored`).
 
     >>> import vtc
     >>> vtc.create("fastv", layer=3).plan(vtc.adapters.families()["llava"].references[0]).stages
@@ -140,4 +141,4 @@ class Plan:
     stages: tuple[Stage, ...]
     needs: Needs
     positions: Positions
-    units: bool = False
+    restores: bool = False

@@ -90,6 +90,10 @@ class VisionReading(Reading):
         More axes behind T are for stages inside the encoder alone.
         """
 
+    def join(self, members: Tensor) -> Tensor:
+        """What was read of the patches of each token, [crops, N, patches, ...], as one value: their mean."""
+        return members[:, :, 0] if members.shape[2] == 1 else members.float().mean(2).to(members.dtype)
+
 
 @dataclass(frozen=True)
 class LLMReading(Reading):
@@ -262,6 +266,10 @@ class Pixels(VisionReading):
 
     def read(self, attention: AttentionCall) -> Tensor:
         raise NotImplementedError("recorded from the encoder's input, not from its attention")
+
+    def join(self, members: Tensor) -> Tensor:
+        """The pixels of all patches of a token, side by side."""
+        return members.flatten(2)
 
 
 class Rows:

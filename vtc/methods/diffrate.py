@@ -98,7 +98,8 @@ class DiffRate(Compressor):
                 f"lists of {len(self.given[0])} blocks were given, this {model.family} encoder has {blocks} up to its "
                 "features; give as many numbers, or a budget"
             )
-        return inside_plan("'diffrate'", model, Rows.CLS if model.has_cls else Rows.RECEIVED)
+        reading = Rows.CLS if model.has_cls else Rows.RECEIVED
+        return inside_plan("'diffrate'", model, reading, attention=True, sizes=self.proportional)
 
     def steps(self, blocks: int, tokens: int, keep: int | None, lead: int) -> list[tuple[int, int]]:
         """(p, m) of patches for each block. keep: patches to be left; None where lists decide. lead: 1 or 0 in them.

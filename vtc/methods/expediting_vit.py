@@ -80,7 +80,8 @@ class ExpeditingViT(Compressor):
                 f"layer={self.layer}: this {model.family} encoder has blocks 0 to {blocks - 1} up to its features; "
                 "cluster in front of one of them"
             )
-        return inside_plan("'expediting_vit'", model, layers=(layer, blocks) if self.reconstruct else (layer,))
+        layers = (layer, blocks) if self.reconstruct else (layer,)
+        return inside_plan("'expediting_vit'", model, layers=layers, restores=self.reconstruct)
 
     def select(self, view: StageView) -> Selection | None:
         assert isinstance(view.stage, EncoderStage)

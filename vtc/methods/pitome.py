@@ -80,7 +80,7 @@ class PiToMe(Compressor):
     def plan(self, model: ModelSpec) -> Plan:
         reading = KEYS if self.metric == "keys" else None
         if self.inside:
-            return inside_plan("inside=True", model, reading)
+            return inside_plan("inside=True", model, reading, sizes=self.proportional)
         positions: Literal["preserve", "compact"] = "preserve" if model.mrope else "compact"
         return Plan((PRE_LLM,), Needs({model.key_layer: reading}) if reading else Needs(), positions)
 

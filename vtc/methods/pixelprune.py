@@ -33,11 +33,11 @@ class PixelPrune(Compressor):
     predictions (of equal ones). metric: distance of pixels, the largest of their differences ("max"), their mean
     ("mae") or the root of their mean square ("rmse").
 
-    Departures from the paper and its code: the code runs on Qwen3-VL, which is refused here, as it packs all pictures
-    into one sequence. A patch is the unit where each becomes one token of the LLM; where squares of patches do (2 x 2
-    in InternVL, as in Qwen3-VL), these are compared and leave as a whole, and a budget is rounded to them. tau counts
-    in pixels as the processor normalises them, in the precision of the encoder, instead of the range 0 to 1; the budget
-    is ours. With tau above 0 the patches are visited diagonal by diagonal, which gives the same as one by one.
+    Departures from the paper and its code: a patch is the unit where each becomes a token of the LLM; where squares of
+    patches do (2 x 2 in Qwen-VL, for which the code was written, and in InternVL), these are compared and leave as a
+    whole. The frames of a video are pictures of their own. tau counts in pixels as the processor normalises them, in
+    the precision of the encoder, instead of the range 0 to 1; the budget is ours. With tau above 0 the patches are
+    visited diagonal by diagonal, which gives the same as one by one.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 encoder layers
@@ -61,7 +61,7 @@ class PixelPrune(Compressor):
         return self.tau is None
 
     def plan(self, model: ModelSpec) -> Plan:
-        plan = inside_plan("'pixelprune'", model, layers=(0,), units=True)
+        plan = inside_plan("'pixelprune'", model, layers=(0,))
         return dataclasses.replace(plan, needs=Needs({PIXELS: Rows.PIXELS}))
 
     def select(self, view: StageView) -> Selection:
@@ -70,16 +70,12 @@ class PixelPrune(Compressor):
         if grid is None or items.counts[0] != items.layouts[0].n_tokens:
             raise UnsupportedCall("pixelprune needs pictures whose patches form a full raster; use another method here")
         cells = view.vision_attention(PIXELS, Rows.PIXELS).float()
-        unit = max(1, view.model.unit)
-        cells = joined(cells.view(len(items), *grid[1:], -1), unit)
+        cells = cells.view(len(items), *grid[1:], -1)
         if self.tau is not None:
             keep = self.scan(cells, self.tau) if self.tau else self.residuals(cells) > 0
-            return Selection(keep.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1))
-        units = [max(1, round(count / unit**2)) for count in view.keep]
-        rest = self.residuals(cells)
-        keep = top_k(rest.flatten(1), torch.tensor(units, device=rest.device)).view_as(rest)
-        keep = keep.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1)
-        return Selection(keep, counts=[count * unit**2 for count in units])
+            return Selection(keep.flatten(1))
+        rest = self.residuals(cells).flatten(1)
+        return Selection(top_k(rest, torch.tensor(view.keep, device=rest.device)), counts=view.keep)
 
     def distance(self, one: Tensor, other: Tensor) -> Tensor:
         """Of the pixels along the last axis."""
@@ -116,10 +112,3 @@ class PixelPrune(Compressor):
             stays[:, row, column] = keep
             seen[:, row, column] = torch.where(keep[..., None], own, guess)
         return stays
-
-
-def joined(cells: Tensor, unit: int) -> Tensor:
-    """[I, R, C, pixels] patches -> [I, R / unit, C / unit, unit * unit * pixels] squares of them."""
-    height, width = cells.shape[1] // unit, cells.shape[2] // unit
-    squares = cells.view(len(cells), height, unit, width, unit, -1).transpose(2, 3)
-    return squares.reshape(len(cells), height, width, -1)

@@ -70,7 +70,7 @@ class TokenTransforming(Compressor):
 
     def plan(self, model: ModelSpec) -> Plan:
         reading = Rows.CLS if model.has_cls else Rows.RECEIVED
-        return inside_plan("'token_transforming'", model, reading, self.stages_of(model))
+        return inside_plan("'token_transforming'", model, reading, self.stages_of(model), attention=True)
 
     def select(self, view: StageView) -> Selection | None:
         assert isinstance(view.stage, EncoderStage)

@@ -96,7 +96,7 @@ class ZeroTPrune(Compressor):
         return self.layers
 
     def plan(self, model: ModelSpec) -> Plan:
-        return inside_plan("'zero_tprune'", model, GRAPH, self.stages_of(model))
+        return inside_plan("'zero_tprune'", model, GRAPH, self.stages_of(model), attention=True)
 
     def leaving(self, tokens: int, keep: int, layers: int) -> list[tuple[int, int]]:
         """How many of `tokens` leave by similarity and by importance at each of so many layers.

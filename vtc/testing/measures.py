@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -73,35 +74,61 @@ def generate(
     return output.sequences, torch.stack(output.logits)
 
 
-def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
-    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of layer 0, for changed features."""
+@dataclass
+class Entered:
+    """What a language model was given, call by call: input of its first layer, visual rows for layers behind it."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    deep: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def entering(model: Any) -> Iterator[Entered]:
+    """Inside, note it; to be entered behind `vtc.compress`."""
+    adapter, seen = adapters.of(model), Entered()
+
+    def first(module: Any, args: Any, kwargs: Any) -> None:
+        seen.rows.append(args[0] if args else kwargs["hidden_states"])
+
+    def whole(module: Any, args: Any, kwargs: Any) -> None:
+        seen.deep.append(kwargs.get("deepstack_visual_embeds"))
+
+    hooks = [
+        adapter.layers[0].register_forward_pre_hook(first, with_kwargs=True),
+        adapter.language_model.register_forward_pre_hook(whole, with_kwargs=True, prepend=True),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle:
+    """The oracle for what `handle` traced, call by call. seen: what entered the LLM then, for changed features."""
     tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
     cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
-    embeddings = None
+    embeddings, deep = None, None
     changed = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
-    if rows is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
-        keep = handle.trace[0].keep[0]
+    if seen is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
+        rows, keep = seen.rows[0], handle.trace[0].keep[0]
+        deep = seen.deep[0] if changed else None
         embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
         for row in range(keep.shape[0]):
             count = int(keep[row].sum())
             embeddings[row, keep[row]] = rows[row, rows.shape[1] - count :]
-    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings)
+    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep)
 
 
 def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
     """Largest logit difference between the compressed model and its oracle; infinite when sampled tokens differ."""
-    seen: list[Tensor] = []
     handle = attach(model)
-    first = adapters.of(model).layers[0]
-    hook = first.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
     try:
-        ids, logits = generate(model, inputs, handle, steps, **mode)
+        with entering(model) as seen:
+            ids, logits = generate(model, inputs, handle, steps, **mode)
     finally:
-        hook.remove()
         handle.detach()
-    expected_ids, expected = generate(model, inputs, reference(model, handle, seen[0]), steps, **mode)
+    expected_ids, expected = generate(model, inputs, reference(model, handle, seen), steps, **mode)
     return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
 
 
@@ -184,21 +211,13 @@ def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
             _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
         return torch.cat([first, second])
 
-    seen: list[Tensor] = []
     handle = attach(model)
-    hook = (
-        adapters.of(model)
-        .layers[0]
-        .register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    )
     try:
-        logits = turns(handle)
+        with entering(model) as seen:
+            logits = turns(handle)
     finally:
-        hook.remove()
         handle.detach()
-    return float((logits - turns(reference(model, handle, seen[0]))).abs().max())
+    return float((logits - turns(reference(model, handle, seen))).abs().max())
 
 
 def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:

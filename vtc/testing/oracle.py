@@ -21,7 +21,8 @@ class Oracle:
     (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact"
     renumbers the visible tokens from the first table on, "compact_input" those of table 0.
     cached: the same for later calls only, for rows evicted from the cache after the prefill.
-    embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM.
+    embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM. deep:
+    the same of the visual rows that a model adds inside its first layers, one [V, D] per layer.
     """
 
     def __init__(
@@ -32,12 +33,13 @@ class Oracle:
         positions: Positions = "preserve",
         cached: dict[int, Tensor] | None = None,
         embeddings: Tensor | None = None,
+        deep: Sequence[Tensor] | None = None,
     ) -> None:
         adapter = adapters.of(model)
         self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
         self.queue = [tables] if isinstance(tables, dict) else list(tables)
         self.tables, self.cached = self.queue[0], cached or {}
-        self.positions, self.embeddings = positions, embeddings
+        self.positions, self.embeddings, self.deep = positions, embeddings, deep
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
@@ -65,6 +67,8 @@ class Oracle:
             full = self.embeddings.repeat_interleave(rows.shape[0] // self.embeddings.shape[0], 0)
             rows = torch.cat([full.to(rows.dtype), rows[:, full.shape[1] :]], dim=1)
             kwargs["inputs_embeds"] = rows
+        if self.deep is not None and self._past == 0:
+            kwargs["deepstack_visual_embeds"] = list(self.deep)
         return args, kwargs
 
     def _layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

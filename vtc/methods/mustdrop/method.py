@@ -210,7 +210,7 @@ class MustDrop(Compressor):
         stages: list[Stage] = []
         vision: dict[int, VisionReading] = {}
         if self.merge != "off":
-            stages.append(EncoderStage(1) if model.encoder_stages else 0)
+            stages.append(EncoderStage(1) if model.encoder_stages and not model.joins else 0)
         if self.filter != "off":
             stages += [layer + 1 for layer in layers]
             vision = dict([self.salience(model)] if self.key_rate else [])
