@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -73,35 +73,60 @@ def generate(
     return output.sequences, torch.stack(output.logits)
 
 
-def reference(model: Any, handle: Handle, rows: Tensor | None = None) -> Oracle:
-    """The oracle for what `handle` traced, call by call. rows: [B, L, D] input of layer 0, for changed features."""
+@contextmanager
+def entering(model: Any, handle: Handle) -> Iterator[dict[int, Tensor]]:
+    """The first rows that enter layer 0 and the LLM layers at which the attached method acts, as they come."""
+    seen: dict[int, Tensor] = {}
+
+    def note(layer: int, module: Any, args: Any, kwargs: Any) -> None:
+        seen.setdefault(layer, args[0] if args else kwargs["hidden_states"])
+
+    layers = adapters.of(model).layers
+    stages = {0, *(stage for stage in handle.plan.stages if isinstance(stage, int))}
+    hooks = [
+        layers[stage].register_forward_pre_hook(functools.partial(note, stage), with_kwargs=True) for stage in stages
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference(model: Any, handle: Handle, rows: Mapping[int, Tensor] | None = None) -> Oracle:
+    """The oracle for what `handle` traced, call by call. rows: as `entering` sees them, for changed features."""
     tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
     cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
-    embeddings = None
-    changed = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
-    if rows is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
-        keep = handle.trace[0].keep[0]
-        embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
+    first, embeddings, replaced = handle.trace[0], None, {}
+    for stage, entered in (rows or {}).items():
+        changed = [isinstance(each, EncoderStage) for each in handle.plan.stages if stage == 0]
+        if not any(changed) and not any(stage in item.merged_into for item in first.items):
+            continue
+        keep = first.keep[stage]
+        full = entered.new_zeros(*keep.shape, entered.shape[-1])
         for row in range(keep.shape[0]):
-            count = int(keep[row].sum())
-            embeddings[row, keep[row]] = rows[row, rows.shape[1] - count :]
-    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings)
+            full[row, keep[row]] = entered[row, entered.shape[1] - int(keep[row].sum()) :]
+        if stage == 0:
+            embeddings = full
+            continue
+        merged = torch.zeros_like(keep)
+        for item in first.items:  # every token that absorbed another one
+            into = item.merged_into.get(stage, item.positions[:0])
+            others = into[(into >= 0) & (into != torch.arange(len(into), device=into.device))]
+            merged[item.row, item.positions[others]] = True
+        replaced[stage] = merged, full
+    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, replaced=replaced)
 
 
 def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
     """Largest logit difference between the compressed model and its oracle; infinite when sampled tokens differ."""
-    seen: list[Tensor] = []
     handle = attach(model)
-    first = adapters.of(model).layers[0]
-    hook = first.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    try:
-        ids, logits = generate(model, inputs, handle, steps, **mode)
-    finally:
-        hook.remove()
-        handle.detach()
-    expected_ids, expected = generate(model, inputs, reference(model, handle, seen[0]), steps, **mode)
+    with entering(model, handle) as seen:
+        try:
+            ids, logits = generate(model, inputs, handle, steps, **mode)
+        finally:
+            handle.detach()
+    expected_ids, expected = generate(model, inputs, reference(model, handle, seen), steps, **mode)
     return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
 
 
@@ -184,21 +209,13 @@ def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
             _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
         return torch.cat([first, second])
 
-    seen: list[Tensor] = []
     handle = attach(model)
-    hook = (
-        adapters.of(model)
-        .layers[0]
-        .register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    )
-    try:
-        logits = turns(handle)
-    finally:
-        hook.remove()
-        handle.detach()
-    return float((logits - turns(reference(model, handle, seen[0]))).abs().max())
+    with entering(model, handle) as seen:
+        try:
+            logits = turns(handle)
+        finally:
+            handle.detach()
+    return float((logits - turns(reference(model, handle, seen))).abs().max())
 
 
 def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
