@@ -150,6 +150,10 @@ class Adapter(VisionSide):
         block: Any = self.layers[layer]
         return block.input_layernorm(hidden)  # type: ignore[no-any-return]
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """[..., D] rows as the norm behind the last LLM layer leaves them."""
+        return self.language_model.norm(hidden)  # type: ignore[no-any-return]
+
     @property
     @abstractmethod
     def projector(self) -> nn.Module:

@@ -21,7 +21,9 @@ from vtc.testing import snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.measures import only_the_prompt
 
-READERS = ("fastv", "pyramiddrop", "atp_training_free", "mustdrop", "aim", "todre", "cdpruner")
+READERS = (
+    "fastv", "pyramiddrop", "atp_training_free", "mustdrop", "aim", "todre", "cdpruner", "dart", "sparsevlm",
+)  # fmt: skip
 """Methods that look at the question or at the attention of the whole prompt."""
 LOOK: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10}

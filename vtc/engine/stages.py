@@ -167,6 +167,7 @@ class StageRunner:
             needs=self.plan.needs,
             memory=one.memory,
             module=self.module,
+            final_norm=self.adapter.final_norm,
         )
         with exact(device):
             return self.method.select(view)

@@ -53,12 +53,17 @@ class Parts:
         return values[item[:, None], self.place]
 
     def give(self, values: Tensor) -> Tensor:
-        """[R, W] of the parts -> [I, N] of the items, zero or False where a token lies in no part."""
+        """[R, W, ...] of the parts -> [I, N, ...] of the items, zero or False where a token lies in no part."""
         if self.place is None:
-            return values.reshape(self.items.shape)
+            return values.reshape(*self.items.shape, *values.shape[2:])
         items, length = self.items.shape
-        values, place, real = (each.view(items, -1, each.shape[1]) for each in (values, self.place, self.mask))
-        return out_of_groups(values, place, real, length)
+        if values.ndim == 2:
+            values, place, real = (each.view(items, -1, each.shape[1]) for each in (values, self.place, self.mask))
+            return out_of_groups(values, place, real, length)
+        item = torch.arange(items, device=values.device).repeat_interleave(len(self.place) // items)
+        slot = torch.where(self.mask, self.place, length) + (length + 1) * item[:, None]
+        flat = values.new_zeros(items * (length + 1), *values.shape[2:]).index_put((slot,), values)
+        return flat.unflatten(0, (items, -1))[:, :length]  # type: ignore[no-untyped-call, no-any-return]
 
     def best(self, scores: Tensor, keep: Tensor, most: int | None = None) -> Tensor:
         """Mark the `keep` [R] highest of the parts' scores [R, W], none of them more than `most`; bool [R, W]."""

@@ -11,7 +11,8 @@ from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
 from vtc.method.readings import VisionReading
 from vtc.ops.merge import Step, bipartite_merge, group_places, lay_out, merge_plan, merge_rows
-from vtc.ops.select import apportion_host, front_pack, group_sizes
+from vtc.ops.rank import order_by
+from vtc.ops.select import apportion_host, front_pack, group_sizes, take_rows
 
 Sizes = list[list[int]]
 """Tokens of every group of every item, on the host."""
@@ -148,6 +149,24 @@ def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:
     if whole:
         return view.crop, [list(layout.crop_sizes) for layout in items.layouts]
     return view.crop, group_sizes(view.crop, view.most_crops, items.mask).tolist()
+
+
+def reordered(kept: Tensor, tokens: Tensor, into: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept rows of each item in another order, on the same places; with what the others were merged into.
+
+    kept: [I, N] bool. tokens: [I, N, D], read where `kept` is set. into: [I, N] places, -1 for none. order: [I, N]
+    places, the kept ones first. Returns tokens and `into` as `Selection` takes them.
+
+    >>> order = torch.tensor([[2, 0, 1]])
+    >>> kept, rows = torch.tensor([[True, False, True]]), torch.tensor([[[5.0], [6.0], [7.0]]])
+    >>> tokens, into = reordered(kept, rows, torch.tensor([[0, 2, 2]]), order)
+    >>> tokens[0, [0, 2], 0].tolist(), into.tolist()
+    ([7.0, 5.0], [[2, 0, 0]])
+    """
+    seats = order_by(~kept)
+    moved = torch.empty_like(order).scatter_(1, order, seats)
+    placed = torch.empty_like(tokens).scatter(1, seats[..., None].expand_as(tokens), take_rows(tokens, order))
+    return placed, torch.where(into >= 0, moved.gather(1, into.clamp(min=0)), -1)
 
 
 def share(keep: int, sizes: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -64,7 +64,8 @@ class StageView:
     stage, `tokens` of the items alone and `hidden` of all; what is not asked for is not put together. visual, valid,
     prompt, text: [B, L] bool; the prompt is what is valid and no answer, whether generated, drafted or given with
     labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel keys. memory: what the
-    method left there at earlier stages of the same call. module: its learned parts.
+    method left there at earlier stages of the same call. module: its learned parts. final_norm: the norm behind the
+    LLM's last layer, for rows of any shape [..., D]; at encoder stages it leaves them as they are.
 
     What a method of one line sees of two images, the budget being a quarter of 16 tokens each:
 
@@ -97,6 +98,7 @@ class StageView:
     needs: Needs = field(default_factory=Needs)
     memory: dict[Any, Any] = field(default_factory=dict)
     module: nn.Module | None = None
+    final_norm: Callable[[Tensor], Tensor] = field(default=lambda rows: rows)
 
     @cached_property
     def tokens(self) -> Tensor:

@@ -80,6 +80,20 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int
     return above | (tied & (tied.cumsum(1) <= keep[:, None] - above.sum(1, keepdim=True)))
 
 
+def evenly(mask: Tensor, count: Tensor) -> Tensor:
+    """Mark `count` [I] of the unmasked entries of each row [I, N], spread evenly, half a step from the ends.
+
+    Of R entries, numbered in order, number m is marked where ``round(m count / R)`` is about to rise.
+
+    >>> evenly(torch.tensor([[True, True, False, True, True, True, True]]), torch.tensor([2])).int().tolist()
+    [[0, 1, 0, 0, 0, 1, 0]]
+    """
+    behind = mask.cumsum(1)
+    total = mask.sum(1, keepdim=True).clamp(min=1)
+    rise = (2 * (behind - 1) * count[:, None] + total) // (2 * total)
+    return mask & ((2 * behind * count[:, None] + total) // (2 * total) > rise)
+
+
 def _apart(ordered: Tensor) -> Tensor:
     """Whether an entry of falling rows [I, N] is lower than the one before it by more than rounding; bool [I, N]."""
     apart = torch.ones_like(ordered, dtype=torch.bool)

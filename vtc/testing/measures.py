@@ -76,27 +76,31 @@ def generate(
 
 @dataclass
 class Entered:
-    """What a language model was given, call by call: input of its first layer, visual rows for layers behind it."""
+    """What a language model was first given: rows that enter layer 0 and those at which a method acts, by layer; deep:
+    visual rows that it adds behind its first layers, of all calls.
+    """
 
-    rows: list[Tensor] = field(default_factory=list)
+    rows: dict[int, Tensor] = field(default_factory=dict)
     deep: list[Any] = field(default_factory=list)
 
 
 @contextmanager
-def entering(model: Any) -> Iterator[Entered]:
-    """Inside, note it; to be entered behind `vtc.compress`."""
+def entering(model: Any, handle: Handle) -> Iterator[Entered]:
+    """Inside, note it."""
     adapter, seen = adapters.of(model), Entered()
 
-    def first(module: Any, args: Any, kwargs: Any) -> None:
-        seen.rows.append(args[0] if args else kwargs["hidden_states"])
+    def rows(layer: int, module: Any, args: Any, kwargs: Any) -> None:
+        seen.rows.setdefault(layer, args[0] if args else kwargs["hidden_states"])
 
     def whole(module: Any, args: Any, kwargs: Any) -> None:
         seen.deep.append(kwargs.get("deepstack_visual_embeds"))
 
+    stages = {0, *(stage for stage in handle.plan.stages if isinstance(stage, int))}
     hooks = [
-        adapter.layers[0].register_forward_pre_hook(first, with_kwargs=True),
-        adapter.language_model.register_forward_pre_hook(whole, with_kwargs=True, prepend=True),
+        adapter.layers[stage].register_forward_pre_hook(functools.partial(rows, stage), with_kwargs=True)
+        for stage in stages
     ]
+    hooks.append(adapter.language_model.register_forward_pre_hook(whole, with_kwargs=True, prepend=True))
     try:
         yield seen
     finally:
@@ -108,26 +112,39 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
     """The oracle for what `handle` traced, call by call. seen: what entered the LLM then, for changed features."""
     tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
     cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
-    embeddings, deep = None, None
-    changed = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
-    if seen is not None and (changed or any(0 in item.merged_into for item in handle.trace[0].items)):
-        rows, keep = seen.rows[0], handle.trace[0].keep[0]
-        deep = seen.deep[0] if changed else None
-        embeddings = rows.new_zeros(*keep.shape, rows.shape[-1])
+    first, embeddings, deep, replaced = handle.trace[0], None, None, {}
+    inside = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
+    for stage, entered in ({} if seen is None else seen.rows).items():
+        if not (inside and stage == 0) and not any(stage in item.merged_into for item in first.items):
+            continue
+        keep = first.keep[stage]
+        full = entered.new_zeros(*keep.shape, entered.shape[-1])
         for row in range(keep.shape[0]):
-            count = int(keep[row].sum())
-            embeddings[row, keep[row]] = rows[row, rows.shape[1] - count :]
-    return Oracle(model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep)
+            full[row, keep[row]] = entered[row, entered.shape[1] - int(keep[row].sum()) :]
+        if stage == 0:
+            embeddings = full
+            continue
+        merged = torch.zeros_like(keep)
+        for item in first.items:  # every token that absorbed another one
+            into = item.merged_into.get(stage, item.positions[:0])
+            others = into[(into >= 0) & (into != torch.arange(len(into), device=into.device))]
+            merged[item.row, item.positions[others]] = True
+        replaced[stage] = merged, full
+    if inside and seen is not None:
+        deep = seen.deep[0]
+    return Oracle(
+        model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep, replaced=replaced
+    )
 
 
 def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
     """Largest logit difference between the compressed model and its oracle; infinite when sampled tokens differ."""
     handle = attach(model)
-    try:
-        with entering(model) as seen:
+    with entering(model, handle) as seen:
+        try:
             ids, logits = generate(model, inputs, handle, steps, **mode)
-    finally:
-        handle.detach()
+        finally:
+            handle.detach()
     expected_ids, expected = generate(model, inputs, reference(model, handle, seen), steps, **mode)
     return float((logits - expected).abs().max()) if torch.equal(ids, expected_ids) else float("inf")
 
@@ -212,11 +229,11 @@ def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
         return torch.cat([first, second])
 
     handle = attach(model)
-    try:
-        with entering(model) as seen:
+    with entering(model, handle) as seen:
+        try:
             logits = turns(handle)
-    finally:
-        handle.detach()
+        finally:
+            handle.detach()
     return float((logits - turns(reference(model, handle, seen))).abs().max())
 
 

@@ -23,6 +23,8 @@ class Oracle:
     cached: the same for later calls only, for rows evicted from the cache after the prefill.
     embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM. deep:
     the same of the visual rows that a model adds inside its first layers, one [V, D] per layer.
+    replaced: LLM layer -> which input positions [B, S] have other rows [B, S, D] when the prompt enters it, for methods
+    that merge inside the LLM.
     """
 
     def __init__(
@@ -34,12 +36,13 @@ class Oracle:
         cached: dict[int, Tensor] | None = None,
         embeddings: Tensor | None = None,
         deep: Sequence[Tensor] | None = None,
+        replaced: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         adapter = adapters.of(model)
         self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
         self.queue = [tables] if isinstance(tables, dict) else list(tables)
         self.tables, self.cached = self.queue[0], cached or {}
-        self.positions, self.embeddings, self.deep = positions, embeddings, deep
+        self.positions, self.embeddings, self.deep, self.replaced = positions, embeddings, deep, replaced or {}
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
@@ -73,6 +76,9 @@ class Oracle:
 
     def _layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
+        if index in self.replaced and self._past == 0:
+            hidden = self._replace(hidden, *self.replaced[index])
+            args, kwargs = (hidden, *args[1:]), {name: kwargs[name] for name in kwargs if name != "hidden_states"}
         batch, queries, _ = hidden.shape
         keys = self._past + queries
         visible = torch.ones(batch, keys, dtype=torch.bool)
@@ -93,6 +99,13 @@ class Oracle:
             numbers = numbers[None].expand(3, -1, -1) if self.mrope else numbers
             kwargs["position_embeddings"] = self.llm.rotary_emb(hidden, numbers)
         return args, kwargs
+
+    @staticmethod
+    def _replace(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        beams, length = hidden.shape[0] // rows.shape[0], rows.shape[1]
+        where, rows = where.repeat_interleave(beams, 0), rows.repeat_interleave(beams, 0)
+        changed = torch.where(where[..., None], rows, hidden[:, :length])
+        return torch.cat([changed, hidden[:, length:]], dim=1)
 
     @staticmethod
     def _hide(visible: Tensor, tables: dict[int, Tensor], layer: int) -> Tensor:

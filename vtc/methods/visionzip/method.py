@@ -13,6 +13,7 @@ from torch import Tensor
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Order, Plan, Rows, Selection, StageView
 from vtc.method.layout import VisualItem
+from vtc.method.parts import reordered
 from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
@@ -100,17 +101,8 @@ class VisionZip(Compressor):
         if not official:
             return Selection(kept, counts=keep, tokens=tokens, merged_into=into, scores=score)
         order = order_by(torch.where(kept, self._block(view, target), 8))  # block by block
-        anchors = order_by(~kept)
-        moved = torch.empty_like(order).scatter_(1, order, anchors)
-        rows = anchors[..., None].expand_as(tokens)
-        return Selection(
-            kept,
-            counts=keep,
-            tokens=torch.empty_like(tokens).scatter(1, rows, take_rows(tokens, order)),
-            merged_into=torch.where(into >= 0, moved.gather(1, into.clamp(min=0)), -1),
-            separators=False,
-            scores=score,
-        )
+        tokens, into = reordered(kept, tokens, into, order)
+        return Selection(kept, counts=keep, tokens=tokens, merged_into=into, separators=False, scores=score)
 
     @staticmethod
     def _block(view: StageView, target: Tensor) -> Tensor:

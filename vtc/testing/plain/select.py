@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.ops.select import (
     apportion,
+    evenly,
     front_pack,
     group_sizes,
     in_groups,
@@ -39,6 +40,16 @@ def plain_top_k(scores: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
         for row, real, count in zip(scores.tolist(), mask.tolist(), keep.tolist(), strict=True)
     ]
     return _marks(rows, scores.shape[1])
+
+
+def plain_evenly(mask: Tensor, count: Tensor) -> Tensor:
+    """The entries in whose stretch of the unmasked ones the middle of a `count`-th part lies."""
+    rows = []
+    for item, wanted in enumerate(count.tolist()):
+        real = [place for place, there in enumerate(mask[item].tolist()) if there]
+        middles = [Fraction(2 * part + 1, 2 * wanted) * len(real) for part in range(wanted)]
+        rows.append([real[math.ceil(middle) - 1] for middle in middles])
+    return _marks(rows, mask.shape[1])
 
 
 def _largest_remainders(total: int, sizes: list[int]) -> list[int]:
@@ -144,6 +155,7 @@ def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
 
 CASES = (
     OpCase(top_k, plain_top_k, _ranked),
+    OpCase(evenly, plain_evenly, lambda size: {"mask": _ranked(size)["mask"], "count": _ranked(size)["keep"]}),
     OpCase(apportion, plain_apportion, _shares),
     OpCase(group_sizes, plain_group_sizes, _grouped),
     OpCase(out_of_groups, plain_out_of_groups, _placed),

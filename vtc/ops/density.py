@@ -1,0 +1,67 @@
+"""Clusters around density peaks: centres are dense and far from whatever is denser (DPC-KNN). Nothing of size N x N."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vtc.ops.checks import numbers
+from vtc.ops.rank import inverse, order_by
+from vtc.ops.select import TIE, first_best, front_pack, settle, take_rows, top_k
+
+BLOCK = 2**24
+"""Distances held at once."""
+
+
+def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int) -> Tensor:
+    """For every token the centre of its cluster, a place in its row; centres name themselves, -1 outside the mask.
+
+    With ``d_ij = |x_i - x_j| / sqrt(D)``, the density of token i is ``rho_i = exp(-mean d_ij^2)`` over the c nearest
+    tokens, itself included, c being the number of clusters, and ``delta_i`` its distance to the nearest denser token
+    (of the densest: the largest distance there is). The c tokens of largest ``rho_i delta_i`` are centres, and every
+    other token goes to the nearest of them. Of equals the lower index is denser, is a centre, is nearer.
+
+    x: [G, M, D]. clusters: [G] counts, at most the row's tokens and at most `most`. mask: [G, M] bool. Streams over the
+    tokens. Returns [G, M], -1 in rows that have no cluster.
+
+    >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]])
+    >>> density_peaks(x, torch.tensor([2]), torch.ones(1, 6, dtype=torch.bool), most=2).tolist()
+    [[0, 0, 0, 3, 3, 3]]
+    """
+    x = numbers(x.detach(), mask).float()
+    steps = torch.arange(x.shape[1], device=x.device)
+    near = torch.arange(min(most, x.shape[1]), device=x.device) < clusters[:, None]
+    means, largest = [], x.new_zeros(len(x), 1)
+    for _, squares in _squares(x, x):
+        squares = squares.masked_fill(~mask[:, None], torch.inf)
+        lowest = squares.topk(near.shape[1], dim=2, largest=False, sorted=True).values
+        means.append(torch.where(near[:, None], lowest, 0).sum(2) / clusters[:, None].clamp(min=1))
+        largest = torch.maximum(largest, torch.where(squares < torch.inf, squares, 0).amax(2).amax(1, keepdim=True))
+    density = settle(-torch.cat(means, 1), mask)
+    rank = inverse(order_by(best=density))
+    gaps = [
+        squares.masked_fill(~(mask[:, None] & (rank[:, None] < rank[:, some, None])), torch.inf).amin(2)
+        for some, squares in _squares(x, x)
+    ]
+    gap = torch.minimum(torch.cat(gaps, 1), largest).sqrt()
+    peak = top_k(density.exp() * gap, clusters, mask, most=most)
+    place = front_pack(peak, near.shape[1])
+    nearest = [
+        first_best(-squares.masked_fill(~near[:, None], torch.inf).sqrt())
+        for _, squares in _squares(x, take_rows(x, place))
+    ]
+    centre = torch.where(peak, steps, place.gather(1, torch.cat(nearest, 1)))
+    return torch.where(mask & (clusters > 0)[:, None], centre, -1)
+
+
+def _squares(x: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the tokens, and [G, m, n] squared distances of those to the others, divided by D."""
+    length = others.square().sum(2)
+    size = max(1, BLOCK // max(1, others.shape[0] * others.shape[1]))
+    for first in range(0, x.shape[1], size):
+        some = slice(first, first + size)
+        sums = x[:, some].square().sum(2)[..., None] + length[:, None]
+        squares = sums - 2 * torch.bmm(x[:, some], others.transpose(1, 2))
+        yield some, torch.where(squares > TIE * sums, squares, 0) / x.shape[2]  # rounding is no distance
