@@ -108,7 +108,7 @@ def test_the_command_lists_refusals_and_fails_above_a_limit(
     command.main(["ViTModel"])
     shown = capsys.readouterr().out
     assert "| mine | 2.0e-06 * |" in shown and "| mine | batch | ViTModel | why not |" in shown
-    cells.append(one("plain loop", 1e-4, LIMIT))
+    cells.append(Cell("mine", "ViTModel", "plain loop", 1e-4, LIMIT))
     with pytest.raises(AssertionError, match=r"mine on ViTModel: plain loop: 1.00e-04 exceeds 5e-05"):
         command.main(["ViTModel"])
 
@@ -247,7 +247,7 @@ def test_images_may_keep_different_numbers_where_the_class_token_is_pooled(name:
             alone = torch.cat([encode(model, image[None]) for image in images])
     kept = handle.stats.calls[0].visual_tokens_kept
     assert len(set(kept)) > 1
-    assert kept == tuple(call.visual_tokens_kept[0] for call in handle.stats.calls[1:])
+    assert kept == tuple(call.visual_tokens_kept[0] for call in list(handle.stats.calls)[1:])
     assert float((together - alone).abs().max()) <= LIMIT
 
 
