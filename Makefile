@@ -79,6 +79,7 @@ results: docs
 	$(BIN)/vtc sweep shallow --out results/shallow
 	cp results/shallow/metrics.csv docs/results/shallow.csv
 	$(BIN)/python -m vtc.testing > docs/results/contract.md
+	$(BIN)/python -m vtc.testing.inside > docs/results/encoder_contract.md
 	$(BIN)/python -m vtc.testing.timing > docs/results/ops.md
 	$(BIN)/python -m vtc.testing.selecting > docs/results/selections.md
 	$(BIN)/python -m vtc.testing.scaling > docs/results/scaling.md

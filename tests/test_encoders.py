@@ -1,4 +1,4 @@
-"""Encoders without an LLM, against plain loops over an image, its blocks and its tokens, written from the equations."""
+"""Encoders without an LLM: every method inside them keeps the contract, and what a user sees of it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import transformers
 from torch import Tensor
 
 import vtc
+import vtc.testing.inside.__main__ as command
 from vtc.engine import taps
 from vtc.errors import UnsupportedCall, UnsupportedMethod, UnsupportedModel, VTCError
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.methods.pixelprune import PixelPrune
 from vtc.ops.select import top_k
+from vtc.testing.contract import raise_on_failure
 from vtc.testing.encoders import (
-    BLOCKS,
     NAMES,
     OPEN,
     OPEN_TEXT,
@@ -32,110 +34,16 @@ from vtc.testing.encoders import (
     VISION,
     blocks,
     build,
+    by_hand,
     embed,
     encode,
-    one_block,
     pixels,
-    pool,
 )
+from vtc.testing.inside import case_of
+from vtc.testing.inside.contract import Cell, check, inside
 
 LIMIT = 5e-5
-METHODS: dict[str, Compressor] = {
-    "tome": vtc.create("tome", inside=True),
-    "tome, keys count one": vtc.create("tome", inside=True, proportional=False),
-    "pitome": vtc.create("pitome", inside=True),
-    "pitome, as for CLIP": vtc.create("pitome", inside=True, metric="features", weighted=False, proportional=False),
-}
-
-INSIDE = ("diffrate", "expediting_vit", "pixelprune", "token_transforming", "zero_tprune")
-"""Methods of encoders alone; tests/methods compare them with loops of their own."""
-
-
-# --- the plain loops
-@dataclass
-class Group:
-    """A token: the patches in it, the one whose place it has, its row and what it is compared by."""
-
-    patches: list[int]
-    place: int
-    row: Tensor
-    metric: Tensor
-
-    @property
-    def size(self) -> int:
-        return len(self.patches)
-
-
-def cosine(a: Group, b: Group) -> float:
-    return float(torch.nn.functional.cosine_similarity(a.metric.double(), b.metric.double(), dim=0))
-
-
-def joined(target: Group, sources: list[Group], weighted: bool) -> Group:
-    parts = [*sources, target]
-    weights = [part.size if weighted else 1 for part in parts]
-    mean = [
-        sum(w * getattr(p, name) for w, p in zip(weights, parts, strict=True)) / sum(weights)
-        for name in ("row", "metric")
-    ]
-    return Group([n for part in parts for n in part.patches], target.place, *mean)
-
-
-def tome_step(tokens: list[Group], r: int, has_cls: bool) -> list[Group]:
-    """A and B alternate, the class token first in A; the r best edges merge; unmerged A, then B, as released."""
-    a, b = (tokens[1::2], tokens[0::2]) if has_cls else (tokens[0::2], tokens[1::2])
-    edges = []
-    for place, token in enumerate(a):
-        best = max(range(len(b)), key=lambda n, token=token: (cosine(token, b[n]), -n))
-        edges.append((cosine(token, b[best]), place, best))
-    edges.sort(key=lambda edge: (-edge[0], edge[1]))
-    rest = edges[r:] if not has_cls else sorted(edges[r:], key=lambda edge: edge[1])
-    merged = [joined(each, [a[p] for _, p, n in edges[:r] if n == number], True) for number, each in enumerate(b)]
-    return [a[place] for _, place, _ in rest] + merged
-
-
-def pitome_step(tokens: list[Group], r: int, margin: float, weighted: bool) -> list[Group]:
-    """The 2 r tokens of highest energy may merge: even ranks join the odd rank most like them."""
-
-    def elu(x: float) -> float:
-        return x if x > 0 else math.exp(x) - 1
-
-    energy = [sum(elu(cosine(a, b) - margin) for b in tokens) / len(tokens) for a in tokens]
-    ranks = sorted(range(len(tokens)), key=lambda n: -energy[n])
-    sources, targets = ranks[: 2 * r : 2], ranks[1 : 2 * r : 2]
-    chosen = {}
-    for s in sources:
-        alike = [cosine(tokens[s], tokens[n]) for n in targets]
-        chosen[s] = next(n for n, each in zip(targets, alike, strict=True) if each >= max(alike) - 1e-5)  # ties
-    return [
-        joined(token, [tokens[s] for s in sources if chosen[s] == n], weighted)
-        for n, token in enumerate(tokens)
-        if n not in sources
-    ]
-
-
-def plain(model: Any, image: Tensor, method: Any, prefix: int, keep: int) -> tuple[Tensor, Tensor]:
-    """Pooled output [D] and last rows [T, D] of one image."""
-    rows, sizes = embed(model, image), [1] * (prefix + PATCHES)
-    tokens = [Group([n], n, row, row) for n, row in enumerate(rows[prefix:])]
-    plans = method.steps(BLOCKS, PATCHES, keep)
-    for number, (block, passes) in enumerate(zip(blocks(model), plans, strict=True)):
-        x = torch.cat([rows[:prefix], *(token.row[None] for token in tokens)])
-        sizes = [1] * prefix + [token.size if method.proportional else 1 for token in tokens]
-        seen = one_block(block, x, torch.tensor(sizes))
-        rows = x = seen.rows
-        metric = x if method.metric == "features" else seen.key.mean(1)
-        tokens = [
-            Group(token.patches, token.place, row, each)
-            for token, row, each in zip(tokens, x[prefix:], metric[prefix:].detach(), strict=True)
-        ]
-        for r in filter(None, passes):
-            if method.name == "tome":
-                tokens = tome_step(tokens, r, prefix > 0)
-            else:
-                tokens = pitome_step(tokens, r, 0.9 - 0.9 * number / BLOCKS, method.weighted)
-    tokens.sort(key=lambda token: token.place)
-    rows = torch.cat([rows[:prefix], *(token.row[None] for token in tokens)])
-    return pool(model, rows), rows
+METHODS = {name: vtc.create(name, inside=True) for name in ("tome", "pitome")}
 
 
 # --- exactness
@@ -143,46 +51,66 @@ def plain(model: Any, image: Tensor, method: Any, prefix: int, keep: int) -> tup
 def test_the_blocks_by_hand_are_the_model(name: str) -> None:
     model, images = build(name), pixels(1)
     with torch.no_grad():
-        by_hand, _ = plain(model, images[0], METHODS["tome"], PREFIX[name], PATCHES)
-        assert float((encode(model, images)[0] - by_hand).abs().max()) <= LIMIT
+        expected, _ = by_hand(model, images[0], lambda layer, rows, seen: (rows, None))
+        assert float((encode(model, images)[0] - expected).abs().max()) <= LIMIT
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("keep", [10, 3])
-def test_what_is_left_is_that_of_the_plain_loop(name: str, kind: str, keep: int) -> None:
-    model, images, method = build(name), pixels(2), METHODS[kind]
-    last: list[Tensor] = []
-    with torch.no_grad(), vtc.compress(model, method, keep=keep) as handle:
-        end = vtc.adapters.encoder_of(model).vision_layers[-1].register_forward_hook(lambda m, a, out: last.append(out))
-        found = encode(model, images)
-        end.remove()
-    assert handle.stats.visual_tokens_in == 2 * PATCHES
-    assert handle.stats.calls[0].visual_tokens_kept == (float(keep),) * 2
-    for image, got, rows in zip(images, found, last[0], strict=True):
-        with torch.no_grad():
-            expected, left = plain(model, image, method, PREFIX[name], keep)
-        assert rows.shape == left.shape == (PREFIX[name] + keep, 32)
-        assert float((rows - left).abs().max()) <= LIMIT
-        assert float((got - expected).abs().max()) <= LIMIT
+@pytest.mark.parametrize("encoder", NAMES)
+@pytest.mark.parametrize("name", inside("CLIPModel"))
+def test_every_method_keeps_the_contract_on_every_encoder(name: str, encoder: str) -> None:
+    """In all its variants; what has no plain loop fails by its name, and what is refused is named here."""
+    cells = check(name, encoder)
+    raise_on_failure(cells)
+    assert all(cell.limit <= LIMIT for cell in cells)
+    assert {cell.check for cell in cells} >= {
+        "plain loop", "counts told", "batch = singles", "retention 1.0, bit-identical", "nothing left behind",
+        "untouched behind it, bit-identical", "bfloat16 runs",
+    }  # fmt: skip
+    differing = {("pixelprune", "batch = singles")} if name == "pixelprune" and encoder in POOLED else set()
+    assert {(cell.method, cell.check) for cell in cells if cell.refused} == differing
+    assert inside(encoder).keys() == inside("CLIPModel").keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["tome", "pitome"])
-def test_a_retention_of_one_changes_no_bit_and_a_batch_is_its_images(name: str, kind: str) -> None:
-    model, images, method = build(name), pixels(), METHODS[kind]
-    with torch.no_grad():
-        untouched = encode(model, images)
-        with vtc.compress(model, method, retention=1.0) as handle:
-            assert torch.equal(encode(model, images), untouched)
-        assert handle.stats.retention == 1.0
-        with vtc.compress(model, method, retention=0.5) as handle:
-            together = encode(model, images)
-            alone = torch.cat([encode(model, image[None]) for image in images])
-        assert torch.equal(encode(model, images), untouched)
-    assert handle.stats.retention == 0.5
-    assert float((together - alone).abs().max()) <= LIMIT
-    assert float((together - untouched).abs().max()) > 1e-3
+# --- the contract notices what it is there for
+def test_the_contract_notices_another_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PixelPrune, "scan", lambda self, cells, tau: torch.ones_like(cells[..., 0], dtype=torch.bool))
+    failed = {(cell.method, cell.check) for cell in check("pixelprune", "ViTModel") if not cell.passed}
+    assert failed == {("pixelprune(tau=0.15)", "plain loop"), ("pixelprune(tau=0.15)", "counts told")}
+
+
+def test_the_contract_notices_what_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untidy(model: Any, *given: Any, **budget: Any) -> vtc.Handle:
+        model.left_behind = object()
+        return vtc.compress(model, *given, **budget)
+
+    model = build("ViTModel")
+    monkeypatch.setattr(
+        "vtc.testing.inside.contract.built", lambda name, *dtype: build(name, *dtype) if dtype else model
+    )
+    monkeypatch.setattr("vtc.testing.inside.contract.compress", untidy)
+    assert {cell.check for cell in check("pixelprune", "ViTModel") if not cell.passed} == {"nothing left behind"}
+
+
+def test_methods_without_a_plain_loop_are_named() -> None:
+    with pytest.raises(AssertionError, match=r"'fastv' acts inside encoders and has no plain loop; .*inside/fastv\.py"):
+        case_of("fastv")
+
+
+def test_the_command_lists_refusals_and_fails_above_a_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [
+        Cell("mine", "ViTModel", "plain loop", 2e-6, LIMIT),
+        Cell("mine", "ViTModel", "batch", 0.0, LIMIT, "why not"),
+    ]
+    monkeypatch.setattr(command, "check", lambda name, encoder: cells)
+    monkeypatch.setattr(command, "inside", lambda encoder: ["mine"])
+    command.main(["ViTModel"])
+    shown = capsys.readouterr().out
+    assert "| mine | 2.0e-06 * |" in shown and "| mine | batch | ViTModel | why not |" in shown
+    cells.append(Cell("mine", "ViTModel", "plain loop", 1e-4, LIMIT))
+    with pytest.raises(AssertionError, match=r"mine on ViTModel: plain loop: 1.00e-04 exceeds 5e-05"):
+        command.main(["ViTModel"])
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel", "open_clip"])
@@ -193,24 +121,10 @@ def test_gradients_are_those_of_the_plain_loop(name: str, kind: str) -> None:
     with vtc.compress(model, method, keep=8):
         encode(model, images).square().sum().backward()
     found, images.grad = images.grad, None
-    plain(model, images[0], method, PREFIX[name], 8)[0].square().sum().backward()
+    act = case_of(kind).plain(method, images[0], PREFIX[name], 8)
+    by_hand(model, images[0], act)[0].square().sum().backward()
     assert found is not None and images.grad is not None
     assert float((found - images.grad).abs().max() / images.grad.abs().max()) <= 1e-4
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["tome", "pitome"])
-def test_bfloat16_runs(name: str, kind: str) -> None:
-    model = build(name, torch.bfloat16)
-    if kind == "tome":
-        for method in INSIDE:
-            budget = {} if method == "pixelprune" else {"retention": 0.5}
-            with torch.no_grad(), vtc.compress(model, method, **budget):
-                assert bool(encode(model, pixels(2).bfloat16()).isfinite().all())
-    with torch.no_grad(), vtc.compress(model, METHODS[kind], retention=0.5) as handle:
-        output = encode(model, pixels(2).bfloat16())
-    assert output.dtype == torch.bfloat16 and bool(output.isfinite().all())
-    assert handle.stats.retention == 0.5
 
 
 def test_statistics_and_trace() -> None:
@@ -333,7 +247,7 @@ def test_images_may_keep_different_numbers_where_the_class_token_is_pooled(name:
             alone = torch.cat([encode(model, image[None]) for image in images])
     kept = handle.stats.calls[0].visual_tokens_kept
     assert len(set(kept)) > 1
-    assert kept == tuple(call.visual_tokens_kept[0] for call in handle.stats.calls[1:])
+    assert kept == tuple(call.visual_tokens_kept[0] for call in list(handle.stats.calls)[1:])
     assert float((together - alone).abs().max()) <= LIMIT
 
 
@@ -423,7 +337,7 @@ def test_methods_that_act_elsewhere_are_refused_by_name(method: str) -> None:
     model = build("CLIPVisionModel")
     one = vtc.method.registry.METHODS.get(method).from_options()
     budget = {"retention": 0.5} if one.needs_budget else {}
-    if method in INSIDE:
+    if inside("CLIPVisionModel").get(method) == {}:
         with torch.no_grad(), vtc.compress(model, one, **budget) as handle:
             encode(model, pixels(2))
         assert handle.stats.calls[0].batch == 2

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vtc
+from vtc.app.catalogue import acting_inside
 from vtc.app.encoding import Encoder, load_encoder
-from vtc.errors import InputError, UnsupportedMethod, VTCError
+from vtc.errors import InputError, UnsupportedMethod
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.encoders.folders import caption_task, class_task
 from vtc.eval.encoders.scenes import SCENES, scene_tasks
@@ -28,7 +28,6 @@ from vtc.eval.samples import write_samples
 from vtc.eval.spec import SweepSpec, make_spec
 from vtc.eval.store import Store, check_writable
 from vtc.eval.sweep import SweepResult, answer_missing
-from vtc.method.registry import METHODS
 
 MODEL, RETENTIONS = "tiny-clip", (1.0, 0.75, 0.5, 0.33, 0.25, 0.11)
 
@@ -95,7 +94,9 @@ def run_encoders(
         spec.model, pretrained=pretrained, device=spec.device, dtype=spec.dtype, revision=spec.revision
     )
     if not settings.get("methods"):
-        spec = _spec({**settings, "methods": acting_inside(encoder)})
+        found = acting_inside(encoder.model).items()
+        methods = [f"{name}(inside=true)" if options else name for name, options in found]
+        spec = _spec({**settings, "methods": methods})
     with few_threads(encoder.model):
         cells = make_cells(spec, encoder.fingerprint())
         worker = PictureWorker(encoder, (), cells)
@@ -131,26 +132,6 @@ def _spec(settings: Mapping[str, Any]) -> SweepSpec:
     given = {**default, **settings}
     given.setdefault("out", Path("results") / f"encoders-{Path(str(given['model'])).name}")
     return make_spec({**given, "tasks": ["pictures"]}, source="vtc encoders")
-
-
-def acting_inside(encoder: Encoder) -> list[str]:
-    """Every registered method that acts inside this encoder alone, as a sweep's text.
-
-    One that has a form inside encoders beside others tells so by a hyper-parameter `inside`.
-    """
-    found = []
-    for name in vtc.list_methods():
-        fields = {field.name for field in dataclasses.fields(METHODS.get(name))}
-        for options in ({}, *([{"inside": True}] if "inside" in fields else [])):
-            try:
-                method = vtc.create(name, **options)
-                limits: dict[str, Any] = {"retention": 0.5} if method.needs_budget else {}
-                vtc.compress(encoder.model, method, trace=False, **limits).detach()
-            except VTCError:
-                continue
-            found.append(f"{name}(inside=true)" if options else name)
-            break
-    return found
 
 
 def _check(worker: PictureWorker, cell: Cell) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import vtc.testing.__main__ as contract
+import vtc.testing.inside.__main__ as encoder_contract
 from vtc.app.pages import page, table
 from vtc.eval.documents import DOCUMENTS, main
 from vtc.eval.encoders import page as encoder_page
 from vtc.eval.training import atp_report, vqtoken_report
 from vtc.eval.training.measure import Measurement
 from vtc.testing import graphs, overhead, scaling, selecting, timing
+from vtc.testing.encoders import NAMES
 from vtc.testing.models import TINY_MODELS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -67,6 +69,7 @@ MEASURED: dict[str, Callable[[], str]] = {
     "scaling": lambda: scaling.report([]),
     "graphs": lambda: graphs.report([]),
     "contract": lambda: contract.report((["method", *TINY_MODELS], []), (["check", *TINY_MODELS], []), 7, 5e-5),
+    "encoder_contract": lambda: encoder_contract.report(*encoder_contract.tables([], NAMES), 7, 5e-5),
     "vqtoken": lambda: vqtoken_report.report([("none", "6", measured(vqtoken_report.FAMILIES, 720))], None),
     "atp": atp,
     "encoders": encoders,

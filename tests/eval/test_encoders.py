@@ -15,12 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
+from vtc.app.catalogue import acting_inside
 from vtc.app.encoding import OpenClip, load_encoder
 from vtc.cli.main import app
 from vtc.errors import InputError, UnknownName, UnsupportedMethod, UnsupportedModel
 from vtc.eval.encoders.folders import captions_of, class_task
 from vtc.eval.encoders.metrics import rank_of, speed, within
-from vtc.eval.encoders.run import Pictures, acting_inside, run_encoders
+from vtc.eval.encoders.run import Pictures, run_encoders
 from vtc.eval.encoders.scenes import scene_tasks
 from vtc.eval.results import read_results
 from vtc.eval.store import Store
@@ -147,8 +148,9 @@ def test_scenes_without_a_word_about_methods(tmp_path: Path, monkeypatch: pytest
 
 
 def test_methods_are_found_by_what_they_do(encoder: OpenClip) -> None:
-    found = acting_inside(encoder)
-    assert {TOME, "pitome(inside=true)"} <= set(found) and not {"vtc_cls", "fastv"} & set(found)
+    found = acting_inside(encoder.model)
+    assert found["tome"] == found["pitome"] == {"inside": True} and found["pixelprune"] == {}
+    assert not {"vtc_cls", "fastv"} & set(found)
 
 
 def test_classes_templates_and_captions_of_files(photos: Path, encoder: OpenClip, tmp_path: Path) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import vtc
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Needs, Plan, Selection
 from vtc.methods.expediting_vit import ExpeditingViT
 from vtc.testing import tiny_inputs, tiny_model
-from vtc.testing.encoders import BLOCKS, PREFIX, Seen, build, by_hand, encode, pixels
+from vtc.testing.inside.expediting_vit import cluster, rebuild
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True)
 QWEN = ModelSpec("qwen2_5_vl", 32, 31, False, (7, 15, 23, 31), 36, mrope=True)
@@ -38,91 +36,17 @@ def test_plans_and_refusals() -> None:
             vtc.create("expediting_vit", **options)
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).square().sum())
-
-
-def cluster(rows: Tensor, grid: tuple[int, int], small: tuple[int, int], method: ExpeditingViT) -> list[Tensor]:
-    """Clusters of the patches [H * W, D], in raster order."""
-    (height, width), (h, w) = grid, small
-    centres = []
-    for i in range(h):
-        for j in range(w):
-            cell = [
-                rows[r * width + c]
-                for r in range(i * height // h, math.ceil((i + 1) * height / h))
-                for c in range(j * width // w, math.ceil((j + 1) * width / w))
-            ]
-            centres.append(torch.stack(cell).mean(0))
-    reach = method.window // 2
-    for _ in range(method.iterations):
-        sums, total = [torch.zeros_like(rows[0]) for _ in centres], [0.0] * len(centres)
-        for n, x in enumerate(rows):
-            own = (n // width * h // height, n % width * w // width)
-            near = [k for k in range(h * w) if abs(k // w - own[0]) <= reach and abs(k % w - own[1]) <= reach]
-            weights = torch.tensor([-method.temperature * distance(x, centres[k]) for k in near]).softmax(0).tolist()
-            for k, weight in zip(near, weights, strict=True):
-                sums[k] = sums[k] + weight * x
-                total[k] += weight
-        centres = [one / weight for one, weight in zip(sums, total, strict=True)]
-    return centres
-
-
-def rebuild(refined: Tensor, before: Tensor, centres: list[Tensor], method: ExpeditingViT) -> Tensor:
-    """[N, D] a row for every patch."""
-    rows = []
-    for x in before:
-        apart = [distance(x, centre) for centre in centres]
-        near = sorted(range(len(centres)), key=lambda k: (apart[k], k))[: method.neighbours]
-        weights = [math.exp(-method.temperature * (apart[k] - apart[near[0]])) for k in near]
-        total = sum(weights) if method.norm == "sum" else math.sqrt(sum(w * w for w in weights))
-        rows.append(sum(w / total * refined[k] for k, w in zip(near, weights, strict=True)))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "small"),
-    [
-        ("CLIPModel", {}, (3, 3)),
-        ("SiglipVisionModel", {"reconstruct": False}, (3, 3)),
-        ("Dinov2WithRegistersModel", {"clusters": (2, 3), "window": 1, "neighbours": 2, "norm": "l2"}, (2, 3)),
-        ("ViTModel", {"layer": 2, "temperature": 1.0, "window": 3, "neighbours": 3}, (3, 3)),
-    ],
-)
-@torch.no_grad()
-def test_it_is_the_plain_loop(name: str, options: Any, small: tuple[int, int]) -> None:
-    model, images, lead, method = build(name), pixels(2), PREFIX[name], ExpeditingViT(**options)
-    kept: dict[str, Any] = {}
-    first, count = options.get("layer", 1), small[0] * small[1]
-
-    def act(layer: int, rows: Tensor, seen: Seen | None) -> Any:
-        if layer == first:
-            kept["before"], kept["centres"] = rows[lead:], cluster(rows[lead:], (4, 4), small, method)
-            rows = torch.cat([rows[:lead], torch.stack(kept["centres"])])
-        if layer == BLOCKS and method.reconstruct:
-            rows = torch.cat([rows[:lead], rebuild(rows[lead:], kept["before"], kept["centres"], method)])
-        return rows, None
-
-    untouched = encode(model, images)
-    budget = {"keep": 10} if method.needs_budget else {}  # 3 x 3 is what it pays for
-    last: list[Tensor] = []
-    with vtc.compress(model, method, **budget) as handle:
-        end = vtc.adapters.encoder_of(model).vision_layers[-1].register_forward_hook(lambda m, a, out: last.append(out))
-        together = encode(model, images)
-        end.remove()
-        alone = encode(model, images[1:])
-    call, left = handle.stats.calls[0], 16 if method.reconstruct else count
-    assert call.visual_tokens_kept == (float(left),) * 2
-    assert call.layer_rows == tuple(lead + (16 if layer < first else count) for layer in range(BLOCKS))
-    assert float((together[1:] - alone).abs().max()) <= LIMIT
-    for image, found, rows in zip(images, together, last[0], strict=True):
-        expected, expected_rows = by_hand(model, image, act)
-        assert rows.shape == expected_rows.shape == (lead + left, 32)
-        assert float((rows - expected_rows).abs().max()) <= LIMIT
-        assert float((found - expected).abs().max()) <= LIMIT
-    if method.needs_budget:
-        with vtc.compress(model, method, retention=1.0):
-            assert torch.equal(encode(model, images), untouched)
+@pytest.mark.parametrize(("grid", "small"), [((4, 6), (2, 3)), ((5, 7), (4, 2))])
+def test_clusters_and_rebuilt_rows_are_those_of_the_loop(grid: tuple[int, int], small: tuple[int, int]) -> None:
+    """At a temperature that shares patches unevenly."""
+    method = ExpeditingViT(temperature=1.0, window=3, neighbours=3)
+    tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1))
+    centres = method.clustered(tokens, grid, small)
+    rows = method.rebuilt(centres.sin(), tokens, centres)
+    for one, centre, row in zip(tokens, centres, rows, strict=True):
+        expected = cluster(one, grid, small, method)
+        assert float((centre - torch.stack(expected)).abs().max()) <= LIMIT
+        assert float((row - rebuild(centre.sin(), one, expected, method)).abs().max()) <= LIMIT
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "llava-next"])

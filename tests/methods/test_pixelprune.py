@@ -14,7 +14,8 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import EncoderStage, ModelSpec, Needs, Plan, Rows
 from vtc.methods.pixelprune import PixelPrune
 from vtc.testing import tiny_inputs, tiny_model
-from vtc.testing.encoders import PREFIX, Seen, build, by_hand, encode, pixels
+from vtc.testing.encoders import drawn
+from vtc.testing.inside.pixelprune import cut, walk
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True)
 QWEN = ModelSpec("qwen2_5_vl", 32, 31, False, (7, 15, 23, 31), 36, mrope=True)
@@ -31,43 +32,6 @@ def test_plan_and_refusals() -> None:
             vtc.create("pixelprune", **options)
 
 
-def drawn(seed: int, batch: int = 2, side: int = 8, colours: int = 2) -> Tensor:
-    """[B, 3, 4 * side, 4 * side] pictures of 4 x 4 patches in few colours, one of them with a little noise."""
-    generator = torch.Generator().manual_seed(seed)
-    cells = torch.randint(0, colours, (batch, 1, 4, 4), generator=generator).float().expand(-1, 3, -1, -1)
-    picture = cells.repeat_interleave(side, 2).repeat_interleave(side, 3)
-    noise = 0.1 * torch.rand(picture.shape, generator=generator)
-    return torch.cat([picture[:1] + noise[:1], picture[1:]])
-
-
-def walk(cells: Tensor, tau: float, metric: str) -> tuple[list[int], list[float]]:
-    """Which of the patches [R, C, pixels] stay, and how far each is from its prediction."""
-    height, width = cells.shape[:2]
-    seen: dict[tuple[int, int], Tensor] = {}
-    stays, rest = [], []
-
-    def apart(one: Tensor, other: Tensor) -> float:
-        gap = (one - other).abs()
-        return float({"max": gap.max(), "mae": gap.mean(), "rmse": gap.square().mean().sqrt()}[metric])
-
-    for r in range(height):
-        for c in range(width):
-            own, guess = cells[r, c], None
-            if r and c:
-                a, b, corner = seen[r, c - 1], seen[r - 1, c], seen[r - 1, c - 1]
-                guess = b if apart(corner, a) <= tau and apart(corner, b) > tau else a
-            elif r or c:
-                guess = seen[r, c - 1] if c else seen[r - 1, c]
-            distance = float("inf") if guess is None else apart(own, guess)
-            rest.append(distance)
-            if guess is None or distance > tau:
-                stays.append(width * r + c)
-                seen[r, c] = own
-            else:
-                seen[r, c] = guess
-    return stays, rest
-
-
 @pytest.mark.parametrize("metric", ["max", "mae", "rmse"])
 @pytest.mark.parametrize("tau", [0.0, 0.06, 0.3])
 def test_the_selection_is_that_of_the_walk(metric: Any, tau: float) -> None:
@@ -79,51 +43,6 @@ def test_the_selection_is_that_of_the_walk(metric: Any, tau: float) -> None:
         found = method.scan(cells, tau) if tau else method.residuals(cells) > 0
         for one, stays in zip(cells, found, strict=True):
             assert stays.flatten().nonzero().flatten().tolist() == walk(one, tau, metric)[0]
-
-
-def cut(image: Tensor) -> Tensor:
-    """[4, 4, pixels] the squares of 8 x 8 of a picture of 32 x 32."""
-    rows = [[image[:, r : r + 8, c : c + 8].flatten() for c in range(0, 32, 8)] for r in range(0, 32, 8)]
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-@pytest.mark.parametrize("name", ["CLIPModel", "Dinov2WithRegistersModel", "ViTModel"])
-@torch.no_grad()
-def test_what_enters_the_encoder_is_what_the_walk_leaves(name: str) -> None:
-    model, lead = build(name), PREFIX[name]
-    for tau in (0.0, 0.15):
-        images = drawn(5)
-        with vtc.compress(model, "pixelprune", tau=tau) as handle:
-            together = encode(model, images)
-            alone = encode(model, images[1:])
-        assert float((together[1:] - alone).abs().max()) <= LIMIT
-        for image, found, kept in zip(images, together, handle.stats.calls[0].visual_tokens_kept, strict=True):
-            cells = cut(image)
-            left, _ = walk(cells, tau, "max")
-            assert kept == len(left)
-
-            def act(layer: int, rows: Tensor, seen: Seen | None, left: list[int] = left) -> Any:
-                return (torch.cat([rows[:lead], rows[[lead + n for n in left]]]) if layer == 0 else rows), None
-
-            assert float((found - by_hand(model, image, act)[0]).abs().max()) <= LIMIT
-    with vtc.compress(model, "pixelprune") as handle:
-        found = encode(model, pixels(1))
-    assert handle.stats.retention == 1.0
-    assert float((found - encode(model, pixels(1))).abs().max()) <= LIMIT
-
-
-@torch.no_grad()
-def test_a_budget_keeps_what_is_predicted_worst() -> None:
-    model, images = build("SiglipVisionModel"), drawn(7, colours=4)
-    with vtc.compress(model, "pixelprune", tau=None, keep=5) as handle:
-        encode(model, images)
-    for image, item in zip(images, handle.trace[0].items, strict=True):
-        _, rest = walk(cut(image), 0.0, "max")
-        best = sorted(sorted(range(16), key=lambda n, rest=rest: (-rest[n], n))[:5])
-        assert item.kept[EncoderStage(0)].tolist() == best
-    with vtc.compress(model, "pixelprune", tau=None, retention=1.0):
-        found = encode(model, images)
-    assert torch.equal(found, encode(model, images))
 
 
 def test_it_runs_in_front_of_an_llm_and_pictures_differ() -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import vtc
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import EncoderStage, ModelSpec, Rows
 from vtc.methods.token_transforming import TokenTransforming
 from vtc.testing import tiny_inputs, tiny_model
-from vtc.testing.encoders import PREFIX, Seen, build, by_hand, encode, pixels
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True)
 QWEN = ModelSpec("qwen2_5_vl", 32, 31, False, (7, 15, 23, 31), 36, mrope=True)
@@ -33,67 +30,6 @@ def test_plans_and_refusals() -> None:
     for options in ({"tau": 0.0}, {"layers": (6, 6)}, {"mode": "many"}):
         with pytest.raises(VTCError, match=next(iter(options))):
             vtc.create("token_transforming", **options)
-
-
-def mixed(rows: Tensor, score: list[float], left: int, mode: str, tau: float) -> Tensor:
-    """[left, D] one new token at a time."""
-    number = range(len(rows))
-    anchors = sorted(sorted(number, key=lambda n: (-score[n], n))[:left])
-
-    def cosine(a: int, b: int) -> float:
-        return float(torch.cosine_similarity(rows[a], rows[b], dim=0))
-
-    new = []
-    for i in anchors:
-        if mode == "o2o":
-            weights = [float(j == i) for j in number]
-        elif mode == "m2m":
-            weights = torch.tensor([cosine(i, j) / tau for j in number]).softmax(0).tolist()
-        else:
-            joins = [
-                i if j == i else max(anchors, key=lambda a, j=j: (cosine(j, a), -a)) if j not in anchors else j
-                for j in number
-            ]
-            weights = [float(goal == i) / joins.count(i) for goal in joins]
-        new.append(sum(weight * row for weight, row in zip(weights, rows, strict=True)))
-    return torch.stack(new)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("CLIPModel", {}),
-        ("SiglipVisionModel", {"mode": "m2o"}),
-        ("Dinov2WithRegistersModel", {"mode": "o2o", "layers": (1, 3)}),
-        ("ViTModel", {"tau": 0.5, "layers": (2,)}),
-    ],
-)
-@torch.no_grad()
-def test_what_is_left_is_that_of_the_plain_loop(name: str, options: Any) -> None:
-    model, images, lead, method = build(name), pixels(2), PREFIX[name], TokenTransforming(**options)
-    stages = options.get("layers", (1, 2))  # three blocks: a quarter and half of them is the first
-    left = {(1, 2): (9, 5), (1, 3): (9, 5), (2,): (5,)}[stages]
-
-    def act(layer: int, rows: Tensor, seen: Seen | None) -> Any:
-        if seen is None or layer not in stages:
-            return rows, None
-        weights = seen.attention.mean(0)
-        score = (weights[0] if lead else weights.mean(0))[lead:].tolist()
-        patches = mixed(rows[lead:], score, left[stages.index(layer)], method.mode, method.tau)
-        return torch.cat([rows[:lead], patches]), None
-
-    untouched = encode(model, images)
-    with vtc.compress(model, method, keep=5) as handle:
-        together = encode(model, images)
-        alone = encode(model, images[1:])
-    assert handle.stats.calls[0].visual_tokens_kept == (5.0, 5.0)
-    assert float((together[1:] - alone).abs().max()) <= LIMIT
-    with vtc.compress(model, method, retention=1.0):
-        assert torch.equal(encode(model, images), untouched)
-    for image, found in zip(images, together, strict=True):
-        expected, rows = by_hand(model, image, act)
-        assert len(rows) == lead + 5
-        assert float((found - expected).abs().max()) <= LIMIT
 
 
 def test_a_small_temperature_is_pruning_and_rows_sum_to_one() -> None:

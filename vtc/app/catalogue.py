@@ -10,10 +10,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vtc import adapters, embedded
+from vtc.engine.attach import compress
 from vtc.errors import UnsupportedMethod, VTCError, shown, unknown_name
 from vtc.method.base import CacheStage, Compressor, EncoderStage, ModelSpec, Plan, Stage
 from vtc.method.readings import Reading
-from vtc.method.registry import METHODS
+from vtc.method.registry import METHODS, create
 
 
 def stage_name(stage: Stage) -> str:
@@ -74,6 +75,28 @@ def list_methods(
             raise unknown_name(kind, given, known)
     wanted = None if stage is None else STAGES[stage]
     return [name for name in found if _acts(METHODS.get(name), wanted, family)]
+
+
+def acting_inside(encoder: Any) -> dict[str, dict[str, Any]]:
+    """Every registered method that acts inside this encoder alone, with the hyper-parameters it needs for that.
+
+    One that has a form inside encoders beside others tells so by a hyper-parameter `inside`.
+
+    >>> from vtc.testing.encoders import build
+    >>> acting_inside(build("CLIPModel"))["tome"]
+    {'inside': True}
+    """
+    found = {}
+    for name in METHODS.names():
+        fields = {field.name for field in dataclasses.fields(METHODS.get(name))}
+        for options in ({}, *([{"inside": True}] if "inside" in fields else [])):
+            with contextlib.suppress(VTCError):
+                method = create(name, **options)
+                limits: dict[str, Any] = {"retention": 0.5} if method.needs_budget else {}
+                compress(encoder, method, trace=False, **limits).detach()
+                found[name] = options
+                break
+    return found
 
 
 def _acts(cls: type[Compressor], kind: str | None, family: str | None) -> bool:

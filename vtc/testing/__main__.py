@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from vtc.app.pages import Table, page
-from vtc.testing.contract import Deviation
+from vtc.testing.contract import Deviation, worst_by
 from vtc.testing.everything import RETENTION, STEPS, check
 from vtc.testing.models import TINY_MODELS
 
@@ -38,23 +38,8 @@ def main(models: Sequence[str]) -> None:
         for model, found in zip(models, pool.map(check, models), strict=True):
             cells += found
             print(f"{model}: {len(cells)} comparisons so far", file=sys.stderr, flush=True)
-    by_method, by_check = (_worst_by(cells, by, models) for by in ("method", "check"))
+    by_method, by_check = (worst_by(by, cells, models) for by in ("method", "check"))
     sys.stdout.write(report(by_method, by_check, len(cells), max(cell.limit for cell in cells)))
-
-
-def _worst_by(cells: Sequence[Deviation], by: str, models: Sequence[str]) -> Table:
-    rows = []
-    for name in dict.fromkeys(getattr(cell, by) for cell in cells):
-        these = [cell for cell in cells if getattr(cell, by) == name]
-        rows.append([name, *(_worst(cell for cell in these if cell.model == model) for model in models)])
-    return [by, *models], rows
-
-
-def _worst(cells: Iterable[Deviation]) -> str:
-    found = [cell.worst for cell in cells]
-    if not found:
-        return "-"
-    return f"{max(found):.1e}" if max(found) else "0"
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vtc import adapters
+from vtc.app.pages import Table
 from vtc.engine.attach import Handle, compress
 from vtc.method.base import AFTER_PREFILL, CacheStage, Compressor, EncoderStage, ModelSpec, Positions
 from vtc.method.learned import LearnedCompressor
@@ -58,9 +59,12 @@ __all__ = [
     "identical",
     "modes",
     "no_trace",
+    "raise_on_failure",
     "reference",
     "two_turns",
     "with_fresh_weights",
+    "worst",
+    "worst_by",
 ]
 
 LIMIT = 5e-5
@@ -107,7 +111,7 @@ def check_method(
         inside = any(isinstance(stage, EncoderStage) for stage in plan.stages) and not plan.restores
         with unshrunk() if inside else nullcontext():  # a picture whose map is resized is refused there
             cells += check.run(policies, generation)
-    _raise_on_failure(cells)
+    raise_on_failure(cells)
     return cells
 
 
@@ -186,6 +190,26 @@ class _Check:
         return Deviation(self.method.name, self.name, check, worst, limit)
 
 
+D = TypeVar("D", bound=Deviation)
+
+
+def worst(cells: Iterable[Deviation]) -> str:
+    """The largest deviation for a table, `-` where there is none."""
+    found = [cell.worst for cell in cells]
+    if not found:
+        return "-"
+    return f"{max(found):.1e}" if max(found) else "0"
+
+
+def worst_by(by: str, cells: Sequence[D], models: Sequence[str], show: Callable[[Iterable[D]], str] = worst) -> Table:
+    """What `show` makes of the cells, one row for each "method" or "check", which is `by`, and one column per model."""
+    rows = []
+    for name in dict.fromkeys(getattr(cell, by) for cell in cells):
+        these = [cell for cell in cells if getattr(cell, by) == name]
+        rows.append([name, *(show([cell for cell in these if cell.model == model]) for model in models)])
+    return [by, *models], rows
+
+
 def with_fresh_weights(method: Compressor, model: ModelSpec, folder: Path | None = None) -> Compressor:
     """A learned method without weights with seeded fresh ones for `model`; any other method as it is."""
     if not isinstance(method, LearnedCompressor) or method.weights is not None or method.training:
@@ -208,7 +232,8 @@ def check_adapter(name: str, *, steps: int = 8) -> list[Deviation]:
     return cells
 
 
-def _raise_on_failure(cells: Sequence[Deviation]) -> None:
+def raise_on_failure(cells: Sequence[Deviation]) -> None:
+    """AssertionError that names every cell above its limit."""
     failed = [cell for cell in cells if not cell.passed]
     lines = [f"{c.method} on {c.model}: {c.check}: {c.worst:.2e} exceeds {c.limit:.0e}" for c in failed]
     assert not failed, "contract broken:\n" + "\n".join(lines)

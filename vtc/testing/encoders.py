@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PATCHES, BLOCKS = 16, 3
+SIDE, PATCH, BLOCKS = 4, 8, 3
+PATCHES = SIDE**2
 VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": BLOCKS, "num_attention_heads": 4,
     "image_size": 32, "patch_size": 8,
@@ -64,6 +65,15 @@ PREFIX = {**dict.fromkeys(NAMES, 1), "SiglipModel": 0, "SiglipVisionModel": 0, "
 def pixels(batch: int = 3, seed: int = 0) -> Tensor:
     """[B, 3, 32, 32] random pictures."""
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(seed: int, batch: int = 2, side: int = PATCH, colours: int = 2) -> Tensor:
+    """[B, 3, 4 * side, 4 * side] pictures of 4 x 4 squares in few colours, the first of them with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.randint(0, colours, (batch, 1, SIDE, SIDE), generator=generator).float().expand(-1, 3, -1, -1)
+    picture = cells.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    noise = 0.1 * torch.rand(picture.shape, generator=generator)
+    return torch.cat([picture[:1] + noise[:1], picture[1:]])
 
 
 def encode(model: Any, images: Tensor) -> Tensor:
@@ -163,6 +173,16 @@ class Seen:
     key: Tensor
     attention: Tensor
     rows: Tensor
+
+
+def importance(seen: Seen, lead: int) -> list[float]:
+    """What each patch gets from the class token, without one from all tokens, mean over heads.
+
+    lead: how many class and register tokens stand in front of the patches.
+    """
+    weights = seen.attention.mean(0)
+    scores: list[float] = (weights[0] if lead else weights.mean(0))[lead:].tolist()
+    return scores
 
 
 def one_block(block: Block, x: Tensor, sizes: Tensor | None = None) -> Seen:
