@@ -1,4 +1,4 @@
-"""FasterVLM and VisPruner against their rules, one round and one token at a time, and against the model's encoder."""
+"""VisPruner against its rule, one round and one token at a time, and against the model's own encoder."""
 
 from __future__ import annotations
 
@@ -78,16 +78,6 @@ def test_crops_choose_apart_or_together(make_view: Any, kept: Any, shares: Any, 
         assert numbers == sorted(expected)
 
 
-def test_fastervlm_is_all_important(make_view: Any, kept: Any) -> None:
-    view = seen(make_view, keep=13)
-    all_important = kept(view, vtc.create("vispruner", share=1.0).select(view))
-    alone = dataclasses.replace(view, needs=Needs(vision={22: Rows.CLS}))
-    assert kept(alone, vtc.create("fastervlm").select(alone)) == all_important
-    for item, count in enumerate(view.items.counts):
-        s = view.vision_attention(22, Rows.CLS)[item, :count].tolist()
-        assert all_important[item] == sorted(sorted(range(count), key=lambda j: (-s[j], j))[:13])
-
-
 def test_of_duplicates_one_stays(make_view: Any, kept: Any) -> None:
     """Thirty-two directions, each twice side by side in the list: one of each remains."""
     unit = torch.eye(32).repeat_interleave(2, 0)
@@ -99,12 +89,10 @@ def test_of_duplicates_one_stays(make_view: Any, kept: Any) -> None:
 
 def test_plans_and_refusals() -> None:
     assert dataclasses.asdict(vtc.create("vispruner")) == {"share": 0.5, "scope": "crop"}
-    assert dataclasses.asdict(vtc.create("fastervlm")) == {"scope": "crop"}
     for spec, layer in ((CLIP_L, 22), (QWEN, 31)):
         plan = vtc.create("vispruner").plan(spec)
         assert plan.needs == Needs(vision={layer: (attention(spec), Rows.HIDDEN)})
         assert (plan.stages, plan.positions) == ((0,), "preserve" if spec.mrope else "compact")
-        assert vtc.create("fastervlm").plan(spec).needs == Needs(vision={layer: attention(spec)})
     with pytest.raises(VTCError, match=r"share=1.5 is no part of the tokens; the paper uses 0.5 and 0.75"):
         vtc.create("vispruner", share=1.5)
 
@@ -137,13 +125,12 @@ def test_the_kept_set_is_that_of_the_models_own_encoder(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_name", TINY_MODELS)
-@pytest.mark.parametrize("name", ["fastervlm", "vispruner"])
-def test_the_budget_is_met(model_name: str, name: str) -> None:
-    model = tiny_model(model_name)
-    for kind in TINY_MODELS[model_name].kinds:
-        inputs = tiny_inputs(model_name, [[4, kind, 6], [2, kind, 9, kind, 3]], model=model)
-        with vtc.compress(model, name, retention=0.4) as handle:
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_budget_is_met(name: str) -> None:
+    model = tiny_model(name)
+    for kind in TINY_MODELS[name].kinds:
+        inputs = tiny_inputs(name, [[4, kind, 6], [2, kind, 9, kind, 3]], model=model)
+        with vtc.compress(model, "vispruner", retention=0.4) as handle:
             model(**inputs)
         wanted = [0, 0]
         for item in handle.trace[0].items:

@@ -96,7 +96,7 @@ class DART(Compressor):
         place, own = largest(sizes, items.mask, self.pivots[0])
         own &= torch.arange(place.shape[1], device=place.device) < keep[:, None]
         spoken, said = largest(rows, view.text, self.pivots[1])
-        text = take_rows(view.hidden, spoken)
+        text = view.states.take(spoken)
         text = view.final_norm(text) if self.layer else text
         pivots = torch.cat([take_rows(tokens, place), text[items.row]], 1)
         cosine = unit(tokens) @ unit(pivots).transpose(1, 2)

@@ -205,7 +205,7 @@ def raters(view: StageView) -> Tensor:
     asking = _asking(view.text, view.visual)
     most = length - min(items.row_totals(batch))
     place = front_pack(asking, most)
-    words = view.hidden[torch.arange(batch, device=place.device)[:, None], place].float()[items.row].transpose(1, 2)
+    words = view.states.take(place).float()[items.row].transpose(1, 2)
     said = torch.arange(most, device=place.device) < asking.sum(1, keepdim=True)
     spoken = said[items.row, None]
     total = words.new_zeros(len(items), most)
