@@ -111,10 +111,10 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
             shorter = [rows for start, rows in work.shortened if start <= layer]
             length = shorter[-1] if shorter else encoded.rows / encoded.crops
             total += encoded.crops * each.operations(length, tower.inner)
-    entering = dict(work.visual.plus(work.text).each())
+    entering, text = dict(work.visual.plus(work.text).each()), work.text
     for layer, reading in plan.needs.llm_pairs if llm else ():
         tokens = entering[max(0, layer - 1) if getattr(reading, "ahead", False) else layer]
-        total += reading.operations(tokens, decoder.query_width)
+        total += reading.operations(tokens, decoder.query_width, text)
         if getattr(reading, "ahead", False):  # the layer's queries, keys and values are computed a second time
             total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)
     return total

@@ -23,7 +23,8 @@ that is read shortens what is projected."""
 class Work:
     """One prompt. visual: tokens entering each LLM layer, text: beside them. encoded: what the tower runs on.
 
-    shortened: by stages inside the tower. projected: tokens that leave the projector, where stages there changed it.
+    shortened: by stages inside the tower. projected: tokens that leave the projector, where stages there changed it;
+    projectors of deeper features are taken to see as many.
     cached: visual tokens that the cache holds of each layer after the prefill, `visual` by default. method: operations
     of the compression method. new_tokens: that are generated; the prefill yields the first. logits: rows that the
     prefill computes logits of.

@@ -61,10 +61,11 @@ class Reading(ABC):
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         """What it costs in matrix products, two operations per multiply-accumulate, for one sequence of `length` rows.
 
-        width: of the queries of all heads together. Zero unless a reading multiplies.
+        width: of the queries of all heads together. text: rows of the LLM that are text. Zero unless a reading
+        multiplies.
         """
         return 0.0
 
@@ -129,7 +130,7 @@ class ClassRow(VisionReading):
     name: ClassVar[str] = "cls"
     needs_cls: ClassVar[bool] = True
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length * width
 
     def read(self, attention: AttentionCall) -> Tensor:
@@ -144,7 +145,7 @@ class ClassToPatches(VisionReading):
     name: ClassVar[str] = "cls to patches"
     needs_cls: ClassVar[bool] = True
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length * width
 
     def read(self, attention: AttentionCall) -> Tensor:
@@ -162,7 +163,7 @@ class ClassLogits(VisionReading):
     name: ClassVar[str] = "cls logits"
     needs_cls: ClassVar[bool] = True
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length * width
 
     def read(self, attention: AttentionCall) -> Tensor:
@@ -176,7 +177,7 @@ class Received(VisionReading):
 
     name: ClassVar[str] = "received"
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length**2 * width
 
     def read(self, attention: AttentionCall) -> Tensor:
@@ -226,7 +227,7 @@ class LastRow(LLMReading):
 
     name: ClassVar[str] = "last"
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
@@ -249,7 +250,7 @@ class GroupSums(LLMReading):
     name: ClassVar[str] = "text and visual rows"
     differentiable: ClassVar[bool] = True
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length**2 * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:

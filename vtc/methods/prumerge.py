@@ -31,7 +31,7 @@ class ClassRowOneHead(VisionReading):
     name: ClassVar[str] = "cls, one head"
     needs_cls: ClassVar[bool] = True
 
-    def operations(self, length: float, width: int) -> float:
+    def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length * width
 
     def read(self, attention: AttentionCall) -> Tensor:

@@ -38,8 +38,8 @@ class TextRows(LLMReading):
 
     name: ClassVar[str] = "rows of the text"
 
-    def operations(self, length: float, width: int) -> float:
-        return 2 * length**2 * width
+    def operations(self, length: float, width: int, text: float = 0) -> float:
+        return 2 * text * length * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
         asking = _asking(rows.text, rows.visual)
