@@ -25,7 +25,7 @@ def test_plans_and_refusals() -> None:
         "clusters": None, "layer": None, "reconstruct": True, "temperature": 0.01, "iterations": 5, "window": 5,
         "neighbours": 20, "norm": "sum",
     }  # fmt: skip
-    assert ExpeditingViT().plan(CLIP_L) == Plan((EncoderStage(5), EncoderStage(23)), Needs(), "compact")
+    assert ExpeditingViT().plan(CLIP_L) == Plan((EncoderStage(5), EncoderStage(23)), Needs(), "compact", restores=True)
     assert ExpeditingViT(layer=9, reconstruct=False).plan(CLIP_L).stages == (EncoderStage(9),)
     with pytest.raises(UnsupportedMethod, match="'expediting_vit' works on the patches inside the vision encoder"):
         ExpeditingViT().plan(QWEN)
