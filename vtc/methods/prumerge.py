@@ -150,6 +150,8 @@ class PruMerge(Compressor):
 class PruMergePlus(PruMerge):
     """PruMerge with three quarters of its tokens spread evenly over the picture; all else is as in `prumerge`.
 
+    Departures from the paper and its code: those of `prumerge`.
+
     >>> import vtc
     >>> vtc.create("prumerge_plus").share
     0.25
