@@ -62,7 +62,7 @@ class Recipe:
 # A longer stage "tower" is cheaper than the steps of "joint" that it saves; tiny-onevision began with a short one.
 RECIPES = {
     "tiny-onevision": Recipe("tiny-onevision"),
-    "tiny-qwen": Recipe("tiny-qwen", steps_tower=1400, steps_joint=2500, batch_size=24, start="tiny-onevision"),
+    "tiny-qwen": Recipe("tiny-qwen", steps_tower=900, steps_joint=1800, batch_size=24, start="tiny-onevision"),
     "tiny-internvl": Recipe("tiny-internvl", steps_tower=1400, steps_joint=2500, start="tiny-onevision"),
 }
 _CLASSES = {
