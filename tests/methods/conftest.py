@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 
+import vtc
 from vtc.method.base import Selection, StageView
-from vtc.testing import Shape
+from vtc.testing import TINY_MODELS, Shape, tiny_inputs, tiny_model
 from vtc.testing import make_view as build_view
 
 
@@ -52,3 +54,22 @@ def shares() -> Callable[[int, Sequence[int]], list[int]]:
         return share
 
     return split
+
+
+@pytest.fixture
+def meets_budget() -> Callable[[str, str, float], None]:
+    """Checks on one tiny model, pictures and clips, that a method before the LLM keeps what was asked for exactly."""
+
+    @torch.no_grad()
+    def check(name: str, method: str, retention: float) -> None:
+        model = tiny_model(name)
+        for kind in TINY_MODELS[name].kinds:
+            inputs = tiny_inputs(name, [[4, kind, 6], [2, kind, 9, kind, 3]], model=model)
+            with vtc.compress(model, method, retention=retention) as handle:
+                model(**inputs)
+            wanted = [0, 0]
+            for item in handle.trace[0].items:
+                wanted[item.row] += vtc.tokens_to_keep(len(item.positions), retention)
+            assert list(handle.stats.calls[0].visual_tokens_kept) == wanted
+
+    return check

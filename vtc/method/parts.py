@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedCall, UnsupportedMethod
-from vtc.method.base import EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
+from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
 from vtc.method.readings import VisionReading
 from vtc.ops.merge import Step, bipartite_merge, group_places, lay_out, merge_plan, merge_rows
 from vtc.ops.rank import order_by
@@ -105,6 +105,22 @@ def inside_plan(
         )
     needs = Needs() if reading is None else Needs({layer - 1: reading for layer in layers})
     return Plan(tuple(map(EncoderStage, layers)), needs, "preserve" if model.mrope else "compact", restores=restores)
+
+
+def merging_plan(model: ModelSpec, reading: VisionReading | None, *, inside: bool, sizes: bool) -> Plan:
+    """The plan of a method that merges before the LLM, by `reading` of the key layer, or inside the encoder.
+
+    inside: behind every block, as an option of that name asks for. sizes: as in `inside_plan`.
+
+    >>> import vtc
+    >>> llava = vtc.adapters.families()["llava"].references[0]
+    >>> merging_plan(llava, None, inside=False, sizes=True).stages
+    (0,)
+    """
+    if inside:
+        return inside_plan("inside=True", model, reading, sizes=sizes)
+    needs = Needs() if reading is None else Needs({model.key_layer: reading})
+    return Plan((PRE_LLM,), needs, "preserve" if model.mrope else "compact")
 
 
 def even(view: StageView) -> int:

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 
 from vtc.errors import VTCError
-from vtc.method.base import PRE_LLM, Compressor, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
-from vtc.method.parts import even, inside_plan, merge_items, merged_inside
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Scope, Selection, StageView
+from vtc.method.parts import even, merge_items, merged_inside, merging_plan
 from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
@@ -76,10 +76,7 @@ class ToMe(Compressor):
 
     def plan(self, model: ModelSpec) -> Plan:
         reading = KEYS if self.metric == "keys" else None
-        if self.inside:
-            return inside_plan("inside=True", model, reading, sizes=self.proportional)
-        positions: Literal["preserve", "compact"] = "preserve" if model.mrope else "compact"
-        return Plan((PRE_LLM,), Needs({model.key_layer: reading}) if reading else Needs(), positions)
+        return merging_plan(model, reading, inside=self.inside, sizes=self.proportional)
 
     def steps(self, blocks: int, tokens: int, keep: int | None) -> list[list[int]]:
         """Tokens to merge after each of `blocks` blocks, a list of steps each; keep: how many are to be left.
