@@ -1,9 +1,11 @@
-"""The steps of `gpu.sh`: `gpu.py selections FILE [--tiny]` and `gpu.py bench FOLDER SHAPE [--tiny]`."""
+"""The steps of `gpu.sh`: `gpu.py selections FILE [--tiny]`, `gpu.py bench FOLDER SHAPE [--tiny]`, `gpu.py draw FOLDER`.
+
+`draw` needs `pip install ".[eval]"` and no GPU: a plain PyTorch image measures, another machine draws.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import statistics
 import sys
 import time
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from vtc.app.pages import page
 from vtc.eval.bench.clock import Clock
-from vtc.eval.bench.page import write_bench
+from vtc.eval.bench.record import read_record
 from vtc.eval.bench.run import bench
 from vtc.eval.bench.spec import BenchSpec, Load
 from vtc.method.base import StageView
@@ -28,6 +30,7 @@ from vtc.testing.released import SHAPES, SelectionCase, fresh
 from vtc.testing.released.cases import selection_cases
 from vtc.testing.views import Shape
 
+COMMAND = "bash benchmarks/gpu.sh OUT"
 BATCH, REPEATS = 8, 15
 LLAVA = ("vtc_cls", "divprune", "fastv@0.5"), tuple(keep / 576 for keep in (192, 128, 64)), Load(1, 336, 336)
 QWEN = ("random", "divprune", "fastv(layer=2)@0.5"), (1496 / 1995, 998 / 1995)
@@ -129,7 +132,7 @@ def selections(file: Path, *, tiny: bool) -> None:
     often the host waited for the device (its debug mode for synchronisation)."""
     head = "selection", "tokens", "ms", "bytes, MB", "floor, ms", "ms / floor", "waits"
     parts = ["Failed:\n\n" + "\n".join(f"- {line}" for line in left_out)] if left_out else []
-    command = "bash benchmarks/gpu.sh OUT" + (" --tiny" if tiny else "")
+    command = COMMAND + (" --tiny" if tiny else "")
     file.write_text(page("Selections on a device", command, about, (head, rows), *parts, packages=("torch",)))
     if left_out:
         raise SystemExit(f"{len(left_out)} selections failed, see {file.name}")
@@ -137,20 +140,29 @@ def selections(file: Path, *, tiny: bool) -> None:
 
 # --- requests
 def requests(folder: Path, shape: str, *, tiny: bool) -> None:
-    """Prefill and decoding of a shape, drawn as `vtc bench` draws them."""
+    """Prefill and decoding of a shape, recorded as `vtc bench` records them."""
     methods, retentions, load = RUNS[shape]
     settings: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "new_tokens": 32, "repeats": 5}
     if tiny:
         shape, load, methods, retentions = "small-llava", Load(1, 56, 56), ("random",), retentions[:1]
         settings = {"device": "cpu", "new_tokens": 2, "repeats": 1, "warmup": 0, "layers": 1}
     spec = BenchSpec(shape, methods, retentions, (1,), load=load, loads=(), note="random weights", **settings)
-    write_bench(bench(spec, folder), folder, shlex.join(["bash", "benchmarks/gpu.sh", "OUT"]))
+    bench(spec, folder)
+
+
+def draw(folder: Path) -> None:
+    """The pages of what was recorded."""
+    from vtc.eval.bench.page import write_bench
+
+    write_bench(read_record(folder), folder, COMMAND)
 
 
 def main(words: list[str]) -> None:
     """Run one step."""
     begun, tiny = time.perf_counter(), "--tiny" in words
     what, out, *more = [word for word in words if word != "--tiny"]
+    if what == "draw":
+        return draw(Path(out))
     if not tiny and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --tiny takes the same steps on the CPU")
     if what == "selections":

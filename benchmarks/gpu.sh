@@ -3,7 +3,8 @@
 #
 #   OUT/checks.txt      tests marked `cuda`, FlashAttention and flex attention among them (where pytest is there)
 #   OUT/selections.md   every selection against the time that its bytes take, and the host's waits
-#   OUT/NAME/           prefill and decoding of a published shape with random weights in bfloat16, as `vtc bench` draws it
+#   OUT/NAME/           prefill and decoding of a published shape with random weights in bfloat16, as `vtc bench` records
+#                       it; where its extra is installed, python benchmarks/gpu.py draw OUT/NAME draws tables and figures
 #
 # --tiny takes the same steps with small shapes on the CPU. Whatever fails, the steps behind it run; the status tells.
 set -u
@@ -24,7 +25,7 @@ export HF_HUB_OFFLINE=1
 cd "$root" || exit 2
 if ! "$python" -c 'import vtc.eval, vtc.adapters' 2>/dev/null; then # not installed: the folders as the package has them
   mkdir -p "$out/.path/vtc" && ln -sfn "$root"/vtc/* "$root/adapters" "$root/eval" "$out/.path/vtc/"
-  export PYTHONPATH="$out/.path${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHONPATH="$out/.path${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 # not the folder vtc of this one
 fi
 
 status=0
@@ -51,5 +52,6 @@ shapes="llava-1.5-7b qwen2.5-vl-7b qwen3-vl-4b"
 [ -z "$tiny" ] || shapes=llava-1.5-7b
 for shape in $shapes; do
   step "$shape" 95 "$python" benchmarks/gpu.py bench "$out/$shape" "$shape" $tiny
+  if "$python" -c 'import jinja2, vl_convert, lmms_eval' 2>/dev/null; then "$python" benchmarks/gpu.py draw "$out/$shape"; fi
 done
 exit $status

@@ -13,8 +13,9 @@ from rich.text import Text
 from vtc.eval import charts
 from vtc.eval.cells import BASELINE
 from vtc.eval.compare import Compared, Comparison, comparison_csv
-from vtc.eval.page import Page, write_files
+from vtc.eval.page import Page
 from vtc.eval.tables import nominal, short_names
+from vtc.eval.writing import write_files
 
 NOTE = "differences are second minus first; *: p < 0.05 after Holm's correction for all methods and retentions"
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 from vtc.errors import InputError
@@ -15,8 +13,7 @@ from vtc.eval.cells import Cell
 from vtc.eval.facts import Facts
 from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record, Store
-
-PACKAGES = ("visual-token-compression", "torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy", "pillow")
+from vtc.eval.versions import versions
 
 
 def documents(spec: SweepSpec, task: Scorable) -> int:
@@ -91,17 +88,6 @@ def changes_since(store: Store, spec: SweepSpec) -> list[str]:
     if last["spec"]["batch_size"] != spec.batch_size:
         notes.append(f"stored answers were made in batches of {last['spec']['batch_size']}, not {spec.batch_size}")
     return notes
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that answers and metrics depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import (
     BaseModel,
@@ -14,9 +14,10 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
-from vtc.errors import BudgetError, InputError
+from vtc.errors import InputError
 from vtc.method.base import Compressor
 from vtc.method.budget import Budget
 from vtc.method.composite import Composite
@@ -46,15 +47,10 @@ class MethodSpec(BaseModel):
     def _entries(cls, given: Any) -> Any:
         return method_entries(given)
 
-    @field_validator("retention")
-    @classmethod
-    def _a_fraction(cls, given: float | None) -> float | None:
-        return given if given is None else fraction(given)
-
-    @field_validator("keep")
-    @classmethod
-    def _a_count(cls, given: int | None) -> int | None:
-        return given if given is None else count(given)
+    @model_validator(mode="after")
+    def _budget_is_one(self) -> Self:
+        _ = self.budget  # which refuses what is none
+        return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -160,18 +156,3 @@ def _described(method: Compressor) -> dict[str, Any]:
 
 def sequence(given: Any) -> Any:
     return list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else given
-
-
-def count(keep: int) -> int:
-    if keep < 1:
-        raise BudgetError(f"keep {keep} is no number of visual tokens; write for example 64")
-    return keep
-
-
-def fraction(retention: float) -> float:
-    if not 0.0 < retention <= 1.0:
-        raise BudgetError(
-            f"retention {retention:g} is outside (0, 1]; it is the fraction of visual tokens that is kept,"
-            f" so 25 % is written 0.25"
-        )
-    return retention

@@ -12,11 +12,12 @@ from vtc.eval.bench.record import Record, read_record
 from vtc.eval.columns import COLUMNS
 from vtc.eval.comparisons import POINTS, Retained, needed, pairs, ranked_tasks, retained, seeds_to_untouched
 from vtc.eval.files import files
-from vtc.eval.page import Page, write_files
+from vtc.eval.page import Page
 from vtc.eval.results import Asked, Results, read_results
 from vtc.eval.samples import browsed
 from vtc.eval.store import Store
 from vtc.eval.tables import Grid, grid, nominal, short_names
+from vtc.eval.writing import write_files
 
 
 def write_report(folder: Path, bench: Path | None = None) -> Results:

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from vtc.app.options import output_path
 from vtc.app.video_reading import VideoReading
 from vtc.errors import BudgetError, InputError
-from vtc.eval.method_spec import MethodSpec, count, fraction, method_entries, sequence
+from vtc.eval.method_spec import MethodSpec, method_entries, sequence
 from vtc.method.base import Positions
+from vtc.method.budget import Budget
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -105,13 +106,17 @@ class SweepSpec(BaseModel):
 
     @field_validator("retentions")
     @classmethod
-    def _a_fraction(cls, given: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(map(fraction, given))
+    def _fractions(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        for retention in given:
+            Budget(retention=retention)
+        return given
 
     @field_validator("keep")
     @classmethod
     def _counts(cls, given: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(map(count, given))
+        for keep in given:
+            Budget(keep=keep)
+        return given
 
     @field_validator("model")
     @classmethod

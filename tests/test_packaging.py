@@ -115,7 +115,7 @@ def test_the_version_is_written_once_and_matches(project: dict[str, Any]) -> Non
 
 def test_the_distribution_is_not_somebody_elses(project: dict[str, Any]) -> None:
     """The package index has a `vtc` that is another project: what is installed and recorded bears a name of its own."""
-    from vtc.eval.header import versions
+    from vtc.eval.versions import versions
 
     assert project["project"]["name"] == DISTRIBUTION
     assert versions()[DISTRIBUTION] == vtc.__version__

@@ -17,7 +17,8 @@ from vtc.eval.bench.parts import PARTS
 from vtc.eval.bench.record import Record, SceneRecord
 from vtc.eval.bench.summary import LLM, Line, Spread, bound, break_even, lines, spread, table, taken
 from vtc.eval.charts import picture
-from vtc.eval.page import Page, write_files
+from vtc.eval.page import Page
+from vtc.eval.writing import write_files
 
 DASH = "-"
 NOTES = (

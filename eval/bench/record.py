@@ -20,8 +20,8 @@ from vtc.errors import InputError
 from vtc.eval.bench.models import Subject
 from vtc.eval.bench.scene import Facts, Scene, Values, facts
 from vtc.eval.bench.spec import AGAIN, BenchSpec
-from vtc.eval.header import versions
-from vtc.eval.page import write_files
+from vtc.eval.versions import versions
+from vtc.eval.writing import write_files
 
 BENCH, ROUNDS = "bench.json", "rounds.jsonl"
 

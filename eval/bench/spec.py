@@ -10,7 +10,7 @@ from typing import Any
 
 from vtc.errors import InputError, shown
 from vtc.eval.bench.configs import SMALL
-from vtc.eval.method_spec import fraction
+from vtc.method.budget import Budget
 
 PROMPT = (
     "Look at the picture and say what is shown in it, which objects there are, how many of each, what color and what "
@@ -91,7 +91,7 @@ class BenchSpec:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise InputError(f"batch-sizes {list(self.batch_sizes)} hold no size of 1 or more; write for example 1,4")
         for share in self.retentions:
-            fraction(share)
+            Budget(retention=share)
         for name in ("methods", "retentions", "batch_sizes"):
             given: Sequence[Any] = getattr(self, name)
             if twice := sorted({str(value) for value in given if given.count(value) > 1}):

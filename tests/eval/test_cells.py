@@ -54,7 +54,7 @@ def test_numbers_of_tokens_stand_beside_or_instead_of_retentions() -> None:
     (cell,) = cells(methods=[both])[1:]
     assert cell.label == "random@32+aim(merge=False)@0.5" and cell.budget is None
     assert cell.compressor is not None and cell.parameters["parts"][0]["budget"] == {"retention": None, "keep": 32}
-    with pytest.raises(BudgetError, match="keep 0 is no number of visual tokens"):
+    with pytest.raises(BudgetError, match="keep=0 is not a positive whole number of tokens"):
         cells(methods=["stride"], keep=[0])
     with pytest.raises(BudgetError, match="both of retention and keep"):
         cells(methods=[{"name": "stride", "keep": 3, "retention": 0.5}])
