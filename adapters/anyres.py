@@ -16,6 +16,7 @@ from vtc.batch.context import VisionContext
 from vtc.cost.shapes import Encoded
 from vtc.method.layout import VisualItem
 from vtc.ops.hashing import fingerprint, joint_fingerprint
+from vtc.ops.host import put
 
 Size = tuple[int, int]
 Packing = Callable[[Tensor], Tensor]
@@ -197,5 +198,5 @@ def _fingerprints(pixels: Tensor, counts: list[int]) -> Tensor:
         return joint_fingerprint(fingerprint(pixels), counts)
     most = pixels.shape[1]
     real = [image * most + crop for image, count in enumerate(counts) for crop in range(count)]
-    keys = fingerprint(pixels.flatten(0, 1))[torch.tensor(real, device=pixels.device)]
+    keys = fingerprint(pixels.flatten(0, 1))[put(real, pixels.device)]
     return joint_fingerprint(keys, counts)

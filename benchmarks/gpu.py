@@ -1,4 +1,4 @@
-"""The steps of `gpu.sh`: `gpu.py selections FILE [--tiny]`, `gpu.py bench FOLDER SHAPE [--tiny]`, `gpu.py draw FOLDER`.
+"""The steps of `gpu.sh`: `gpu.py selections|waits FILE [--tiny]`, `gpu.py bench FOLDER SHAPE [--tiny]`, `draw FOLDER`.
 
 `draw` needs `pip install ".[eval]"` and no GPU: a plain PyTorch image measures, another machine draws.
 """
@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vtc
 from vtc.app.pages import page
 from vtc.eval.bench.clock import Clock
 from vtc.eval.bench.record import read_record
@@ -26,20 +28,25 @@ from vtc.method.base import StageView
 from vtc.method.items import ItemTable
 from vtc.method.layout import VisualItem
 from vtc.method.states import States
+from vtc.testing import tiny_inputs, tiny_model
+from vtc.testing.everything import runs
 from vtc.testing.released import SHAPES, SelectionCase, fresh
 from vtc.testing.released.cases import selection_cases
 from vtc.testing.views import Shape
 
 COMMAND = "bash benchmarks/gpu.sh OUT"
 BATCH, REPEATS = 8, 15
-LLAVA = ("vtc_cls", "divprune", "fastv@0.5"), tuple(keep / 576 for keep in (192, 128, 64)), Load(1, 336, 336)
+LLAVA = ("vtc_cls", "divprune", "fastv@0.5"), tuple(keep / 576 for keep in (192, 128, 64)), Load(1, 336, 336), (1, 8)
 QWEN = ("random", "divprune", "fastv(layer=2)@0.5"), (1496 / 1995, 998 / 1995)
-RUNS: dict[str, tuple[tuple[str, ...], tuple[float, ...], Load]] = {
+RUNS: dict[str, tuple[tuple[str, ...], tuple[float, ...], Load, tuple[int, ...]]] = {
     "llava-1.5-7b": LLAVA,
-    "qwen2.5-vl-7b": (*QWEN, Load(1, 57 * 28, 35 * 28)),
-    "qwen3-vl-4b": (*QWEN, Load(1, 57 * 32, 35 * 32)),
+    "qwen2.5-vl-7b": (*QWEN, Load(1, 57 * 28, 35 * 28), (1,)),
+    "qwen3-vl-4b": (*QWEN, Load(1, 57 * 32, 35 * 32), (1, 4)),
 }
-"""Methods, retentions and pictures: of 576 tokens, and of 57 x 35 = 1995 tokens that are 28 or 32 pixels wide."""
+"""Methods, retentions, pictures and batch sizes: of 576 tokens, and of 57 x 35 = 1995 that are 28 or 32 pixels wide."""
+FAMILIES = "llava-clip", "llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl", "internvl"
+METHODS = "random", "hiprune", "divprune", "fastv", "visionzip", "vqtoken_codebook"
+PROMPTS: list[list[Any]] = [[4, "image", 3], [2, "image", 12]]
 
 
 # --- selections
@@ -72,18 +79,23 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return statistics.median(clock.seconds(*span) for span in spans)
 
 
-def waits(call: Callable[[], Any], device: torch.device) -> str:
-    """How often the host waits for the GPU during a call."""
+def waited(call: Callable[[], Any], device: torch.device) -> list[str] | None:
+    """The lines of Python at which the host waits for the GPU during a call; None without a GPU."""
     if device.type != "cuda":
-        return "-"
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
+        return None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return str(sum("synchronizing" in str(warning.message) for warning in seen))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [f"{each.filename}:{each.lineno}" for each in seen if "a synchronizing" in str(each.message)]
+    return [place.partition("/.path/")[2] or "/".join(place.split("/")[-2:]) for place in places]
+
+
+def count(places: list[str] | None) -> str:
+    return "-" if places is None else str(len(places))
 
 
 def bandwidth(device: torch.device, size: int) -> float:
@@ -104,10 +116,10 @@ def selection(case: SelectionCase, shape: Shape, device: torch.device, repeats: 
         return method.select(fresh(view))
 
     with torch.no_grad():
-        taken, waited = seconds(call, device, repeats), waits(call, device)
+        taken, waits = seconds(call, device, repeats), count(waited(call, device))
     floor = bytes_ / speed
     cells = f"{1e3 * taken:.3f}", f"{bytes_ / 1e6:.2f}", f"{1e3 * floor:.4f}", f"{taken / floor:.0f}" if floor else "-"
-    return [case.name, str(view.items.mask.shape[1]), *cells, waited]
+    return [case.name, str(view.items.mask.shape[1]), *cells, waits]
 
 
 def selections(file: Path, *, tiny: bool) -> None:
@@ -138,15 +150,47 @@ def selections(file: Path, *, tiny: bool) -> None:
         raise SystemExit(f"{len(left_out)} selections failed, see {file.name}")
 
 
+# --- waits
+def waits(file: Path, *, tiny: bool) -> None:
+    """Write where the host waits in a whole prefill of small models."""
+    device = torch.device("cpu" if tiny else "cuda")
+    rows = []
+    for name in FAMILIES[:1] if tiny else FAMILIES:
+        model = tiny_model(name).to(device).eval()
+        inputs = {key: value.to(device) for key, value in tiny_inputs(name, PROMPTS, model=model).items()}
+
+        def call(model: Any = model, inputs: Any = inputs) -> Any:
+            with torch.no_grad():
+                return model(**inputs, use_cache=True)
+
+        call()
+        before = count(waited(call, device))
+        for text in METHODS:
+            method = vtc.create(text)
+            if not runs(method, vtc.adapters.of(model).spec):
+                continue
+            with vtc.compress(model, method, retention=0.7):
+                call()
+                places = Counter(waited(call, device) or ())
+            ours = [f"{place} ({times})" for place, times in places.items() if place.startswith("vtc/")]
+            total = "-" if tiny else str(places.total())
+            rows.append([name, text, before, total, ", ".join(ours) or "-"])
+    about = """how often the host waits for the GPU (its debug mode for synchronisation) while a small model with
+    random weights reads two prompts with images: untouched, and with a method attached, of which in this library."""
+    head = "model", "method", "untouched", "attached", "waits of vtc"
+    command = COMMAND + (" --tiny" if tiny else "")
+    file.write_text(page("Where the host waits", command, about, (head, rows), packages=("torch", "transformers")))
+
+
 # --- requests
 def requests(folder: Path, shape: str, *, tiny: bool) -> None:
     """Prefill and decoding of a shape, recorded as `vtc bench` records them."""
-    methods, retentions, load = RUNS[shape]
-    settings: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "new_tokens": 32, "repeats": 5}
+    methods, retentions, load, batches = RUNS[shape]
+    settings: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "new_tokens": 8, "repeats": 5}
     if tiny:
-        shape, load, methods, retentions = "small-llava", Load(1, 56, 56), ("random",), retentions[:1]
+        shape, load, methods, retentions, batches = "small-llava", Load(1, 56, 56), ("random",), retentions[:1], (1,)
         settings = {"device": "cpu", "new_tokens": 2, "repeats": 1, "warmup": 0, "layers": 1}
-    spec = BenchSpec(shape, methods, retentions, (1,), load=load, loads=(), note="random weights", **settings)
+    spec = BenchSpec(shape, methods, retentions, batches, load=load, loads=(), **settings)
     bench(spec, folder)
 
 
@@ -165,8 +209,8 @@ def main(words: list[str]) -> None:
         return draw(Path(out))
     if not tiny and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --tiny takes the same steps on the CPU")
-    if what == "selections":
-        selections(Path(out), tiny=tiny)
+    if what in ("selections", "waits"):
+        {"selections": selections, "waits": waits}[what](Path(out), tiny=tiny)
     else:
         requests(Path(out), *more, tiny=tiny)
     print(f"{what} {' '.join(more)}: {time.perf_counter() - begun:.0f} s", flush=True)

@@ -3,6 +3,7 @@
 #
 #   OUT/checks.txt      tests marked `cuda`, FlashAttention and flex attention among them (where pytest is there)
 #   OUT/selections.md   every selection against the time that its bytes take, and the host's waits
+#   OUT/waits.md        where the host waits in a whole prefill
 #   OUT/NAME/           prefill and decoding of a published shape with random weights in bfloat16, as `vtc bench` records
 #                       it; where its extra is installed, python benchmarks/gpu.py draw OUT/NAME draws tables and figures
 #
@@ -41,17 +42,19 @@ step() { # name, seconds at most (of a small CPU many more), command
 
 tests() {
   "$python" -c 'import pytest, hypothesis, pytest_timeout' 2>/dev/null || { echo "pytest, pytest-timeout or hypothesis is missing" >&2; return 1; }
-  "$python" -m pytest -q -m cuda tests/test_kernels.py tests/test_host_traffic.py -p no:cacheprovider >"$out/checks.txt" 2>&1
+  VTC_SYNC_DEBUG=error "$python" -m pytest -q -m cuda tests/test_kernels.py tests/test_host_traffic.py tests/test_triton.py -p no:cacheprovider >"$out/checks.txt" 2>&1
 }
 export -f tests
 export python out
 
 step "tests" 100 bash -c tests
-step "selections" 80 "$python" benchmarks/gpu.py selections "$out/selections.md" $tiny
-shapes="llava-1.5-7b qwen2.5-vl-7b qwen3-vl-4b"
-[ -z "$tiny" ] || shapes=llava-1.5-7b
-for shape in $shapes; do
-  step "$shape" 95 "$python" benchmarks/gpu.py bench "$out/$shape" "$shape" $tiny
+step "selections" 70 "$python" benchmarks/gpu.py selections "$out/selections.md" $tiny
+step "waits" 30 "$python" benchmarks/gpu.py waits "$out/waits.md" $tiny
+shapes="llava-1.5-7b:120 qwen2.5-vl-7b:75 qwen3-vl-4b:85"
+[ -z "$tiny" ] || shapes=llava-1.5-7b:
+for each in $shapes; do
+  shape=${each%:*}
+  step "$shape" "${each#*:}" "$python" benchmarks/gpu.py bench "$out/$shape" "$shape" $tiny
   if "$python" -c 'import jinja2, vl_convert, lmms_eval' 2>/dev/null; then "$python" benchmarks/gpu.py draw "$out/$shape"; fi
 done
 exit $status

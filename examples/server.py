@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import queue
 import threading
@@ -39,8 +40,15 @@ class Answers:
         self.model = AutoModelForImageTextToText.from_pretrained(path).to(DEVICE).eval()
         self.handle = vtc.compress(self.model, method, retention=retention, trace=False)  # stays attached
         self.most = most
-        self._waiting: queue.Queue[Waiting] = queue.Queue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._waiting: queue.Queue[Waiting | None] = queue.Queue()
+        self._worker = threading.Thread(target=self._work, daemon=True)
+        self._worker.start()
+
+    def close(self) -> None:
+        """Answer what is waiting, then leave the model as it was."""
+        self._waiting.put(None)
+        self._worker.join()
+        self.handle.detach()
 
     def ask(self, picture: Image.Image, question: str) -> Future[str]:
         """The answer, later."""
@@ -49,10 +57,7 @@ class Answers:
         return future
 
     def _work(self) -> None:
-        while True:
-            batch = [self._waiting.get()]
-            while len(batch) < self.most and not self._waiting.empty():
-                batch.append(self._waiting.get())
+        while batch := self._next():
             try:
                 self._resolve(batch)
             except Exception:  # one of them cannot be answered; the others can
@@ -61,6 +66,17 @@ class Answers:
                         self._resolve([one])
                     except Exception as error:
                         one[2].set_exception(error)
+
+    def _next(self) -> list[Waiting]:
+        """What waits, at least one question; nothing once the service is closed."""
+        batch: list[Waiting] = []
+        while len(batch) < self.most and not (batch and self._waiting.empty()):
+            one = self._waiting.get()
+            if one is None:
+                self._waiting.put(None)
+                break
+            batch.append(one)
+        return batch
 
     def _resolve(self, batch: list[Waiting]) -> None:
         texts = self._answer([(picture, question) for picture, question, _ in batch])
@@ -113,7 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     import uvicorn
 
-    uvicorn.run(make_app(Answers(args.model, args.method, args.retention)), port=args.port)
+    with contextlib.closing(Answers(args.model, args.method, args.retention)) as answers:
+        uvicorn.run(make_app(answers), port=args.port)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 # One data-set cache per process: two that build the same data set at once can take its files from each other.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vtc-datasets-")
 
+import gc
 import json
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import hypothesis
 import pytest
 import torch
 
+from vtc.engine import taps
 from vtc.testing import tiny_model
 from vtc.testing.contract import LIMIT
 
@@ -70,6 +72,16 @@ def no_network() -> Iterator[None]:
     socket.socket.connect = connect  # type: ignore[method-assign]
     yield
     socket.socket.connect = original  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_attached() -> Iterator[None]:
+    """A test that leaves a model attached fails itself, not the one that counts taps after it."""
+    before = set(taps._taps)
+    yield
+    if set(taps._taps) - before:
+        gc.collect()
+        assert set(taps._taps) <= before, "a model is still attached"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
 import io
 import json
@@ -61,13 +62,15 @@ def test_the_trainer_trains_behind_compressed_inputs() -> None:
 
 
 def test_the_server_answers_in_batches(circle: Image.Image) -> None:
-    answers = example("server").Answers("tiny-llava", "vtc_cls", 0.25)
-    asked = [answers.ask(circle, QUESTION) for _ in range(3)]
-    assert {future.result(timeout=120).split()[0] for future in asked} == {"red"}
-    assert answers.handle.stats.retention == 0.25
-    before, broken, behind = (answers.ask(circle, text) for text in (QUESTION, "two <image> placeholders", QUESTION))
-    assert broken.exception(timeout=120) is not None
-    assert {before.result(timeout=120).split()[0], behind.result(timeout=120).split()[0]} == {"red"}
+    with contextlib.closing(example("server").Answers("tiny-llava", "vtc_cls", 0.25)) as answers:
+        asked = [answers.ask(circle, QUESTION) for _ in range(3)]
+        assert {future.result(timeout=120).split()[0] for future in asked} == {"red"}
+        assert answers.handle.stats.retention == 0.25
+        before, broken, behind = (answers.ask(circle, text) for text in (QUESTION, "two <image> tokens", QUESTION))
+        assert broken.exception(timeout=120) is not None
+        assert {before.result(timeout=120).split()[0], behind.result(timeout=120).split()[0]} == {"red"}
+        last = answers.ask(circle, QUESTION)
+    assert last.result(timeout=0).split()[0] == "red"
 
 
 def test_the_service_in_front_of_it(circle: Image.Image) -> None:
@@ -75,13 +78,14 @@ def test_the_service_in_front_of_it(circle: Image.Image) -> None:
     from fastapi.testclient import TestClient
 
     module = example("server")
-    client = TestClient(module.make_app(module.Answers("tiny-llava", "vtc_cls", 0.25)))
     circle.save(stream := io.BytesIO(), format="PNG")
     image = base64.b64encode(stream.getvalue()).decode()
-    told = client.post("/answer", json={"question": QUESTION, "image": image}).json()
-    assert told["answer"].startswith("red")
-    assert client.get("/health").json() == {"calls": 1, "retention": 0.25}
-    assert client.post("/answer", json={"question": QUESTION, "image": "no picture"}).status_code == 400
+    with contextlib.closing(module.Answers("tiny-llava", "vtc_cls", 0.25)) as answers:
+        client = TestClient(module.make_app(answers))
+        told = client.post("/answer", json={"question": QUESTION, "image": image}).json()
+        assert told["answer"].startswith("red")
+        assert client.get("/health").json() == {"calls": 1, "retention": 0.25}
+        assert client.post("/answer", json={"question": QUESTION, "image": "no picture"}).status_code == 400
 
 
 def test_the_demo_answers(circle: Image.Image) -> None:

@@ -211,6 +211,7 @@ def test_eager_rows_stay_refused_by_name(implementation: str, emulated: Callable
 
 # --- the real kernels
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's compiler itself
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("implementation", [*FLASH, FLEX])
 @pytest.mark.parametrize("name", FAMILIES)

@@ -35,6 +35,7 @@ def test_every_step_runs_on_the_cpu(tmp_path: Path) -> None:
     assert "skipped" in (tmp_path / "checks.txt").read_text() and "failed" not in done.stderr
     table = (tmp_path / "selections.md").read_text()
     assert table.startswith("# Selections on a device") and "| vtc_cls | 36 |" in table and "Failed" not in table
+    assert "| llava-clip | random | - | - | - |" in (tmp_path / "waits.md").read_text()
     assert "untouched" in (tmp_path / "llava-1.5-7b" / "bench.csv").read_text()
     assert (tmp_path / "llava-1.5-7b" / "bench.html").exists()
 
@@ -62,7 +63,7 @@ def steps() -> Any:
 def test_pictures_and_retentions_make_the_counts_that_are_promised(
     shape: str, counts: tuple[int, ...], steps: Any
 ) -> None:
-    methods, retentions, load = steps.RUNS[shape]
+    methods, retentions, load, _ = steps.RUNS[shape]
     assert len(arms(methods, retentions)) == 2 + 2 * len(retentions)
     sizes = SHAPES[shape]
     images = processor(family(sizes), sizes, config(sizes)).image_processor
@@ -74,4 +75,4 @@ def test_pictures_and_retentions_make_the_counts_that_are_promised(
 
 def test_a_span_without_a_gpu_is_taken_by_the_clock(steps: Any) -> None:
     taken = steps.seconds(lambda: time.sleep(0.01), torch.device("cpu"), 3)
-    assert 0.01 <= taken < 1 and steps.waits(lambda: None, torch.device("cpu")) == "-"
+    assert 0.01 <= taken < 1 and steps.count(steps.waited(lambda: None, torch.device("cpu"))) == "-"

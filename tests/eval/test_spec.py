@@ -123,7 +123,7 @@ class Odd(vtc.ScoringCompressor):
         ([Odd(rule=print)], "'odd' has rule=<built-in function print>, which the files of a sweep cannot hold"),
         ([Odd], "Odd is a class; write Odd\\(\\)"),
         ("random(", "cannot be read"),
-        ([{"name": "random", "retention": 2}], "retention 2 is outside"),
+        ([{"name": "random", "retention": 2}], "retention=2.0 is outside"),
         ([[]], "methods.0.name: string should have at least 1 character"),
         (3, "3 is no list of methods"),
     ],

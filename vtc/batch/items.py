@@ -15,6 +15,7 @@ from vtc.batch.rows import Batch
 from vtc.errors import UnsupportedCall
 from vtc.method.items import ItemTable
 from vtc.method.layout import Kind, VisualItem
+from vtc.ops.host import put
 
 
 class HostCounts(NamedTuple):
@@ -98,7 +99,7 @@ def build(
     device = placeholders.device
     sizes = tuple(entry.layout.n_tokens for entry in entries)
     numbers = [(e.kind, e.row, e.offset, e.layout.n_tokens, e.source) for e in entries]
-    kind_of, row, offset, size, source_of = torch.tensor(numbers, device=device).unbind(1)
+    kind_of, row, offset, size, source_of = put(numbers, device).unbind(1)
     steps = torch.arange(max(sizes), device=device)
     mask = steps < size[:, None]
     order = (~placeholders).to(torch.uint8).argsort(dim=2, stable=True)  # placeholder positions first, in order

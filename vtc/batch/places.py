@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc.errors import VTCError
 from vtc.method.layout import VisualItem
+from vtc.ops.host import put
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def places(layout: VisualItem) -> Places:
         inside = real & (layout.row >= 0)
         rows, columns = layout.crop_grid
         corner = torch.stack([layout.col / columns, layout.row / rows], 1)
-        size = torch.tensor([1 / columns, 1 / rows], device=real.device)
+        size = put([1 / columns, 1 / rows], real.device)
         panel[inside], box[inside] = 0, torch.cat([corner, corner + size], 1)[inside]
         return Places(("picture",), panel, box)
     panels, parts = _regions(layout)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError, UnsupportedCall, shown
+from vtc.ops.host import put
 
 Lengths = int | Sequence[int] | Tensor
 """Tokens of every row, padding not counted: one number for all rows, or one for each prompt of the batch."""
@@ -80,7 +81,7 @@ def per_row(name: str, lengths: Lengths | None, batch: int, device: torch.device
     """
     if lengths is None:
         return None
-    values = torch.tensor([lengths] if isinstance(lengths, int) else list(lengths), device=device)
+    values = put([lengths] if isinstance(lengths, int) else list(lengths), device)
     if batch % len(values):
         raise UnsupportedCall(
             f"{name} has {len(values)} entries for a batch of {batch} rows; give one number for all rows, or one for "

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtc.method.items import ItemTable
 from vtc.method.states import States
 from vtc.method.view import Selection
+from vtc.ops.host import put
 from vtc.ops.select import front_pack, left_pack
 
 Side = Literal["front", "left"]
@@ -185,5 +186,5 @@ def _pack(alive: Tensor, totals: Sequence[int], side: Side) -> tuple[Tensor, Ten
     if all(total == length for total in totals):
         return index, None
     slots = torch.arange(length, device=alive.device)
-    ends = torch.tensor(totals, device=alive.device)[:, None]
+    ends = put(totals, alive.device)[:, None]
     return index, slots >= length - ends if side == "left" else slots < ends

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vtc.engine.maker import Maker
 from vtc.errors import UnsupportedCall
+from vtc.ops.host import put
 from vtc.ops.select import left_pack
 
 BROKEN = (
@@ -170,7 +171,7 @@ class CompressedCache(DynamicCache):
             rows = index.to(layer.keys.device)[:, None, :, None]
             layer.keys = layer.keys.gather(2, rows.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1]))
             layer.values = layer.values.gather(2, rows.expand(-1, layer.values.shape[1], -1, layer.values.shape[-1]))
-        limit = torch.tensor(counts, device=keep.device)[:, None]
+        limit = put(counts, keep.device)[:, None]
         uniform = all(count == length for count in counts)
         self.masks[group] = None if uniform else torch.arange(length, device=keep.device) >= length - limit
 

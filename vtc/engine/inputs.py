@@ -23,6 +23,7 @@ from vtc.engine.cache import CompressedCache, check_plain
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.maker import Maker
 from vtc.errors import UnsupportedCall, UnsupportedModel
+from vtc.ops.host import put
 
 MEDIA = ("pixel_values", "pixel_values_videos")
 
@@ -64,7 +65,7 @@ def placeholder_masks(given: dict[str, Any], tokens: Iterable[int], embedding: A
     if ids is not None:
         return torch.stack([ids == token for token in tokens])
     assert embeds is not None
-    rows = [embedding(torch.tensor(token, device=embeds.device)) for token in tokens]
+    rows = [embedding(put(token, embeds.device)) for token in tokens]
     return torch.stack([(embeds == row).all(-1) for row in rows])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.method.view import StageView
 from vtc.ops.greedy import chosen
+from vtc.ops.host import put
 from vtc.ops.select import apportion, out_of_groups, top_k
 
 Scope = Literal["item", "crop"]
@@ -82,7 +83,7 @@ class Groups:
     def of(view: StageView, scope: Scope) -> Groups:
         """The parts of a view; with scope "crop" an item's budget is split in proportion to the sizes of its crops."""
         parts, layouts = Parts.of(view, scope), view.items.layouts
-        keep = torch.tensor(view.keep, device=parts.mask.device)
+        keep = put(view.keep, parts.mask.device)
         if len(parts.mask) == len(keep):
             return Groups(parts, keep, max(view.keep, default=0))
         share = apportion(keep, parts.mask.view(len(keep), -1, parts.mask.shape[1]).sum(2)).flatten()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.method.layout import VisualItem
+from vtc.ops.host import put
 from vtc.ops.select import front_pack
 
 
@@ -110,7 +111,7 @@ class ItemTable:
     def _only(self, keep: Tensor, counts: Sequence[int], moved: Tensor | None = None) -> ItemTable:
         width = max(counts, default=0)
         order = front_pack(keep, width)
-        mask = torch.arange(width, device=keep.device) < torch.tensor(counts, device=keep.device)[:, None]
+        mask = torch.arange(width, device=keep.device) < put(counts, keep.device)[:, None]
         index, token = self.index.gather(1, order), self.token.gather(1, order)
         index = index if moved is None else moved[self.row[:, None], index]
         return replace(

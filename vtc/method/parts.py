@@ -10,6 +10,7 @@ from torch import Tensor
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import PRE_LLM, EncoderStage, ModelSpec, Needs, Plan, Scope, Selection, StageView
 from vtc.method.readings import VisionReading
+from vtc.ops.host import put
 from vtc.ops.merge import Step, bipartite_merge, group_places, lay_out, merge_plan, merge_rows
 from vtc.ops.rank import order_by
 from vtc.ops.select import apportion_host, front_pack, group_sizes, take_rows
@@ -42,7 +43,7 @@ def merge_items(
     crop_free = all(len(row) == 1 for row in sizes)
     joined = [len(row) > 1 and count < sum(map(bool, row)) for row, count in zip(sizes, keep, strict=True)]
     if any(joined):
-        crop = torch.where(torch.tensor(joined, device=crop.device)[:, None], 0, crop)
+        crop = torch.where(put(joined, crop.device)[:, None], 0, crop)
         sizes = [[sum(row)] if one else row for row, one in zip(sizes, joined, strict=True)]
     shares = [share(count, row) for row, count in zip(sizes, keep, strict=True)]
     counts = [count for row in sizes for count in row if count]

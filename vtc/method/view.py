@@ -17,6 +17,7 @@ from vtc.method.items import ItemTable
 from vtc.method.plan import ModelSpec, Needs, R, Stage, each
 from vtc.method.readings import LLMReading, VisionReading
 from vtc.method.states import States
+from vtc.ops.host import put
 from vtc.ops.select import in_groups, take_rows
 
 
@@ -140,7 +141,7 @@ class StageView:
             return in_groups(self.crop, self.most_crops, width, mask)
         rows = [[*row, *[0] * (self.most_crops - len(row))] for row in sizes]
         first = [[0, *accumulate(row[:-1])] for row in rows]
-        begin, size = torch.tensor([first, rows], device=mask.device)[..., None]
+        begin, size = put([first, rows], mask.device)[..., None]
         step = torch.arange(width, device=mask.device)
         real = step < size
         return (begin + step) * real, real

@@ -12,6 +12,7 @@ from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.rank import order_by
 from vtc.ops.select import settle, take_rows, top_k
 
@@ -86,7 +87,7 @@ class DART(Compressor):
     def select(self, view: StageView) -> Selection:
         items = view.items
         counts = view.keep_from_layer(self.layer) if self.layer else view.keep
-        keep = torch.tensor(counts, device=view.device)
+        keep = put(counts, view.device)
         if self.layer:
             rows = view.llm_rows[self.layer - 1, SIZES]
             tokens, sizes = view.final_norm(view.tokens), view.llm_attention(self.layer - 1, SIZES)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.select import top_k
 
 Ranked = Literal["item", "row"]
@@ -67,7 +68,7 @@ class FastV(Compressor):
         items, device = view.items, view.device
         counts = view.keep_from_layer(self.layer) if self.ratio is None else self._left(items.counts)
         if self.scope == "item":
-            scores, keep = view.llm_attention(self.layer - 1, Rows.LAST), torch.tensor(counts, device=device)
+            scores, keep = view.llm_attention(self.layer - 1, Rows.LAST), put(counts, device)
             kept = top_k(scores, keep, items.gaps, most=max(counts, default=0))
             return Selection(kept, counts=counts, scores=scores)
         rows = view.hidden.shape[0]
@@ -76,7 +77,7 @@ class FastV(Compressor):
             totals = self._left(_by_row(items.rows, items.counts, rows))
         ranked = items.scatter(items.mask, torch.zeros_like(view.visual))
         ranking: Tensor = view.llm_rows[self.layer - 1, Rows.LAST]
-        chosen = top_k(ranking, torch.tensor(totals, device=device), ranked, most=max(totals))
+        chosen = top_k(ranking, put(totals, device), ranked, most=max(totals))
         return Selection(chosen[items.row[:, None], items.index])
 
     def _left(self, tokens: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
 from vtc.ops.select import in_groups, out_of_groups, settle, take_rows, top_k
 
@@ -72,7 +73,7 @@ class HoloV(Compressor):
         tokens = take_rows(view.tokens, place.flatten(1)).unflatten(1, place.shape[1:])  # type: ignore[no-untyped-call]
         varied = variation(tokens.flatten(0, 1), real.flatten(0, 1)).view(place.shape)
         size = real.sum(2)
-        keep = torch.tensor(view.keep, device=device)
+        keep = put(view.keep, device)
         quota = share(weight(received, varied, size), keep, size)
         best = top_k(received.flatten(0, 1), quota.flatten(), real.flatten(0, 1)).view(place.shape)
         kept = out_of_groups(best, place, real, items.mask.shape[1])
@@ -86,7 +87,7 @@ def runs_of(counts: Sequence[int], number: Sequence[int], mask: Tensor) -> tuple
     (tensor([[0, 0, 0, 1, 1, 2, 2]]), 3)
     """
     cut = [(n // p, n % p) for n, p in zip(counts, number, strict=True)]
-    size, longer = torch.tensor(cut, device=mask.device).view(-1, 2, 1).unbind(1)
+    size, longer = put(cut, mask.device).view(-1, 2, 1).unbind(1)
     token = torch.arange(mask.shape[1], device=mask.device)
     ahead = longer * (size + 1)  # tokens of the longer runs
     run = torch.where(token < ahead, token // (size + 1), longer + (token - ahead) // size.clamp(min=1))

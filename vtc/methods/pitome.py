@@ -15,6 +15,7 @@ from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Scope, Se
 from vtc.method.parts import even, merge_items, merged_inside, merging_plan
 from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.merge import BLOCK, bipartite_merge, merge_plan, merge_rows
 from vtc.ops.rank import inverse, order_by
 from vtc.ops.select import first_best, front_pack, settle, take_rows
@@ -165,7 +166,7 @@ def energy_step(
     """
     groups, length, _ = metric.shape
     width, most = max(n - r for n, r in zip(counts, merged, strict=True)), max(1, *merged)
-    count, gone = torch.tensor(counts, device=metric.device), torch.tensor(merged, device=metric.device)[:, None]
+    count, gone = put(counts, metric.device), put(merged, metric.device)[:, None]
     token = torch.arange(length, device=metric.device).expand(groups, -1)
     present = token < count[:, None]
     # No energy is below -1; those of nearly equal tokens may cancel to rounding noise, 1 more of it does not.

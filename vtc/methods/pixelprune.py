@@ -12,6 +12,7 @@ from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import PIXELS, Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.parts import inside_plan
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.select import top_k
 
 Metric = Literal["max", "mae", "rmse"]
@@ -75,7 +76,7 @@ class PixelPrune(Compressor):
             keep = self.scan(cells, self.tau) if self.tau else self.residuals(cells) > 0
             return Selection(keep.flatten(1))
         rest = self.residuals(cells).flatten(1)
-        return Selection(top_k(rest, torch.tensor(view.keep, device=rest.device)), counts=view.keep)
+        return Selection(top_k(rest, put(view.keep, rest.device)), counts=view.keep)
 
     def distance(self, one: Tensor, other: Tensor) -> Tensor:
         """Of the pixels along the last axis."""

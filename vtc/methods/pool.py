@@ -10,6 +10,7 @@ from vtc.errors import UnsupportedCall
 from vtc.method.base import Compressor, Selection, StageView
 from vtc.method.registry import register
 from vtc.ops.grid import absorbing_cell, cell_centres, output_raster, pool_grid, split_budget
+from vtc.ops.host import put
 
 
 @register
@@ -44,7 +45,7 @@ class Pool(Compressor):
             same = [i for i, other in enumerate(wanted) if other == shape]
             if not regions:
                 raise UnsupportedCall("pool needs items whose tokens form full rasters; choose another method here")
-            rows = torch.tensor(same, device=device)[:, None]
+            rows = put(same, device)[:, None]
             alike = tokens if len(same) == len(wanted) else tokens[rows[:, 0]]
             for first, grid, share in split_budget(regions, count):
                 output = output_raster(grid, share)

@@ -16,6 +16,7 @@ from vtc.method.parts import reordered
 from vtc.method.readings import AttentionCall, VisionReading
 from vtc.method.registry import register
 from vtc.ops.attention import attention_rows
+from vtc.ops.host import put
 from vtc.ops.rank import order_by
 from vtc.ops.select import evenly, front_pack, take_rows, top_k
 
@@ -172,7 +173,7 @@ def outliers(values: Tensor, mask: Tensor) -> Tensor:
     """
     ordered = values.float().masked_fill(~mask, torch.inf).sort(1).values
     count = mask.sum(1, keepdim=True)
-    at = torch.tensor([0.25, 0.75], device=values.device) * (count - 1).clamp(min=0)
+    at = put([0.25, 0.75], values.device) * (count - 1).clamp(min=0)
     low, high = (ordered.gather(1, each.long()) for each in (at.floor(), at.ceil()))
     first, third = (low + (at - at.floor()) * torch.where(high > low, high - low, 0)).chunk(2, 1)
     many = (mask & (values > third + 1.5 * (third - first))).sum(1)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch
-
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.budget import left_by_stages
 from vtc.method.readings import LLMReading
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.select import top_k
 
 LATE, EARLY = (8, 16, 24), (2, 10, 18)
@@ -107,7 +106,7 @@ class PyramidDrop(Compressor):
         counts = self.left(view, view.stage)
         if counts == view.items.counts:
             return None
-        keep = torch.tensor(counts, device=view.device)
+        keep = put(counts, view.device)
         scores = view.llm_attention(*self.reading(view.stage))
         return Selection(top_k(scores, keep, view.items.gaps, most=max(counts)), counts=counts, scores=scores)
 

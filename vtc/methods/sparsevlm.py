@@ -18,6 +18,7 @@ from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.method.registry import register
 from vtc.ops.attention import attention_rows
 from vtc.ops.density import density_peaks
+from vtc.ops.host import put
 from vtc.ops.merge import merge_rows
 from vtc.ops.select import front_pack, group_sizes, take_rows, top_k
 
@@ -221,7 +222,7 @@ def raters(view: StageView) -> Tensor:
 def recycled(view: StageView, score: Tensor, parts: Sequence[tuple[int, int, int]]) -> Selection:
     """Keep the best of each item, and the groups of those that follow; parts: as from `SparseVLM.left`."""
     items, device = view.items, score.device
-    kept, number, groups = torch.tensor(parts, device=device).T
+    kept, number, groups = put(parts, device).T
     best = top_k(score, kept, items.mask)
     own = torch.where(best, torch.arange(best.shape[1], device=device), -1)
     counts = [stay + merged for stay, _, merged in parts]

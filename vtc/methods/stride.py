@@ -10,6 +10,7 @@ import torch
 from vtc.method.base import Compressor, Selection, StageView
 from vtc.method.registry import register
 from vtc.ops.grid import Grid, split_budget, strided
+from vtc.ops.host import put
 
 
 @register
@@ -37,7 +38,7 @@ class Stride(Compressor):
         shapes = [self._shape(layout.regions, n) for layout, n in zip(items.layouts, items.counts, strict=True)]
         wanted = list(zip(shapes, view.keep, strict=True))
         for regions, count in dict.fromkeys(wanted):
-            rows = torch.tensor([i for i, other in enumerate(wanted) if other == (regions, count)], device=kept.device)
+            rows = put([i for i, other in enumerate(wanted) if other == (regions, count)], kept.device)
             for first, (frames, height, width), share in split_budget(regions, count):
                 kept[rows[:, None], first + strided(frames * height, width, share, device=kept.device)] = True
         return Selection(kept, counts=view.keep)

@@ -13,6 +13,7 @@ from vtc.method.budget import Budget
 from vtc.method.registry import register
 from vtc.ops.greedy import best, chosen, cosine_to_mean, k_center, max_sum
 from vtc.ops.hashing import uniform
+from vtc.ops.host import put
 
 Variant = Literal["max_sum", "k_center"]
 Pivot = Literal["cls", "random", "center", "farthest"]
@@ -140,7 +141,7 @@ class ToDRE(Compressor):
         mask = view.items.mask
         walk = max_sum if self.variant == "max_sum" else k_center
         order = walk(view.tokens, self.first(view), max(view.keep), mask)
-        keep = torch.tensor(view.keep, device=order.device)
+        keep = put(view.keep, order.device)
         return Selection(chosen(order, keep, mask), counts=view.keep)
 
     def first(self, view: StageView) -> Tensor:
@@ -185,7 +186,7 @@ def _overview(view: StageView) -> Tensor:
     overviews = [-1 if layout.thumbnail is None else layout.thumbnail for layout in view.items.layouts]
     if max(overviews, default=-1) < 0:
         return view.items.mask
-    inside = view.items.mask & (view.crop == torch.tensor(overviews, device=view.crop.device)[:, None])
+    inside = view.items.mask & (view.crop == put(overviews, view.crop.device)[:, None])
     return torch.where(inside.any(1, keepdim=True), inside, view.items.mask)
 
 

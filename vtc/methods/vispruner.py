@@ -15,6 +15,7 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Scope, Sel
 from vtc.method.parts import groups
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.merge import group_places, merge_step
 from vtc.ops.rank import order_by
 from vtc.ops.select import apportion_host, settle, take_rows, top_k
@@ -75,15 +76,13 @@ class VisPruner(Compressor):
         score = view.vision_attention(layer, attention(view.model))
         features = view.vision_attention(layer, Rows.HIDDEN)
         scores = score.flatten()[places].float()
-        count, first = torch.tensor([counts, important], device=score.device)
+        count, first = put([counts, important], score.device)
         real = torch.arange(places.shape[1], device=score.device) < count[:, None]
         kept = top_k(scores, first, real)
         if self.share < 1:
             falling = order_by(best=settle(scores, real & ~kept))
             order = diverse(features.flatten(0, 1)[places], falling, rest, left)
-            listed = (
-                torch.arange(order.shape[1], device=order.device) < torch.tensor(left, device=order.device)[:, None]
-            )
+            listed = torch.arange(order.shape[1], device=order.device) < put(left, order.device)[:, None]
             kept = kept.scatter_add(1, order, listed)
         marks = torch.zeros(items.mask.numel(), dtype=torch.long, device=score.device)
         marks = marks.index_add(0, places.flatten(), kept.long().flatten())

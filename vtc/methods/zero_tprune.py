@@ -15,6 +15,7 @@ from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Selection
 from vtc.method.parts import inside_plan
 from vtc.method.readings import AttentionCall, VisionReading
 from vtc.method.registry import register
+from vtc.ops.host import put
 from vtc.ops.pagerank import attention_mass
 from vtc.ops.select import top_k
 
@@ -116,7 +117,7 @@ class ZeroTPrune(Compressor):
             view.memory[self] = [self.leaving(now, keep, len(stages)) for now, keep in pairs]
         alike, little = zip(*(plan[stages.index(layer)] for plan in view.memory[self]), strict=True)
         graph, lead = view.vision_attention(layer - 1, GRAPH), view.vision_lead(layer - 1, GRAPH)
-        counts = torch.tensor([items.counts, alike, little], device=graph.device)
+        counts = put([items.counts, alike, little], graph.device)
         now, alike_count, little_count = counts
         turns = self.iterations[3 * (layer - 1) // (view.model.feature_layer + 1)]
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vtc.ops.host import put
+
 CHUNK = 256
 
 
@@ -64,7 +66,7 @@ def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: 
     for length, same in starts.items():  # sequences of one length form a batch
         if length:
             steps = torch.arange(length, device=query.device)
-            place = torch.tensor(same, device=query.device)[:, None] + steps
+            place = put(same, query.device)[:, None] + steps
             q, k = query[0][:, place].transpose(0, 1), key[0][:, place].transpose(0, 1)
             total[0, place] = attention_received(q, k, scaling, chunk=max(1, chunk // len(same)))
     return total

@@ -2,8 +2,8 @@
 
 All items walk together; an item that is to keep fewer tokens than its neighbours ignores the end of its order. A step
 costs one product of the tokens with a vector, [N, D] x [D], or reads a row of the N x N similarities where these are
-small enough to be held (`STORE`) and many steps use them; a CPU then takes as many items at a time as fit. Similarity
-is the cosine, in float32.
+small enough to be held (`STORE`) and many steps use them; as many items at a time are then taken as fit, and on a GPU
+one kernel walks all steps (`vtc.ops.kernels`). Similarity is the cosine, in float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vtc.ops import kernels
 from vtc.ops.checks import numbers
 from vtc.ops.select import TIE, first_best
 
@@ -141,13 +142,16 @@ def _walk(features: Tensor, start: Tensor | None, steps: int, mask: Tensor, *, f
     """Both rules: the next token has the lowest sum (or the lowest maximum) of cosines to those before it."""
     items, length = mask.shape
     fit = STORE // max(1, length * length)
-    if features.device.type == "cpu" and 0 < fit < items and length <= PAYS * steps:
+    quick = kernels.usable(features)
+    if (quick or features.device.type == "cpu") and 0 < fit < items and length <= PAYS * steps:
         given, masks = torch.split(features, fit), torch.split(mask, fit)
         firsts = [None] * len(given) if start is None else torch.split(start, fit)
         parts = zip(given, firsts, masks, strict=True)
         return torch.cat([_walk(x, first, steps, real, farthest=farthest) for x, first, real in parts])
     cosines = _Cosines(features, steps)
     token = _isolated(cosines, mask) if start is None else start
+    if quick and cosines.all is not None:
+        return kernels.walk(cosines.all, mask, token, steps, TIE, farthest=farthest)
     rated = torch.where(mask, -torch.inf if farthest else 0.0, torch.inf)
     order = token.new_zeros(items, steps)
     for step in range(steps):
@@ -182,9 +186,11 @@ class _Cosines:
         self.all: Tensor | None = None
         if items * places * places <= STORE and places <= PAYS * steps:
             self.all = self.rows.new_empty(items, places, places)
-            for some, others, cosine in self.blocks(max(1, -(-places // 4))):
+            # A quarter at a time saves a CPU products, a whole saves a GPU launches.
+            for some, others, cosine in self.blocks(max(1, places if self.rows.is_cuda else -(-places // 4))):
                 self.all[:, some, others] = cosine
-                self.all[:, others, some] = cosine.transpose(1, 2)
+                if some != others:
+                    self.all[:, others, some] = cosine.transpose(1, 2)
 
     def blocks(self, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """(rows, columns, cosines [I, n, m]) of blocks of the matrix that with their transposes cover it."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtc.ops.host import put
+
 _SAMPLES = 4096
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -30,7 +32,7 @@ def fingerprint(values: Tensor) -> Tensor:
 
 def joint_fingerprint(keys: Tensor, counts: Sequence[int]) -> Tensor:
     """One key for every run of `counts` neighbours: [C] int64 -> [I] int64; depends on their order."""
-    sizes = torch.tensor(counts, device=keys.device)
+    sizes = put(counts, keys.device)
     item = torch.arange(len(counts), device=keys.device).repeat_interleave(sizes, output_size=len(keys))
     place = torch.arange(len(keys), device=keys.device) - (sizes.cumsum(0) - sizes)[item]
     return _mix(torch.zeros_like(sizes).index_add(0, item, _mix(keys + _mix(place))))

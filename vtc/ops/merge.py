@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.checks import numbers
+from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
 
 RowOrder = Literal["similarity", "index"]
@@ -93,7 +94,7 @@ def merge_step(
     groups, length, _ = metric.shape
     device = metric.device
     width = max((n - r for n, r in zip(counts, merged, strict=True)), default=0)
-    count, gone = torch.tensor(counts, device=device), torch.tensor(merged, device=device)[:, None]
+    count, gone = put(counts, device), put(merged, device)[:, None]
     partner, similarity = best_match(metric, count, protected=protected)
     rank = inverse(order_by(best=similarity))
     slots = torch.arange(rank.shape[1], device=device).expand(groups, -1)
@@ -139,7 +140,7 @@ def bipartite_merge(
     device, now = metric.device, list(counts)
     target = torch.arange(length, device=device).expand(groups, -1)
     anchor, weighted = target, size is not None
-    present = target < torch.tensor(now, device=device)[:, None]
+    present = target < put(now, device)[:, None]
     mass = present.float() if size is None else torch.where(present, size.float(), 0.0)
     weight = present.float()
     steps = max(map(len, plans), default=0)
@@ -161,7 +162,7 @@ def bipartite_merge(
         anchor = anchor.gather(1, stands)
         mass = _sums(mass, into, width + 1)[:, :width]
     width = anchor.shape[1]
-    left = torch.arange(width, device=device) < torch.tensor(now, device=device)[:, None]
+    left = torch.arange(width, device=device) < put(now, device)[:, None]
     return Merge(torch.where(present, target, width), weight, torch.where(left, anchor, 0), mass, tuple(now))
 
 
@@ -203,7 +204,7 @@ def group_places(group: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) ->
     order = (order + width * torch.arange(len(sizes), device=device)[:, None]).flatten()
     starts = [i * width + sum(row[:g]) for i, row in enumerate(sizes) for g in range(len(row)) if row[g]]
     counts = [count for row in sizes for count in row if count]
-    first, count = torch.tensor(starts, device=device)[:, None], torch.tensor(counts, device=device)[:, None]
+    first, count = put(starts, device)[:, None], put(counts, device)[:, None]
     steps = torch.arange(max(counts, default=0), device=device)
     inside = steps < count
     return torch.where(inside, order[torch.where(inside, first + steps, 0)], 0)
@@ -221,7 +222,7 @@ def lay_out(
     """
     items, width = shape
     slots, device = items * width, rows.device
-    count = torch.tensor(merge.counts, device=device)[:, None]
+    count = put(merge.counts, device)[:, None]
     left = torch.arange(merge.anchor.shape[1], device=device) < count
     last = merge.target.shape[1]
     seat = merge.anchor if raster else torch.where(left, merge.anchor, last).sort(dim=1).values.clamp(max=last - 1)

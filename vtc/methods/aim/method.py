@@ -29,6 +29,7 @@ from vtc.method.parts import groups, merge_items
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
 from vtc.method.registry import register
 from vtc.methods.aim.schedule import entering_tokens, falling_shares, layer_tokens, moved_tokens
+from vtc.ops.host import put
 from vtc.ops.merge import merge_plan
 from vtc.ops.pagerank import pagerank
 from vtc.ops.select import top_k
@@ -279,7 +280,7 @@ class AIM(Compressor):
             return None
         if not any(wanted):
             return Selection(torch.zeros_like(items.mask), counts=wanted, separators=False)
-        keep = torch.tensor(wanted, device=view.device)
+        keep = put(wanted, view.device)
         scores = view.llm_attention(layer - 1, self.reading)
         if not any(items.fixed):
             counts = [min(count, have) for count, have in zip(wanted, now, strict=True)]
@@ -300,7 +301,7 @@ class AIM(Compressor):
             scores = view.llm_attention(layer - 1, self.reading)
         else:
             scores = torch.zeros_like(items.mask, dtype=torch.float32)
-        left = torch.tensor([max(0, n - m) for n, m in zip(wanted, items.fixed, strict=True)], device=seen.device)
+        left = put([max(0, n - m) for n, m in zip(wanted, items.fixed, strict=True)], seen.device)
         stay = top_k(scores, left, seen)
         view.memory[self, "seen"] = stay
         return Selection(items.mask, counts=items.counts, hide=seen & ~stay)

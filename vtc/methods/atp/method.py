@@ -15,6 +15,7 @@ from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection,
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import register
 from vtc.methods.atp import thresholds
+from vtc.ops.host import put
 from vtc.ops.rank import dense_rank
 
 Norm = Literal["minmax", "none"]
@@ -97,9 +98,11 @@ class ATPScores(Compressor):
         """[I, N] row and column of each token on the grid that its crop or frame had in the input."""
         if (self.name, "grid") not in view.memory:
             layouts, device = view.items.layouts, view.device
-            crop = pad_sequence([item.crop for item in layouts], batch_first=True, padding_value=-1).to(device)
+            crop = pad_sequence([item.crop for item in layouts], batch_first=True, padding_value=-1).to(
+                device, non_blocking=True
+            )
             axes = [
-                pad_sequence([getattr(item, axis) for item in layouts], batch_first=True).to(device)
+                pad_sequence([getattr(item, axis) for item in layouts], batch_first=True).to(device, non_blocking=True)
                 for axis in ("row", "col")
             ]
             view.memory[self.name, "grid"] = [dense_rank(places, crop, LINE) for places in axes]
@@ -258,8 +261,8 @@ class ATP(LearnedCompressor, ATPScores):
     def _loss(self, view: StageView, product: Tensor) -> Tensor:
         """This module's share of the loss; the last one adds the distance from the target."""
         layers, items = self.module_layers(view.model), view.items
-        fixed = torch.tensor(items.fixed, device=product.device)
-        tokens = torch.tensor(items.entered, device=product.device) + fixed.float()
+        fixed = put(items.fixed, product.device)
+        tokens = put(items.entered, product.device) + fixed.float()
         kept: list[Tensor] = view.memory.setdefault((self.name, "kept"), [])
         kept.append(product.sum(1) + fixed)
         at = layers[len(kept) - 1]

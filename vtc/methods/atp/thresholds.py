@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.method.budget import NOISE, spend
+from vtc.ops.host import put
 from vtc.ops.select import front_pack, top_k
 
 FLOOR = 1e-6
@@ -131,7 +132,7 @@ def mean_over_layers(kept: Tensor, tokens: Tensor, layers: Sequence[int], depth:
     143.40625
     """
     ends = [*layers[1:], depth - 1]
-    spans = torch.tensor([end - at for at, end in zip(layers, ends, strict=True)], device=kept.device)
+    spans = put([end - at for at, end in zip(layers, ends, strict=True)], kept.device)
     spent = (kept * spans.view(-1, *[1] * (kept.ndim - 1))).sum(0)
     return (tokens * (layers[0] + 1) + spent) / depth
 
@@ -141,7 +142,7 @@ def depth_loss(kept: Tensor, tokens: Tensor, layers: Sequence[int]) -> Tensor:
 
     The mean over the items is taken last.
     """
-    depth = torch.tensor(layers, device=kept.device, dtype=kept.dtype)
+    depth = put(layers, kept.device, kept.dtype)
     return (depth @ (kept / tokens)).mean()
 
 

@@ -16,6 +16,7 @@ from vtc.method.learned import check_settings, load_tensors
 from vtc.method.registry import register
 from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ATPScores, ThresholdModules
+from vtc.ops.host import put
 
 Mode = Literal["budget", "calibrated"]
 
@@ -133,7 +134,7 @@ class ATPTrainingFree(ATPScores):
             return self._calibrated(view, view.stage - 1)
         module = self.module_layers(view.model).index(view.stage - 1)
         counts = [min(left[module], now) for left, now in zip(self._schedule(view), view.items.counts, strict=True)]
-        keep = torch.tensor(counts, device=mask.device)
+        keep = put(counts, mask.device)
         scores = self.scores(view, mask)
         row, col = self.places(view)
         grid = thresholds.sampling_grid(row, col, self.strides, self.spatial_share, keep, mask)

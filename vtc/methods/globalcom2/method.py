@@ -16,6 +16,7 @@ from vtc.method.layout import VisualItem
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.methods.globalcom2 import crops
+from vtc.ops.host import put
 from vtc.ops.rank import inverse
 from vtc.ops.select import take_rows
 
@@ -96,13 +97,11 @@ class GlobalCom2(Compressor):
         groups = view.most_crops
         z = self._scores(view, groups)
         overall, sums, guided = _guidance(view, z, groups)
-        thumbnail = torch.tensor(
-            [[layout.thumbnail == crop for crop in range(groups)] for layout in items.layouts], device=device
-        )
+        thumbnail = put([[layout.thumbnail == crop for crop in range(groups)] for layout in items.layouts], device)
         total, newlines = list(view.keep), self._released(view)
         for item, lines in newlines.items():
             total[item] = max(1, min(view.granted[item], items.counts[item]) - lines)
-        keep, counts = torch.tensor(total, device=device), torch.tensor(items.counts, device=device)
+        keep, counts = put(total, device), put(items.counts, device)
         ratios = crops.crop_ratios(sums, guided, keep / counts.clamp(min=1).double(), self.tau)
         sizes = crops.group_sums(torch.ones_like(z), view.crop, groups, items.mask).long()
         if self.exact_total:
@@ -182,7 +181,7 @@ def _alike(view: StageView, only: dict[int, int] | None = None) -> Iterator[tupl
             key = (layout.kind, layout.n_tokens, layout.newlines, layout.thumbnail, layout.tiling, layout.regions)
             same.setdefault(key, []).append(item)
     for rows in same.values():
-        yield view.items.layouts[rows[0]], torch.tensor(rows, device=view.device)
+        yield view.items.layouts[rows[0]], put(rows, view.device)
 
 
 def _guidance(view: StageView, z: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,13 +199,13 @@ def _guidance(view: StageView, z: Tensor, groups: int) -> tuple[Tensor, Tensor, 
         whole = lowest.expand(-1, layout.n_tokens + 1).scatter(
             1, torch.where(mask, token, layout.n_tokens), torch.where(mask, z[rows], 0.0)
         )
-        others = torch.tensor([crop for crop in range(layout.n_crops) if crop != layout.thumbnail], device=z.device)
+        others = put([crop for crop in range(layout.n_crops) if crop != layout.thumbnail], z.device)
         if known is not None:
             assert layout.tiling is not None
             height, width = known.grid
             picture = whole[:, known.first : known.first + height * width].view(-1, height, width)
             sums[rows[:, None], others] = crops.cell_sums(picture, layout.tiling)
-            seen = crops.stretch(picture, known.size).flatten(1)[:, known.place.to(z.device)]
+            seen = crops.stretch(picture, known.size).flatten(1)[:, known.place.to(z.device, non_blocking=True)]
         else:
             picture = whole[:, : layout.n_tokens - layout.newlines].reshape(len(rows), layout.n_crops, -1)
             sums[rows] = crops.group_sums(z[rows], view.crop[rows], groups, mask)

@@ -20,6 +20,7 @@ from vtc.method.groups import Parts, largest_share
 from vtc.method.registry import register
 from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
 from vtc.ops.grid import frame_lines
+from vtc.ops.host import put
 from vtc.ops.select import apportion, group_sizes
 
 Collision = Literal["exact", "official"]
@@ -145,14 +146,16 @@ def _places(view: StageView) -> tuple[Tensor, Tensor, Tensor]:
     if view.framed:  # the rasters tell; nothing has to be numbered
         layouts, device = view.items.layouts, view.device
         known = {regions: torch.stack(frame_lines(regions)) for regions in {layout.regions for layout in layouts}}
-        rows = pad_sequence([known[layout.regions].T for layout in layouts], batch_first=True).to(device)
+        rows = pad_sequence([known[layout.regions].T for layout in layouts], batch_first=True).to(
+            device, non_blocking=True
+        )
         row, col, height, width = rows.unbind(2)
         return row * width + col, width, height * width
     geometry = [
         pad_sequence([getattr(item, name) for item in view.items.layouts], batch_first=True, padding_value=-1)
         for name in ("crop", "row", "col")
     ]
-    crop, row, col = (each.to(view.device) for each in geometry)
+    crop, row, col = (each.to(view.device, non_blocking=True) for each in geometry)
     place, width, size = (each.gather(1, view.items.token) for each in tile_places(crop, row, col, crop >= 0))
     return place, width, size
 
@@ -161,15 +164,15 @@ def _shares(view: StageView, budget: Sequence[int], split: Split) -> Tensor:
     """[I, G] budget of every tile."""
     sizes, device = group_sizes(view.crop, view.most_crops, view.items.mask), view.device
     if split == "exact":
-        return apportion(torch.tensor(budget, device=device), sizes)
+        return apportion(put(budget, device), sizes)
     floor = [total // layout.n_crops for total, layout in zip(budget, view.items.layouts, strict=True)]
-    return torch.tensor(floor, device=device)[:, None].minimum(sizes)
+    return put(floor, device)[:, None].minimum(sizes)
 
 
 def _penalty(view: StageView) -> Tensor:
     """[I, 1] one, in units of the mean over queries where the release takes their sum."""
     queries = [1 if view.model.has_cls else math.prod(layout.crop_grid) for layout in view.items.layouts]
-    return 1 / torch.tensor(queries, device=view.device)[:, None]
+    return 1 / put(queries, view.device)[:, None]
 
 
 def _separators(view: StageView, kept: Tensor, newlines: Newlines) -> Tensor | Literal[False] | None:
@@ -183,13 +186,13 @@ def _separators(view: StageView, kept: Tensor, newlines: Newlines) -> Tensor | L
         if not any(spare):
             return False
         slots = torch.arange(separators.mask.shape[1], device=device)
-        return slots < torch.tensor(spare, device=device)[:, None]
+        return slots < put(spare, device)[:, None]
     # The rows that end in separators are those of an item's last raster.
     begin = [
         layout.n_tokens - layout.newlines - math.prod(layout.regions[-1]) if layout.regions else 0
         for layout in items.layouts
     ]
-    counted = kept & items.mask & (items.token >= torch.tensor(begin, device=device)[:, None])
+    counted = kept & items.mask & (items.token >= put(begin, device)[:, None])
     longest = max(layout.n_tokens for layout in items.layouts)
     total = torch.zeros(len(items), longest, dtype=torch.long, device=device)
     total = total.scatter_add(1, items.token, counted.long()).cumsum(1).gather(1, separators.token)

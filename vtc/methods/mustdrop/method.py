@@ -38,6 +38,7 @@ from vtc.methods.mustdrop.dual import (
     utilities,
 )
 from vtc.methods.mustdrop.windows import Windows, by_token, window_count
+from vtc.ops.host import put
 from vtc.ops.select import front_pack, top_k
 
 Windowing = Literal["threshold", "count", "off"]
@@ -232,7 +233,7 @@ class MustDrop(Compressor):
             return None
         windows = Windows.of(view, self.window)
         least = [min(each, most) for each, most in zip(self._fewest(view), windows.counts, strict=True)]
-        chosen = top_k(windows.similarity, torch.tensor(least, device=view.device), windows.whole)
+        chosen = top_k(windows.similarity, put(least, view.device), windows.whole)
         if self.merge == "threshold":
             chosen = chosen | windows.whole & (windows.similarity >= self.tau)
         raster = self.keep_raster_order
@@ -269,7 +270,7 @@ class MustDrop(Compressor):
         stage = self.after(view.model).index(layer)
         counts = [min(left[stage], now) for left, now in zip(progress.left, items.counts, strict=True)]
         utility = utilities(total, peak, self.gamma, self.alpha, items.mask)
-        kept = keep_with_keys(utility, key, torch.tensor(counts, device=key.device), items.mask)
+        kept = keep_with_keys(utility, key, put(counts, key.device), items.mask)
         return Selection(kept, counts=counts, scores=utility)
 
     def _begin(self, view: StageView) -> Progress:

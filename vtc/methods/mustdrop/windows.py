@@ -193,7 +193,7 @@ def _numbers(view: StageView, window: tuple[int, int]) -> Tensor:
     keys = [id(layout) if layout.newlines else layout.regions for layout in view.items.layouts]
     for key, layout in zip(keys, view.items.layouts, strict=True):
         if key not in known:
-            newline = layout.newline.to(device)
+            newline = layout.newline.to(device, non_blocking=True)
             number = raster_windows(layout.regions, window, device)
             number = torch.nn.functional.pad(number, (0, layout.n_tokens - len(number)), value=-1)
             rank = (~newline).cumsum(0).clamp(min=1) - 1

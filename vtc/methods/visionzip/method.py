@@ -17,6 +17,7 @@ from vtc.method.parts import reordered
 from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.ops.host import put
 from vtc.ops.rank import order_by
 from vtc.ops.select import apportion, in_groups, out_of_groups, take_rows
 
@@ -90,7 +91,7 @@ class VisionZip(Compressor):
         shapes = [(layout.n_crops, longest(layout)) for layout in items.layouts]
         for shape in dict.fromkeys(shapes):
             same = [item for item, other in enumerate(shapes) if other == shape]
-            rows = torch.tensor(same, device=score.device)
+            rows = put(same, score.device)
             found = self._crops(
                 score[rows], metric[rows], view.crop[rows], items.mask[rows], shape, [keep[item] for item in same]
             )
@@ -109,7 +110,7 @@ class VisionZip(Compressor):
         """[I, N] the released order: a thumbnail's block where the model puts it, contextual tokens behind dominant."""
         layouts = view.items.layouts
         thumbnail = [-1 if layout.thumbnail is None else layout.thumbnail for layout in layouts]
-        crop, where = torch.tensor([thumbnail, [4 * (t > 0) for t in thumbnail]], device=target.device)[..., None]
+        crop, where = put([thumbnail, [4 * (t > 0) for t in thumbnail]], target.device)[..., None]
         return torch.where(view.crop == crop, where, 2) + target.long()
 
     def _crops(
@@ -117,7 +118,7 @@ class VisionZip(Compressor):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Dominant tokens, targets, and where every other token goes, for items of one shape; all [R, N]."""
         place, there = in_groups(crop, *shape, mask)
-        wanted = torch.tensor(keep, device=score.device)
+        wanted = put(keep, score.device)
         count = apportion(wanted, there.sum(2)).flatten()
         dominant = (count * self.share + 0.5).floor().long().minimum(count)
         flat = place.flatten(1)

@@ -6,7 +6,7 @@ run. Tokens enter in any precision and length; u is a token scaled to length one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,28 +47,34 @@ def seed_centres(
     draws together with `seed`, whatever else is in the batch. mask: [I, N]. Returns [I, R, width] token indices;
     those behind a run's count are repetitions.
     """
-    items, places, _ = tokens.shape
-    runs = counts.shape[1]
-    scale, live = _scale(tokens, mask), mask[:, None]
+    scale, runs = _scale(tokens, mask), counts.shape[1]
     squares = (_squares(tokens) * scale.square())[:, None]
-    nearest = torch.full((items, runs, places), torch.inf, device=tokens.device)
-    steps = torch.arange(width, device=tokens.device)
-    number = torch.arange(runs, device=tokens.device).expand(items, -1)
-    each = [key[:, None, None], number[..., None], steps]
-    keys = fingerprint(torch.stack([part.expand(items, runs, width) for part in each], -1).flatten(0, 2))
+    nearest = torch.full((len(tokens), runs, tokens.shape[1]), torch.inf, device=tokens.device)
     drawn: list[Tensor] = []
-    for now in keys.view(items * runs, width).unbind(1):
-        chance = uniform(now, token.repeat_interleave(runs, 0), seed).view(items, runs, places)
+    for waiting in _waiting(key, token, mask, runs, width, seed):
         # Of exponential waiting times with these rates the shortest belongs to i with probability rate_i / sum.
-        rate = torch.ones_like(nearest) if not drawn else nearest + 1e-6
-        waiting = -torch.log1p(-(chance * (1 - 2**-24) + 2**-25)) / rate
-        drawn.append(waiting.masked_fill(~live, torch.inf).argmin(-1))  # [I, R]
+        drawn.append((waiting / (nearest + 1e-6) if drawn else waiting).argmin(-1))  # [I, R]
         picked = take_rows(tokens, drawn[-1]).float() * scale.gather(1, drawn[-1])[..., None]
         inner = _project(tokens, picked) * scale[..., None]  # [I, N, R]
         distance = squares + picked.square().sum(-1)[..., None] - 2 * inner.transpose(1, 2)
         nearest = torch.minimum(nearest, torch.where(distance > _TIE, distance, 0))  # rounding is no distance
+    steps = torch.arange(width, device=tokens.device)
     found = torch.stack(drawn, -1)
     return torch.where(steps < counts[..., None], found, found[..., :1])
+
+
+def _waiting(key: Tensor, token: Tensor, mask: Tensor, runs: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """[I, R, N] exponential waiting times of rate 1 for each step, infinite on padding; drawn for many at once."""
+    items, places = token.shape
+    step = torch.arange(steps, device=key.device)
+    number = torch.arange(runs, device=key.device)[:, None]
+    each = [part.expand(items, runs, steps) for part in (key[:, None, None], number, step)]
+    keys = fingerprint(torch.stack(each, -1).flatten(0, 2)).view(items, runs, steps)
+    for some in torch.split(keys, max(1, _LIMIT // max(1, items * runs * places)), dim=2):
+        tokens = token[:, None, None].expand(*some.shape, places)
+        chance = uniform(some.flatten(), tokens.flatten(0, 2), seed).view(tokens.shape)
+        waiting = -torch.log1p(-(chance * (1 - 2**-24) + 2**-25))
+        yield from waiting.masked_fill(~mask[:, None, None], torch.inf).unbind(2)
 
 
 def kmeans(

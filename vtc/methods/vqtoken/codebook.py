@@ -16,6 +16,7 @@ from vtc.method.registry import register
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.cluster import Members
 from vtc.ops.hashing import fingerprint
+from vtc.ops.host import put
 from vtc.ops.select import front_pack, take_rows
 
 Space = Literal["raw", "normalized"]
@@ -64,7 +65,7 @@ class Clustering(Compressor):
         """Cluster number of every token [I, N], clusters of every item [I], and the most there can be."""
         tokens, items = view.tokens, view.items
         if self.clusters == "budget":
-            counts, most = torch.tensor(view.keep, device=tokens.device), max(view.keep)
+            counts, most = put(view.keep, tokens.device), max(view.keep)
         else:
             counts, most = self._elbow(view)
         steps = self.iterations or (50 if self.clusters == "budget" else 100)
@@ -81,7 +82,7 @@ class Clustering(Compressor):
     def _elbow(self, view: StageView) -> tuple[Tensor, int]:
         """Clusters of every item and the most the rule can give; an item never gets more than its tokens."""
         device, candidates = view.device, self.k_max - self.k_min + 1
-        held = torch.tensor(view.items.counts, device=device)
+        held = put(view.items.counts, device)
         counts = torch.minimum(torch.arange(self.k_min, self.k_max + 1, device=device), held[:, None])
         key = fingerprint(torch.stack([view.fingerprint, torch.ones_like(view.fingerprint)], 1))  # not the last run's
         runs = self._runs(view, counts, self.k_max, key, self.iterations or 100)

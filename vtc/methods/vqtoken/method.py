@@ -23,6 +23,7 @@ from vtc.methods.vqtoken.attention import VQAttention
 from vtc.methods.vqtoken.codebook import Clustering, Space, lay
 from vtc.ops.grid import Grid, cell_centres
 from vtc.ops.hashing import uniform
+from vtc.ops.host import put
 from vtc.ops.select import top_k
 
 OFFICIAL_PREFIX = "model.cross_attention."
@@ -153,7 +154,7 @@ class VQToken(Clustering, LearnedCompressor):
         if self.canonical_ids:
             labels = cluster.relabel(labels, cluster.ordering(cluster.describe(labels, most, mask)))
         codes, _ = cluster.codebook(view.tokens, labels, most, mask, normalized=self.codebook_space == "normalized")
-        lines = torch.tensor(rows, device=device)
+        lines = put(rows, device)
         numbers = labels.gather(1, places.flatten(1)).view_as(places).float()
         if self.queries == "cluster":
             numbers, lines = occupancy(numbers.long(), lines, most), counts
@@ -170,7 +171,7 @@ class VQToken(Clustering, LearnedCompressor):
         whole = [granted == held for granted, held in zip(view.keep, view.items.counts, strict=True)]
         assert selection.tokens is not None
         if any(whole):  # alone, such an item would not reach the method
-            untouched = torch.tensor(whole, device=device)[:, None, None]
+            untouched = put(whole, device)[:, None, None]
             selection = dataclasses.replace(selection, tokens=torch.where(untouched, view.tokens, selection.tokens))
         return selection
 
@@ -187,7 +188,7 @@ class VQToken(Clustering, LearnedCompressor):
                 )
             maps.append(_raster(item.regions, self.grid).view(-1, self.places))
         rows = tuple(len(places) for places in maps)
-        return pad_sequence(maps, batch_first=True).to(view.device), rows
+        return pad_sequence(maps, batch_first=True).to(view.device, non_blocking=True), rows
 
     def _check(self, view: StageView, rows: tuple[int, ...]) -> None:
         """Refuse items that get fewer tokens than there are queries, unless they stay whole anyway."""
