@@ -26,7 +26,8 @@ def test_no_more_operations_than_pinned(name: str) -> None:
     most, more, reads = PINNED[name]
     redraw = f"where that has to be, `python -m vtc.testing.dispatch > tests/{TABLE.name}` draws the table again"
     for shape in dispatch.shapes(name):
-        found, read = dispatch.dispatched(CASES[name], shape, 2)
+        names = dispatch.dispatched(CASES[name], shape, 2)
+        found, read = names.total(), dispatch.read_back(names)
         assert found <= most, f"{name} dispatches {found} operations, {most} are pinned; {redraw}"
         assert read <= reads, f"{name} reads {read} tensors back, {reads} are pinned; {redraw}"
     assert dispatch.per_item(CASES[name]) <= more, f"an item more adds operations to {name}; {redraw}"

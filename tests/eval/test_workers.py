@@ -371,7 +371,13 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path, model_folder: Path, write
         "--retentions", "0.1", "--tasks", "blobs", "--include-path", str(folder), "--batch-size", "1",
         "--out", str(tmp_path / "out"), "--workers", "2",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     stored = tmp_path / "out" / "rows.jsonl"
     while process.poll() is None and not stored.exists():
         time.sleep(0.05)

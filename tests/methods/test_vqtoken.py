@@ -213,6 +213,12 @@ class _Spy(VQTokenCodebook):
         return super().select(view)
 
 
+def test_what_is_kept_of_a_raster_may_meet_a_training() -> None:
+    _raster.cache_clear()
+    with torch.inference_mode():
+        assert not _raster(((2, 3, 4),), (2, 2)).is_inference()
+
+
 def test_budgets_below_the_queries_are_refused(tmp_path: Path) -> None:
     method, model = stored(tmp_path, queries="line"), tiny_model("llava-clip")
     inputs = tiny_inputs("llava-clip", [[3, "image", 5]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
@@ -25,20 +26,19 @@ READS = {"aten._local_scalar_dense.default", "aten.nonzero.default"}
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is dispatched, and of it what reads tensors back."""
+    """Counts what is dispatched, by name."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.dispatched = self.read = 0
+        self.names = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.dispatched += 1
-        self.read += str(func) in READS
+        self.names[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 
-def dispatched(case: SelectionCase, shape: Shape, batch: int) -> tuple[int, int]:
-    """Operations of one selection, and those that read back; the number of steps does not depend on the shape."""
+def dispatched(case: SelectionCase, shape: Shape, batch: int) -> Counter[str]:
+    """Operations of one selection by name; the number of steps does not depend on the shape."""
     ((crops, rows, columns),) = shape.regions
     length = crops * rows * columns
     options = dict(case.options)
@@ -48,12 +48,18 @@ def dispatched(case: SelectionCase, shape: Shape, batch: int) -> tuple[int, int]
         options["retain"] = length // 2
     keep = _keep(case, crops, length)
     scene = dataclasses.replace(case, options=options).scene(shape, batch, keep=keep, width=64)
+    counting = Counting()
     with torch.no_grad():
         scene.method.select(fresh(scene.view))  # what depends on the shape alone is kept from here on
         view = fresh(scene.view)
-        with Counting() as counting:
+        with counting:
             scene.method.select(view)
-    return counting.dispatched, counting.read
+    return counting.names
+
+
+def read_back(names: Counter[str]) -> int:
+    """Of these operations, those that read tensors back."""
+    return sum(names[each] for each in READS)
 
 
 def _keep(case: SelectionCase, crops: int, length: int) -> int:
@@ -73,7 +79,7 @@ def shapes(name: str) -> list[Shape]:
 
 def per_item(case: SelectionCase) -> int:
     """Operations that one more item adds: its geometry lies in tensors of its own, which are laid side by side."""
-    (few, _), (many, _) = (dispatched(case, SMALL, batch) for batch in (2, 5))
+    few, many = (dispatched(case, SMALL, batch).total() for batch in (2, 5))
     return (many - few) // 3
 
 
@@ -82,7 +88,7 @@ def counts() -> dict[str, tuple[int, int, int]]:
     found = {}
     for name, case in selection_cases().items():
         seen = [dispatched(case, shape, 2) for shape in shapes(name)]
-        found[name] = max(one for one, _ in seen), per_item(case), max(read for _, read in seen)
+        found[name] = max(each.total() for each in seen), per_item(case), max(map(read_back, seen))
     return found
 
 

@@ -214,6 +214,7 @@ class VQToken(Clustering, LearnedCompressor):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept may meet a training later
 def _raster(regions: tuple[Grid, ...], grid: tuple[int, int]) -> Tensor:
     """Token of every cell when each frame of the rasters is taken to `grid` by nearest neighbour."""
     parts, first = [], 0
