@@ -36,11 +36,14 @@ def test_plans_and_refusals() -> None:
             vtc.create("expediting_vit", **options)
 
 
+@pytest.mark.parametrize("offset", [0.0, 8.0])
 @pytest.mark.parametrize(("grid", "small"), [((4, 6), (2, 3)), ((5, 7), (4, 2))])
-def test_clusters_and_rebuilt_rows_are_those_of_the_loop(grid: tuple[int, int], small: tuple[int, int]) -> None:
-    """At a temperature that shares patches unevenly."""
+def test_clusters_and_rebuilt_rows_are_those_of_the_loop(
+    grid: tuple[int, int], small: tuple[int, int], offset: float
+) -> None:
+    """At a temperature that shares patches unevenly, and far from the origin, where squares cancel."""
     method = ExpeditingViT(temperature=1.0, window=3, neighbours=3)
-    tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1)) + offset
     centres = method.clustered(tokens, grid, small)
     rows = method.rebuilt(centres.sin(), tokens, centres)
     for one, centre, row in zip(tokens, centres, rows, strict=True):

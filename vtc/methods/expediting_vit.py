@@ -137,4 +137,6 @@ class ExpeditingViT(Compressor):
 
 def _distances(tokens: Tensor, centres: Tensor) -> Tensor:
     """[G, t, K] squared distances of tokens [G, t, D] to centres [G, K, D]."""
+    origin = tokens.mean(1, keepdim=True)  # what all share would only cost digits
+    tokens, centres = tokens - origin, centres - origin
     return tokens.square().sum(-1)[..., None] + centres.square().sum(-1)[:, None] - 2 * tokens @ centres.transpose(1, 2)
