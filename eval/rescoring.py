@@ -30,11 +30,16 @@ def rescore(
     front of those that the sweeps named. `data_map`: instead of the last one that a sweep named.
 
     Raises:
-        VTCError: the folder holds no sweep or is being written, or a task is not found or not what it was.
+        VTCError: the folder holds no sweep of tasks or is being written, or a task is not found or not what it was.
     """
     progress = progress or SilentProgress()
     store = Store(folder)
     run = store.run()
+    if "encoder" in run["sweeps"][-1]["spec"]:
+        raise InputError(
+            f"{str(folder)!r} holds a run of `vtc encoders`, whose metrics need its pictures; delete its metrics.jsonl "
+            "and give the same `vtc encoders` command again, which encodes no picture anew"
+        )
     named = [Path(path) for sweep in run["sweeps"] for path in sweep["spec"].get("include_path", ())]
     folders = [*include_path, *(path for path in dict.fromkeys(named) if path.is_dir())]
     data_map = data_map or _data_map(run)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from vtc.eval.encoders.folders import captions_of, class_task
 from vtc.eval.encoders.metrics import rank_of, speed, within
 from vtc.eval.encoders.run import Pictures, run_encoders
 from vtc.eval.encoders.scenes import scene_tasks
+from vtc.eval.rescoring import rescore
 from vtc.eval.results import read_results
 from vtc.eval.store import Store
 
@@ -128,6 +132,8 @@ def test_a_run_from_the_command_line_resumes_and_loses_only_what_is_broken(photo
     assert lines["captions", "images_per_second", LABEL, 0.5]["value"] > 0
     assert (out / "report.html").is_file() and (out / "samples" / "classes.json").is_file()
 
+    with pytest.raises(InputError, match=r"delete its metrics\.jsonl and give the same `vtc encoders` command again"):
+        rescore(out)
     rows = (out / "rows.jsonl").read_text().splitlines(keepends=True)
     assert len(rows) == 3 * 8 + 3 * 8
     (out / "rows.jsonl").write_text("".join(rows[:-5]) + '{"half": ')  # killed in the middle of a line
@@ -137,6 +143,29 @@ def test_a_run_from_the_command_line_resumes_and_loses_only_what_is_broken(photo
     accuracy = [line for line in again["metrics"] if line["metric"] != "images_per_second"]
     assert [line["value"] for line in accuracy] == [
         line["value"] for line in summary["metrics"] if line["metric"] != "images_per_second"
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(photos: Path, tmp_path: Path) -> None:
+    given = {"methods": TOME, "retentions": "0.75,0.5,0.25", "captions": photos / "captions.jsonl", "batch-size": 2}
+    command = ["encoders", "--json", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+    whole, cut = ([*command, "--out", str(tmp_path / name)] for name in ("whole", "cut"))
+    expected = json.loads(CliRunner().invoke(app, whole).stdout)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vtc", *cut], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    rows = tmp_path / "cut" / "rows.jsonl"
+    while process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    begun = rows.read_text().count("\n")
+    again = json.loads(CliRunner().invoke(app, cut).stdout)
+    assert again["answered"] == expected["answered"] - begun > 0
+    timed = "images_per_second"
+    assert [(line["value"], line["diff"]) for line in again["metrics"] if line["metric"] != timed] == [
+        (line["value"], line["diff"]) for line in expected["metrics"] if line["metric"] != timed
     ]
 
 
