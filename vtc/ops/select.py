@@ -16,12 +16,12 @@ TAIL = 64
 """So many entries below the last one kept are looked at for ties; more of them only where they are exactly equal."""
 
 
-def settle(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+def settle(scores: Tensor, mask: Tensor | None = None, tie: float = TIE) -> Tensor:
     """Scores [I, N] in which those that only rounding tells apart are equal, so that ties do not depend on the batch.
 
     Products of another shape round differently, and the batch decides the shape. In sorted order, each entry takes the
-    value of the one before it where the gap between them is at most TIE of their magnitude. mask: [I, N] bool, what is
-    outside plays no part and becomes -inf. Integers are exact and stay.
+    value of the one before it where the gap between them is at most `tie` of their magnitude. mask: [I, N] bool, what
+    is outside plays no part and becomes -inf. Integers are exact and stay.
 
     >>> settle(torch.tensor([[2.0, 2.0 - 5e-7, 0.5, 1.0, 2.0]])).tolist()
     [[2.0, 2.0, 0.5, 1.0, 2.0]]
@@ -33,7 +33,7 @@ def settle(scores: Tensor, mask: Tensor | None = None) -> Tensor:
         scores = scores.masked_fill(~mask, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
     place = torch.arange(ordered.shape[1], device=ordered.device)
-    first = torch.where(_apart(ordered), place, 0).cummax(1).values
+    first = torch.where(_apart(ordered, tie), place, 0).cummax(1).values
     return torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, first))
 
 
@@ -94,12 +94,12 @@ def evenly(mask: Tensor, count: Tensor) -> Tensor:
     return mask & ((2 * behind * count[:, None] + total) // (2 * total) > rise)
 
 
-def _apart(ordered: Tensor) -> Tensor:
+def _apart(ordered: Tensor, tie: float = TIE) -> Tensor:
     """Whether an entry of falling rows [I, N] is lower than the one before it by more than rounding; bool [I, N]."""
     apart = torch.ones_like(ordered, dtype=torch.bool)
     higher, lower = ordered[:, :-1], ordered[:, 1:]
     if ordered.is_floating_point():
-        slack = TIE * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0)
+        slack = tie * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0)
         apart[:, 1:] = ~(higher - lower <= slack)
     else:
         apart[:, 1:] = higher != lower
