@@ -16,8 +16,8 @@ import vtc
 from vtc import adapters
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import EncoderStage, ModelSpec, Needs, Rows
-from vtc.methods.visionzip.contextual import nearest_target
 from vtc.methods.visionzip.method import MEAN_KEYS, longest
+from vtc.ops.nearest import nearest_target
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True)
@@ -152,7 +152,7 @@ def test_long_videos_stay_small(peak_memory: Any) -> None:
     """Half of 65,536 tokens of one crop: 2^28 similarities and rows of 128 MiB pass in blocks."""
     setup = "\n".join(
         [
-            "from vtc.methods.visionzip.contextual import *",
+            "from vtc.methods.visionzip.contextual import *", "from vtc.ops.nearest import nearest_target",
             "keys, x = torch.randn(1, 65536, 8), torch.ones(1, 65536, 512)",
             "mask = torch.ones(1, 65536, dtype=torch.bool)",
             "counts = torch.tensor([28672]), torch.tensor([4096])",

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.ops.select import front_pack, take_rows, top_k
 
 BLOCK = 1 << 24
-"""Similarities held at a time."""
+"""Numbers held at a time."""
 
 
 def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,32 +31,6 @@ def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, ma
     step = (left.sum(1) // contextual.clamp(min=1)).clamp(min=1)[:, None]
     number = left.cumsum(1) - 1
     return best, left & (number % step == 0) & (number // step < contextual[:, None])
-
-
-def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = BLOCK) -> Tensor:
-    """For every token that is left the target of its crop with the highest cosine similarity; targets name themselves.
-
-    metric: [G, S, C]. target, left: [G, S] bool, at most `most` targets in a crop, all among those left. Equal
-    similarities go to the lower target. Returns [G, S] places, -1 where nothing is left or the crop has no target.
-    Streams over the tokens: `block` similarities are held at a time.
-    """
-    crops, length, _ = metric.shape
-    if most == 0:
-        return torch.full(target.shape, -1, dtype=torch.long, device=metric.device)
-    place = front_pack(target, most)
-    there = torch.arange(place.shape[1], device=place.device) < target.sum(1, keepdim=True)
-    unit = torch.nn.functional.normalize(take_rows(metric, place).float(), dim=2).transpose(1, 2)
-    steps = torch.arange(place.shape[1], device=place.device)
-    chunk = max(1, block // (crops * place.shape[1]))
-    into = torch.empty_like(target, dtype=torch.long)
-    for start in range(0, length, chunk):
-        cosine = torch.nn.functional.normalize(metric[:, start : start + chunk].float(), dim=2) @ unit
-        cosine = torch.where(there[:, None], cosine, -torch.inf)
-        highest = cosine == cosine.amax(2, keepdim=True)
-        nearest = torch.where(highest, steps, place.shape[1]).amin(2).clamp(max=place.shape[1] - 1)
-        into[:, start : start + chunk] = place.gather(1, nearest)
-    into = torch.where(target, torch.arange(length, device=into.device), into)
-    return torch.where(left & target.any(1, keepdim=True), into, -1)
 
 
 def add_mean(tokens: Tensor, into: Tensor, target: Tensor, most: int | None = None) -> Tensor:

@@ -16,8 +16,9 @@ from vtc.method.layout import VisualItem
 from vtc.method.parts import reordered
 from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
-from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
 from vtc.ops.host import put
+from vtc.ops.nearest import nearest_target
 from vtc.ops.rank import order_by
 from vtc.ops.select import apportion, in_groups, out_of_groups, take_rows
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets, nearest_target
+from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
+from vtc.ops.nearest import nearest_target
 from vtc.testing.plain import OpCase, Size
 
 
