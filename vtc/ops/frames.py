@@ -64,6 +64,27 @@ def likeness(x: Tensor, other: Tensor) -> Tensor:
     return torch.where(other >= 0, numbers(torch.cat(found, 1), other >= 0), -torch.inf)
 
 
+def segments(features: Tensor, real: Tensor, count: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """Cut videos where neighbouring frames differ; [I, G] segment of each frame, and frames behind it in its segment.
+
+    features: [I, G, C]. real: [I, G] bool, the frames there are, at the front. A segment ends behind frame f where
+    ``cos(f, f + 1) < threshold``, and at the `count` - 1 smallest cosines, of equals the lower f.
+
+    >>> features = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]])
+    >>> segments(features, torch.ones(1, 3, dtype=torch.bool), 1, 0.9)
+    (tensor([[0, 0, 1]]), tensor([[1, 0, 0]]))
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=2)
+    alike, pair = (unit[:, 1:] * unit[:, :-1]).sum(2), real[:, 1:]
+    cut = pair & (alike < threshold)
+    cut |= top_k(-alike, torch.full_like(pair.sum(1), count - 1), pair)
+    segment = torch.nn.functional.pad(cut.cumsum(1), (1, 0))
+    frame = torch.arange(features.shape[1], device=features.device)
+    end = torch.nn.functional.pad(cut | ~pair, (0, 1), value=True)
+    last = torch.where(end, frame, features.shape[1]).flip(1).cummin(1).values.flip(1)
+    return segment, last - frame
+
+
 def quotas(weight: Tensor, keep: Tensor, size: Tensor, *, least: int = 0) -> Tensor:
     """Split `keep` [R] over groups by their weights [R, G], none more than its size [R, G]; whole numbers [R, G].
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.ops.frames import earlier, likeness, places, quotas
+from vtc.ops.frames import earlier, likeness, places, quotas, segments
 from vtc.testing.plain import OpCase, Size
 
 
@@ -43,6 +44,31 @@ def plain_likeness(x: Tensor, other: Tensor) -> Tensor:
                 a, b = x[item, token].double(), x[item, partner].double()
                 found[item, token] = float(a @ b / (a.norm() * b.norm()))
     return found
+
+
+def plain_cuts(features: Tensor, count: int, threshold: float) -> list[list[int]]:
+    """The frames of each segment of one video."""
+    x = features.double()
+    alike = [float(a @ b / (a.norm() * b.norm())) for a, b in itertools.pairwise(x)]
+    smallest = sorted(range(len(alike)), key=lambda f: (round(alike[f], 7), f))[: count - 1]
+    found: list[list[int]] = [[]]
+    for frame in range(len(x)):
+        found[-1].append(frame)
+        if frame < len(alike) and (alike[frame] < threshold or frame in smallest):
+            found.append([])
+    return found
+
+
+def plain_segments(features: Tensor, real: Tensor, count: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """One video after the other; what is no frame lies in the last segment, alone."""
+    segment, behind = torch.zeros_like(real, dtype=torch.long), torch.zeros_like(real, dtype=torch.long)
+    for item, length in enumerate(real.sum(1).tolist()):
+        found = plain_cuts(features[item, :length], count, threshold)
+        segment[item, length:] = len(found) - 1
+        for number, members in enumerate(found):
+            segment[item, members] = number
+            behind[item, members] = torch.arange(len(members)).flip(0)
+    return segment, behind
 
 
 def plain_shares(weight: list[float], keep: int, size: list[int], least: int = 0) -> list[int]:
@@ -112,7 +138,18 @@ def _weights(size: Size) -> dict[str, Any]:
     return {"weight": weight, "keep": keep, "size": sizes, "least": 1}
 
 
+def _features(size: Size) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    items, frames = (4, 9) if size == "small" else (8, 128)
+    steps = torch.randn(items, frames, 6, generator=generator) * torch.rand(items, frames, 1, generator=generator)
+    features = 1 + steps.cumsum(1) / 2
+    features[0, 3:6] = features[0, 2]  # still
+    real = torch.arange(frames) < torch.tensor([frames, 1, frames - 2, 4]).repeat(items // 4)[:, None]
+    return {"features": features, "real": real, "count": 3, "threshold": 0.9}
+
+
 CASES = (
+    OpCase(segments, plain_segments, _features),
     OpCase(places, plain_places, lambda size: {name: _clips(size)[name] for name in ("row", "col", "mask")}),
     OpCase(earlier, plain_earlier, _placed),
     OpCase(likeness, plain_likeness, _pairs, 1e-6),
