@@ -46,6 +46,21 @@ def earlier(frame: Tensor, place: Tensor, lag: Tensor, mask: Tensor, shape: tupl
     return table.gather(1, torch.where(mask & (wanted >= 0), wanted * width + place, spare))
 
 
+def latest(frame: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    """[I, N] index of the last token in front of each one at its place, whichever frame it is of; -1: there is none.
+
+    frame, place: [I, N]. mask: [I, N] bool, the tokens there are.
+
+    >>> frame, place = torch.tensor([[0, 0, 1, 3]]), torch.tensor([[0, 1, 1, 0]])
+    >>> latest(frame, place, torch.ones(1, 4, dtype=torch.bool)).tolist()
+    [[-1, -1, 1, 0]]
+    """
+    order = order_by(~mask, place, frame)
+    before = torch.nn.functional.pad(order[:, :-1], (1, 0))
+    starts = run_starts(place.gather(1, order)) | ~mask.gather(1, order)
+    return torch.empty_like(order).scatter_(1, order, torch.where(starts, -1, before))
+
+
 def likeness(x: Tensor, other: Tensor) -> Tensor:
     """[I, N] cosine of each token with another of its item; x: [I, N, D], other: [I, N] index, -1 for none: -inf.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.frames import earlier, likeness, places, quotas, segments
+from vtc.ops.frames import earlier, latest, likeness, places, quotas, segments
 from vtc.testing.plain import OpCase, Size
 
 
@@ -32,6 +32,19 @@ def plain_earlier(frame: Tensor, place: Tensor, lag: Tensor, mask: Tensor, shape
         for token in tokens:
             spot = int(frame[item, token] - lag[item, token]), int(place[item, token])
             found[item, token] = where.get(spot, -1)
+    return found
+
+
+def plain_latest(frame: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    """Remember the last token of each place, frame after frame."""
+    found = torch.full_like(frame, -1)
+    for item, real in enumerate(mask.tolist()):
+        last: dict[int, int] = {}
+        tokens = [token for token, there in enumerate(real) if there]
+        for token in sorted(tokens, key=lambda token: int(frame[item, token])):
+            spot = int(place[item, token])
+            found[item, token] = last.get(spot, -1)
+            last[spot] = token
     return found
 
 
@@ -152,6 +165,7 @@ CASES = (
     OpCase(segments, plain_segments, _features),
     OpCase(places, plain_places, lambda size: {name: _clips(size)[name] for name in ("row", "col", "mask")}),
     OpCase(earlier, plain_earlier, _placed),
+    OpCase(latest, plain_latest, lambda size: {name: _placed(size)[name] for name in ("frame", "place", "mask")}),
     OpCase(likeness, plain_likeness, _pairs, 1e-6),
     OpCase(quotas, plain_quotas, _weights),
 )
