@@ -36,7 +36,8 @@ class FrameFusion(Compressor):
     per layer; so merging also ends where another layer of as many tokens would leave less than one for each of the
     layers behind, where the code raises, and before the last layer. Frames that lack a token that merged are compared
     with the last token left. A picture is a video of one frame: nothing merges, and it is pruned before layer 1.
-    Newline tokens stay and are no candidates.
+    Newline tokens stay and are no candidates. Its costs count the last token's row in every layer but the last, though
+    layers behind the pruning are not read.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava-onevision"].references[0]  # 28 layers
