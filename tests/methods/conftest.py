@@ -20,6 +20,12 @@ def shape() -> type[Shape]:
 
 
 @pytest.fixture
+def video() -> Callable[[int, int, int], Shape]:
+    """A video of so many frames, rows and columns."""
+    return lambda *raster: Shape((raster,), kind="video")
+
+
+@pytest.fixture
 def make_view() -> Callable[..., StageView]:
     """`vtc.testing.make_view`."""
     return build_view

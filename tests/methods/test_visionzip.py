@@ -152,7 +152,8 @@ def test_long_videos_stay_small(peak_memory: Any) -> None:
     """Half of 65,536 tokens of one crop: 2^28 similarities and rows of 128 MiB pass in blocks."""
     setup = "\n".join(
         [
-            "from vtc.methods.visionzip.contextual import *", "from vtc.ops.nearest import nearest_target",
+            "from vtc.methods.visionzip.contextual import *",
+            "from vtc.ops.nearest import nearest_target",
             "keys, x = torch.randn(1, 65536, 8), torch.ones(1, 65536, 512)",
             "mask = torch.ones(1, 65536, dtype=torch.bool)",
             "counts = torch.tensor([28672]), torch.tensor([4096])",

@@ -33,11 +33,34 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int) -> Te
     x = numbers(x.detach(), mask).float()
     steps = torch.arange(x.shape[1], device=x.device)
     near = torch.arange(min(most, x.shape[1]), device=x.device) < clusters[:, None]
+    peak = peaks(x, clusters, clusters, mask, most=most, nearest=most)
+    place = front_pack(peak, near.shape[1])
+    nearest = [
+        first_best(-squares.masked_fill(~near[:, None], torch.inf).sqrt())
+        for _, squares in _squares(x, take_rows(x, place))
+    ]
+    centre = torch.where(peak, steps, place.gather(1, torch.cat(nearest, 1)))
+    return torch.where(mask & (clusters > 0)[:, None], centre, -1)
+
+
+def peaks(x: Tensor, count: Tensor, neighbours: Tensor, mask: Tensor, *, most: int, nearest: int) -> Tensor:
+    """Mark the `count` tokens of each row that are dense and far from whatever is denser (see `density_peaks`).
+
+    x: [G, M, D]. count: [G], at most the row's tokens and at most `most`. neighbours: [G] how many of the nearest
+    tokens, itself included, the density is the mean over; at most the row's tokens and at most `nearest`. mask: [G, M]
+    bool. Streams over the tokens. Returns bool [G, M].
+
+    >>> x, two = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]]), torch.tensor([2])
+    >>> peaks(x, two, two, torch.ones(1, 6, dtype=torch.bool), most=2, nearest=2).int().tolist()
+    [[1, 0, 0, 1, 0, 0]]
+    """
+    x = numbers(x.detach(), mask).float()
+    near = torch.arange(min(nearest, x.shape[1]), device=x.device) < neighbours[:, None]
     means, largest = [], x.new_zeros(len(x), 1)
     for _, squares in _squares(x, x):
         squares = squares.masked_fill(~mask[:, None], torch.inf)
         lowest = squares.topk(near.shape[1], dim=2, largest=False, sorted=True).values
-        means.append(torch.where(near[:, None], lowest, 0).sum(2) / clusters[:, None].clamp(min=1))
+        means.append(torch.where(near[:, None], lowest, 0).sum(2) / neighbours[:, None].clamp(min=1))
         largest = torch.maximum(largest, torch.where(squares < torch.inf, squares, 0).amax(2).amax(1, keepdim=True))
     density = settle(-torch.cat(means, 1), mask)
     rank = inverse(order_by(best=density))
@@ -46,14 +69,7 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int) -> Te
         for some, squares in _squares(x, x)
     ]
     gap = torch.minimum(torch.cat(gaps, 1), largest).sqrt()
-    peak = top_k(density.exp() * gap, clusters, mask, most=most)
-    place = front_pack(peak, near.shape[1])
-    nearest = [
-        first_best(-squares.masked_fill(~near[:, None], torch.inf).sqrt())
-        for _, squares in _squares(x, take_rows(x, place))
-    ]
-    centre = torch.where(peak, steps, place.gather(1, torch.cat(nearest, 1)))
-    return torch.where(mask & (clusters > 0)[:, None], centre, -1)
+    return top_k(density.exp() * gap, count, mask, most=most)
 
 
 def _squares(x: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -50,7 +50,7 @@ def walk(cosines: Tensor, mask: Tensor, start: Tensor, steps: int, slack: float,
 def _walk() -> Any:
     """The kernel, one program per item; None without Triton."""
     try:
-        from vtc.ops.walks import walk
+        from vtc.ops.walks import walk  # Triton, which takes a second and not every platform has
     except ImportError:
         return None
     return walk

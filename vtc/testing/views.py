@@ -13,7 +13,7 @@ from vtc.batch.context import VisionContext
 from vtc.batch.items import build
 from vtc.method.base import ModelSpec, Needs, Rows, StageView
 from vtc.method.budget import Budget
-from vtc.method.layout import VisualItem
+from vtc.method.layout import Kind, VisualItem
 from vtc.method.plan import grouped
 from vtc.method.states import States
 
@@ -24,12 +24,14 @@ CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 class Shape:
     """An item: rasters of (frames, rows, columns) one behind the other, after each row of the last a newline if asked.
 
-    The frames of all rasters are its crops. tiling: (rows, columns) of the crops behind the first, the thumbnail.
+    The frames of all rasters are its crops. tiling: (rows, columns) of the crops behind the first, the thumbnail. kind:
+    a video has one raster.
     """
 
     regions: tuple[tuple[int, int, int], ...]
     newlines: bool = False
     tiling: tuple[int, int] | None = None
+    kind: Kind = "image"
 
     def item(self) -> VisualItem:
         """The geometry of such an item."""
@@ -50,7 +52,7 @@ class Shape:
             first += frames
         single = len(self.regions) == 1 and not self.newlines
         return VisualItem(
-            kind="image",
+            kind=self.kind,
             n_tokens=len(crop),
             crop=torch.tensor(crop),
             row=torch.tensor(row),

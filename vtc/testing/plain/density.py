@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.density import density_peaks
+from vtc.ops.density import density_peaks, peaks
 from vtc.testing.plain import OpCase, Size
 
 
@@ -24,12 +24,27 @@ def plain_density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, most: int) ->
 
 
 def _row(x: Tensor, places: list[int], count: int) -> dict[int, int]:
+    away, centres = _centres(x, places, count, count)
+    return {i: i if i in centres else min(sorted(centres), key=lambda j: round(away[i, j], 6)) for i in places}
+
+
+def _centres(x: Tensor, places: list[int], count: int, near: int) -> tuple[dict[tuple[int, int], float], list[int]]:
+    """Distances, and the `count` tokens of largest density times distance; near: how many the density looks at."""
     away = {(i, j): float((x[i] - x[j]).norm()) / math.sqrt(x.shape[1]) for i in places for j in places}
-    rho = {i: math.exp(-sum(sorted(away[i, j] ** 2 for j in places)[:count]) / count) for i in places}
+    rho = {i: math.exp(-sum(sorted(away[i, j] ** 2 for j in places)[:near]) / near) for i in places}
     dense = sorted(places, key=lambda i: (-round(rho[i], 9), i))
     delta = {i: min((away[i, j] for j in dense[:rank]), default=max(away.values())) for rank, i in enumerate(dense)}
-    centres = sorted(places, key=lambda i: (-round(rho[i] * delta[i], 7), i))[:count]
-    return {i: i if i in centres else min(sorted(centres), key=lambda j: round(away[i, j], 6)) for i in places}
+    return away, sorted(places, key=lambda i: (-round(rho[i] * delta[i], 7), i))[:count]
+
+
+def plain_peaks(x: Tensor, count: Tensor, neighbours: Tensor, mask: Tensor, most: int, nearest: int) -> Tensor:
+    """One row after the other."""
+    found = torch.zeros_like(mask)
+    for row, (wanted, near) in enumerate(zip(count.tolist(), neighbours.tolist(), strict=True)):
+        places = [place for place, real in enumerate(mask[row].tolist()) if real]
+        if wanted:
+            found[row, _centres(x[row].double(), places, wanted, near)[1]] = True
+    return found
 
 
 def _drawn(size: Size) -> dict[str, Any]:
@@ -42,4 +57,10 @@ def _drawn(size: Size) -> dict[str, Any]:
     return {"x": x, "clusters": clusters, "mask": mask, "most": most}
 
 
-CASES = (OpCase(density_peaks, plain_density_peaks, _drawn),)
+def _peaks(size: Size) -> dict[str, Any]:
+    given = _drawn(size)
+    neighbours = torch.full_like(given["clusters"], 4)
+    return {"count": given.pop("clusters"), "neighbours": neighbours, "nearest": 4, **given}
+
+
+CASES = (OpCase(density_peaks, plain_density_peaks, _drawn), OpCase(peaks, plain_peaks, _peaks))
