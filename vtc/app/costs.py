@@ -10,7 +10,7 @@ from vtc import adapters
 from vtc.batch.trace import CallStats, Spans
 from vtc.cost.exact import Cost, Work, cost, encoder_operations
 from vtc.cost.schedule import Schedule, constant
-from vtc.cost.shapes import ModelShape, TowerShape
+from vtc.cost.shapes import ModelShape, PairShape, TowerShape
 from vtc.engine.attach import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
@@ -64,7 +64,8 @@ class CostMeter:
             projected=projected,
         )
         ran = bool(call.stages) or call.left != call.entering  # else the LLM was left as it is
-        return replace(work, method=method_operations(self.shape, handle.plan, work, llm=ran))
+        method = method_operations(self.shape, handle.plan, work, handle.pairs, llm=ran)
+        return replace(work, method=method, method_weights=sum(pair.weights for pair in handle.pairs))
 
     def spent(self, full: Sequence[Work], works: Sequence[Work]) -> list[dict[str, Any]]:
         """The fields of `vtc.app.answer.Answer` about costs, question by question.
@@ -99,10 +100,13 @@ def encoder_flops(shape: TowerShape, plan: Plan | None, entering: Schedule) -> f
     return encoder_operations(shape, entering) + read
 
 
-def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = True) -> float:
-    """What a method's readings cost by their own account, those of the LLM only where `llm` is set.
+def method_operations(
+    shape: ModelShape, plan: Plan, work: Work, pairs: Sequence[PairShape] = (), *, llm: bool = True
+) -> float:
+    """What a method's readings cost by their own account, and its pairs; only where `llm` is set those of the LLM.
 
-    What a method multiplies besides, such as similarities of tokens, is not known.
+    A pair encodes one question and projects the tokens of its pictures. What a method multiplies besides, such as
+    similarities of tokens, is not known.
     """
     tower, decoder, encoded = shape.tower, shape.llm, work.encoded
     total = 0.0
@@ -117,6 +121,8 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
         total += reading.operations(tokens, decoder.query_width, text)
         if getattr(reading, "ahead", False):  # the layer's queries, keys and values are computed a second time
             total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)
+    if llm:
+        total += sum(pair.operations(encoded.projected) for pair in pairs)
     return total
 
 
