@@ -126,7 +126,7 @@ def test_what_is_refused_says_what_to_write(clip: Any, tmp_path: Path) -> None:
     def attach(model: Any = clip, **given: Any) -> Any:
         return vtc.compress(model, "trim", retention=0.4, **{"pair": tiny_pair(NAME), **given})
 
-    with pytest.raises(VTCError, match=r"'trim' compares .* pass pair=<its folder, its hub name"):
+    with pytest.raises(VTCError, match=r"'trim' compares .* and pair does not name it; write its folder"):
         attach(pair=None)
     with pytest.raises(InputError, match=r"cannot load model 'no/where'.*Give tiny-clip"):
         attach(pair="no/where")

@@ -41,8 +41,9 @@ class Pair:
     def __init__(self, name: str | None, method: str, adapter: Adapter, processor: Any = None) -> None:
         if name is None:
             raise VTCError(
-                f"{method!r} compares patches with the question by the CLIP whose vision tower this model has; pass "
-                "pair=<its folder, its hub name, or a name and tag of open_clip's such as ViT-L-14-336:openai>"
+                f"{method!r} compares patches with the question by the CLIP whose vision tower this model has, and "
+                "pair does not name it; write its folder, its hub name, or a name and tag of open_clip's, such as "
+                "pair='ViT-L-14-336:openai'"
             )
         self.name, self._tokenizer = name, getattr(processor, "tokenizer", processor)
         self._encoder = _loaded(name, _state(name), adapter.model.device)
@@ -102,8 +103,8 @@ class Pair:
             missing = "no processor was given" if self._tokenizer is None else "the prompt came as embeddings"
             raise UnsupportedCall(
                 f"pair={self.name!r} encodes the question, whose text is not known: no questions were given and "
-                f"{missing}; pass the checkpoint's processor to vtc.compress, or set handle.questions = [<text of each "
-                "prompt>] before the call"
+                f"{missing}; pass the checkpoint's processor to vtc.compress, or set handle.questions to the text of "
+                "each prompt before the call"
             )
         rows = batch.rows
         assert rows.text is not None
