@@ -43,7 +43,7 @@ def faked(value: Any, mode: FakeTensorMode) -> Any:
     return value
 
 
-def views(method: Compressor, name: str) -> list[StageView]:
+def views(method: Compressor, name: str, **told: Any) -> list[StageView]:
     """What the method sees at its stages in one call, as it was before the method looked."""
     seen: list[StageView] = []
     select = type(method).select
@@ -53,7 +53,6 @@ def views(method: Compressor, name: str) -> list[StageView]:
         return select(self, view)
 
     model = tiny_model(name)
-    method, told = with_tiny_pair(method, name)
     budget = {"retention": 0.7} if method.needs_budget else {}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(type(method), "select", noting)
@@ -70,7 +69,8 @@ def test_methods_read_nothing_back(registered: str, name: str) -> None:
     method = with_fresh_weights(method, spec)
     if not runs(method, spec):
         pytest.skip("does not run on this family")
-    found = views(method, name)
+    method, told = with_tiny_pair(method, name)
+    found = views(method, name, **told)
     assert found
     reading = 0
     for view in found:

@@ -10,7 +10,7 @@ from vtc import adapters
 from vtc.batch.trace import CallStats, Spans
 from vtc.cost.exact import Cost, Work, cost, encoder_operations
 from vtc.cost.schedule import Schedule, constant
-from vtc.cost.shapes import ModelShape, PairShape, TowerShape
+from vtc.cost.shapes import ModelShape, TowerShape
 from vtc.engine.attach import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
@@ -51,7 +51,7 @@ class CostMeter:
 
     def _compressed(self, work: Work, handle: Handle, call: CallStats, row: int, last: int) -> Work:
         assert self.shape is not None
-        cut = self.shape.projector.cut
+        cut, tokens = self.shape.projector.cut, work.visual.mean
         projected = None
         if call.encoder_rows:
             layer, rows = call.encoder_rows[-1]
@@ -64,7 +64,9 @@ class CostMeter:
             projected=projected,
         )
         ran = bool(call.stages) or call.left != call.entering  # else the LLM was left as it is
-        method = method_operations(self.shape, handle.plan, work, handle.pairs, llm=ran)
+        method = method_operations(self.shape, handle.plan, work, llm=ran)
+        if ran:  # one question, and the tokens of its pictures, separators among them
+            method += sum(pair.operations(tokens) for pair in handle.pairs)
         return replace(work, method=method, method_weights=sum(pair.weights for pair in handle.pairs))
 
     def spent(self, full: Sequence[Work], works: Sequence[Work]) -> list[dict[str, Any]]:
@@ -100,13 +102,10 @@ def encoder_flops(shape: TowerShape, plan: Plan | None, entering: Schedule) -> f
     return encoder_operations(shape, entering) + read
 
 
-def method_operations(
-    shape: ModelShape, plan: Plan, work: Work, pairs: Sequence[PairShape] = (), *, llm: bool = True
-) -> float:
-    """What a method's readings cost by their own account, and its pairs; only where `llm` is set those of the LLM.
+def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = True) -> float:
+    """What a method's readings cost by their own account, those of the LLM only where `llm` is set.
 
-    A pair encodes one question and projects the tokens of its pictures. What a method multiplies besides, such as
-    similarities of tokens, is not known.
+    What a method multiplies besides, such as similarities of tokens, is not known.
     """
     tower, decoder, encoded = shape.tower, shape.llm, work.encoded
     total = 0.0
@@ -121,8 +120,6 @@ def method_operations(
         total += reading.operations(tokens, decoder.query_width, text)
         if getattr(reading, "ahead", False):  # the layer's queries, keys and values are computed a second time
             total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)
-    if llm:
-        total += sum(pair.operations(encoded.projected) for pair in pairs)
     return total
 
 
