@@ -174,7 +174,7 @@ def test_a_siglip_is_no_pair(clip: Any, tmp_path: Path) -> None:
     for file in Path(tiny_pair(NAME)).glob("*"):
         if not (tmp_path / file.name).exists() and file.suffix == ".json":
             shutil.copy(file, tmp_path)
-    with pytest.raises(VTCError, match=r"(cannot load|does not project single rows)"):
+    with pytest.raises(VTCError, match="does not project single rows"):
         vtc.compress(clip, "trim", retention=0.4, pair=str(tmp_path))
 
 
