@@ -6,7 +6,9 @@ transformers is imported where a model is at hand: tables of families and method
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from itertools import accumulate
@@ -22,6 +24,21 @@ from vtc.method.layout import Kind
 TRANSFORMERS = version("transformers")
 EXPANDS_IN_ORDER = Version(TRANSFORMERS) >= Version("5.20.0.dev0")
 """generate() repeats a prompt's images as a group for its beams; before, it repeated them one by one."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Progress bars of transformers only where a person watches."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def media(kind: Kind, arguments: dict[str, Any]) -> Tensor:

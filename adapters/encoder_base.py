@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtc.adapters.base import VisionSide
 from vtc.adapters.compat import takes_mask
 from vtc.cost.shapes import TowerShape
-from vtc.errors import UnsupportedCall
+from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.base import ModelSpec
 
 
@@ -22,6 +23,9 @@ class EncoderAdapter(VisionSide):
 
     ways_around: ClassVar[tuple[str, ...]] = ()
     """Methods of `encoder` that run its layers without calling it."""
+
+    is_clip: ClassVar[bool] = False
+    """It is the vision half of a CLIP."""
 
     @property
     @abstractmethod
@@ -50,6 +54,7 @@ class EncoderAdapter(VisionSide):
             llm_layers=0,
             encoder_stages=self.masks_keys,
             single_crop=True,
+            clip=self.is_clip,
         )
 
     @property
@@ -76,6 +81,26 @@ class EncoderAdapter(VisionSide):
             inputs=inputs,
             prefix=self.prefix_tokens(weight),
             pooling=self.attention_pooled,
+        )
+
+    @property
+    def text_layers(self) -> Sequence[nn.Module]:
+        """Layers of the text tower trained with the encoder; none where there is no such tower."""
+        return ()
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that every text is padded or cut to."""
+        raise NotImplementedError
+
+    def project(self, rows: Tensor) -> Tensor:
+        """[..., D] rows that leave the layers -> [..., C] what texts are compared with, each as if it were pooled.
+
+        Raises UnsupportedModel where pictures are pooled from other rows than the class token's.
+        """
+        raise UnsupportedModel(
+            f"{type(self.model).__name__} does not project single rows to where texts are, its pooled output is made "
+            "otherwise; give a CLIP that pools its class token"
         )
 
     def check_call(self, arguments: dict[str, Any]) -> None:

@@ -41,6 +41,11 @@ class TransformersEncoder(EncoderAdapter):
     def vision_attention(self) -> Sequence[nn.Module]:
         return self.tower.attention_of(self.encoder)
 
+    @property
+    def text_length(self) -> int:
+        length: int = self.model.config.get_text_config().max_position_embeddings
+        return length
+
 
 class ClipEncoder(TransformersEncoder):
     """CLIPModel and its vision models; the pooled output is the class token."""
@@ -48,6 +53,17 @@ class ClipEncoder(TransformersEncoder):
     family = "clip"
     model_classes: ClassVar[tuple[str, ...]] = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
     tower = CLIP
+    is_clip = True
+
+    @property
+    def text_layers(self) -> Sequence[nn.Module]:
+        return list(self.model.text_model.encoder.layers) if hasattr(self.model, "text_model") else ()
+
+    def project(self, rows: Tensor) -> Tensor:
+        if not hasattr(self.model, "visual_projection"):
+            return super().project(rows)
+        projected: Tensor = self.model.visual_projection(self.encoder.post_layernorm(rows))
+        return projected
 
 
 class SiglipEncoder(TransformersEncoder):

@@ -41,7 +41,7 @@ class LlavaAdapter(Adapter):
     """Crops of a usual picture, for tables."""
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec(
-            "llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True
+            "llava", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, single_crop=True, clip=True
         ),  # LLaVA-1.5-7B, CLIP-L/14-336
         ModelSpec(
             "llava", 27, 26, False, tuple(range(27)), 32, encoder_stages=True, single_crop=True
@@ -96,6 +96,7 @@ class LlavaAdapter(Adapter):
             and takes_mask(self.vision_layers[0]),
             joins=any(self.unit(kind) != 1 for kind in self.modalities),
             single_crop=self.single_crop,
+            clip=self._tower is CLIP,
             width=config.text_config.hidden_size,
         )
 

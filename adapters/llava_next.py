@@ -31,7 +31,7 @@ class LlavaNextAdapter(AnyResAdapter):
     towers: ClassVar[tuple[str, ...]] = ("CLIP", "SigLIP")
     references: ClassVar[tuple[ModelSpec, ...]] = (
         ModelSpec(
-            "llava-next", 24, 22, True, tuple(range(24)), 32, encoder_stages=True
+            "llava-next", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, clip=True
         ),  # LLaVA-NeXT-7B, CLIP-L/14-336
         ModelSpec("llava-next", 27, 26, False, tuple(range(27)), 32, encoder_stages=True),  # a SigLIP-So400m tower
     )

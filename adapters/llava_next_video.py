@@ -31,7 +31,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     towers: ClassVar[tuple[str, ...]] = ("CLIP",)
     references: ClassVar[tuple[ModelSpec, ...]] = (
         # LLaVA-NeXT-Video-7B, CLIP-L/14-336
-        ModelSpec("llava-next-video", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, joins=True),
+        ModelSpec("llava-next-video", 24, 22, True, tuple(range(24)), 32, encoder_stages=True, joins=True, clip=True),
     )
 
     def check(self) -> None:

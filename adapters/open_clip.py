@@ -24,6 +24,7 @@ class OpenClipEncoder(EncoderAdapter):
 
     family = "open_clip"
     model_classes: ClassVar[tuple[str, ...]] = ("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP")
+    is_clip = True
     ways_around: ClassVar[tuple[str, ...]] = ("forward_intermediates",)
 
     def check(self) -> None:
@@ -65,6 +66,22 @@ class OpenClipEncoder(EncoderAdapter):
     @property
     def attention_pooled(self) -> bool:
         return self.model.visual.attn_pool is not None
+
+    @property
+    def text_layers(self) -> Sequence[nn.Module]:
+        return list(getattr(self.model, "text", self.model).transformer.resblocks)
+
+    @property
+    def text_length(self) -> int:
+        length: int = self.model.context_length
+        return length
+
+    def project(self, rows: Tensor) -> Tensor:
+        if self.pools_patches:
+            return super().project(rows)
+        visual = self.model.visual
+        rows = visual.ln_post(rows)
+        return rows if visual.proj is None else rows @ visual.proj
 
     def check_call(self, arguments: dict[str, Any]) -> None:
         if self.model.visual.transformer.grad_checkpointing:

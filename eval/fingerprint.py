@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vtc.app.checkpoint import content_digest
+from vtc.method.checkpoint import content_digest
 
 
 def task_fingerprint(config: Mapping[str, Any], documents: Any, profile: str, local: Sequence[Path] = ()) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import vtc.app.checkpoint
-from vtc.app.checkpoint import NAME, PARTS, digests, file_digest
+import vtc.method.checkpoint
 from vtc.embedded import model_path
+from vtc.method.checkpoint import NAME, PARTS, digests, file_digest
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def test_every_file_of_the_embedded_model_is_in_a_part() -> None:
 
 def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = vtc.app.checkpoint.content_digest
-    monkeypatch.setattr(vtc.app.checkpoint, "REMEMBERED", 10)
-    monkeypatch.setattr(vtc.app.checkpoint, "content_digest", lambda file: (reads.append(file), original(file))[1])
+    original = vtc.method.checkpoint.content_digest
+    monkeypatch.setattr(vtc.method.checkpoint, "REMEMBERED", 10)
+    monkeypatch.setattr(vtc.method.checkpoint, "content_digest", lambda file: (reads.append(file), original(file))[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     home = tmp_path / "model"
     home.mkdir()

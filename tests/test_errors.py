@@ -58,13 +58,14 @@ from vtc.method.composite import Composite
 from vtc.method.layout import VisualItem
 from vtc.method.registry import MethodRegistry
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
+from vtc.testing.pairs import tiny_pair
 
 CORE = {
     "batch": ("items", "prompt"),
     "engine": ("arguments", "attach", "cache", "encoder", "encoder_stages", "engine", "inputs"),
     "method": ("base", "budget", "composite", "registry"),
 }
-CORE["engine"] += ("llm_pass", "masks", "stages", "taps")
+CORE["engine"] += ("llm_pass", "masks", "pairs", "stages", "taps")
 HOME = Path(vtc.__file__).parent
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
@@ -635,6 +636,31 @@ CASES: dict[str, Case] = {
     "a size for every picture": Case(
         lambda: vtc.compress(model(), "random", keep=4, image_sizes=[480, 640]),  # type: ignore[list-item]
         InputError, "image_sizes=[480, 640]", "are no sizes of pictures", "image_sizes=[(480, 640)]",
+    ),
+    "no questions": Case(
+        lambda: vtc.compress(model(), "random", keep=4, questions=[3]),  # type: ignore[list-item]
+        InputError, "questions=[3]", "are no texts", 'questions=["What color is it?"]',
+    ),
+    # pairs
+    "no pair": Case(
+        lambda: vtc.compress(model(), "trim", keep=4),
+        VTCError, "'trim' compares patches", "pair does not name it", "pair='ViT-L-14-336:openai'",
+    ),
+    "another tower": Case(
+        lambda: vtc.compress(model(), "trim", keep=4, pair="tiny-clip"),
+        UnsupportedMethod, "pair='tiny-clip'", "a vision tower of 6 layers", "give the CLIP from which it was taken",
+    ),
+    "another tower of its sizes": Case(
+        lambda: vtc.compress(tiny_model(NAME, seed=9), "trim", keep=4, pair=tiny_pair(NAME)),
+        UnsupportedMethod, "pair=", "with other weights (cosine", "give the CLIP from which it was taken",
+    ),
+    "no text": Case(
+        lambda: run(vtc.create("trim", pair=tiny_pair(NAME)), keep=4),
+        UnsupportedCall, "pair=", "whose text is not known", "set handle.questions",
+    ),
+    "questions of another batch": Case(
+        lambda: run(vtc.create("trim", pair=tiny_pair(NAME)), keep=4, questions=["a"] * 3),
+        UnsupportedCall, "questions has 3 entries", "for a batch of 2 rows", "give one text for all rows",
     ),
     "lengths of another batch": Case(
         lambda: run(FixedKeep(), prompt_length=[8, 8, 8]),

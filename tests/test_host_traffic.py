@@ -15,9 +15,11 @@ import vtc
 from vtc.method.base import Compressor, StageView
 from vtc.method.items import ItemTable
 from vtc.method.layout import VisualItem
+from vtc.method.pairs import PairFeatures
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.pairs import with_tiny_pair
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
 READS = {
@@ -36,12 +38,12 @@ def faked(value: Any, mode: FakeTensorMode) -> Any:
         return {key: faked(entry, mode) for key, entry in value.items()}
     if type(value) is tuple:
         return tuple(faked(entry, mode) for entry in value)
-    if isinstance(value, StageView | ItemTable | VisualItem):
+    if isinstance(value, StageView | ItemTable | VisualItem | PairFeatures):
         return type(value)(**{f.name: faked(getattr(value, f.name), mode) for f in dataclasses.fields(value)})
     return value
 
 
-def views(method: Compressor, name: str) -> list[StageView]:
+def views(method: Compressor, name: str, **told: Any) -> list[StageView]:
     """What the method sees at its stages in one call, as it was before the method looked."""
     seen: list[StageView] = []
     select = type(method).select
@@ -54,7 +56,7 @@ def views(method: Compressor, name: str) -> list[StageView]:
     budget = {"retention": 0.7} if method.needs_budget else {}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(type(method), "select", noting)
-        with vtc.compress(model, method, **budget):  # type: ignore[arg-type]
+        with vtc.compress(model, method, **budget, **told):
             model(**tiny_inputs(name, LAYOUT, model=model))
     return seen
 
@@ -67,7 +69,8 @@ def test_methods_read_nothing_back(registered: str, name: str) -> None:
     method = with_fresh_weights(method, spec)
     if not runs(method, spec):
         pytest.skip("does not run on this family")
-    found = views(method, name)
+    method, told = with_tiny_pair(method, name)
+    found = views(method, name, **told)
     assert found
     reading = 0
     for view in found:
@@ -94,6 +97,7 @@ def test_no_stage_waits_for_the_gpu(registered: str, name: str, monkeypatch: pyt
     method = with_fresh_weights(vtc.create(registered, **OPTIONS.get(registered, {})), spec)
     if not runs(method, spec):
         pytest.skip("does not run on this family")
+    method, told = with_tiny_pair(method, name)
     select = type(method).select
 
     def strict(self: Any, view: StageView) -> Any:
@@ -106,7 +110,7 @@ def test_no_stage_waits_for_the_gpu(registered: str, name: str, monkeypatch: pyt
     inputs = {key: value.cuda() for key, value in tiny_inputs(name, LAYOUT).items()}
     monkeypatch.setattr(type(method), "select", strict)
     budget = {"retention": 0.7} if method.needs_budget else {}
-    with torch.no_grad(), vtc.compress(model, method, **budget):  # type: ignore[arg-type]
+    with torch.no_grad(), vtc.compress(model, method, **budget, **told):
         model(**inputs)
 
 

@@ -178,8 +178,8 @@ def distributions(names: set[str]) -> set[str]:
 
 
 LATE = {
+    "vtc.adapters.pairs": {"open_clip"},
     "vtc.app.decoders": {"av"},
-    "vtc.app.encoding": {"open_clip"},
     "vtc.app.explore": {"ipywidgets"},
     "vtc.eval.cluster": {"ray"},
     "vtc.eval.mini.tower": {"onnx"},

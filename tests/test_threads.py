@@ -17,6 +17,7 @@ from vtc.method.base import Compressor, EncoderStage, Selection, Stage, StageVie
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
 from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.pairs import with_tiny_pair
 
 CLIP, QWEN = "llava-clip", "qwen2.5-vl"
 LAYOUTS: list[list[list[Any]]] = [
@@ -84,11 +85,11 @@ def batches(name: str, model: Any, layouts: Any = LAYOUTS) -> list[dict[str, Ten
     return [tiny_inputs(name, layout, seed=seed, model=model) for seed, layout in enumerate(layouts)]
 
 
-def check(model: Any, name: str, method: Compressor, layouts: Any = LAYOUTS) -> vtc.Handle:
+def check(model: Any, name: str, method: Compressor, layouts: Any = LAYOUTS, **told: Any) -> vtc.Handle:
     """Three threads with other texts, pictures and, in LAYOUTS, numbers of pictures get what each gets alone."""
     budget = {"retention": 0.7} if method.needs_budget else {}
     inputs = batches(name, model, layouts)
-    with vtc.compress(model, method, **budget) as handle, torch.no_grad():
+    with vtc.compress(model, method, **budget, **told) as handle, torch.no_grad():
         alone = [model(**given).logits for given in inputs]
         calls = [lambda given=given: model(**given).logits for given in inputs]
         for expected, logits in zip(alone, together(model, calls), strict=True):
@@ -105,7 +106,8 @@ def test_every_method(method: str, name: str) -> None:
     model, chosen = tiny_model(name), vtc.create(method, **OPTIONS.get(method, {}))
     if not runs(chosen, adapters.of(model).spec):
         pytest.skip("does not run on this family")
-    check(model, name, with_fresh_weights(chosen, adapters.of(model).spec))
+    chosen, told = with_tiny_pair(with_fresh_weights(chosen, adapters.of(model).spec), name)
+    check(model, name, chosen, **told)
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, ALIKE], ids=["other shapes", "one shape"])

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vtc.app.encoding import Encoder
+from vtc.adapters.pairs import Encoder
 from vtc.app.images import open_image
 from vtc.errors import InputError, one_line
 from vtc.eval.encoders.tasks import Classification, Document, Retrieval

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtc.adapters.pairs import Encoder
 from vtc.app.catalogue import acting_inside
-from vtc.app.encoding import Encoder, load_encoder
+from vtc.app.encoding import load_encoder
 from vtc.errors import InputError, UnsupportedMethod
 from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.encoders.folders import caption_task, class_task

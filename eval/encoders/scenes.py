@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from vtc.app.encoding import Encoder
+from vtc.adapters.pairs import Encoder
 from vtc.eval.encoders.tasks import Classification, Document, PictureTask, Retrieval
 from vtc.eval.tiny.canvas import COLOURS, SHAPES, Item
 from vtc.eval.tiny.captions import complete, placed

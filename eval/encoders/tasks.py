@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtc.app.encoding import Encoder
+from vtc.adapters.pairs import Encoder
 from vtc.app.preparation import Chat
 from vtc.eval.encoders.metrics import mean_of, rank_of, speed, within
 from vtc.eval.failures import TaskKey

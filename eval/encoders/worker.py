@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vtc
+from vtc.adapters.pairs import Encoder
 from vtc.app.costs import encoder_flops
-from vtc.app.encoding import Encoder
 from vtc.cost.schedule import Schedule, constant
 from vtc.engine.attach import Handle
 from vtc.errors import VTCError

@@ -18,8 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
+from vtc.adapters.pairs import OpenClip
 from vtc.app.catalogue import acting_inside
-from vtc.app.encoding import OpenClip, load_encoder
+from vtc.app.encoding import load_encoder
 from vtc.cli.main import app
 from vtc.errors import InputError, UnknownName, UnsupportedMethod, UnsupportedModel
 from vtc.eval.encoders.folders import captions_of, class_task

@@ -18,7 +18,8 @@ from vtc import adapters
 from vtc.errors import VTCError
 from vtc.method.base import ModelSpec, Needs, Rows
 from vtc.methods import prumerge
-from vtc.methods.prumerge import ONE_HEAD, outliers
+from vtc.methods.prumerge import ONE_HEAD
+from vtc.ops.select import outliers
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)

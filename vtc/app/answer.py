@@ -23,7 +23,7 @@ from vtc.app.costs import CostMeter
 from vtc.app.images import open_image
 from vtc.app.loading import Loaded
 from vtc.app.nonsense import FiniteLogits, checking
-from vtc.app.preparation import Chat, on_device, prepare
+from vtc.app.preparation import Chat, asked, on_device, prepare
 from vtc.app.template import system_length
 from vtc.cost.exact import Work
 from vtc.engine.attach import Handle, compress
@@ -42,7 +42,8 @@ class Batch:
 
     `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words. `works`
     (B) is what the untouched model does for each, None where its family tells no sizes; `full` (B) the same of the
-    prompts that shares of costs refer to, where these are others. `image_sizes` are height and width of every picture.
+    prompts that shares of costs refer to, where these are others. `image_sizes` are height and width of every picture,
+    `questions` (B) what the user wrote.
     """
 
     inputs: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Batch:
     works: tuple[Work, ...] | None = None
     full: tuple[Work, ...] | None = None
     image_sizes: tuple[tuple[int, int], ...] | None = None
+    questions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
@@ -58,6 +60,7 @@ class Batch:
     def tell(self, handle: Handle) -> None:
         """Say to an attached method what the inputs do not show."""
         handle.system_length, handle.image_sizes = self.system_lengths, self.image_sizes
+        handle.questions = self.questions
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Answerer:
         heads = tuple(system_length(self.processor, conversation) for conversation in conversations)
         tokens = tuple(visual.tolist())
         text = [length - n for length, n in zip(inputs["attention_mask"].sum(1).tolist(), tokens, strict=True)]
-        return Batch(inputs, tokens, heads, self.meter.untouched(inputs, tokens, text), image_sizes=tuple(sizes))
+        works = self.meter.untouched(inputs, tokens, text)
+        return Batch(inputs, tokens, heads, works, image_sizes=tuple(sizes), questions=tuple(map(asked, conversations)))
 
     def compressed(self, method: str | Compressor, **settings: Any) -> Handle:
         """`vtc.compress` with this model and processor; a context that ends it. No trace unless `trace` asks for one.
@@ -216,7 +220,7 @@ def answer(
     answerer = Answerer(loaded)
     media = [{"type": "image", "image": image} for image in images] + [{"type": "video", "video": v} for v in videos]
     batch = answerer.prepare([Chat([{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}])])
-    told = {"system_lengths": "system_length", "image_sizes": "image_sizes"}
+    told = {"system_lengths": "system_length", "image_sizes": "image_sizes", "questions": "questions"}
     given = {field: options.pop(name) for field, name in told.items() if name in options}
     batch = dataclasses.replace(batch, **given)
     arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}

@@ -139,7 +139,11 @@ def _method(cls: type[Compressor]) -> dict[str, Any]:
         {
             "family": family,
             "stages": [stage_name(stage) for stage in plan.stages],
-            "needs": _needs(plan.needs.vision_pairs, "vision") + _needs(plan.needs.llm_pairs, "llm"),
+            "needs": [
+                *_needs(plan.needs.vision_pairs, "vision"),
+                *_needs(plan.needs.llm_pairs, "llm"),
+                *(["pair: text of the question"] if plan.needs.pairs else []),
+            ],
             "positions": plan.positions,
         }
         for family, plan in found

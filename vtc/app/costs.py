@@ -51,7 +51,7 @@ class CostMeter:
 
     def _compressed(self, work: Work, handle: Handle, call: CallStats, row: int, last: int) -> Work:
         assert self.shape is not None
-        cut = self.shape.projector.cut
+        cut, tokens = self.shape.projector.cut, work.visual.mean
         projected = None
         if call.encoder_rows:
             layer, rows = call.encoder_rows[-1]
@@ -64,7 +64,10 @@ class CostMeter:
             projected=projected,
         )
         ran = bool(call.stages) or call.left != call.entering  # else the LLM was left as it is
-        return replace(work, method=method_operations(self.shape, handle.plan, work, llm=ran))
+        method = method_operations(self.shape, handle.plan, work, llm=ran)
+        if ran:  # one question, and the tokens of its pictures, separators among them
+            method += sum(pair.operations(tokens) for pair in handle.pairs)
+        return replace(work, method=method, method_weights=sum(pair.weights for pair in handle.pairs))
 
     def spent(self, full: Sequence[Work], works: Sequence[Work]) -> list[dict[str, Any]]:
         """The fields of `vtc.app.answer.Answer` about costs, question by question.

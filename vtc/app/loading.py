@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,10 @@ from typing import Any
 import torch
 
 from vtc import adapters, embedded
-from vtc.app.checkpoint import digests
+from vtc.adapters.compat import without_bars
 from vtc.app.completeness import check_weights
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
+from vtc.method.checkpoint import digests
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +28,7 @@ class Loaded:
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the numbers this model produces, whatever its folder is called.
 
-        A hub checkpoint is its commit, a folder every byte of the files in it that count, see `vtc.app.checkpoint`.
+        A hub checkpoint is its commit, a folder every byte of the files in it that count, see `vtc.method.checkpoint`.
         """
         config = self.model.config
         text = config.get_text_config()
@@ -73,7 +71,7 @@ def load(
         options: dict[str, Any] = {"dtype": torch_dtype, "revision": revision, "device_map": device_map}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        with warnings.catch_warnings(), _without_bars():
+        with warnings.catch_warnings(), without_bars():
             warnings.simplefilter("ignore")  # advice about image-processor back ends
             processor = AutoProcessor.from_pretrained(path, revision=revision)
             _check_processor(name, processor)
@@ -101,21 +99,6 @@ def load(
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     adapters.of(model)
     return Loaded(name, path, model.eval(), processor)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Progress bars of transformers only where a person watches."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _resolve(name: str) -> str:

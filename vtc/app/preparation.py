@@ -53,6 +53,11 @@ def check_modalities(loaded: Loaded, messages: Sequence[Mapping[str, Any]]) -> N
         )
 
 
+def asked(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the user wrote in a conversation, all turns of it."""
+    return "\n".join(_media([message for message in messages if message["role"] == "user"], "text"))
+
+
 def _media(messages: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
     return [part[kind] for message in messages for part in _parts(message) if part["type"] == kind]
 

@@ -23,6 +23,9 @@ Lengths = int | Sequence[int] | Tensor
 Sizes = Sequence[tuple[int, int]] | Tensor
 """Height and width in pixels of every picture of a call, in the order of the prompts."""
 
+Questions = str | Sequence[str]
+"""The text of each prompt of a batch, or one text for all of them."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -30,12 +33,14 @@ class Bounds:
 
     prompt_length: tokens from the first one on that are the prompt. system_length: tokens from the first one on that
     are the system prompt, with whatever the chat template writes in front of the user's words. image_sizes: height and
-    width in pixels of every picture that the processor was given, in the order of the prompts.
+    width in pixels of every picture that the processor was given, in the order of the prompts. questions: the text of
+    each prompt, for methods that encode it anew.
     """
 
     prompt_length: Lengths | None = None
     system_length: Lengths | None = None
     image_sizes: tuple[tuple[int, int], ...] | None = None
+    questions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_length", 1), ("system_length", 0)):
@@ -54,6 +59,19 @@ def pixel_sizes(given: Sizes | None) -> tuple[tuple[int, int], ...] | None:
     raise InputError(
         f"image_sizes={shown(given)} are no sizes of pictures; pass (height, width) in pixels of each, for example "
         "image_sizes=[(480, 640)]"
+    )
+
+
+def texts(given: Questions | None) -> tuple[str, ...] | None:
+    """Questions as a tuple; a single one stands for all prompts. Raises InputError for anything else."""
+    if given is None:
+        return None
+    several = (given,) if isinstance(given, str) else given
+    if isinstance(several, Sequence) and several and all(isinstance(each, str) for each in several):
+        return tuple(several)
+    raise InputError(
+        f"questions={shown(given)} are no texts; pass that of each prompt of the batch, for example "
+        'questions=["What color is it?"]'
     )
 
 

@@ -26,8 +26,8 @@ class Work:
     shortened: by stages inside the tower. projected: tokens that leave the projector, where stages there changed it;
     projectors of deeper features are taken to see as many.
     cached: visual tokens that the cache holds of each layer after the prefill, `visual` by default. method: operations
-    of the compression method. new_tokens: that are generated; the prefill yields the first. logits: rows that the
-    prefill computes logits of.
+    of the compression method. method_weights: that it holds beside the model's. new_tokens: that are generated; the
+    prefill yields the first. logits: rows that the prefill computes logits of.
     """
 
     visual: Schedule
@@ -37,6 +37,7 @@ class Work:
     projected: float | None = None
     cached: Schedule | None = None
     method: float = 0
+    method_weights: int = 0
     new_tokens: int = 1
     logits: int = 1
 
@@ -81,7 +82,7 @@ def cost(shape: ModelShape, work: Work, element: int = 2) -> Cost:
         decode=decode_operations(llm, cached, work.new_tokens),
         kv_bytes=sum(llm.kv_bytes(tokens, element) for _, tokens in cached.each()),
         activation_bytes=element * max(activations(llm, layer, tokens) for layer, tokens in entering.each()),
-        weight_bytes=element * weights(shape),
+        weight_bytes=element * (weights(shape) + work.method_weights),
     )
 
 
@@ -176,7 +177,7 @@ def operators(shape: ModelShape, work: Work, element: int = 2, batch: int = 1) -
     head = llm.hidden * llm.vocabulary
     yield operator("logits", 2 * work.logits * head, head, work.logits * llm.vocabulary)
     if work.method:
-        yield operator("method", work.method, 0, 0)
+        yield operator("method", work.method, work.method_weights, 0)
 
 
 def decoding(shape: ModelShape, work: Work, element: int = 2, batch: int = 1) -> Iterator[Operator]:

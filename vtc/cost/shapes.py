@@ -124,6 +124,28 @@ class ProjectorShape:
 
 
 @dataclass(frozen=True)
+class PairShape:
+    """The text half of a CLIP pair and what projects rows of its vision tower, beside a model.
+
+    Of the text tower: layers, hidden: its width, per_row: weights of a layer's matrices, length: tokens that every text
+    is padded to. inputs: width of the vision tower. outputs: of both projections. weights: parameters that are held.
+    """
+
+    layers: int
+    hidden: int
+    per_row: int
+    length: int
+    inputs: int
+    outputs: int
+    weights: int
+
+    def operations(self, tokens: float) -> float:
+        """Of one text and `tokens` projected rows, two operations per multiply-accumulate."""
+        layer = 2 * self.length * self.per_row + 4 * self.length**2 * self.hidden
+        return self.layers * layer + 2 * self.outputs * (self.hidden + tokens * self.inputs)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What the vision tower runs on. rows: patches and class tokens of all crops. pairs: sum of squared lengths of the
     sequences inside which rows attend, window_pairs: the same in layers with windows. projected: tokens that leave the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vtc.batch.prompt import Bounds, Lengths, Sizes, pixel_sizes
+from vtc.batch.prompt import Bounds, Lengths, Questions, Sizes, pixel_sizes, texts
 from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.errors import BudgetError, VTCError, shown
@@ -20,6 +20,7 @@ from vtc.method.registry import create
 
 if TYPE_CHECKING:
     from vtc.adapters.encoder_base import EncoderAdapter
+    from vtc.cost.shapes import PairShape
     from vtc.engine.encoder_engine import EncoderEngine
     from vtc.engine.engine import Engine
     from vtc.engine.sharing import SharedEncoder
@@ -96,6 +97,20 @@ class Handle:
     def image_sizes(self, sizes: Sizes | None) -> None:
         self._say(image_sizes=pixel_sizes(sizes))
 
+    @property
+    def questions(self) -> Questions | None:
+        """The text of every prompt, as given to `compress`; to be set anew when the prompts change."""
+        return self._engine.bounds.questions
+
+    @questions.setter
+    def questions(self, questions: Questions | None) -> None:
+        self._say(questions=texts(questions))
+
+    @property
+    def pairs(self) -> tuple[PairShape, ...]:
+        """Sizes of the CLIP pairs that were loaded beside the model for the method."""
+        return self._engine.pairs
+
     def _say(self, **said: Any) -> None:
         self._engine.bounds = dataclasses.replace(self._engine.bounds, **said)
 
@@ -158,6 +173,7 @@ def compress(
     system_length: Lengths | None = None,
     processor: Any = None,
     image_sizes: Sizes | None = None,
+    questions: Questions | None = None,
     **hyper_parameters: Any,
 ) -> Handle:
     """Attach a compression method to an unmodified Hugging Face model, or to a vision encoder alone.
@@ -176,6 +192,8 @@ def compress(
     checkpoint's, where the model's inputs do not show what is one item: InternVL needs it to tell the frames of a video
     from images. image_sizes: (height, width) in pixels of every picture that the processor was given, in the order of
     the prompts, from which InternVL's adapter knows, with the processor, how their tiles lie; other families see it.
+    questions: the text of each prompt of a batch, for methods with a CLIP pair; without it they take what the
+    processor's tokenizer makes of the prompt's own text.
 
     Encoders without an LLM (`vtc.adapters.ENCODERS`: CLIP, SigLIP, DINOv2, ViT and open_clip's CLIP) take methods that
     act inside the encoder alone, and none of the arguments from `positions` on but `trace`. retention is then the share
@@ -210,7 +228,7 @@ def compress(
         budget = _budget(method, retention, keep)
     encoder = adapters.encoder_of(model)
     if encoder is not None:
-        given = (positions, pad_output or None, prompt_length, system_length, processor, image_sizes)
+        given = (positions, pad_output or None, prompt_length, system_length, processor, image_sizes, questions)
         return _attach(_encoder_engine(encoder, method, budget, given, trace=trace))
     adapter = adapters.of(model)
     if processor is not None:
@@ -223,7 +241,7 @@ def compress(
         _check_reach(method, budget, adapter.spec)
     engine = Engine(
         adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace,
-        bounds=Bounds(prompt_length, system_length, pixel_sizes(image_sizes)),
+        bounds=Bounds(prompt_length, system_length, pixel_sizes(image_sizes), texts(questions)), processor=processor,
     )  # fmt: skip
     return _attach(engine)
 
@@ -244,7 +262,7 @@ def _encoder_engine(
     # As in `compress`.
     from vtc.engine.encoder_engine import EncoderEngine
 
-    names = ("positions", "pad_output", "prompt_length", "system_length", "processor", "image_sizes")
+    names = ("positions", "pad_output", "prompt_length", "system_length", "processor", "image_sizes", "questions")
     about = [name for name, value in zip(names, given, strict=True) if value is not None]
     if about:
         raise VTCError(

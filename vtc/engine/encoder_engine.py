@@ -24,6 +24,7 @@ from vtc.method.budget import Budget
 
 if TYPE_CHECKING:
     from vtc.adapters.encoder_base import EncoderAdapter
+    from vtc.cost.shapes import PairShape
 
 OWNER = "_vtc_encoder_engine"
 USUAL = 32
@@ -39,6 +40,7 @@ class EncoderEngine:
 
     positions: ClassVar[Positions] = "preserve"
     auxiliary_loss: ClassVar[Tensor | None] = None
+    pairs: ClassVar[tuple[PairShape, ...]] = ()
 
     def __init__(self, adapter: EncoderAdapter, method: Compressor, budget: Budget | None, *, trace: bool) -> None:
         plan = _plan(method, adapter)

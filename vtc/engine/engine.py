@@ -46,6 +46,7 @@ from vtc.engine.lookup import Lookup
 from vtc.engine.maker import Maker
 from vtc.engine.masks import attention_of, group_mask, model_mask
 from vtc.engine.notes import bounded, without_frames
+from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
 from vtc.engine.stages import StageRunner
 from vtc.errors import UnsupportedCall, VTCError
@@ -88,6 +89,7 @@ class Engine:
         pad_output: bool,
         trace: bool,
         bounds: Bounds | None = None,
+        processor: Any = None,
     ) -> None:
         self.adapter, self.method, self.plan, self.budget = adapter, method, plan, budget
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
@@ -97,7 +99,9 @@ class Engine:
         self.module = method.module(self.spec)
         if self.module is not None:
             self.module.to(adapter.model.device)
-        self.stages = StageRunner(adapter, method, plan, budget, self.module)
+        pairs = [Pair(name, method.name, adapter, processor) for name in plan.needs.pairs]
+        self.pairs = tuple(pair.shape for pair in pairs)
+        self.stages = StageRunner(adapter, method, plan, budget, self.module, pairs)
         self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
         self.passes = Passes[LLMPass]()
         self.taps = self.stages.taps(self.passes)

@@ -33,7 +33,7 @@ class Entry:
     def find(self, one: LLMPass, given: dict[str, Any]) -> None:
         """Mark the placeholders and control tokens of a call that brings media, from the backbone's arguments."""
         table = self.adapter.model.get_input_embeddings()
-        one.ids = given.get("input_ids")
+        one.ids, one.questions = given.get("input_ids"), self.bounds.questions
         one.placeholders = placeholder_masks(given, self.adapter.placeholders.values(), table)
         one.control = placeholder_masks(given, self._controls, table).any(0) if self._controls else None
 

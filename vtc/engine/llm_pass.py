@@ -28,6 +28,8 @@ class LLMPass(Pass):
     contexts: of all its media. numbered: the caller numbers output rows as in its input. media: pixels went in and have
     not reached the language model yet. inside: the backbone is running.
 
+    questions: what the caller says the prompts ask. texts: what pairs of encoders made of them, by pair.
+
     conducted: the engine changes what the layers see; otherwise the model runs untouched. policy: of positions. cache:
     None without one; adopted: it was a plain one before. features: see `vtc.engine.deepstack`. ends: [B, 1] positions
     of each row's first and last token at input, where something may be renumbered. staged: a stage was reached, whether
@@ -45,6 +47,8 @@ class LLMPass(Pass):
     ids: Tensor | None = None
     given: tuple[VisionContext, ...] = ()
     contexts: tuple[VisionContext, ...] = ()
+    questions: tuple[str, ...] | None = None
+    texts: dict[str | None, Tensor] = field(default_factory=dict)
     numbered: bool = False
     media: bool = False
     inside: bool = False

@@ -14,6 +14,7 @@ from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.rows import Batch
 from vtc.engine.llm_pass import LLMPass
+from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
 from vtc.engine.taps import TapSet, look_ahead
 from vtc.engine.tower_stages import TowerStages
@@ -33,10 +34,16 @@ class StageRunner:
     """
 
     def __init__(
-        self, adapter: Adapter, method: Compressor, plan: Plan, budget: Budget | None, module: nn.Module | None = None
+        self,
+        adapter: Adapter,
+        method: Compressor,
+        plan: Plan,
+        budget: Budget | None,
+        module: nn.Module | None = None,
+        pairs: Sequence[Pair] = (),
     ) -> None:
         self.adapter, self.method, self.plan, self.budget, self.spec = adapter, method, plan, budget, adapter.spec
-        self.module = module
+        self.module, self.pairs = module, pairs
         self.learns = module is not None and any(weight.requires_grad for weight in module.parameters())
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
@@ -165,6 +172,7 @@ class StageRunner:
             },
             llm_rows=_LLMRows(recorded, lambda layer, reading: self._read_ahead(layer, reading, one, states.all())),
             needs=self.plan.needs,
+            pairs={pair.name: pair.features(one, device) for pair in self.pairs},
             memory=one.memory,
             module=self.module,
             final_norm=self.adapter.final_norm,

@@ -50,7 +50,9 @@ AFTER_PREFILL = CacheStage()
 class Needs:
     """What to record: 0-based layer of the vision encoder or of the LLM -> a reading or several.
 
-    PIXELS (-1), in front of the encoder's layers, has `Rows.PIXELS` alone.
+    PIXELS (-1), in front of the encoder's layers, has `Rows.PIXELS` alone. pairs: CLIP models by name or folder, each
+    the one that the encoder is a half of, whose text features of the question `StageView.pair` shows; None stands for
+    one that nobody named yet.
 
     >>> from vtc import Rows
     >>> (Needs(vision={22: Rows.CLS}) | Needs(llm={1: Rows.LAST})).llm_pairs
@@ -59,6 +61,7 @@ class Needs:
 
     vision: Mapping[int, VisionReading | tuple[VisionReading, ...]] = field(default_factory=dict)
     llm: Mapping[int, LLMReading | tuple[LLMReading, ...]] = field(default_factory=dict)
+    pairs: tuple[str | None, ...] = ()
 
     @property
     def vision_pairs(self) -> tuple[tuple[int, VisionReading], ...]:
@@ -72,7 +75,11 @@ class Needs:
 
     def __or__(self, other: Needs) -> Needs:
         """Both together."""
-        return Needs(grouped([*self.vision_pairs, *other.vision_pairs]), grouped([*self.llm_pairs, *other.llm_pairs]))
+        return Needs(
+            grouped([*self.vision_pairs, *other.vision_pairs]),
+            grouped([*self.llm_pairs, *other.llm_pairs]),
+            tuple(dict.fromkeys((*self.pairs, *other.pairs))),
+        )
 
 
 R = TypeVar("R")
@@ -99,7 +106,7 @@ class ModelSpec:
     which a patch sees its whole image (all of them unless the encoder uses windows). mrope: multi-axis positions.
     encoder_stages: methods may act inside the encoder. packed: it runs all pictures as one sequence, in which keys
     cannot be told how much they count. joins: some tokens of the LLM are made of several patches. single_crop: an image
-    is one crop.
+    is one crop. clip: the encoder is one half of a CLIP, which a method may name as its pair.
     width: hidden size of the LLM, 0 where no model is loaded.
 
     >>> import vtc
@@ -120,6 +127,7 @@ class ModelSpec:
     width: int = 0
     packed: bool = False
     joins: bool = False
+    clip: bool = False
 
     @property
     def key_layer(self) -> int:

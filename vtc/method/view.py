@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from vtc.method.readings import LLMReading, VisionReading
 from vtc.method.states import States
 from vtc.ops.host import put
 from vtc.ops.select import in_groups, take_rows
+
+if TYPE_CHECKING:
+    from vtc.method.pairs import PairFeatures
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class StageView:
     items and where their tokens lie; separators: the same for their separators. states: of the rows entering the
     stage, `tokens` of the items alone and `hidden` of all; what is not asked for is not put together. visual, valid,
     prompt, text: [B, L] bool; the prompt is what is valid and no answer, whether generated, drafted or given with
-    labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel keys. memory: what the
-    method left there at earlier stages of the same call. module: its learned parts. final_norm: the norm behind the
-    LLM's last layer, for rows of any shape [..., D]; at encoder stages it leaves them as they are.
+    labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel keys. pairs: what
+    `pair` shows. memory: what the method left there at earlier stages of the same call. module: its learned parts.
+    final_norm: the norm behind the LLM's last layer, for rows of any shape [..., D]; at encoder stages it leaves them
+    as they are.
 
     What a method of one line sees of two images, the budget being a quarter of 16 tokens each:
 
@@ -97,6 +101,7 @@ class StageView:
     llm_rows: dict[tuple[int, LLMReading], Tensor] = field(default_factory=dict)
     vision_prefix: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
+    pairs: Mapping[str | None, PairFeatures] = field(default_factory=dict)
     memory: dict[Any, Any] = field(default_factory=dict)
     module: nn.Module | None = None
     final_norm: Callable[[Tensor], Tensor] = field(default=lambda rows: rows)
@@ -198,6 +203,18 @@ class StageView:
         rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
         rows = rows.index_select(-2, self.items.row)
         return rows.gather(-1, self.items.index.expand(*rows.shape[:-1], -1))
+
+    def pair(self, name: str | None) -> PairFeatures:
+        """What the pair `name` of the plan's Needs says of the question, and what makes tokens comparable with it.
+
+        At LLM stages alone: the encoder may run before the prompt is known.
+        """
+        if name not in self.pairs:
+            raise VTCError(
+                f"the pair {name!r} was asked for at stage {self.stage}; name it in Needs(pairs=...) of the plan, and "
+                "ask before the LLM, inside it or after the prefill"
+            )
+        return self.pairs[name]
 
     def mean(self, values: Tensor) -> Tensor:
         """[I, N, ...] one value per token -> [I, ...] mean over the real tokens of each item, in float32.

@@ -59,7 +59,7 @@ class DART(Compressor):
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
     >>> vtc.create("dart").plan(llava).needs
-    Needs(vision={}, llm={1: KeySizes()})
+    Needs(vision={}, llm={1: KeySizes()}, pairs=())
     >>> vtc.create("dart", layer=0).plan(llava).stages
     (0,)
     """

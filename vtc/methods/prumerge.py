@@ -16,9 +16,8 @@ from vtc.method.parts import reordered
 from vtc.method.readings import AttentionCall, VisionReading
 from vtc.method.registry import register
 from vtc.ops.attention import attention_rows
-from vtc.ops.host import put
 from vtc.ops.rank import order_by
-from vtc.ops.select import evenly, front_pack, take_rows, top_k
+from vtc.ops.select import evenly, front_pack, outliers, take_rows, top_k
 
 Count = Literal["budget", "outliers"]
 BLOCK = 1 << 24
@@ -161,23 +160,6 @@ class PruMergePlus(PruMerge):
     share: float = 0.25
 
     name = "prumerge_plus"
-
-
-def outliers(values: Tensor, mask: Tensor) -> Tensor:
-    """Mark what lies above Q3 + 1.5 (Q3 - Q1) of each row's unmasked values, at least the largest; [R, N] bool.
-
-    Quartiles are interpolated linearly.
-
-    >>> outliers(torch.tensor([[1.0, 2.0, 3.0, 9.0, 1.5]]), torch.ones(1, 5, dtype=torch.bool)).int().tolist()
-    [[0, 0, 0, 1, 0]]
-    """
-    ordered = values.float().masked_fill(~mask, torch.inf).sort(1).values
-    count = mask.sum(1, keepdim=True)
-    at = put([0.25, 0.75], values.device) * (count - 1).clamp(min=0)
-    low, high = (ordered.gather(1, each.long()) for each in (at.floor(), at.ceil()))
-    first, third = (low + (at - at.floor()) * torch.where(high > low, high - low, 0)).chunk(2, 1)
-    many = (mask & (values > third + 1.5 * (third - first))).sum(1)
-    return top_k(values, many.clamp(min=1), mask)
 
 
 def grid(best: Tensor, mask: Tensor) -> Tensor:

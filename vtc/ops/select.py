@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.checks import numbers
+from vtc.ops.host import put
 from vtc.ops.rank import rank_in_group
 
 TIE = 1e-6
@@ -78,6 +79,23 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int
     if mask is not None:  # a real score may be the lowest as well
         tied = tied & mask
     return above | (tied & (tied.cumsum(1) <= keep[:, None] - above.sum(1, keepdim=True)))
+
+
+def outliers(values: Tensor, mask: Tensor) -> Tensor:
+    """Mark what lies above Q3 + 1.5 (Q3 - Q1) of each row's unmasked values, at least the largest; [R, N] bool.
+
+    Quartiles are interpolated linearly.
+
+    >>> outliers(torch.tensor([[1.0, 2.0, 3.0, 9.0, 1.5]]), torch.ones(1, 5, dtype=torch.bool)).int().tolist()
+    [[0, 0, 0, 1, 0]]
+    """
+    ordered = values.float().masked_fill(~mask, torch.inf).sort(1).values
+    count = mask.sum(1, keepdim=True)
+    at = put([0.25, 0.75], values.device) * (count - 1).clamp(min=0)
+    low, high = (ordered.gather(1, each.long()) for each in (at.floor(), at.ceil()))
+    first, third = (low + (at - at.floor()) * torch.where(high > low, high - low, 0)).chunk(2, 1)
+    many = (mask & (values > third + 1.5 * (third - first))).sum(1)
+    return top_k(values, many.clamp(min=1), mask)
 
 
 def evenly(mask: Tensor, count: Tensor) -> Tensor:

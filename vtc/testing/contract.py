@@ -43,6 +43,7 @@ from vtc.testing.measures import (
 )
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
 from vtc.testing.padding import reads_padding
+from vtc.testing.pairs import with_tiny_pair
 from vtc.testing.probes import FixedKeep, LastRowTopK
 from vtc.testing.selections import false_counts
 from vtc.testing.tiny_llava_onevision import unshrunk
@@ -98,15 +99,17 @@ def check_method(
 ) -> list[Deviation]:
     """Run the whole contract for a method on tiny models; AssertionError names every cell that fails.
 
-    method: a registered name or an object; learned methods without weights get fresh ones of the right shape.
+    method: a registered name or an object; learned methods without weights get fresh ones of the right shape, those
+    that need a CLIP pair and have none one that fits.
     models: names from TINY_MODELS, all by default. generation: names from MODES to compare with the oracle.
     """
     chosen = create(method) if isinstance(method, str) else method
     cells: list[Deviation] = []
     for name in models or TINY_MODELS:
         model = tiny_model(name)
-        resolved = with_fresh_weights(chosen, adapters.of(model).spec)
-        check = _Check(resolved, name, model, {"retention": retention} if resolved.needs_budget else {}, steps)
+        resolved, told = with_tiny_pair(with_fresh_weights(chosen, adapters.of(model).spec), name)
+        budget = {"retention": retention} if resolved.needs_budget else {}
+        check = _Check(resolved, name, model, budget, told, steps)
         plan = resolved.plan(adapters.of(model).spec)
         inside = any(isinstance(stage, EncoderStage) for stage in plan.stages) and not plan.restores
         with unshrunk() if inside else nullcontext():  # a picture whose map is resized is refused there
@@ -123,6 +126,7 @@ class _Check:
     name: str
     model: Any
     budget: dict[str, Any]
+    told: dict[str, Any]
     steps: int
 
     def run(self, policies: Sequence[Positions], generation: Collection[str]) -> list[Deviation]:
@@ -181,7 +185,7 @@ class _Check:
         yield "bfloat16 runs", half_precision(model, inputs, self._attach(policies[-1])), 0.0
 
     def _attach(self, policy: Positions) -> Callable[..., Handle]:
-        return lambda model, **more: compress(model, self.method, positions=policy, **self.budget, **more)
+        return lambda model, **more: compress(model, self.method, positions=policy, **self.budget, **self.told, **more)
 
     def _whole(self, model: Any) -> Handle:
         return compress(model, self.method, retention=1.0)

@@ -34,6 +34,11 @@ QWEN_CLASSES = {
     "qwen2.5-vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3-vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
+TINY_TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCABULARY, "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD,
+}  # fmt: skip
+"""Sizes of a text tower for `tiny_tokenizer`."""
 PROCESSED = ("llava-clip", "llava-next", "llava-next-video", "llava-onevision", "internvl", *QWEN_CLASSES)
 """Names of the tiny models that have one."""
 
@@ -45,6 +50,11 @@ def tiny_processor(name: str) -> Any:
     if name in QWEN_CLASSES:
         return _qwen(name)
     return _internvl() if name == "internvl" else _llava(name)
+
+
+def tiny_tokenizer() -> Any:
+    """The tokenizer alone, which knows control tokens and single characters."""
+    return _tokenizer(CONTROL)
 
 
 def _llava(name: str) -> Any:

@@ -17,6 +17,7 @@ from vtc.ops.select import (
     in_groups,
     left_pack,
     out_of_groups,
+    outliers,
     take_last,
     take_rows,
     top_k,
@@ -50,6 +51,24 @@ def plain_evenly(mask: Tensor, count: Tensor) -> Tensor:
         middles = [Fraction(2 * part + 1, 2 * wanted) * len(real) for part in range(wanted)]
         rows.append([real[math.ceil(middle) - 1] for middle in middles])
     return _marks(rows, mask.shape[1])
+
+
+def plain_outliers(values: Tensor, mask: Tensor) -> Tensor:
+    """What lies above the upper fence of a box plot; the largest where nothing does."""
+    rows = []
+    for row, real in zip(values.tolist(), mask.tolist(), strict=True):
+        places = [place for place, there in enumerate(real) if there]
+        ordered = sorted(row[place] for place in places)
+        low, high = (_quantile(ordered, Fraction(part, 4)) for part in (1, 3))
+        many = sum(row[place] > high + 1.5 * (high - low) for place in places)
+        rows.append(_best(row, places, max(1, many)))
+    return _marks(rows, values.shape[1])
+
+
+def _quantile(ordered: list[float], share: Fraction) -> float:
+    at = share * (len(ordered) - 1)
+    low = ordered[math.floor(at)]
+    return low + float(at - math.floor(at)) * (ordered[math.ceil(at)] - low)
 
 
 def _largest_remainders(total: int, sizes: list[int]) -> list[int]:
@@ -138,6 +157,11 @@ def _shares(size: Size) -> dict[str, Any]:
     return {"total": sizes.sum(1) // 3, "sizes": sizes}
 
 
+def _skewed(size: Size) -> dict[str, Any]:
+    given = _ranked(size)
+    return {"values": given["scores"] ** 3, "mask": given["mask"]}
+
+
 def _packed(size: Size) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(4)
     rows, width = (3, 9) if size == "small" else (8, 20000)
@@ -156,6 +180,7 @@ def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
 CASES = (
     OpCase(top_k, plain_top_k, _ranked),
     OpCase(evenly, plain_evenly, lambda size: {"mask": _ranked(size)["mask"], "count": _ranked(size)["keep"]}),
+    OpCase(outliers, plain_outliers, _skewed),
     OpCase(apportion, plain_apportion, _shares),
     OpCase(group_sizes, plain_group_sizes, _grouped),
     OpCase(out_of_groups, plain_out_of_groups, _placed),
