@@ -72,6 +72,8 @@ def _stages(names: Sequence[str]) -> str:
 
     >>> _stages(["pre-llm", "llm layer 3", "llm layer 4", "llm layer 5", "llm layer 9", "after prefill"])
     'pre-llm, llm layers 3 to 5, llm layer 9, after prefill'
+    >>> _stages(["after prefill", "after prefill from llm layer 1", "after prefill from llm layer 2"])
+    'after prefill, after prefill from llm layers 1 to 2'
     """
     found: list[tuple[str, list[int]]] = []
     for name in names:
