@@ -74,8 +74,6 @@ class EntryCompressor(Compressor):
 
 def latest(items: ItemTable, counts: Sequence[int]) -> Tensor:
     """Mark the last `counts` entries of each item; bool [I, N]."""
-    device = items.mask.device
     begins = [have - last for have, last in zip(items.counts, counts, strict=True)]
-    begin, end = put([begins, list(items.counts)], device)
-    place = torch.arange(items.mask.shape[1], device=device)
-    return (place >= begin[:, None]) & (place < end[:, None])
+    begin = put(begins, items.mask.device)[:, None]
+    return items.mask & (torch.arange(items.mask.shape[1], device=begin.device) >= begin)
