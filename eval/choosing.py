@@ -53,6 +53,10 @@ INSIDE = """{names} act inside the LLM, where they see the question with the mod
 layers in front of their first stage, which see everything. What reads attention rows needs SDPA
 ([what is refused](engine.md#limits)); `vtc doctor --model NAME` says which methods a checkpoint of yours can run."""
 
+CACHED = """{names} act after the prefill alone: they drop visual entries of the KV cache, so that memory and decoding
+get cheaper and the prefill does not. The first answer token is the untouched model's. What stays is told by
+`handle.stats.cache_retention` and, in sweeps, by `kv_share`. They combine with a method before the LLM."""
+
 TRAINED = """{names} run on learned weights, which fit one model and one setting; [training](training.md) makes them.
 Everything else is training-free."""
 
@@ -114,6 +118,7 @@ def choosing_page(results: Path = RESULTS) -> str:
     reading = READING.format(random=CONTROLS[0], questions=least, noise=100 * 1.96 * math.sqrt(0.25 / least))
     trained = " and ".join(f"`{name}`" for name, entry in entries.items() if entry["trained"])
     inside = ", ".join(f"`{name}`" for name, entry in entries.items() if "llm" in entry["stages"])
+    cached = ", ".join(f"`{name}`" for name, entry in entries.items() if entry["stages"] == ["after prefill"])
     overhead = read_overhead((results / "overhead.md").read_text(encoding="utf-8"))
     return page(
         "Choosing a method",
@@ -128,6 +133,8 @@ def choosing_page(results: Path = RESULTS) -> str:
         f"{wrapped(SERVER)}\n\n{_server(entries, overhead)}",
         "## Inside the LLM",
         wrapped(INSIDE.format(names=inside)),
+        "## On the KV cache",
+        wrapped(CACHED.format(names=cached)),
         "## With learned weights",
         wrapped(TRAINED.format(names=trained)),
         "## All methods",

@@ -119,7 +119,7 @@ def test_eviction_drops_rows_of_one_group(rows: list[int], group: int) -> None:
     cache, before = filled(rows, starts), filled(rows, starts)
     keep = torch.rand(2, rows[group], generator=torch.Generator().manual_seed(1)) < 0.6
     keep[1] &= torch.arange(rows[group]) != 0
-    cache.evict(group, keep)
+    cache.evict({group: keep})
     end = min([start for start in starts if start > group], default=4)
     counts = keep.sum(1).tolist()
     for layer in range(4):
@@ -141,7 +141,7 @@ def test_eviction_drops_rows_of_one_group(rows: list[int], group: int) -> None:
 def test_eviction_respects_padding_and_even_counts() -> None:
     cache = filled([4, 4], (0,))
     cache.masks[0] = torch.tensor([[False, True, True, True], [True] * 4])
-    cache.evict(0, torch.tensor([[True, True, False, True], [False, False, True, True]]))
+    cache.evict({0: torch.tensor([[True, True, False, True], [False, False, True, True]])})
     assert cache.masks[0] is None
     assert cache.physical_length(0) == cache.physical_length(1) == 2
 

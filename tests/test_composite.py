@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtc
-from vtc.errors import VTCError
+from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import AFTER_PREFILL, CacheStage, Compressor, EncoderStage, ModelSpec, Needs, Plan, Rows, StageView
 from vtc.method.composite import Composite
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
@@ -77,6 +77,17 @@ def test_published_methods_combine(name: str, limits: Any) -> None:
     (stage,) = [stage for stage in handle.plan.stages if isinstance(stage, CacheStage)]
     assert len(set(lengths[stage.from_layer :])) == 1  # what the last layer saw, but for the layers in front
     assert lengths[0] > lengths[-1]
+
+
+def test_a_part_may_act_on_the_caches_of_several_layers(clip: Any) -> None:
+    """Each stage shows it the tokens that reached it; another part may not act on the cache then."""
+    parts = [FixedKeep(at=(CacheStage(2), CacheStage(0))), "random"]
+    with vtc.compress(clip, parts, retention=[None, 0.5]) as handle, torch.no_grad():
+        clip(**tiny_inputs("llava-clip", [[4, "image", 5]]))
+    assert handle.plan.stages == (0, CacheStage(0), CacheStage(2))
+    assert handle.stats.calls[0].left == ((2, (4,)), (2, (4,)))
+    with pytest.raises(UnsupportedMethod, match="both act at CacheStage"):
+        vtc.compress(clip, [parts[0], FixedKeep(at=(CacheStage(3),), seed=1)])
 
 
 def test_the_whole_contract_of_a_pair() -> None:

@@ -130,10 +130,21 @@ def test_the_whole_check_of_an_adapter_passes(name: str) -> None:
         FixedKeep(at=(0, 2), rate=0.95),
         FixedKeep(at=(1,), static=False, rate=0.3, seed=3),
         FixedKeep(at=(0, 2, CacheStage(1)), static=False),
+        FixedKeep(at=(2, CacheStage(1), CacheStage(3)), static=False),
+        FixedKeep(at=(CacheStage(3), CacheStage(0), CacheStage(1))),
         LastRowTopK(layer=1),
         LastRowTopK(layer=3),
     ],
-    ids=["nothing left", "almost all left", "ragged", "every kind at once", "first layer", "last layer"],
+    ids=[
+        "nothing left",
+        "almost all left",
+        "ragged",
+        "every kind at once",
+        "two caches",
+        "three caches",
+        "first layer",
+        "last layer",
+    ],
 )
 def test_extreme_probes_keep_the_contract(probe: Compressor) -> None:
     verify(check_method(probe, models=["llava-clip"], steps=STEPS, retention=0.85), "llava-clip")

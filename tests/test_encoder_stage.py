@@ -403,8 +403,3 @@ def test_stages_that_keep_everything_are_noted(clip: Any, limits: Any) -> None:
     assert list(handle.trace[0].keep) == [0, 2, vtc.AFTER_PREFILL]
     for item in handle.trace[0].items:
         assert all(kept.tolist() == list(range(TOKENS)) for kept in item.kept.values())
-
-
-def test_a_second_stage_after_the_prefill_is_refused(clip: Any) -> None:
-    with pytest.raises(UnsupportedMethod, match="names 2 stages after the prefill; name one CacheStage"):
-        vtc.compress(clip, Inside((vtc.AFTER_PREFILL, vtc.CacheStage(2))))

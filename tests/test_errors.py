@@ -41,7 +41,6 @@ from vtc.errors import (
     unknown_name,
 )
 from vtc.method.base import (
-    CacheStage,
     Compressor,
     EncoderStage,
     ModelSpec,
@@ -723,10 +722,6 @@ CASES: dict[str, Case] = {
     "LLM rows": Case(
         lambda: vtc.compress(model(), Probe(needs=Needs(llm={1: Rows.CLS}))),
         UnsupportedMethod, "'cls' was asked for", "is a reading of the vision encoder", "write Rows.LAST",
-    ),
-    "two stages after the prefill": Case(
-        lambda: vtc.compress(model(), Probe((vtc.AFTER_PREFILL, CacheStage(2)))),
-        UnsupportedMethod, "'probe' names 2", "stages after the prefill", "name one CacheStage",
     ),
     # taps
     "eager attention": Case(

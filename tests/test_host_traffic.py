@@ -24,6 +24,7 @@ from vtc.testing.pairs import with_tiny_pair
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
 READS = {
     "mustdrop": "the size of the key set, once per call, for the schedule",
+    "vlcache": "how dense every layer is, once per call, for their budgets",
     "vqtoken": "whether k-means is done, on the CPU alone",
     "vqtoken_codebook": "whether k-means is done, on the CPU alone",
 }

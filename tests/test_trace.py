@@ -230,6 +230,18 @@ def test_rows_of_the_cache_after_eviction(clip: Any) -> None:
     assert stats.layer_rows == (28, 28, 28, 28)
     assert stats.kv_rows == (28, 28, 16, 16)  # 4 of 32 tokens stay in the longest row's later layers
     assert stats.visual_tokens_kept == (16.0, 8.0, 0.0)
+    assert stats.visual_entries_kept == (10.0, 5.0, 0.0)
+
+
+def test_every_stage_after_the_prefill_has_its_own_layers(clip: Any) -> None:
+    handle = call(clip, FixedKeep(at=(CacheStage(3), CacheStage(1)), rate=0.25))
+    (stats,), (record,) = handle.stats.calls, handle.trace
+    assert stats.left == ((1, (32, 16, 0)), (2, (8, 4, 0)), (1, (8, 4, 0)))
+    assert stats.kv_rows == (45, 20, 20, 20)  # a column of padding is left where nothing is evicted
+    assert list(record.keep) == [CacheStage(1), CacheStage(3)]
+    assert not torch.equal(record.keep[CacheStage(1)], record.keep[CacheStage(3)])
+    assert handle.stats.retention == 1.0
+    assert handle.stats.cache_retention == (1 + 3 * 0.25) / 4
 
 
 def test_without_a_cache_there_are_no_rows_of_it(clip: Any) -> None:

@@ -79,3 +79,44 @@ def meets_budget() -> Callable[[str, str, float], None]:
             assert list(handle.stats.calls[0].visual_tokens_kept) == wanted
 
     return check
+
+
+@pytest.fixture
+def keeps_entries() -> Callable[[str, str, float], None]:
+    """Checks on one tiny model, pictures and clips, that the caches keep what was asked for in the mean over layers."""
+
+    @torch.no_grad()
+    def check(name: str, method: str, retention: float) -> None:
+        model = tiny_model(name)
+        for kind in TINY_MODELS[name].kinds:
+            inputs = tiny_inputs(name, [[4, kind, 6], [2, kind, 9, kind, 3]], model=model)
+            with vtc.compress(model, method, retention=retention) as handle:
+                model(**inputs, use_cache=True)
+            wanted = [0, 0]
+            for item in handle.trace[0].items:
+                wanted[item.row] += max(vtc.tokens_to_keep(len(item.positions), retention), item.layout.newlines + 1)
+            (call,) = handle.stats.calls
+            assert call.visual_entries_kept == pytest.approx(wanted)
+            assert call.visual_tokens_kept == call.visual_tokens_in
+            left = [totals for layers, totals in call.left for _ in range(layers)]
+            text = inputs["attention_mask"].sum(1) - torch.tensor(call.visual_tokens_in)
+            left = [torch.tensor(totals) for layers, totals in call.left for _ in range(layers)]
+            assert [int((text + totals).max()) for totals in left] == list(call.kv_rows)
+
+    return check
+
+
+@pytest.fixture
+def llm_weights() -> Callable[[str, dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """[B, H, Q, K] attention of every LLM layer of a tiny model, as eager attention returns it."""
+
+    @torch.no_grad()
+    def read(name: str, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        model = tiny_model(name, attn_implementation="eager")
+        seen: list[torch.Tensor] = []
+        for module in vtc.adapters.of(model).llm_attention:
+            module.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+        model(**inputs)
+        return seen
+
+    return read

@@ -26,7 +26,7 @@ def stage_name(stage: Stage) -> str:
     if isinstance(stage, EncoderStage):
         return f"encoder layer {stage.layer}"
     if isinstance(stage, CacheStage):
-        return "after prefill" if not stage.from_layer else f"after prefill, llm layer {stage.from_layer} on"
+        return "after prefill" if not stage.from_layer else f"after prefill from llm layer {stage.from_layer}"
     return "pre-llm" if stage == 0 else f"llm layer {stage}"
 
 

@@ -10,7 +10,8 @@ from vtc.app.pages import page, table
 
 ABOUT = """the docstrings, which `vtc methods --long` prints as well. Budgets mean the same everywhere: `retention` (or
 `keep`) is the mean over the LLM's layers of the visual tokens that enter a layer, per image or video, as a share of
-(or a count among) its tokens in the input. Methods without a budget decide for themselves; what they kept is in the
+(or a count among) its tokens in the input; for methods that act after the prefill alone, of the visual entries that
+stay in a layer's KV cache. Methods without a budget decide for themselves; what they kept is in the
 statistics of every run. Layers count from 0, and "llm layer k" means in front of it."""
 
 
@@ -71,6 +72,8 @@ def _stages(names: Sequence[str]) -> str:
 
     >>> _stages(["pre-llm", "llm layer 3", "llm layer 4", "llm layer 5", "llm layer 9", "after prefill"])
     'pre-llm, llm layers 3 to 5, llm layer 9, after prefill'
+    >>> _stages(["after prefill", "after prefill from llm layer 1", "after prefill from llm layer 2"])
+    'after prefill, after prefill from llm layers 1 to 2'
     """
     found: list[tuple[str, list[int]]] = []
     for name in names:

@@ -56,6 +56,16 @@ class CallStats:
     left: Spans = ()
     encoder_rows: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def visual_entries_kept(self) -> tuple[float, ...]:
+        """Per batch row the mean over the LLM layers of the visual entries that stay in a layer's KV cache.
+
+        Of a call without a cache, those that a cache would hold if nothing were evicted; empty for encoders alone.
+        """
+        layers = sum(number for number, _ in self.left)
+        rows = zip(*([number * tokens for tokens in totals] for number, totals in self.left), strict=True)
+        return tuple(sum(row) / layers for row in rows)
+
 
 @dataclass
 class Stats:
@@ -63,7 +73,8 @@ class Stats:
 
     calls: the last 1,000 of `count`, oldest first, so that a model that stays attached collects no more. other_calls:
     text-only calls and decode steps. visual_tokens_in: visual tokens before compression. visual_tokens_kept: those that
-    entered an LLM layer, mean over the layers. seconds: spent in the engine.
+    entered an LLM layer, mean over the layers. visual_entries_kept: those that stayed in a layer's KV cache, mean over
+    the layers. seconds: spent in the engine.
     """
 
     calls: deque[CallStats] = field(default_factory=lambda: deque(maxlen=LAST_CALLS))
@@ -71,6 +82,7 @@ class Stats:
     other_calls: int = 0
     visual_tokens_in: int = 0
     visual_tokens_kept: float = 0.0
+    visual_entries_kept: float = 0.0
     seconds: float = 0.0
 
     def add(self, call: CallStats) -> None:
@@ -79,11 +91,20 @@ class Stats:
         self.count += 1
         self.visual_tokens_in += sum(call.visual_tokens_in)
         self.visual_tokens_kept += sum(call.visual_tokens_kept)
+        self.visual_entries_kept += sum(call.visual_entries_kept)
 
     @property
     def retention(self) -> float:
         """Achieved fraction kept over all calls; 1.0 before the first."""
         return self.visual_tokens_kept / self.visual_tokens_in if self.visual_tokens_in else 1.0
+
+    @property
+    def cache_retention(self) -> float:
+        """The share of the visual tokens whose KV entries stay, mean over the layers, over all calls; at first 1.0.
+
+        What methods that act after the prefill are asked for: there every token enters every layer.
+        """
+        return self.visual_entries_kept / self.visual_tokens_in if self.visual_tokens_in else 1.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +159,17 @@ class CompressedCache(DynamicCache):
         self.masks[group] = torch.cat([old.to(device), chunk.to(device)], dim=1)
         return self.masks[group]
 
-    def evict(self, group: int, keep: Tensor) -> None:
-        """Drop rows of every layer in `group`; keep: [B, rows] bool over its physical rows. Synchronises once."""
-        mask, self.before = self.masks[group], None
-        keep = keep if mask is None else keep & mask
-        counts = keep.sum(1).tolist()
+    def evict(self, keeps: Mapping[int, Tensor]) -> None:
+        """Drop rows of every layer in the given groups; [B, rows] bool over physical rows. Synchronises once."""
+        self.before = None
+        masks = {group: self.masks[group] for group in keeps}
+        kept = {group: keep if (mask := masks[group]) is None else keep & mask for group, keep in keeps.items()}
+        counts = torch.stack([keep.sum(1) for keep in kept.values()]).tolist() if kept else []
+        for (group, keep), numbers in zip(kept.items(), counts, strict=True):
+            self._evict(group, keep, numbers)
+
+    def _evict(self, group: int, keep: Tensor, counts: list[int]) -> None:
+        """Drop rows of `group`; counts: what `keep` has set in each row."""
         length = max(counts)
         index = left_pack(keep, length)
         end = min((start for start in self.starts if start > group), default=len(self.layers))

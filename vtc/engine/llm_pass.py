@@ -34,9 +34,10 @@ class LLMPass(Pass):
     None without one; adopted: it was a plain one before. features: see `vtc.engine.deepstack`. ends: [B, 1] positions
     of each row's first and last token at input, where something may be renumbered. staged: a stage was reached, whether
     it dropped something or not, so that renumbering does not depend on what else is in the batch; pruned: something was
-    dropped. group: first layer of the current group of layers that hold the same rows; mask, rotary: what its layers
-    take. left: the rows of each group so far. spans: first layer, rows and visual tokens per batch row of each group.
-    seconds: host time so far.
+    dropped. group: first layer of the current group of layers that hold the same rows; positions, mask, rotary: what
+    its layers take. left: the rows of each group so far. spans: first layer, rows and visual tokens per batch row of
+    each group. evicted: visual tokens per batch row that stay in the caches of groups that lost some. seconds: host
+    time so far.
     """
 
     outermost: Any = None
@@ -62,11 +63,12 @@ class LLMPass(Pass):
     staged: bool = False
     pruned: bool = False
     group: int = 0
+    positions: Tensor | None = None
     mask: Any = None
     rotary: Any = None
     left: dict[int, RowTable] = field(default_factory=dict)
     spans: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    evicted: tuple[int, tuple[int, ...]] | None = None
+    evicted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     stages: list[StageStats] = field(default_factory=list)
     record: CallRecord | None = None
     seconds: float = 0.0
@@ -115,7 +117,7 @@ class LLMPass(Pass):
         self.group = group
         self.note_group(group)
         self.left[group] = rows = self.now.rows
-        positions = self._positions(group)
+        self.positions = positions = self._positions(group)
         mask = rows.valid if rows.seen is None else rows.seen & rows.held
         if self.cache is None:
             return positions, mask
@@ -173,8 +175,7 @@ class LLMPass(Pass):
         assert batch.items is not None
         ends = [start for start, _, _ in self.spans[1:]] + [layers]
         spans = [(end - start, rows, totals) for (start, rows, totals), end in zip(self.spans, ends, strict=True)]
-        first, remaining = self.evicted or (layers, ())
-        left = [remaining if start >= first else tuple(totals) for start, _, totals in self.spans]
+        left = [self.evicted.get(start, tuple(totals)) for start, _, totals in self.spans]
         return CallStats(
             batch=batch.size,
             visual_tokens_in=tuple(batch.items.input_totals(batch.size)),

@@ -13,6 +13,7 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.rows import Batch
+from vtc.engine.cache import CompressedCache
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
@@ -29,8 +30,8 @@ class StageRunner:
     """One method's stages on one model.
 
     inner: LLM layers before which it acts, 0 included. starts: first layer of every group of layers that hold the same
-    rows. cache: its stage after the prefill. encoder: its stages inside the vision encoder. noted: stages under which a
-    trace lists what is left; what the encoder dropped shows at 0.
+    rows. cache: its stages after the prefill. encoder: its stages inside the vision encoder. noted: stages under which
+    a trace lists what is left; what the encoder dropped shows at 0.
     """
 
     def __init__(
@@ -47,9 +48,7 @@ class StageRunner:
         self.learns = module is not None and any(weight.requires_grad for weight in module.parameters())
         self.inner = sorted(stage for stage in plan.stages if isinstance(stage, int))
         after = [stage for stage in plan.stages if isinstance(stage, CacheStage)]
-        if len(after) > 1:
-            raise UnsupportedMethod(f"{method.name!r} names {len(after)} stages after the prefill; name one CacheStage")
-        self.cache = after[0] if after else None
+        self.cache = sorted(after, key=lambda stage: stage.from_layer)
         bounds = [*self.inner, *(stage.from_layer for stage in after)]
         layers = self.spec.llm_layers
         beyond = [layer for layer in [*bounds, *plan.needs.llm] if not 0 <= layer < layers]
@@ -61,7 +60,7 @@ class StageRunner:
         self.starts = tuple(sorted({0, *bounds}))
         inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
         self.encoder = TowerStages(adapter, method, plan, budget, module) if inside else None
-        self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *after]
+        self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *self.cache]
 
     def taps(self, passes: Passes[LLMPass]) -> TapSet:
         """Taps for the LLM rows the plan needs, which note them in the pass they belong to."""
@@ -183,31 +182,42 @@ class StageRunner:
     def evict(self, one: LLMPass, hidden: Tensor) -> None:
         """After the prefill: drop the cached rows of tokens the method gives up.
 
-        Synchronises once per layer group, and once where the selection leaves its counts open.
+        Synchronises once, and once for each stage whose selection leaves its counts open.
         """
-        stage, cache = self.cache, one.cache
-        if stage is None or cache is None:
+        if one.cache is None or not self.cache:
             return
-        one.batch = batch = one.now.to(hidden.device)
+        one.batch = one.now.to(hidden.device)
+        states, keeps = States(hidden), dict[int, Tensor]()
+        ends = [*(stage.from_layer for stage in self.cache[1:]), self.spec.llm_layers]
+        for stage, end in zip(self.cache, ends, strict=True):
+            selection = self.select(stage, one, states)
+            if selection is None:
+                one.note(stage)
+                continue
+            groups = [start for start in self.starts if stage.from_layer <= start < end]
+            keeps |= self._kept_rows(stage, groups, selection, one, one.cache)
+        one.cache.evict(keeps)
+
+    def _kept_rows(
+        self, stage: CacheStage, groups: Sequence[int], selection: Selection, one: LLMPass, cache: CompressedCache
+    ) -> dict[int, Tensor]:
+        """[B, rows] bool over what the cache holds in each of the groups that `selection` is about: what stays."""
+        batch = one.now
         assert batch.items is not None
-        selection = self.select(stage, one, States(hidden))
-        if selection is None:
-            one.note(stage)
-            return
         kept = selection.keep & batch.items.mask
         alive = batch.over_input(batch.items.scatter(kept, batch.rows.held))
         one.note(stage, alive)
         counts = kept.sum(1).tolist() if selection.counts is None else selection.counts
-        remaining = dataclasses.replace(batch.items, counts=tuple(counts)).row_totals(batch.size)
-        one.evicted = stage.from_layer, tuple(remaining)
-        for group in self.starts:
-            if group < stage.from_layer:
-                continue
+        remaining = tuple(dataclasses.replace(batch.items, counts=tuple(counts)).row_totals(batch.size))
+        keeps = {}
+        for group in groups:
             rows = one.left[group].to(alive.device)
             chunk = alive.gather(1, rows.source)
             chunk = chunk if rows.valid is None else chunk & rows.valid
             old = cache.physical_length(group) - chunk.shape[1]
-            cache.evict(group, torch.cat([chunk.new_ones(batch.size, old), chunk], dim=1))
+            keeps[group] = torch.cat([chunk.new_ones(batch.size, old), chunk], dim=1)
+            one.evicted[group] = remaining
+        return keeps
 
 
 class _LLMRows(dict[tuple[int, LLMReading], Tensor]):

@@ -30,7 +30,7 @@ def _order(stage: Stage) -> tuple[int, int]:
     """When a stage is reached: inside the encoder, before and inside the LLM, after the prefill."""
     if isinstance(stage, EncoderStage):
         return 0, stage.layer
-    return (2, 0) if isinstance(stage, CacheStage) else (1, stage)
+    return (2, stage.from_layer) if isinstance(stage, CacheStage) else (1, stage)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Composite(Compressor):
         for part, plan in zip(self.parts, plans, strict=True):
             for stage in plan.stages:
                 key = CacheStage() if isinstance(stage, CacheStage) else stage
-                if key in owner:
+                if owner.get(key, part) is not part:
                     raise UnsupportedMethod(
                         f"{owner[key].name!r} and {part.name!r} both act at {stage}; combine methods at different "
                         "stages, or switch that stage of one of them off"

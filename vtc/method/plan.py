@@ -30,6 +30,9 @@ class EncoderStage:
 class CacheStage:
     """After the prefill: rows of dropped tokens leave the KV cache of the layers from `from_layer` on.
 
+    Up to the next such stage of the plan: with one for each layer, every layer has a kept set of its own. A stage for a
+    layer sees the tokens that reached the LLM's end, and readings of all layers.
+
     >>> CacheStage(from_layer=2), AFTER_PREFILL
     (CacheStage(from_layer=2), CacheStage(from_layer=0))
     """

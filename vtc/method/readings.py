@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.attention import attention_logits, attention_received, attention_rows, attention_sums
+from vtc.ops.select import left_pack
 
 
 def exact(device: torch.device) -> torch.autocast:
@@ -244,6 +245,43 @@ class LastRowAhead(LastRow):
 
 
 @dataclass(frozen=True)
+class LastRows(LLMReading):
+    """Softmax attention of the last `window` rows of each row's prompt, mean over them and over heads: [B, K].
+
+    Of a shorter prompt, all its rows.
+    """
+
+    window: int = 32
+
+    name: ClassVar[str] = "last rows"
+
+    def operations(self, length: float, width: int, text: float = 0) -> float:
+        return 2 * min(self.window, length) * length * width
+
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        query, key = attention.query, attention.key
+        index = left_pack(rows.prompt, min(self.window, rows.prompt.shape[1]))
+        real = rows.prompt.gather(1, index)[..., None]
+        found = attention_rows(query, key, index, attention.scaling, mask=rows.mask, causal=True)
+        return torch.where(real, found, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class PromptSum(LLMReading):
+    """Softmax attention, mean over heads, summed over all rows of the prompt: [B, K]."""
+
+    name: ClassVar[str] = "prompt rows"
+
+    def operations(self, length: float, width: int, text: float = 0) -> float:
+        return 2 * length**2 * width
+
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        weights = rows.prompt[None].float()
+        query, key = attention.query, attention.key
+        return attention_sums(query, key, weights, attention.scaling, mask=rows.mask, causal=True)[0]
+
+
+@dataclass(frozen=True)
 class GroupSums(LLMReading):
     """Softmax attention, mean over heads, summed over the text rows and over the visual rows: [2, B, K]."""
 
@@ -291,4 +329,5 @@ class Rows:
     HIDDEN = LayerOutput()
     LAST = LastRow()
     LAST_AHEAD = LastRowAhead()
+    SUM = PromptSum()
     GROUP_SUMS = GroupSums()

@@ -20,7 +20,8 @@ class Oracle:
     tables: LLM layer -> [B, S] bool over the input positions, True where a token is still visible from that layer on
     (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact"
     renumbers the visible tokens from the first table on, "compact_input" those of table 0.
-    cached: the same for later calls only, for rows evicted from the cache after the prefill.
+    cached: the same for later calls only, for rows evicted from the cache after the prefill; each table up to the
+    layer of the next.
     embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM. deep:
     the same of the visual rows that a model adds inside its first layers, one [V, D] per layer.
     replaced: LLM layer -> which input positions [B, S] have other rows [B, S, D] when the prompt enters it, for methods
@@ -87,7 +88,8 @@ class Oracle:
         entering = self.positions == "compact_input"
         numbered = self._hide(visible, self.tables, 0 if entering else index)
         visible = self._hide(visible, self.tables, index)
-        visible = self._hide(visible, self.cached, index) if self._past else visible
+        if self._past and (evicted := [start for start in self.cached if start <= index]):
+            visible = self._hide(visible, {index: self.cached[max(evicted)]}, index)
         causal = torch.arange(keys) <= torch.arange(queries)[:, None] + self._past
         mask = causal & visible[:, None, None]
         if self.llm.config._attn_implementation == "eager":

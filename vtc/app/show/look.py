@@ -155,13 +155,13 @@ def _numbers(values: Tensor | None) -> Any:
 def caption(stage: Stage) -> str:
     """A stage in words.
 
-    >>> caption(0), caption(2), caption(EncoderStage(1)), caption(CacheStage(0))
-    ('before the LLM', 'before layer 2', 'in the encoder', 'after the prefill')
+    >>> caption(0), caption(2), caption(EncoderStage(1)), caption(CacheStage(0)), caption(CacheStage(2))
+    ('before the LLM', 'before layer 2', 'in the encoder', 'after the prefill', 'caches from layer 2 on')
     """
     if isinstance(stage, EncoderStage):
         return "in the encoder"
     if isinstance(stage, CacheStage):
-        return "after the prefill"
+        return f"caches from layer {stage.from_layer} on" if stage.from_layer else "after the prefill"
     return f"before layer {stage}" if stage else "before the LLM"
 
 

@@ -1,0 +1,60 @@
+"""H2O's rule on visual entries, one entry at a time, and against the model's own attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+from vtc.errors import VTCError
+from vtc.method.base import CacheStage
+from vtc.method.readings import Rows
+from vtc.testing import tiny_inputs, tiny_model
+
+SHAPES = [(7, 9), (6, 6), (1, 1), (2, 3), (12, 12)]
+
+
+def plain_choice(received: list[float], keep: int, recent: float) -> list[int]:
+    """received: what each entry of an item draws from all rows."""
+    late = list(range(len(received)))[len(received) - int(recent * keep) :]
+    others = sorted((n for n in range(len(received)) if n not in late), key=lambda n: (-round(received[n], 6), n))
+    return sorted(late + others[: keep - len(late)])
+
+
+@pytest.mark.parametrize("keep", [1, 3, 17, 63, 1000])
+@pytest.mark.parametrize("recent", [0.0, 0.1, 0.5, 1.0])
+def test_the_plain_choice(make_view: Any, kept: Any, keep: int, recent: float) -> None:
+    view = make_view(SHAPES, stage=CacheStage(3), keep=keep)
+    sums = torch.rand(view.visual.shape, generator=torch.Generator().manual_seed(1)).mul(30).round()  # with ties
+    view = dataclasses.replace(view, llm_rows={(3, Rows.SUM): sums})
+    for item, numbers in enumerate(kept(view, vtc.create("h2o", recent=recent).select(view))):
+        row, count = view.items.rows[item], view.items.counts[item]
+        received = sums[row, view.items.index[item, :count]].tolist()
+        assert numbers == plain_choice(received, view.keep[item], recent)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [["image", 9], [4, "image", 3, "image", 40], [2, "image"]], ids=str)
+def test_the_kept_sets_are_those_of_the_models_own_attention(llm_weights: Any, layout: Any) -> None:
+    model = tiny_model("llava-clip")
+    inputs = tiny_inputs("llava-clip", [layout], seed=2, model=model)
+    with vtc.compress(model, "h2o", retention=0.4) as handle:
+        model(**inputs)
+    for layer, weights in enumerate(llm_weights("llava-clip", inputs)):
+        received = weights[0].mean(0).sum(0)
+        for item in handle.trace[0].items:
+            assert item.kept[CacheStage(layer)].tolist() == plain_choice(received[item.positions].tolist(), 6, 0.5)
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])
+def test_the_budget_is_that_of_the_caches(name: str, keeps_entries: Any) -> None:
+    keeps_entries(name, "h2o", 0.4)
+
+
+def test_a_share_beyond_the_budget_is_refused() -> None:
+    for recent in (-0.1, 1.5):
+        with pytest.raises(VTCError, match=r"is no share of the budget; pass 0 to 1, the paper uses 0.5"):
+            vtc.create("h2o", recent=recent)

@@ -1,0 +1,79 @@
+"""Methods that rank the visual entries of each LLM layer's KV cache and keep the best of them after the prefill."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.method.base import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, StageView
+from vtc.method.items import ItemTable
+from vtc.method.readings import LLMReading
+from vtc.ops.host import put
+from vtc.ops.select import top_k
+
+
+@dataclass(frozen=True)
+class EntryCompressor(Compressor):
+    """A method that keeps, in every layer's cache, the highest-scoring visual entries of each item.
+
+    The prefill is untouched: every token enters every layer, and the first answer token is the untouched model's. All
+    KV heads of a layer keep the same entries.
+
+    >>> from dataclasses import dataclass
+    >>> from vtc.method.readings import Rows
+    >>> @dataclass(frozen=True)
+    ... class KeepLooked(EntryCompressor):
+    ...     @property
+    ...     def reading(self):
+    ...         return Rows.LAST
+    ...     def score(self, view, layer):
+    ...         return view.llm_attention(layer, self.reading)
+    >>> import vtc
+    >>> len(KeepLooked().plan(vtc.adapters.families()["llava"].references[0]).stages)
+    32
+    """
+
+    @property
+    @abstractmethod
+    def reading(self) -> LLMReading:
+        """What is read of every layer."""
+
+    def plan(self, model: ModelSpec) -> Plan:
+        layers = range(model.llm_layers)
+        return Plan(tuple(map(CacheStage, layers)), Needs(llm=dict.fromkeys(layers, self.reading)), "preserve")
+
+    @abstractmethod
+    def score(self, view: StageView, layer: int) -> Tensor:
+        """[I, N] scores of the entries of `layer`, higher is kept."""
+
+    def counts(self, view: StageView, layer: int) -> Sequence[int]:
+        """Entries of each item that stay in `layer`: by default, the same in all."""
+        return view.keep
+
+    def first(self, view: StageView, counts: Sequence[int]) -> Tensor | None:
+        """[I, N] bool, entries that stay whatever their scores, not more than `counts` of an item; None for none."""
+        return None
+
+    def select(self, view: StageView) -> Selection:
+        """Keep what `first` marks and the best of the others."""
+        assert isinstance(view.stage, CacheStage)
+        layer, items = view.stage.from_layer, view.items
+        counts, scores = self.counts(view, layer), self.score(view, layer)
+        keep, first = put(counts, view.device), self.first(view, counts)
+        most = max(counts, default=0)
+        if first is None:
+            kept = top_k(scores, keep, items.gaps, most=most)
+        else:
+            kept = first | top_k(scores, keep - first.sum(1), items.mask & ~first, most=most)
+        return Selection(kept, counts=counts, scores=scores)
+
+
+def latest(items: ItemTable, counts: Sequence[int]) -> Tensor:
+    """Mark the last `counts` entries of each item; bool [I, N]."""
+    begins = [have - last for have, last in zip(items.counts, counts, strict=True)]
+    begin = put(begins, items.mask.device)[:, None]
+    return items.mask & (torch.arange(items.mask.shape[1], device=begin.device) >= begin)
