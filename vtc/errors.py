@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+LISTED = 300
+"""Characters of the names that a message lists."""
 
 
 class VTCError(ValueError):
@@ -66,7 +69,7 @@ def one_line(error: BaseException) -> str:
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], also: Iterable[str] = ()) -> UnknownName:
-    """Build the error for an unregistered `name`, with near matches and the full list.
+    """Build the error for an unregistered `name`, with near matches and the list, cut where it is long.
 
     also: names that may have been meant but do not belong to the list.
 
@@ -79,7 +82,13 @@ def unknown_name(kind: str, name: object, known: Iterable[str], also: Iterable[s
     near = [lower[match] for match in difflib.get_close_matches(given, lower, n=3, cutoff=0.5)]
     hint = f" did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     kinds = kind if kind.endswith("s") else f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
-    return UnknownName(f"unknown {kind} {shown(name)};{hint} Known {kinds}: {', '.join(options) or 'none'}")
+    return UnknownName(f"unknown {kind} {shown(name)};{hint} Known {kinds}: {_listed(options)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All of them, or as many as fit into a message."""
+    whole = ", ".join(names) or "none"
+    return whole if len(whole) <= LISTED else f"{whole[: whole.rindex(', ', 0, LISTED)]}, ... ({len(names)} in all)"
 
 
 def shown(value: object) -> str:

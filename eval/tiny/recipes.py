@@ -63,7 +63,7 @@ class Recipe:
 RECIPES = {
     "tiny-onevision": Recipe("tiny-onevision"),
     "tiny-qwen": Recipe("tiny-qwen", steps_tower=900, steps_joint=1800, batch_size=24, start="tiny-onevision"),
-    "tiny-internvl": Recipe("tiny-internvl", steps_tower=1400, steps_joint=2500, start="tiny-onevision"),
+    "tiny-internvl": Recipe("tiny-internvl", steps_tower=900, steps_joint=1800, start="tiny-onevision"),
 }
 _CLASSES = {
     "tiny-onevision": "onevision:OneVision",

@@ -79,6 +79,7 @@ def test_facts_about_the_model(tower: str, settings: Any, feature_layer: int) ->
         "family": "llava",
         "vision_layers": 4,
         "feature_layer": feature_layer,
+        "clip": tower == "clip",
         "has_cls": tower != "siglip",
         "full_attention_layers": (0, 1, 2, 3),
         "llm_layers": 4,

@@ -101,12 +101,16 @@ def test_the_rest_under_a_method_is_the_method_itself(registered: str, name: str
         pytest.skip("does not run on this family")
     method, told = with_tiny_pair(method, name)
     inputs = tiny_inputs(name, [[3, "image", 5]], model=model)
-    total, (one,), meter = spent(model, method, inputs, **told, **({"retention": 0.7} if method.needs_budget else {}))
+    budget = {"retention": 0.7} if method.needs_budget else {}
+    try:
+        total, (one,), meter = spent(model, method, inputs, **told, **budget)
+    except vtc.errors.UnsupportedMethod:
+        pytest.skip("does not run on this map, which is resized")
     rest = total - meter.cost(one).prefill
     if registered in WHOLE:
         assert rest == 0
     else:
-        share = 0.11 if registered in ("vqtoken_codebook", "zero_tprune", "fastvid") else 0.04
+        share = 0.11 if registered in ("vqtoken_codebook", "zero_tprune", "fastvid", "gprune") else 0.04
         unread = type(method).reads is not vtc.Compressor.reads  # what it plans to read counts, needed or not
         deep = registered == "expediting_vit" and name.startswith("qwen3")  # deep features of what it had not restored
         separators = registered == "trim"  # count as if they were projected to where its pair compares them

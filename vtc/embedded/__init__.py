@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vtc.errors import unknown_name
 
-NAMES = ("tiny-llava", "tiny-onevision", "tiny-qwen")
+NAMES = ("tiny-llava", "tiny-onevision", "tiny-qwen", "tiny-internvl")
 ENCODERS = ("tiny-clip",)
 """Image and text towers without an LLM, which open_clip loads."""
 WEIGHTS = Path(__file__).resolve().parent / "weights"

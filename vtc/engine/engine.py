@@ -264,11 +264,9 @@ class Engine:
             one.rotary = one.rotary if one.group else kwargs["position_embeddings"]
             if one.now.items is not None:
                 hidden = self.stages.run(index, one, States(hidden))
-            before = one.positions
             positions, mask = one.enter(index, hidden.device)
             one.mask = group_mask(self.adapter.language_model.config, one, index, mask, hidden)
-            if positions is not before:  # the very same tensor has the same phases
-                one.rotary = self.adapter.language_model.rotary_emb(hidden, positions)
+            one.rotary = self.adapter.language_model.rotary_emb(hidden, positions)
         kwargs["position_ids"] = None  # rotary phases come from position_embeddings; ids only feed packing detection
         if one.group > 0:
             kwargs["attention_mask"], kwargs["position_embeddings"] = one.mask, one.rotary

@@ -34,8 +34,8 @@ class LLMPass(Pass):
     None without one; adopted: it was a plain one before. features: see `vtc.engine.deepstack`. ends: [B, 1] positions
     of each row's first and last token at input, where something may be renumbered. staged: a stage was reached, whether
     it dropped something or not, so that renumbering does not depend on what else is in the batch; pruned: something was
-    dropped. group: first layer of the current group of layers that hold the same rows; positions, mask, rotary: what
-    its layers take. left: the rows of each group so far. spans: first layer, rows and visual tokens per batch row of
+    dropped. group: first layer of the current group of layers that hold the same rows; mask, rotary: what its layers
+    take. left: the rows of each group so far. spans: first layer, rows and visual tokens per batch row of
     each group. evicted: visual tokens per batch row that stay in the caches of groups that lost some. seconds: host
     time so far.
     """
@@ -63,7 +63,6 @@ class LLMPass(Pass):
     staged: bool = False
     pruned: bool = False
     group: int = 0
-    positions: Tensor | None = None
     mask: Any = None
     rotary: Any = None
     left: dict[int, RowTable] = field(default_factory=dict)
@@ -117,7 +116,7 @@ class LLMPass(Pass):
         self.group = group
         self.note_group(group)
         self.left[group] = rows = self.now.rows
-        self.positions = positions = self._positions(group)
+        positions = self._positions(group)
         mask = rows.valid if rows.seen is None else rows.seen & rows.held
         if self.cache is None:
             return positions, mask

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc import embedded
 from vtc.adapters.base import Adapter
 from vtc.adapters.pairs import Encoder, open_pair
 from vtc.cost.shapes import PairShape
 from vtc.engine.llm_pass import LLMPass
 from vtc.errors import UnsupportedCall, UnsupportedMethod, VTCError
-from vtc.method.checkpoint import digests
-from vtc.method.pairs import PairFeatures
+from vtc.method.pairs import PairFeatures, pair_digests
 from vtc.method.readings import exact
 from vtc.ops.host import put
 
@@ -46,7 +43,7 @@ class Pair:
                 "pair='ViT-L-14-336:openai'"
             )
         self.name, self._tokenizer = name, getattr(processor, "tokenizer", processor)
-        self._encoder = _loaded(name, _state(name), adapter.model.device)
+        self._encoder = _loaded(name, tuple(pair_digests(name).items()), adapter.model.device)
         self.shape = self._fitting(adapter)
 
     def _fitting(self, adapter: Adapter) -> PairShape:
@@ -118,12 +115,6 @@ class Pair:
         with exact(rows.device):
             projected: Tensor = self._encoder.adapter.project(rows.to(self._encoder.weight))
         return projected.to(rows.device)
-
-
-def _state(name: str) -> tuple[tuple[str, str], ...]:
-    """What changes with the files behind a name; nothing for names that stand for the same weights everywhere."""
-    folder = embedded.model_path(name) if name in embedded.ENCODERS else Path(name)
-    return tuple(digests(folder).items()) if folder.is_dir() else ()
 
 
 @functools.lru_cache(2)  # a sweep attaches its methods batch after batch

@@ -49,8 +49,8 @@ class PairedCompressor(Compressor):
         given = super().described()
         if self.pair is None:
             return given
-        folder = embedded.model_path(self.pair) if self.pair in embedded.ENCODERS else Path(self.pair)
-        return {**given, "pair_digests": digests(folder)} if folder.is_dir() else given
+        found = pair_digests(self.pair)
+        return {**given, "pair_digests": found} if found else given
 
     def paired(self, plan: Plan, model: ModelSpec) -> Plan:
         """`plan` with what `compared` needs; UnsupportedMethod where the encoder is no half of a CLIP."""
@@ -67,3 +67,12 @@ class PairedCompressor(Compressor):
         """Tokens [I, N, C] and questions [I, C] in the space in which the pair compares them; float32."""
         pair, rows = view.pair(self.pair), view.vision_attention(view.model.feature_layer, Rows.HIDDEN)
         return pair.project(rows), pair.texts[view.items.row]
+
+
+def pair_digests(name: str) -> dict[str, Any]:
+    """What identifies the files behind a pair's name; nothing for names that mean the same weights everywhere."""
+    folder = embedded.model_path(name) if name in embedded.ENCODERS else Path(name)
+    try:
+        return digests(folder) if folder.is_dir() else {}
+    except OSError:  # a name that no file can have
+        return {}

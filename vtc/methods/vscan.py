@@ -49,8 +49,8 @@ class VScan(Compressor):
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
-    >>> vtc.create("vscan").plan(llava).needs
-    Needs(vision={5: ClassRow(), 22: ClassRow()}, llm={16: LastRowAhead()})
+    >>> vtc.create("vscan").plan(llava).needs.vision
+    {5: ClassRow(), 22: ClassRow()}
     """
 
     window: int | None = None
