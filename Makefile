@@ -73,6 +73,7 @@ results: docs
 	cp results/docs/figure.png docs/results/tiny_image.png
 	cp results/full/tiny-onevision/table.md docs/results/tiny_onevision.md
 	cp results/full/tiny-onevision/figure.png docs/results/tiny_onevision.png
+	cp results/full/tiny-qwen/table.md docs/results/tiny_qwen.md
 	$(BIN)/python -m vtc.eval.claims results/full/tiny-onevision > docs/results/claims.md
 	$(BIN)/vtc sweep parts
 	$(BIN)/python -m vtc.eval.parts results/parts > docs/results/parts.md
