@@ -83,7 +83,7 @@ def test_a_file_is_overridden_by_options(command: Command, arguments: list[objec
     ("given", "words"),
     [
         (["sweep", "--methods", "vtc-cls"], "did you mean 'vtc_cls'"),
-        (["sweep", "--retentions", "0.5,2"], "retention 2 is outside (0, 1]"),
+        (["sweep", "--retentions", "0.5,2"], "retention=2.0 is outside (0, 1]"),
         (["sweep", "--retentions", "half"], "retentions.0: input should be a valid number"),
         (["sweep", "--tasks", ","], "tasks is empty"),
         (["sweep", "nope.yaml"], "no sweep file 'nope.yaml'"),
