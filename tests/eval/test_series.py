@@ -44,7 +44,7 @@ def test_each_has_what_the_file_says_and_its_own() -> None:
         ("tiny-llava", "sweeps is no list of settings"),
         ([{"model": "a"}, {"model": "b/a"}], "two sweeps are called 'a'"),
         ([{"model": "a"}, {"modell": "b"}], "my.yaml, sweep 2: unknown key 'modell'; did you mean 'model'"),
-        ([{"retentions": [2]}], "my.yaml, sweep 1: retention 2 is outside"),
+        ([{"retentions": [2]}], "my.yaml, sweep 1: retention=2.0 is outside"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(sweeps: Any, words: str) -> None:

@@ -155,7 +155,7 @@ def test_memory_counts_from_where_it_starts() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"retentions": (1.5,)}, r"retention 1.5 is outside"),
+        ({"retentions": (1.5,)}, r"retention=1.5 is outside"),
         ({"batch_sizes": (0,)}, "hold no size of 1 or more"),
         ({"batch_sizes": ()}, "hold no size of 1 or more"),
         ({"new_tokens": 0}, "new-tokens=0 is too small"),
