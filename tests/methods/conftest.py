@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def shares() -> Callable[[int, Sequence[int]], list[int]]:
 
 
 @pytest.fixture
+def parted(shares: Any) -> Callable[[StageView, int, str], list[tuple[list[int], int]]]:
+    """The places of an item's tokens, crop by crop or all together, and how many of each the budget keeps."""
+
+    def read(view: StageView, item: int, scope: str) -> list[tuple[list[int], int]]:
+        count = view.items.counts[item]
+        crop = view.crop[item, :count].tolist()
+        parts = [[p for p in range(count) if scope == "item" or crop[p] == c] for c in range(max(crop) + 1)]
+        parts = parts[:1] if scope == "item" else parts
+        return list(zip(parts, shares(view.keep[item], [len(part) for part in parts]), strict=True))
+
+    return read
+
+
+@pytest.fixture
 def meets_budget() -> Callable[[str, str, float], None]:
     """Checks on one tiny model, pictures and clips, that a method before the LLM keeps what was asked for exactly."""
 
@@ -98,7 +113,6 @@ def keeps_entries() -> Callable[[str, str, float], None]:
             (call,) = handle.stats.calls
             assert call.visual_entries_kept == pytest.approx(wanted)
             assert call.visual_tokens_kept == call.visual_tokens_in
-            left = [totals for layers, totals in call.left for _ in range(layers)]
             text = inputs["attention_mask"].sum(1) - torch.tensor(call.visual_tokens_in)
             left = [torch.tensor(totals) for layers, totals in call.left for _ in range(layers)]
             assert [int((text + totals).max()) for totals in left] == list(call.kv_rows)

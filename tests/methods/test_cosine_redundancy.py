@@ -26,16 +26,13 @@ def plain_choice(x: Tensor, keep: int) -> list[int]:
 
 @pytest.mark.parametrize("scope", ["item", "crop"])
 @pytest.mark.parametrize("keep", [1, 9, 30])
-def test_the_plain_choice(make_view: Any, kept: Any, shares: Any, shape: Any, scope: Any, keep: int) -> None:
+def test_the_plain_choice(make_view: Any, kept: Any, parted: Any, shape: Any, scope: Any, keep: int) -> None:
     shapes = [shape(((1, 3, 3), (1, 4, 5)), newlines=True), (5, 5), (1, 1), shape(((3, 3, 3),))]
     view = make_view(shapes, keep=keep)
     found = kept(view, vtc.create("cosine_redundancy", scope=scope).select(view))
-    for item, count in enumerate(view.items.counts):
-        crop = view.crop[item, :count].tolist()
-        parts = [[p for p in range(count) if scope == "item" or crop[p] == c] for c in range(max(crop) + 1)]
-        parts = parts[:1] if scope == "item" else parts
+    for item in range(len(view.items)):
         expected: list[int] = []
-        for part, few in zip(parts, shares(view.keep[item], [len(part) for part in parts]), strict=True):
+        for part, few in parted(view, item, scope):
             expected += [int(view.items.token[item, part[j]]) for j in plain_choice(view.tokens[item, part], few)]
         assert found[item] == sorted(expected)
 

@@ -44,18 +44,15 @@ def seen(make_view: Any, shapes: Any, spec: ModelSpec = CLIP_L, **budget: Any) -
 @pytest.mark.parametrize("scope", ["crop", "item"])
 @pytest.mark.parametrize("keep", [1, 9, 24])
 def test_the_plain_choice(
-    make_view: Any, kept: Any, shares: Any, shape: Any, spec: ModelSpec, alpha: float, scope: Any, keep: int
+    make_view: Any, kept: Any, parted: Any, shape: Any, spec: ModelSpec, alpha: float, scope: Any, keep: int
 ) -> None:
     shapes = [shape(((1, 3, 3), (1, 4, 5)), newlines=True), (5, 5), (1, 1), shape(((3, 3, 3),))]
     view = seen(make_view, shapes, spec, keep=keep)
     found = kept(view, vtc.create("scope", alpha=alpha, scope=scope).select(view))
     reading = vtc.create("scope").attention(spec)  # type: ignore[attr-defined]
-    for item, count in enumerate(view.items.counts):
-        crop = view.crop[item, :count].tolist()
-        parts = [[p for p in range(count) if scope == "item" or crop[p] == c] for c in range(max(crop) + 1)]
-        parts = parts[:1] if scope == "item" else parts
+    for item in range(len(view.items)):
         expected: list[int] = []
-        for part, few in zip(parts, shares(view.keep[item], [len(part) for part in parts]), strict=True):
+        for part, few in parted(view, item, scope):
             a, x = (view.vision_attention(spec.key_layer, each)[item, part] for each in (reading, Rows.HIDDEN))
             expected += [int(view.items.token[item, part[j]]) for j in plain_choice(x, a, few, alpha)]
         assert found[item] == sorted(expected)
