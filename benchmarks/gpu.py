@@ -156,8 +156,9 @@ def waits(file: Path, *, tiny: bool) -> None:
     device = torch.device("cpu" if tiny else "cuda")
     rows = []
     for name in FAMILIES[:1] if tiny else FAMILIES:
-        model = tiny_model(name).to(device).eval()
+        model = tiny_model(name).eval()
         inputs = {key: value.to(device) for key, value in tiny_inputs(name, PROMPTS, model=model).items()}
+        model.to(device)
 
         def call(model: Any = model, inputs: Any = inputs) -> Any:
             with torch.no_grad():

@@ -126,7 +126,9 @@ def test_near_matches(given: str, near: str) -> None:
 def test_names_without_near_matches_get_the_list(clip: Any) -> None:
     with pytest.raises(UnknownName) as caught:
         vtc.compress(clip, "xyzzy", retention=0.5)
-    assert str(caught.value) == f"unknown method 'xyzzy'; Known methods: {', '.join(vtc.list_methods())}"
+    names = vtc.list_methods()
+    shown, _, rest = str(caught.value).removeprefix("unknown method 'xyzzy'; Known methods: ").partition(", ... ")
+    assert names[: len(shown.split(", "))] == shown.split(", ") and rest == f"({len(names)} in all)"
 
 
 # --- filters
@@ -152,7 +154,7 @@ def test_methods_by_pattern_stage_training_and_family() -> None:
     ("given", "message"),
     [
         ({"pattern": "vqtokn"}, r"unknown method 'vqtokn'; did you mean 'vqtoken'"),
-        ({"pattern": "zz*"}, r"unknown method 'zz\*'; Known methods: .*vtc_cls"),
+        ({"pattern": "zz*"}, r"unknown method 'zz\*'; Known methods: aim, .*in all"),
         ({"pattern": 3}, r"unknown method 3; Known methods"),
         (
             {"stage": "pre-llm"},

@@ -146,6 +146,14 @@ def test_ocrbench_counts_every_cell_from_nothing(
     assert not files(elsewhere)
 
 
+@pytest.fixture
+def openai(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is OpenAI's, whatever address the process had when the task's module was first imported."""
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    monkeypatch.setattr(mmbench_evaluator, "API_URL", "https://api.openai.com/v1/chat/completions")
+
+
 def mmbench(made: Callable[..., Any], evaluate: str) -> Any:
     rows = [
         {
@@ -165,6 +173,7 @@ def mmbench(made: Callable[..., Any], evaluate: str) -> Any:
     return made("mmbench_here", "lmms_eval.tasks.mmbench.en_utils", "mmbench_process_results", metrics, rows)
 
 
+@pytest.mark.usefixtures("openai")
 def test_mmbench_without_a_key_for_its_judge_is_refused_and_nobody_is_asked(made: Callable[..., Any]) -> None:
     task = mmbench(made, "mmbench_aggregate_dev_results_eval")
     words = r"'mmbench_here' is scored by a judge at .*openai.* and none of OPENAI_API_KEY, AZURE_API_KEY is set"
@@ -172,6 +181,7 @@ def test_mmbench_without_a_key_for_its_judge_is_refused_and_nobody_is_asked(made
         rehearse(task)
 
 
+@pytest.mark.usefixtures("openai")
 def test_with_a_key_the_judge_is_noted_and_not_asked(made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "made up")
     monkeypatch.setattr("vtc.eval.rehearsal.reachable", lambda host, port: None)
