@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +115,25 @@ def test_no_stage_waits_for_the_gpu(registered: str, name: str, monkeypatch: pyt
     budget = {"retention": 0.7} if method.needs_budget else {}
     with torch.no_grad(), vtc.compress(model, method, **budget, **told):
         model(**inputs)
+
+
+@pytest.mark.parametrize("room", ["methods", "ops", "batch"])
+def test_no_literal_is_assigned_through_an_index(room: str) -> None:
+    """torch copies it from the host and waits, which only a GPU shows: slices are fine."""
+    folder = Path(vtc.__file__).parent / room
+    found = []
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                indices = [target.slice for target in node.targets if isinstance(target, ast.Subscript)]
+                found += [f"{file.name}:{node.lineno}" for index in indices if not plain(index)]
+    assert not found
+
+
+def plain(index: ast.expr) -> bool:
+    """Whether an index in square brackets holds slices and literals alone."""
+    parts = index.elts if isinstance(index, ast.Tuple) else [index]
+    return all(isinstance(part, ast.Slice | ast.Constant | ast.UnaryOp) for part in parts)
 
 
 def test_the_test_notices_a_read() -> None:

@@ -54,7 +54,7 @@ class Pool(Compressor):
                 end = first + cells.numel()
                 place = torch.arange(first, end, device=device)
                 pooled[rows, centres] = pool_grid(alike[:, first:end], grid, output)
-                kept[rows, centres] = True
+                kept[rows, centres] = kept.new_ones(())
                 into[rows, place] = centres[cells]
                 for i in same:
                     counts[i] += centres.numel()

@@ -40,7 +40,8 @@ class Stride(Compressor):
         for regions, count in dict.fromkeys(wanted):
             rows = put([i for i, other in enumerate(wanted) if other == (regions, count)], kept.device)
             for first, (frames, height, width), share in split_budget(regions, count):
-                kept[rows[:, None], first + strided(frames * height, width, share, device=kept.device)] = True
+                places = first + strided(frames * height, width, share, device=kept.device)
+                kept[rows[:, None], places] = kept.new_ones(())
         return Selection(kept, counts=view.keep)
 
     def _shape(self, regions: tuple[Grid, ...], count: int) -> tuple[Grid, ...]:

@@ -12,7 +12,8 @@ def put(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) ->
     """`numbers` as ``torch.tensor`` takes them, on `device`; the host does not wait for what the device still does.
 
     ``torch.tensor(numbers, device="cuda")`` returns when all work before it is done: a selection would begin only after
-    the vision tower has ended, and nothing of the language model could be sent ahead.
+    the vision tower has ended, and nothing of the language model could be sent ahead. A literal that is assigned
+    through an index tensor (``kept[rows] = True``) is such a copy too; ``kept[rows] = kept.new_ones(())`` is none.
 
     >>> put([3, 1], torch.device("cpu")).tolist()
     [3, 1]

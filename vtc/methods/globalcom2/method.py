@@ -210,7 +210,7 @@ def _guidance(view: StageView, z: Tensor, groups: int) -> tuple[Tensor, Tensor, 
             picture = whole[:, : layout.n_tokens - layout.newlines].reshape(len(rows), layout.n_crops, -1)
             sums[rows] = crops.group_sums(z[rows], view.crop[rows], groups, mask)
             seen = picture.mean(1).repeat(1, layout.n_crops)
-        guided[rows[:, None], others] = True
+        guided[rows[:, None], others] = guided.new_ones(())
         overall[rows] = seen.gather(1, token.clamp(max=seen.shape[1] - 1))
     return overall, sums, guided
 
@@ -240,6 +240,6 @@ def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[in
         tokens[rows, :count] = take_rows(sequence, order[:, :count])
         laid[rows, :count] = torch.arange(count, device=laid.device) < kept.sum(1, keepdim=True) + lines
         into[rows, :count] = torch.where(kept, inverse(order)[:, :count], -1)
-        separators[rows] = False
+        separators.index_fill_(0, rows, False)
     counts = selection.counts and [count + newlines.get(item, 0) for item, count in enumerate(selection.counts)]
     return Selection(laid, counts, tokens, into, separators)
