@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vtc.app.catalogue import describe_methods
+from vtc.app.lines import lines_page
 from vtc.app.method_pages import method_pages, overview
 from vtc.eval.choosing import choosing_page
 from vtc.eval.columns import column_page
@@ -20,6 +21,7 @@ DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "choosing.md": choosing_page,
     "methods.md": lambda: method_pages(describe_methods()),
     "columns.md": column_page,
+    "results/lines.md": lines_page,
     "tasks.md": task_page,
     "api/vtc.md": core_page,
     "api/methods.md": methods_page,

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from vtc.errors import InputError
+from vtc.eval import ranking
 from vtc.eval.answers import answers
 from vtc.eval.claims import UNTOUCHED, Claim, differences, document, judged, losses, read_claims
+from vtc.eval.comparisons import retained
 from vtc.eval.results import Results
 from vtc.eval.spec import make_spec
 from vtc.eval.sweep import run_sweep
@@ -63,6 +65,22 @@ def test_losses_are_differences_below_zero_without_doubt(results: Results) -> No
     sure = [n for n in ("hiprune", "fastv") if any(pair.high < 0 for pair in differences(data, n, "random"))]
     assert [line[1] for line in found] == sure
     assert "## Methods that lose" in document(results, [])
+
+
+def test_the_ranking_says_who_leads_and_who_loses_to_what_knows_nothing(results: Results) -> None:
+    text = ranking.document(results)
+    order = retained(results)
+    lost = {(line[1], line[2]): line[3] for line in losses(results)}
+    for budget in ("0.33", "0.05"):
+        board = text.partition(f"## At {budget}\n")[2].partition("\n## ")[0]
+        rows = [line.strip("| ").split(" | ") for line in board.strip().splitlines()[2:]]
+        entries = [each for each in order if each.retention == float(budget)]
+        assert [row[0] for row in rows] == [each.method for each in entries]
+        for row, each in zip(rows, entries, strict=True):
+            assert row[1].startswith(f"{each.percent:.1f}") and row[3] == f"{each.tasks['tiny_image']:.1f}"
+            beaten = f"{budget} (" in lost.get((each.method, "random"), "")
+            assert row[-1] == ("random (tiny_image)" if beaten else "-")
+    assert "whole prompt" not in text
 
 
 def test_shipped_claims_name_methods_that_exist() -> None:

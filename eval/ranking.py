@@ -1,0 +1,88 @@
+"""`python -m vtc.eval.ranking FOLDER` ranks the methods of a finished sweep at each of its budgets, as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vtc.app.pages import Table, page
+from vtc.eval.answers import Answers, answers
+from vtc.eval.claims import CONTROLS, base_name, differences
+from vtc.eval.comparisons import Retained, ranked_tasks, retained
+from vtc.eval.results import Asked, Results, read_results
+from vtc.eval.tables import nominal
+
+WHOLE = 99.9
+"""Percent of the visual tokens from which on nothing is missing in the prompt."""
+HEAD = "method", "percent of untouched", "tokens, %"
+
+
+def beaten(known: Mapping[str, Answers], names: Sequence[str]) -> dict[tuple[str, Asked], dict[str, list[str]]]:
+    """Method and budget -> control -> the tasks on which the control is better without doubt.
+
+    A control knows nothing of the picture. Without doubt: the 95 % interval of the paired difference lies below zero.
+    """
+    found: dict[tuple[str, Asked], dict[str, list[str]]] = {}
+    for task, data in known.items():
+        for name in names:
+            for control in CONTROLS:
+                for pair in differences(data, name, control) if name not in CONTROLS else ():
+                    if pair.high < 0:
+                        found.setdefault((name, pair.retention), {}).setdefault(control, []).append(task)
+    return found
+
+
+def rows(
+    order: Sequence[Retained], tasks: Sequence[str], lost: Mapping[tuple[str, Asked], Mapping[str, list[str]]]
+) -> Iterator[list[str]]:
+    """The best first: a line with the mean over tasks, each task, and which controls do better where."""
+    for each in order:
+        interval = "" if each.low is None else f" ({each.low:.1f} to {each.high:.1f})"
+        spread = "" if each.spread is None else f" ± {each.spread:.1f} over seeds"
+        losses = lost.get((base_name(each.method), each.retention), {})
+        yield [
+            each.method,
+            f"{each.percent:.1f}{interval}{spread}",
+            "-" if each.tokens is None else f"{each.tokens:.0f}",
+            *(f"{each.tasks[task]:.1f}" for task in tasks),
+            "; ".join(f"{control} ({', '.join(where)})" for control, where in losses.items()) or "-",
+        ]
+
+
+def document(results: Results) -> str:
+    """The page."""
+    tasks = ranked_tasks(results)
+    found = {task: answers(results, task, results.main_metric(task)) for task in tasks}
+    known = {task: data for task, data in found.items() if data is not None}
+    order = retained(results)
+    lost = beaten(known, list(dict.fromkeys(base_name(each.method) for each in order)))
+    parts: list[str | Table] = []
+    for budget in dict.fromkeys(each.retention for each in order):
+        entries = [each for each in order if each.retention == budget]
+        short = [each for each in entries if each.tokens is None or each.tokens < WHOLE]
+        whole = [each for each in entries if each not in short]
+        for title, chosen in ("", short), (", with a whole prompt", whole):
+            if chosen:
+                parts += [f"## At {nominal(budget)}{title}", ((*HEAD, *tasks, "loses to"), rows(chosen, tasks, lost))]
+    counts = ", ".join(f"{task} {results.run['tasks'][task]['documents']}" for task in tasks)
+    about = f"""performance in percent of the untouched model's: ratio per task, then the mean, with 95 % intervals over
+    questions ({counts}). Model: {results.run["model"]["name"]}. "tokens": visual tokens that enter an LLM layer, in the
+    mean. "loses to": controls, which know nothing of the picture, that do better without doubt (the 95 % interval of
+    the paired difference lies below zero). A method that leaves the prompt whole saves work in the encoder or memory
+    behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The model is small
+    and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
+    packages = ("torch", "transformers", "lmms-eval")
+    return page("All methods, ranked", "python -m vtc.eval.ranking results/ranking", about, *parts, packages=packages)
+
+
+def main() -> None:
+    """Print the page of a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    sys.stdout.write(document(read_results(parser.parse_args().folder)))
+
+
+if __name__ == "__main__":
+    main()
