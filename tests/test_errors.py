@@ -463,6 +463,18 @@ CASES: dict[str, Case] = {
         lambda: vtc.compress(model(), "vtc_cls", keep=0.25),  # type: ignore[arg-type]
         BudgetError, "keep=0.25", "not a positive whole number", "for example keep=64",
     ),
+    "budgets of several items in two words": Case(
+        lambda: vtc.compress(model(), "vtc_cls", keep=[4, 8], retention=[0.5, 0.5]),
+        BudgetError, "retention=[0.5, 0.5] and keep=[4, 8]", "are no budgets of several items", "pass one list",
+    ),
+    "budgets of other items": Case(
+        lambda: run("vtc_cls", keep=[4, 8, 9]),
+        BudgetError, "3 budgets for 2 images and videos", "of this call", "give one for each of them",
+    ),
+    "budgets of items inside the encoder": Case(
+        lambda: vtc.compress(model(), "tome", keep=[4, 8], inside=True),
+        BudgetError, "2 budgets for 'tome'", "inside the encoder here, where all pictures share one", "one number",
+    ),
     "layers in front of the first stage": Case(
         lambda: vtc.compress(model(), LastRowTopK(layer=3), retention=0.75),
         BudgetError, "retention=0.75", "3 of 4 LLM layers see every token", "ask for more than 0.750, prune earlier",

@@ -14,7 +14,7 @@ from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.arguments import check_keywords, check_methods, check_model, check_options
 from vtc.errors import BudgetError, VTCError, shown
 from vtc.method.base import Compressor, ModelSpec, Plan, Positions
-from vtc.method.budget import Budget
+from vtc.method.budget import Budget, ItemBudgets
 from vtc.method.composite import Composite, combine
 from vtc.method.registry import create
 
@@ -60,7 +60,7 @@ class Handle:
         return self._engine.plan
 
     @property
-    def budget(self) -> Budget | None:
+    def budget(self) -> Budget | ItemBudgets | None:
         """The budget asked for; of several methods the product of their retentions (None where counts are mixed in)."""
         method = self._engine.method
         return method.combined if isinstance(method, Composite) else self._engine.budget
@@ -164,8 +164,8 @@ def compress(
     model: nn.Module,
     method: str | Compressor | Sequence[str | Compressor],
     *,
-    retention: float | Sequence[float | None] | None = None,
-    keep: int | Sequence[int | None] | None = None,
+    retention: float | Sequence[float | None] | Tensor | None = None,
+    keep: int | Sequence[int | None] | Tensor | None = None,
     positions: Positions | None = None,
     pad_output: bool = False,
     trace: bool = True,
@@ -182,9 +182,10 @@ def compress(
     stages, each with its entry in the lists `retention` and `keep`: the first to act gets a share of the input's
     tokens, a later one a share of those that reach it. retention: fraction of each item's visual
     tokens that reaches the LLM, mean over the layers for methods that prune inside it; keep: the same as a count per
-    item. positions: "preserve" keeps the original position ids of kept tokens, "compact" renumbers them without gaps at
-    every stage, "compact_input" before the LLM alone;
-    the method's default follows its paper. pad_output: put the outputs back at their input positions, which training
+    item. A single method also takes one value for each image and video of a call, a list or tensor in the order of the
+    model's inputs, images first. positions: "preserve" keeps the original position ids of kept tokens, "compact"
+    renumbers them without gaps at every stage, "compact_input" before the LLM alone; the method's default follows its
+    paper. pad_output: put the outputs back at their input positions, which training
     with labels needs. trace: record kept positions. prompt_length: how many tokens of each row (padding not counted)
     are the prompt, where the input goes on with an answer and neither labels nor generate() tell; one number, or one
     for each prompt of the batch. system_length: how many of them are the system prompt, which no method takes for the
@@ -222,14 +223,15 @@ def compress(
                 f"method={shown(method)} with hyper-parameters {sorted(hyper_parameters)} is no list of methods; write "
                 "for example [vtc.create('hiprune', alpha=0.2), vtc.create('aim', merge=False)]"
             )
-        method, budget = combine(parts, retention, keep), None
+        method, budget = combine(parts, _plain(retention), _plain(keep)), None
     else:
         method = _single(method, hyper_parameters)
         budget = _budget(method, retention, keep)
     encoder = adapters.encoder_of(model)
     if encoder is not None:
         given = (positions, pad_output or None, prompt_length, system_length, processor, image_sizes, questions)
-        return _attach(_encoder_engine(encoder, method, budget, given, trace=trace))
+        alike = None if budget is None else budget.alike(method.name)
+        return _attach(_encoder_engine(encoder, method, alike, given, trace=trace))
     adapter = adapters.of(model)
     if processor is not None:
         adapter.learn(processor)
@@ -272,7 +274,7 @@ def _encoder_engine(
     return EncoderEngine(encoder, method, budget, trace=trace)
 
 
-def _check_reach(method: Compressor, budget: Budget | None, model: ModelSpec) -> None:
+def _check_reach(method: Compressor, budget: Budget | ItemBudgets | None, model: ModelSpec) -> None:
     if budget is not None:
         budget.check_reach(method.least_retention(model), model.llm_layers, method.name)
 
@@ -292,10 +294,18 @@ def _single(method: Any, hyper_parameters: dict[str, Any]) -> Compressor:
     return method
 
 
-def _budget(method: Compressor, retention: Any, keep: Any) -> Budget | None:
+def _budget(method: Compressor, retention: Any, keep: Any) -> Budget | ItemBudgets | None:
     if not method.needs_budget and (retention is not None or keep is not None):
         raise BudgetError(f"{method.name!r} takes no retention or keep; its hyper-parameters decide how much it keeps")
-    return Budget(retention, keep) if method.needs_budget else None
+    if not method.needs_budget:
+        return None
+    retention, keep = _plain(retention), _plain(keep)
+    several = isinstance(retention, list | tuple) or isinstance(keep, list | tuple)
+    return ItemBudgets.of(retention, keep) if several else Budget(retention, keep)
+
+
+def _plain(numbers: Any) -> Any:
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 def share_encoder(model: nn.Module, methods: Iterable[Compressor] = ()) -> SharedEncoder:

@@ -51,7 +51,7 @@ from vtc.engine.passes import Passes
 from vtc.engine.stages import StageRunner
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, Plan, Positions
-from vtc.method.budget import Budget
+from vtc.method.budget import Budget, ItemBudgets
 from vtc.method.states import States
 
 OWNER = "_vtc_engine"
@@ -83,7 +83,7 @@ class Engine:
         adapter: Adapter,
         method: Compressor,
         plan: Plan,
-        budget: Budget | None,
+        budget: Budget | ItemBudgets | None,
         positions: Positions,
         *,
         pad_output: bool,

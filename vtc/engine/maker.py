@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtc.method.base import Compressor, Plan, Positions
-from vtc.method.budget import Budget
+from vtc.method.budget import Budget, ItemBudgets
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Maker:
     contents: str
     stages: str
     positions: Positions
-    budget: Budget | None
+    budget: Budget | ItemBudgets | None
 
     @classmethod
-    def of(cls, method: Compressor, plan: Plan, budget: Budget | None, positions: Positions) -> Maker:
+    def of(cls, method: Compressor, plan: Plan, budget: Budget | ItemBudgets | None, positions: Positions) -> Maker:
         """Describe what was attached."""
         name = f"{method!r} version {method.version}"
         return cls(name, repr(method.described()), repr(plan.stages), positions, budget)

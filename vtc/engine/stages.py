@@ -21,7 +21,7 @@ from vtc.engine.taps import TapSet, look_ahead
 from vtc.engine.tower_stages import TowerStages
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
-from vtc.method.budget import Budget
+from vtc.method.budget import Budget, ItemBudgets
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, exact
 from vtc.method.states import States
 
@@ -39,7 +39,7 @@ class StageRunner:
         adapter: Adapter,
         method: Compressor,
         plan: Plan,
-        budget: Budget | None,
+        budget: Budget | ItemBudgets | None,
         module: nn.Module | None = None,
         pairs: Sequence[Pair] = (),
     ) -> None:
@@ -59,7 +59,8 @@ class StageRunner:
             )
         self.starts = tuple(sorted({0, *bounds}))
         inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
-        self.encoder = TowerStages(adapter, method, plan, budget, module) if inside else None
+        alike = budget.alike(method.name) if inside and budget is not None else None
+        self.encoder = TowerStages(adapter, method, plan, alike, module) if inside else None
         self.noted: list[Stage] = [*sorted({*self.inner, *([0] if inside else [])}), *self.cache]
 
     def taps(self, passes: Passes[LLMPass]) -> TapSet:
@@ -126,7 +127,9 @@ class StageRunner:
         assert batch.items is not None
         if any(context.alive is not None for context in contexts):
             return False
-        return all(self.method.keeps_all(self.budget, count) for count in batch.items.input_counts)
+        counts = batch.items.input_counts
+        budgets = [None] * len(counts) if self.budget is None else self.budget.each(batch.items.sources)
+        return all(map(self.method.keeps_all, budgets, counts))
 
     def run(self, stage: int, one: LLMPass, states: States) -> Tensor:
         """Pass `stage`: [B, L, D] rows in, [B, L', D] rows out."""

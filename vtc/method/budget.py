@@ -67,6 +67,14 @@ class Budget:
                 )
             object.__setattr__(self, "keep", int(keep))
 
+    def each(self, sources: Sequence[int]) -> tuple[Budget, ...]:
+        """The budget of every item; sources: their numbers among what the encoder was given."""
+        return (self,) * len(sources)
+
+    def alike(self, method: str) -> Budget:
+        """The budget of all items, as `method` needs it where pictures lie side by side in one tensor."""
+        return self
+
     def tokens(self, count: int) -> int:
         """Tokens to keep of an item that has `count` of them; an item below the budget is kept whole."""
         if self.retention is not None:
@@ -97,6 +105,54 @@ class Budget:
         if self.retention not in (None, 1) and self.retention <= least:
             wanted = f"retention={self.retention} cannot be met by {method!r} here"
             raise _beyond(wanted, round(least * layers), layers, "every token", f"more than {least:.3f}")
+
+
+@dataclass(frozen=True)
+class ItemBudgets:
+    """A budget of its own for every image and video of a call, in the order of the model's inputs, images first.
+
+    >>> ItemBudgets.of(keep=[36, 144]).each([1, 0])
+    (Budget(retention=None, keep=144), Budget(retention=None, keep=36))
+    """
+
+    budgets: tuple[Budget, ...]
+
+    @classmethod
+    def of(cls, retention: Sequence[float] | None = None, keep: Sequence[int] | None = None) -> ItemBudgets:
+        """From exactly one list of numbers; raises BudgetError for anything else."""
+        given = retention if keep is None else keep
+        if not given or (retention is not None and keep is not None):
+            raise BudgetError(
+                f"retention={shown(retention)} and keep={shown(keep)} are no budgets of several items; pass one list, "
+                "such as keep=[64, 144], with a value for each image and video of a call"
+            )
+        name = "retention" if keep is None else "keep"
+        return cls(tuple(Budget(**{name: each}) for each in given))  # type: ignore[arg-type]
+
+    def each(self, sources: Sequence[int]) -> tuple[Budget, ...]:
+        """The budget of every item; sources: their numbers among what the encoder was given.
+
+        Raises BudgetError where a call has another number of images and videos.
+        """
+        found = len(set(sources))
+        if found != len(self.budgets):
+            raise BudgetError(
+                f"{len(self.budgets)} budgets for {found} images and videos of this call; give one for each of them, in"
+                " the order of the model's inputs and images first, or a single one for all"
+            )
+        return tuple(self.budgets[source] for source in sources)
+
+    def alike(self, method: str) -> Budget:
+        """Raises BudgetError: pictures inside an encoder share one budget."""
+        raise BudgetError(
+            f"{len(self.budgets)} budgets for {method!r}, which acts inside the encoder here, where all pictures share "
+            "one; give one number, or choose a method that acts behind the encoder"
+        )
+
+    def check_reach(self, least: float, layers: int, method: str) -> None:
+        """As that of `Budget`, for each."""
+        for each in self.budgets:
+            each.check_reach(least, layers, method)
 
 
 N = TypeVar("N", int, float)

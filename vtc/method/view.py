@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.errors import VTCError
-from vtc.method.budget import Budget
+from vtc.method.budget import Budget, ItemBudgets
 from vtc.method.items import ItemTable
 from vtc.method.plan import ModelSpec, Needs, R, Stage, each
 from vtc.method.readings import LLMReading, VisionReading
@@ -88,7 +88,7 @@ class StageView:
 
     stage: Stage
     model: ModelSpec
-    budget: Budget | None
+    budget: Budget | ItemBudgets | None
     items: ItemTable
     separators: ItemTable
     states: States
@@ -159,20 +159,23 @@ class StageView:
     @cached_property
     def keep(self) -> tuple[int, ...]:
         """Tokens the budget grants each item, of those it had in the input and without its separators."""
-        assert self.budget is not None, "this method was planned without a budget"
-        return self._grant([self.budget.tokens(count) for count in self.items.input_counts])
+        return self._grant(list(self.granted))
 
     def keep_from_layer(self, layer: int) -> tuple[int, ...]:
         """Tokens each item may keep from LLM layer `layer` on when every layer before it sees them all."""
-        assert self.budget is not None, "this method was planned without a budget"
-        layers = self.model.llm_layers
-        return self._grant([self.budget.tokens_from_layer(n, layer, layers) for n in self.items.input_counts])
+        columns = zip(self.budgets, self.items.input_counts, strict=True)
+        return self._grant([each.tokens_from_layer(n, layer, self.model.llm_layers) for each, n in columns])
 
     @property
     def granted(self) -> tuple[int, ...]:
         """Tokens of each item, separators included, that may enter an LLM layer in the mean over all layers."""
+        return tuple(each.tokens(n) for each, n in zip(self.budgets, self.items.input_counts, strict=True))
+
+    @cached_property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budget of each item."""
         assert self.budget is not None, "this method was planned without a budget"
-        return tuple(self.budget.tokens(count) for count in self.items.input_counts)
+        return self.budget.each(self.items.sources)
 
     def _grant(self, granted: list[int]) -> tuple[int, ...]:
         columns = zip(granted, self.items.counts, self.items.fixed, strict=True)
