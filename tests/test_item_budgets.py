@@ -11,7 +11,7 @@ from torch import Tensor
 import vtc
 from vtc.errors import BudgetError
 from vtc.method.budget import Budget, ItemBudgets
-from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
+from vtc.testing import tiny_inputs, tiny_model
 
 PROMPTS: list[list[Any]] = [[3, "image", 5, "image", 2], [2, "image", 9]]
 METHODS = {
