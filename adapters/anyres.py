@@ -144,10 +144,10 @@ def anyres_item(pack: Packing, tiling: Size | None, side: int, device: torch.dev
     return VisualItem(
         kind="image",
         n_tokens=len(tokens),
-        crop=crop.to(device),
-        row=inside[:, 0].to(device),
-        col=inside[:, 1].to(device),
-        newline=newline.to(device),
+        crop=crop.to(device, non_blocking=True),
+        row=inside[:, 0].to(device, non_blocking=True),
+        col=inside[:, 1].to(device, non_blocking=True),
+        newline=newline.to(device, non_blocking=True),
         n_crops=len(places),
         crop_grid=(side, side),
         newlines=newlines,
@@ -168,7 +168,7 @@ def frames_item(
     end = int(newline)
 
     def with_end(values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(values, (0, end), value=-1).to(device)
+        return torch.nn.functional.pad(values, (0, end), value=-1).to(device, non_blocking=True)
 
     crop = with_end(frame)
     raster_of_tokens = (frames, pooled, pooled)

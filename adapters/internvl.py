@@ -144,7 +144,12 @@ class InternVLAdapter(Adapter):
 
         place = pack(torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).float()[None])[0]
         item = _item(
-            "image", 1, None, place.to(pixels.device), (rows, cols), (round(rows * ratio), round(cols * ratio))
+            "image",
+            1,
+            None,
+            place.to(pixels.device, non_blocking=True),
+            (rows, cols),
+            (round(rows * ratio), round(cols * ratio)),
         )
         return VisionContext(
             kind="image",

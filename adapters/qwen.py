@@ -140,7 +140,7 @@ class QwenVLAdapter(Adapter):
         layouts = {grid: _item(kind, grid, merge, pixels.device) for grid in set(grids)}
         items = [layouts[grid] for grid in grids]
         order = self.raster_order(table)
-        order = None if order is None else order.to(pixels.device)
+        order = None if order is None else order.to(pixels.device, non_blocking=True)
 
         def to_tokens(values: Tensor) -> list[Tensor]:
             """[P, C] or [1, P, C] -> one [n_i, C] per item: the mean over the patches that make a token."""

@@ -112,7 +112,7 @@ class ItemRecord:
     """One image or video of one call.
 
     row: batch row. positions: [n] its placeholders in the input. layout: crop, row and column of every token, newlines,
-    rasters. kept: stage -> [k] token numbers inside the item that passed it. merged_into: stage -> [n] token number
+    rasters. passed: stage -> [n] bool, whether the token passed it. merged_into: stage -> [n] token number
     that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows. scores: stage -> [n]
     what the stage ranked the tokens by, NaN for those that it did not see; only for stages that tell.
     """
@@ -120,9 +120,14 @@ class ItemRecord:
     row: int
     positions: Tensor
     layout: VisualItem
-    kept: dict[Stage, Tensor] = field(default_factory=dict)
+    passed: dict[Stage, Tensor] = field(default_factory=dict)
     merged_into: dict[Stage, Tensor] = field(default_factory=dict)
     scores: dict[Stage, Tensor] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[Stage, Tensor]:
+        """Stage -> [k] token numbers inside the item that passed it; the host waits for the device to count them."""
+        return {stage: passed.nonzero().flatten() for stage, passed in self.passed.items()}
 
     @property
     def kind(self) -> Kind:
@@ -157,8 +162,8 @@ class ItemRecord:
             raise VTCError(
                 f"some tokens of this {self.kind} lie in no raster, such as a class token; use `kept` and `layout`"
             )
-        marks = torch.zeros(self.layout.n_tokens, dtype=torch.bool, device=self.positions.device)
-        marks = marks.index_fill(0, self.kept[stage].to(marks.device), True)[~self.layout.newline.to(marks.device)]
+        passed = self.passed[stage]
+        marks = passed[~self.layout.newline.to(passed.device)]
         return [
             part.reshape(region) for part, region in zip(torch.split(marks, sizes), self.layout.regions, strict=True)
         ]
@@ -185,7 +190,7 @@ class CallRecord:
         """Keep what is there after `stage`; alive: [B, S] bool over input positions."""
         self.keep[stage] = alive
         for item in self.items:
-            item.kept[stage] = alive[item.row].gather(0, item.positions.to(alive.device)).nonzero().flatten()
+            item.passed[stage] = alive[item.row].gather(0, item.positions.to(alive.device))
 
     def note_scores(self, stage: Stage, selection: Selection, items: ItemTable) -> None:
         """Keep what the view's `items` were ranked by, where the selection tells."""

@@ -136,16 +136,14 @@ def _stages(record: CallRecord) -> Iterator[tuple[str, tuple[Left, ...]]]:
     """Caption and items of every stage that left fewer tokens, or other ones."""
     before = [item.layout.n_tokens for item in record.items]
     for stage in record.keep:
-        now = [len(item.kept[stage]) for item in record.items]
+        now = [int(item.passed[stage].sum()) for item in record.items]
         if now != before or any(stage in item.merged_into for item in record.items):
             yield caption(stage), tuple(_left(item, stage) for item in record.items)
         before = now
 
 
 def _left(item: ItemRecord, stage: Stage) -> Left:
-    alive = np.zeros(item.layout.n_tokens, dtype=bool)
-    alive[item.kept[stage].cpu().numpy()] = True
-    return Left(alive, _numbers(item.merged_into.get(stage)), _numbers(item.scores.get(stage)))
+    return Left(item.passed[stage].cpu().numpy(), _numbers(item.merged_into.get(stage)), _numbers(item.scores.get(stage)))
 
 
 def _numbers(values: Tensor | None) -> Any:
