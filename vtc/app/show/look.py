@@ -143,7 +143,8 @@ def _stages(record: CallRecord) -> Iterator[tuple[str, tuple[Left, ...]]]:
 
 
 def _left(item: ItemRecord, stage: Stage) -> Left:
-    return Left(item.passed[stage].cpu().numpy(), _numbers(item.merged_into.get(stage)), _numbers(item.scores.get(stage)))
+    alive = item.passed[stage].cpu().numpy()
+    return Left(alive, _numbers(item.merged_into.get(stage)), _numbers(item.scores.get(stage)))
 
 
 def _numbers(values: Tensor | None) -> Any:
