@@ -17,7 +17,7 @@ from vtc.eval.outside import reachable, watching
 from vtc.eval.rehearsal import rehearse
 from vtc.eval.scoped import Mine, environment, replaced
 
-LIMIT = 5.0
+LIMIT = 15.0
 CODE = """
 import os
 import time
