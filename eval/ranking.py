@@ -73,8 +73,9 @@ def document(results: Results) -> str:
     the paired difference lies below zero). A method that leaves the prompt whole saves work in the encoder or memory
     behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The model is small
     and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
-    packages = ("torch", "transformers", "lmms-eval")
-    return page("All methods, ranked", "python -m vtc.eval.ranking results/ranking", about, *parts, packages=packages)
+    model, packages = results.run["model"]["name"], ("torch", "transformers", "lmms-eval")
+    command = f"python -m vtc.eval.ranking results/ranking/{model}"
+    return page(f"All methods on {model}, ranked", command, about, *parts, packages=packages)
 
 
 def main() -> None:
