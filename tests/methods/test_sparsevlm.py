@@ -64,7 +64,7 @@ def test_the_plain_choice(make_view: Any, kept: Any, options: Any, budget: Any, 
     view = seen(make_view, method, layer, **budget)
     selection = method.select(view)
     found = kept(view, selection)
-    parts = method.left(view, layer)
+    parts = method.parts(view, layer + 1)
     rows, rate = view.llm_rows[layer, TEXT], view.memory[method, "raters"]
     for item, (keep, number, groups) in enumerate(parts):
         count, row = view.items.counts[item], view.items.rows[item]
@@ -121,7 +121,7 @@ def test_published_counts(make_view: Any) -> None:
     for layer, now, expected in ((2, 576, (300, 83, 9)), (6, 309, (200, 33, 4)), (15, 204, (110, 29, 3))):
         view = seen(make_view, method, layer, [(24, 24)])
         items = dataclasses.replace(view.items, counts=(now,), entered=(576,))
-        assert method.left(dataclasses.replace(view, items=items), layer) == [expected]
+        assert method.parts(dataclasses.replace(view, items=items), layer + 1) == [expected]
 
 
 @pytest.mark.parametrize("retention", [0.12, 0.25, 1 / 3, 0.6, 0.95])
@@ -131,7 +131,7 @@ def test_the_mean_over_the_layers_meets_the_budget(make_view: Any, retention: fl
     left, now = [], 576
     for layer in (2, 6, 15):
         items = dataclasses.replace(view.items, counts=(now,))
-        ((stay, _, groups),) = method.left(dataclasses.replace(view, items=items), layer)
+        ((stay, _, groups),) = method.parts(dataclasses.replace(view, items=items), layer + 1)
         now = stay + groups
         left.append(now)
     mean = (3 * 576 + 4 * left[0] + 9 * left[1] + 16 * left[2]) / 32
@@ -150,15 +150,15 @@ def test_a_split_is_exact(recycle: float) -> None:
 
 
 def test_plans_and_refusals() -> None:
-    assert dataclasses.asdict(SparseVLM()) == {"layers": (2, 6, 15), "ratios": None, "recycle": 0.3}
+    assert dataclasses.asdict(SparseVLM()) == {"layers": (2, 6, 15), "ratios": None, "schedule": None, "recycle": 0.3}
     for spec, layers, positions in ((LLAMA, (2, 6, 15), "compact"), (QWEN, (2, 5, 13), "preserve")):
         plan = SparseVLM().plan(spec)
         assert plan.stages == (0, *(layer + 1 for layer in layers))
         assert (plan.needs, plan.positions) == (vtc.Needs(llm=dict.fromkeys(layers, TEXT)), positions)
     assert SparseVLM().least_retention(LLAMA) == 3 / 32
     for options, message in (
-        ({"layers": (6, 2)}, r"layers=\(6, 2\) are no ascending layer numbers; the paper uses \(2, 6, 15\) of 32"),
-        ({"layers": (2, 31)}, "are those of an LLM of 32 layers; pass numbers below 31"),
+        ({"layers": (6, 2)}, r"layers=\(6, 2\) must rise, begin at 0 or later and end at 30"),
+        ({"layers": (2, 31)}, r"end at 30 at the latest; the paper uses \(2, 6, 15\) of 32"),
         ({"ratios": (0.5, 0.2)}, "one for each of 3 layers"),
         ({"ratios": (0.5, 0.2, 0.3)}, "must fall and lie between 0 and 1"),
         ({"recycle": 1}, "recycle=1.0 is no share of what leaves; the code has 0.3, 0 merges nothing"),

@@ -22,9 +22,9 @@ def left(view: Any, **options: Any) -> list[list[int]]:
     """Tokens of each item before and behind every stage that drops."""
     method: Any = vtc.create("v2drop", **options)
     counts = [view.items.counts]
-    for stage in range(len(method.before(view.model))):
+    for start in method.starts(view.model):
         here = dataclasses.replace(view.items, counts=counts[-1])
-        counts.append(method.left(dataclasses.replace(view, items=here), stage))
+        counts.append(method.left(dataclasses.replace(view, items=here), start))
     return [list(column) for column in zip(*counts, strict=True)]
 
 
@@ -113,12 +113,12 @@ def test_the_budget_is_met_on_every_model(name: str) -> None:
 
 def test_plans_and_refusals() -> None:
     method: Any = vtc.create("v2drop")
-    assert dataclasses.asdict(method) == {"layers": (3, 17, 22), "ratios": None}
+    assert dataclasses.asdict(method) == {"layers": (3, 17, 22), "ratios": None, "schedule": None}
     assert method.plan(LLAMA) == vtc.Plan((2, 3, 16, 17, 21, 22), Needs(), "preserve")
-    assert method.before(dataclasses.replace(LLAMA, llm_layers=28)) == (3, 15, 19)
-    assert method.before(dataclasses.replace(LLAMA, llm_layers=4)) == (1, 2, 3)
+    assert method.starts(dataclasses.replace(LLAMA, llm_layers=28)) == (3, 15, 19)
+    assert method.starts(dataclasses.replace(LLAMA, llm_layers=4)) == (1, 2, 3)
     for layers in ((), (0, 3), (3, 3), (4, 2), (3, 32)):
-        with pytest.raises(VTCError, match="are no ascending layer numbers from 1 to 31"):
+        with pytest.raises(VTCError, match="must rise, begin at 1 or later and end at 31 at the latest"):
             vtc.create("v2drop", layers=layers)
     for ratios in ((0.5, 0.2), (0.2, 0.5, 0.1), (1.0, 0.5, 0.1)):
         with pytest.raises(VTCError, match="must fall and lie between 0 and 1, one for each of 3 layers"):

@@ -200,17 +200,36 @@ def spend(
     return min(curve(low), curve(high), key=lambda counts: abs(excess(counts)))
 
 
+Shape = Callable[[float, Sequence[int]], list[float]]
+"""x in [0, 1] and the spans of layers -> the share of an item's tokens that each stage leaves, none falling with x."""
+
+
+def common_factor(x: float, spans: Sequence[int]) -> list[float]:
+    """Every stage leaves the share x of what the one before it left.
+
+    >>> common_factor(0.5, (8, 8, 8, 8))
+    [0.5, 0.25, 0.125]
+    """
+    return [x**stage for stage in range(1, len(spans))]
+
+
 @functools.lru_cache(CACHED)
 def left_by_stages(
-    tokens: int, least: int, granted: int, fixed: int, given: int, spans: tuple[int, ...]
+    tokens: int,
+    least: int,
+    granted: int,
+    fixed: int,
+    given: int,
+    spans: tuple[int, ...],
+    shape: Shape = common_factor,
 ) -> tuple[int, ...]:
-    """Tokens of an item left behind each stage in the LLM, shrinking by a common factor, so that the budget is met.
+    """Tokens of an item left behind each stage in the LLM, in shares of the given shape, so that the budget is met.
 
     tokens: in front of the first stage, beside `fixed` separators. least: what a stage leaves at least. granted: mean
     over the layers, separators included, of the `given` tokens in the input. spans: layers in front of the first stage,
-    between the stages and behind the last one. The result is ``max(least, round(tokens * x ** s))`` for s = 1, 2, ...
-    with the x in [0, 1] that comes closest. Where even x = 0 exceeds the budget, fewer than `least` are left, down to
-    one; raises BudgetError where not even that is enough.
+    between the stages and behind the last one. The result is ``max(least, round(tokens * share))``, with the shares of
+    the x in [0, 1] that comes closest. Where even x = 0 exceeds the budget, fewer than `least` are left, down to one;
+    raises BudgetError where not even that is enough.
 
     >>> left_by_stages(576, 47, 192, 0, 576, (3, 4, 4, 4, 17))
     (361, 226, 141, 88)
@@ -222,8 +241,7 @@ def left_by_stages(
     lowest = min(tokens, max(1, min(least, math.floor(room + 0.5))))
 
     def curve(x: float) -> list[int]:
-        falling = [max(lowest, math.floor(tokens * x**stage + 0.5)) for stage in range(1, len(spans))]
-        return [tokens, *falling]
+        return [tokens, *(max(lowest, math.floor(tokens * share + 0.5)) for share in shape(x, spans))]
 
     return tuple(spend(total, spans, curve, fixed=fixed, slack=later / 2, of=given)[1:])
 

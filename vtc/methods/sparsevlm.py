@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Selection, StageView
-from vtc.method.budget import left_by_stages
+from vtc.errors import VTCError
+from vtc.method.base import PRE_LLM, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.method.registry import register
+from vtc.method.schedule import DEPTH, scaled
+from vtc.method.staged import StagedCompressor
 from vtc.ops.attention import attention_rows
 from vtc.ops.density import density_peaks
 from vtc.ops.host import put
 from vtc.ops.merge import merge_rows
 from vtc.ops.select import front_pack, group_sizes, take_rows, top_k
 
-DEPTH = 32
-"""The layers' numbers are those of an LLM of so many layers."""
 BLOCK = 1 << 24
 """Similarities held at a time."""
 SAME = 1e-5
@@ -54,7 +51,7 @@ TEXT = TextRows()
 
 
 @register
-class SparseVLM(Compressor):
+class SparseVLM(StagedCompressor):
     """Behind three layers of the LLM, keep what the words that concern the image attend to, and recycle the rest.
 
     Acts inside the LLM, behind layers 2, 6 and 15 of 32; training-free, follows the question. Raters: with visual and
@@ -67,7 +64,8 @@ class SparseVLM(Compressor):
 
     layers: as above, scaled to the model's depth. ratios: what each stage keeps of the tokens that entered the LLM;
     then no retention or keep is given, and merged tokens come on top, as published: (300, 200, 110) of 576 for the
-    label 192, (303, 110, 36) for 128, (66, 30, 17) for 64. recycle: 0.3 as released; 0 merges nothing.
+    label 192, (303, 110, 36) for 128, (66, 30, 17) for 64. schedule: instead of both, such as "sigmoid(8)", "cosine" or
+    a rate for every layer. recycle: 0.3 as released; 0 merges nothing.
 
     Departures from the paper and its code: exact counts by a budget, which the code has in tables for LLaVA alone and
     the paper replaces by lambda times what the rank of the raters' attention lacks, a count that no budget can meet.
@@ -86,53 +84,24 @@ class SparseVLM(Compressor):
     """
 
     layers: tuple[int, ...] = (2, 6, 15)
-    ratios: tuple[float, ...] | None = None
     recycle: float = 0.3
 
     name: ClassVar[str] = "sparsevlm"
+    published, published_ratios = (2, 6, 15), (0.52, 0.35, 0.19)
+    first, last = 0, DEPTH - 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise VTCError(f"layers={self.layers!r} are no ascending layer numbers; the paper uses (2, 6, 15) of 32")
-        if self.layers[-1] >= DEPTH - 1:
-            raise VTCError(
-                f"layers={self.layers!r} are those of an LLM of {DEPTH} layers; pass numbers below {DEPTH - 1}"
-            )
-        if self.ratios is not None and (
-            len(self.ratios) != len(self.layers)
-            or list(self.ratios) != sorted(self.ratios, reverse=True)
-            or not 0 < self.ratios[-1] <= self.ratios[0] < 1
-        ):
-            raise VTCError(
-                f"ratios={self.ratios!r} must fall and lie between 0 and 1, one for each of {len(self.layers)} layers: "
-                "each is a share of the tokens that entered the LLM; published are (300/576, 200/576, 110/576)"
-            )
         if not 0 <= self.recycle < 1:
             raise VTCError(f"recycle={self.recycle!r} is no share of what leaves; the code has 0.3, 0 merges nothing")
 
-    @property
-    def needs_budget(self) -> bool:
-        return self.ratios is None
-
-    def after(self, model: ModelSpec) -> tuple[int, ...]:
-        """The LLM layers behind which tokens leave."""
-        scaled = (math.floor(layer * model.llm_layers / DEPTH + 0.5) for layer in self.layers)
-        found = tuple(dict.fromkeys(layer for layer in scaled if layer + 1 < model.llm_layers))
-        if not found or (self.ratios is not None and len(found) != len(self.layers)):
-            raise UnsupportedMethod(
-                f"layers={self.layers!r} of {DEPTH} are {len(found)} of this {model.family} model's {model.llm_layers} "
-                "LLM layers; pass layers that are further apart or earlier"
-            )
-        return found
+    def lists(self, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+        return (tuple(layer + 1 for layer in scaled(self.layers, model.llm_layers, last=model.llm_layers - 2)),)
 
     def plan(self, model: ModelSpec) -> Plan:
-        layers = self.after(model)
-        stages = (PRE_LLM, *(layer + 1 for layer in layers))
-        return Plan(stages, Needs(llm=dict.fromkeys(layers, TEXT)), "preserve" if model.mrope else "compact")
-
-    def least_retention(self, model: ModelSpec) -> float:
-        return (self.after(model)[0] + 1) / model.llm_layers
+        starts = self.starts(model)
+        needs = Needs(llm={start - 1: TEXT for start in starts})
+        return Plan((PRE_LLM, *starts), needs, "preserve" if model.mrope else "compact")
 
     @torch.no_grad()
     def select(self, view: StageView) -> Selection | None:
@@ -140,7 +109,7 @@ class SparseVLM(Compressor):
             view.memory[self, "raters"] = raters(view)
             return None
         assert isinstance(view.stage, int)
-        parts = self.left(view, view.stage - 1)
+        parts = self.parts(view, view.stage)
         if [kept + groups for kept, _, groups in parts] == list(view.items.counts):
             return None
         paid = view.llm_attention(view.stage - 1, TEXT)
@@ -148,25 +117,12 @@ class SparseVLM(Compressor):
         score = torch.einsum("tin,it->in", paid, rate / rate.sum(1, keepdim=True).clamp(min=1))
         return recycled(view, score, parts)
 
-    def left(self, view: StageView, layer: int) -> list[tuple[int, int, int]]:
-        """Of each item: tokens that stay behind `layer`, tokens that are recycled, and groups they become."""
-        items, layers = view.items, self.after(view.model)
-        stage = layers.index(layer)
-        if self.ratios is not None:
-            stay = [max(1, math.floor(n * self.ratios[stage] + 0.5)) for n in items.entered]
-            return [
-                (kept, *self.groups(now - kept)) if kept < now else (now, 0, 0)
-                for kept, now in zip(stay, items.counts, strict=True)
-            ]
-        starts = (0, *(each + 1 for each in layers), view.model.llm_layers)
-        spans = tuple(after - before for before, after in pairwise(starts))
-        columns = zip(items.counts, items.entered, view.granted, items.fixed, items.input_counts, strict=True)
-        return [
-            (now, 0, 0)
-            if granted >= entered + fixed
-            else self.split(now, left_by_stages(entered, 1, granted, fixed, given, spans)[stage])
-            for now, entered, granted, fixed, given in columns
-        ]
+    def parts(self, view: StageView, start: int) -> list[tuple[int, int, int]]:
+        """Of each item: tokens that stay behind the stage `start`, that are recycled, and groups they become."""
+        pairs = zip(view.items.counts, self.left(view, start), strict=True)
+        if self.needs_budget:
+            return [self.split(now, left) for now, left in pairs]
+        return [(left, *self.groups(now - left)) for now, left in pairs]
 
     def groups(self, dropped: int) -> tuple[int, int]:
         """How many of `dropped` tokens are recycled, and the groups they become.
@@ -220,7 +176,7 @@ def raters(view: StageView) -> Tensor:
 
 
 def recycled(view: StageView, score: Tensor, parts: Sequence[tuple[int, int, int]]) -> Selection:
-    """Keep the best of each item, and the groups of those that follow; parts: as from `SparseVLM.left`."""
+    """Keep the best of each item, and the groups of those that follow; parts: as from `SparseVLM.parts`."""
     items, device = view.items, score.device
     kept, number, groups = put(parts, device).T
     best = top_k(score, kept, items.mask)

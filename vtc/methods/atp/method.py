@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,6 +15,7 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import register
+from vtc.method.schedule import scaled
 from vtc.methods.atp import thresholds
 from vtc.ops.host import put
 from vtc.ops.rank import dense_rank
@@ -63,7 +65,7 @@ class ATPScores(Compressor):
         """The LLM layers after which the modules sit: `layers`, or the published ones scaled to the model's depth."""
         depth = model.llm_layers
         if self.layers is None:
-            chosen = tuple(sorted({at * depth // 32 for at in DEPTHS if at * depth // 32 < depth - 1}))
+            chosen = scaled(DEPTHS, depth, last=depth - 2, nearest=math.floor)
             if not chosen:
                 raise UnsupportedMethod(f"{self.name!r} prunes between LLM layers; this {model.family} model has one")
             return chosen

@@ -30,6 +30,7 @@ from vtc.method.budget import left_by_stages
 from vtc.method.groups import Parts
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows, VisionReading
 from vtc.method.registry import register
+from vtc.method.schedule import scaled
 from vtc.methods.mustdrop.dual import (
     attention_sum_and_max,
     dual_filter,
@@ -178,9 +179,8 @@ class MustDrop(Compressor):
     # --- where it acts
     def after(self, model: ModelSpec) -> tuple[int, ...]:
         """The LLM layers behind which this model's tokens are filtered."""
-        depth = self.depth or model.llm_layers
-        scaled = (math.floor(layer * model.llm_layers / depth + 0.5) for layer in self.layers)
-        return tuple(dict.fromkeys(layer for layer in scaled if layer + 1 < model.llm_layers))
+        depth = model.llm_layers
+        return scaled(self.layers, depth, of=self.depth or depth, last=depth - 2)
 
     def spans(self, model: ModelSpec) -> list[int]:
         """Layers before the first pruning, between prunings, and behind the last, as `average` counts them."""

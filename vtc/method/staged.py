@@ -1,0 +1,129 @@
+"""Methods that drop visual tokens before several layers of the LLM: where they do so, and how many they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtc.errors import BudgetError, UnsupportedMethod, VTCError
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, StageView
+from vtc.method.schedule import DEPTH, Rates, Schedule, check
+
+
+@dataclass(frozen=True)
+class StagedCompressor(Compressor):
+    """A method that drops tokens before several layers of the LLM, as the budget or its hyper-parameters say.
+
+    layers: as the method numbers them; None for the published ones. ratios: the share of the tokens given to the LLM
+    that each stage leaves; then no retention or keep is given. By default lambda, lambda^2, lambda^3, ... of the tokens
+    stay, with the lambda that meets the budget as the mean over all layers. schedule: instead of both, every layer may
+    drop tokens, see `vtc.method.schedule`. Subclasses say what the paper has, the first and the last number that a
+    layer may have, and what `Schedule.rounds` is for their ratios.
+
+    >>> from dataclasses import dataclass
+    >>> import torch, vtc
+    >>> @dataclass(frozen=True)
+    ... class Thin(StagedCompressor):
+    ...     def lists(self, model):
+    ...         return ((1, 3),)
+    ...     def select(self, view):
+    ...         return vtc.Selection(view.items.token < torch.tensor(self.left(view, view.stage))[:, None])
+    >>> from vtc.testing import tiny_inputs, tiny_model
+    >>> model = tiny_model("llava-clip")
+    >>> with torch.no_grad(), vtc.compress(model, Thin(), retention=0.5) as handle:
+    ...     output = model(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model))
+    >>> handle.stats.calls[0].entering
+    ((1, (16,)), (2, (6,)), (1, (3,)))
+    """
+
+    layers: tuple[int, ...] | None = None
+    ratios: Rates | None = None
+    schedule: Rates | str | None = None
+
+    published: ClassVar[tuple[int, ...]] = (8, 16, 24)
+    published_ratios: ClassVar[Rates] = (0.5, 0.25, 0.125)
+    first: ClassVar[int] = 1
+    last: ClassVar[int | None] = None
+    rounds: ClassVar[float] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.published if self.layers is None else self.layers
+        if self.schedule is not None:
+            if layers != self.published or self.ratios is not None:
+                raise VTCError("schedule says where tokens leave and how many; leave out layers and ratios beside it")
+            check(self.schedule)
+        last = math.inf if self.last is None else self.last
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < self.first or layers[-1] > last:
+            most = "" if self.last is None else f" and end at {last} at the latest"
+            raise VTCError(
+                f"layers={layers!r} must rise, begin at {self.first} or later{most}; the paper uses {self.published} "
+                f"of {DEPTH}"
+            )
+        ratios = self.ratios
+        if ratios is not None and (
+            len(ratios) != len(layers)
+            or list(ratios) != sorted(ratios, reverse=True)
+            or not 0 <= ratios[-1] <= ratios[0] < 1
+        ):
+            raise VTCError(
+                f"ratios={ratios!r} must fall and lie between 0 and 1, one for each of {len(layers)} layers: each is a "
+                f"share of the tokens that entered the LLM, such as {self.published_ratios}"
+            )
+
+    @property
+    def needs_budget(self) -> bool:
+        return self.ratios is None and not isinstance(self.schedule, tuple)
+
+    @abstractmethod
+    def lists(self, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+        """LLM layers of this model before which tokens leave; an item takes the first list that meets its budget."""
+
+    def schedules(self, model: ModelSpec) -> tuple[Schedule, ...]:
+        """What the lists of layers, or `schedule`, come to on this model."""
+        depth = model.llm_layers
+        if depth < 2:
+            raise UnsupportedMethod(
+                f"the LLM of this {model.family} model has one layer; nothing can be dropped inside"
+            )
+        if self.schedule is not None:
+            return (Schedule.read(self.schedule, depth),)
+        lists = self.lists(model)
+        if not lists[0] or (self.ratios is not None and len(lists[0]) != len(self.ratios)):
+            raise UnsupportedMethod(
+                f"layers={self.layers or self.published!r} of {DEPTH} are {len(lists[0])} of this {model.family} "
+                f"model's {depth} LLM layers; pass layers that are further apart or earlier"
+            )
+        if self.ratios is not None:
+            return (Schedule(lists[0], depth, self.ratios, self.rounds),)
+        return tuple(Schedule(layers, depth) for layers in lists)
+
+    def starts(self, model: ModelSpec) -> tuple[int, ...]:
+        """The LLM layers before which tokens may leave."""
+        return tuple(sorted({start for schedule in self.schedules(model) for start in schedule.starts}))
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan(self.starts(model), Needs(), "preserve")
+
+    def least_retention(self, model: ModelSpec) -> float:
+        return min(self.starts(model), default=model.llm_layers) / model.llm_layers
+
+    def left(self, view: StageView, start: int) -> tuple[int, ...]:
+        """Tokens that each item has behind the stage before LLM layer `start`."""
+        items, schedules = view.items, self.schedules(view.model)
+        granted = view.granted if self.needs_budget else items.entered
+        columns = zip(items.counts, items.entered, granted, items.fixed, items.input_counts, strict=True)
+        return tuple(min(now, _first(schedules, item).get(start, now)) for now, *item in columns)
+
+
+def _first(schedules: Sequence[Schedule], item: Sequence[int]) -> dict[int, int]:
+    """What the first schedule that can meet an item's budget leaves of it; item: as `Schedule.left` takes it."""
+    *rather, last = schedules
+    for schedule in rather:
+        with contextlib.suppress(BudgetError):
+            return schedule.left(*item)
+    return last.left(*item)
