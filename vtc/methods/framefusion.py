@@ -15,8 +15,8 @@ from vtc.method.frames import Frames
 from vtc.method.registry import register
 from vtc.ops.frames import latest, likeness
 from vtc.ops.host import put
-from vtc.ops.merge import merge_rows
-from vtc.ops.select import group_sizes, top_k
+from vtc.ops.nearest import means
+from vtc.ops.select import top_k
 
 
 @register
@@ -94,9 +94,7 @@ class FrameFusion(Compressor):
             kept = kept & (pruned | (merges > 0)[:, None])
         if joins is None or root is None:
             return Selection(kept, counts=left)
-        size = group_sizes(root, root.shape[1], items.mask)
-        target = torch.where(items.mask, root, root.shape[1])
-        rows = merge_rows(view.tokens, target, 1 / size.gather(1, root).clamp(min=1), root.shape[1])
+        rows = means(view.tokens, torch.where(items.mask, root, -1))
         return Selection(kept & ~joins, tokens=rows, merged_into=torch.where(kept, root, -1))
 
     def _runs(self, view: StageView, most: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
-"""The most similar of the tokens that are kept, for those that are merged into them. Nothing of size N x N."""
+"""The most similar of the tokens that are kept, for those that are merged into them, and means. Nothing of size N x N."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vtc.ops.select import front_pack, take_rows
+from vtc.ops.merge import merge_rows
+from vtc.ops.select import front_pack, group_sizes, take_rows
 
 BLOCK = 1 << 24
 """Similarities held at a time."""
@@ -35,3 +36,17 @@ def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, bloc
         into[:, start : start + chunk] = place.gather(1, nearest)
     into = torch.where(target, torch.arange(length, device=into.device), into)
     return torch.where(left & target.any(1, keepdim=True), into, -1)
+
+
+def means(x: Tensor, into: Tensor) -> Tensor:
+    """Every token as the mean of those that join it, [G, S, D] like x; zero where none does.
+
+    into: [G, S] the place each token goes to, its own where it stays, -1 for nowhere.
+
+    >>> means(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[0, 0, -1]])).flatten().tolist()
+    [3.0, 0.0, 0.0]
+    """
+    length, there = into.shape[1], into >= 0
+    root = into.clamp(min=0)
+    size = group_sizes(root, length, there)
+    return merge_rows(x, torch.where(there, root, length), 1 / size.gather(1, root).clamp(min=1), length)
