@@ -23,8 +23,8 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near:
     (of the densest: the largest distance there is). The c tokens of largest ``rho_i delta_i`` are centres, and every
     other token goes to the nearest of them. Of equals the lower index is denser, is a centre, is nearer.
 
-    x: [G, M, D]. clusters: [G] counts, at most the row's tokens and at most `most`. mask: [G, M] bool. near: the density
-    is the mean over so many tokens, or all of a row that has fewer, instead of c. Streams over the tokens. Returns
+    x: [G, M, D]. clusters: [G] counts, at most the row's tokens and at most `most`. mask: [G, M] bool. near: the
+    density is over so many tokens, or all of a row that has fewer, instead of c. Streams over the tokens. Returns
     [G, M], -1 in rows that have no cluster.
 
     >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]])

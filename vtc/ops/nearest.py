@@ -1,4 +1,4 @@
-"""The most similar of the tokens that are kept, for those that are merged into them, and means. Nothing of size N x N."""
+"""Tokens that join others: the most similar one that is kept, and means of what joined. Nothing of size N x N."""
 
 from __future__ import annotations
 

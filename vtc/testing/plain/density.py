@@ -12,9 +12,7 @@ from vtc.ops.density import density_peaks, peaks
 from vtc.testing.plain import OpCase, Size
 
 
-def plain_density_peaks(
-    x: Tensor, clusters: Tensor, mask: Tensor, most: int = 0, near: int | None = None
-) -> Tensor:
+def plain_density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, most: int = 0, near: int | None = None) -> Tensor:
     """One row after the other."""
     found = torch.full(mask.shape, -1)
     for row, count in enumerate(clusters.tolist()):

@@ -88,7 +88,7 @@ def plain_partition(same: list[list[bool]]) -> list[list[int]]:
     """The frames of each window of one video: the best of the front's partitions, the shortest last window first."""
     best: list[tuple[int, list[list[int]]]] = [(0, [])]
     for end in range(len(same)):
-        found = (-1, [])
+        found: tuple[int, list[list[int]]] = (-1, [])
         for start in reversed(range(end + 1)):
             still = sum(all(column) for column in zip(*same[start + 1 : end + 1], strict=True)) if end > start else 0
             saved = best[start][0] + (end - start) * still
