@@ -13,7 +13,7 @@ from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.frames import Frames
 from vtc.method.registry import register
-from vtc.ops.frames import latest, likeness
+from vtc.ops.frames import latest, likeness, roots
 from vtc.ops.host import put
 from vtc.ops.nearest import means
 from vtc.ops.select import top_k
@@ -104,10 +104,8 @@ class FrameFusion(Compressor):
         alike = likeness(view.tokens.detach(), other)
         near = alike >= self.similarity
         joins = top_k(alike, most.minimum(near.sum(1)), near)
-        root = torch.where(joins, other, torch.arange(other.shape[1], device=other.device))
-        for _ in range(frames.most.bit_length()):  # each time twice as far
-            root = root.gather(1, root)
-        return joins, root
+        parent = torch.where(joins, other, torch.arange(other.shape[1], device=other.device))
+        return joins, roots(parent, frames.most)
 
 
 def planned(before: Sequence[int], now: int, total: int, layers: int, ratio: float) -> tuple[int, bool]:

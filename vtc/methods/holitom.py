@@ -95,7 +95,7 @@ class HoliTom(Compressor):
     def _outer(self, view: StageView, counts: tuple[int, ...]) -> Selection:
         """The stage before the LLM, with `counts` tokens of each item."""
         frames, mask, keep = Frames.of(view), view.items.mask, put(counts, view.device)
-        parts, number = frames.parts, torch.arange(mask.shape[1], device=view.device).expand_as(mask).contiguous()
+        parts = frames.parts
         still, joins, root = self._still(view, frames, keep)
         merged = means(view.tokens, torch.where(mask, root, -1))
         x = parts.take(merged)
@@ -107,12 +107,8 @@ class HoliTom(Compressor):
         attended = top_k(parts.take(score).float(), best.flatten(), stays & ~first)
         most = min(frames.width, max(counts))
         centre = density_peaks(x, clusters.flatten(), first, most=most, near=NEIGHBOURS)
-        seat = torch.arange(x.shape[1], device=view.device)
-        mixed = x + (1 - self.own) * (means(x, centre) - x)
-        tokens = parts.give(torch.where((centre == seat)[..., None], mixed, x))
-        home = torch.where(centre < 0, -1, parts.take(number).gather(1, centre.clamp(min=0)))
-        home = parts.give(torch.where(attended, parts.take(number), home))
-        kept = mask & (home == number)
+        tokens, home = parts.joined(x, centre, attended, self.own)
+        kept = home == torch.arange(mask.shape[1], device=view.device)
         into = torch.where(mask, home.gather(1, root), -1)
         return Selection(kept, counts=counts, tokens=tokens, merged_into=into, scores=score)
 

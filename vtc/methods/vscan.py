@@ -16,7 +16,7 @@ from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.method.two_stages import layer_like, left
 from vtc.ops.host import put
-from vtc.ops.nearest import means, nearest_target
+from vtc.ops.nearest import nearest_target
 from vtc.ops.rank import rank_in_group
 from vtc.ops.select import apportion, group_sizes, settle, top_k
 
@@ -99,11 +99,8 @@ class VScan(Compressor):
         parts = Parts.of(view, "crop")
         x, stays = parts.take(view.tokens), parts.mask & (parts.take(kept.long()) > 0)
         into = nearest_target(x, stays, parts.mask, min(max(counts), x.shape[1]))
-        tokens = torch.where(stays[..., None], means(x, into), x)
-        place = parts.take(torch.arange(kept.shape[1], device=kept.device).expand_as(kept).contiguous())
-        home = torch.where(into < 0, -1, place.gather(1, into.clamp(min=0)))
-        home = torch.where(parts.give(parts.mask.long()) > 0, parts.give(home), -1)
-        return Selection(kept, counts=counts, tokens=parts.give(tokens), merged_into=home, scores=scores)
+        tokens, home = parts.joined(x, into, torch.zeros_like(stays))
+        return Selection(kept, counts=counts, tokens=tokens, merged_into=home, scores=scores)
 
     def scanned(self, view: StageView, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """[I, N] bool, the local and the global tokens; and the values in the late layer."""

@@ -100,6 +100,19 @@ def segments(features: Tensor, real: Tensor, count: int, threshold: float) -> tu
     return segment, last - frame
 
 
+def roots(parent: Tensor, depth: int) -> Tensor:
+    """[I, N] where the chain of every token's parents ends; parent: [I, N] index, of a root its own.
+
+    depth: no chain is longer, as the host knows.
+
+    >>> roots(torch.tensor([[0, 0, 1, 3, 2]]), 3).tolist()
+    [[0, 0, 0, 3, 0]]
+    """
+    for _ in range(depth.bit_length()):  # each time twice as far
+        parent = parent.gather(1, parent)
+    return parent
+
+
 def windows(same: Tensor) -> tuple[Tensor, Tensor]:
     """Cut videos into windows so that as many tokens as possible say nothing new (HoliTom, arXiv:2505.21334).
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.frames import earlier, latest, likeness, places, quotas, segments, windows
+from vtc.ops.frames import earlier, latest, likeness, places, quotas, roots, segments, windows
 from vtc.testing.plain import OpCase, Size
 
 
@@ -82,6 +82,17 @@ def plain_segments(features: Tensor, real: Tensor, count: int, threshold: float)
             segment[item, members] = number
             behind[item, members] = torch.arange(len(members)).flip(0)
     return segment, behind
+
+
+def plain_roots(parent: Tensor, depth: int) -> Tensor:
+    """Walk up, one step at a time."""
+    found = parent.clone()
+    for item, row in enumerate(parent.tolist()):
+        for token, at in enumerate(row):
+            while row[at] != at:
+                at = row[at]
+            found[item, token] = at
+    return found
 
 
 def plain_partition(same: list[list[bool]]) -> list[list[int]]:
@@ -196,7 +207,16 @@ def _same(size: Size) -> dict[str, Any]:
     return {"same": same}
 
 
+def _chains(size: Size) -> dict[str, Any]:
+    """Parents as long chains as there are frames, and short ones."""
+    other = latest(**{name: _placed(size)[name] for name in ("frame", "place", "mask")})
+    short = torch.rand(other.shape, generator=torch.Generator().manual_seed(7)) < torch.arange(len(other))[:, None] / 8
+    own = torch.arange(other.shape[1]).expand_as(other)
+    return {"parent": torch.where((other < 0) | short, own, other), "depth": _placed(size)["shape"][0]}
+
+
 CASES = (
+    OpCase(roots, plain_roots, _chains),
     OpCase(windows, plain_windows, _same),
     OpCase(segments, plain_segments, _features),
     OpCase(places, plain_places, lambda size: {name: _clips(size)[name] for name in ("row", "col", "mask")}),
