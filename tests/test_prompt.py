@@ -23,7 +23,7 @@ from vtc.testing.measures import only_the_prompt
 
 READERS = (
     "fastv", "pyramiddrop", "atp_training_free", "mustdrop", "aim", "todre", "cdpruner", "dart", "sparsevlm",
-    "framefusion", "vscan", "snapkv", "h2o", "vlcache",
+    "framefusion", "holitom", "flashvid", "vscan", "snapkv", "h2o", "vlcache",
 )  # fmt: skip
 """Methods that look at the question or at the attention of the whole prompt."""
 LOOK: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]

@@ -73,6 +73,8 @@ def test_decoding_and_cache_are_what_runs(name: str) -> None:
 
 WHOLE = {"fastv", "globalcom2", "hiprune", "pool", "pyramiddrop", "random", "stride", "vtc_cls"}
 """Methods without matrix products beside what they read of attention."""
+SIMILAR = {"fastvid", "flashvid", "gprune", "holitom", "vqtoken_codebook", "zero_tprune"}
+"""Methods that cluster or rank by page rank."""
 INSIDE = set(vtc.list_methods(stage="encoder", trained=False))
 
 
@@ -110,7 +112,7 @@ def test_the_rest_under_a_method_is_the_method_itself(registered: str, name: str
     if registered in WHOLE:
         assert rest == 0
     else:
-        share = 0.11 if registered in ("vqtoken_codebook", "zero_tprune", "fastvid", "gprune") else 0.04
+        share = 0.11 if registered in SIMILAR else 0.04
         unread = type(method).reads is not vtc.Compressor.reads  # what it plans to read counts, needed or not
         deep = registered == "expediting_vit" and name.startswith("qwen3")  # deep features of what it had not restored
         separators = registered == "trim"  # count as if they were projected to where its pair compares them

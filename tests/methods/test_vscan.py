@@ -11,6 +11,7 @@ import torch
 import vtc
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Needs, Rows
+from vtc.method.two_stages import schedule
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
@@ -53,7 +54,7 @@ def test_the_plain_choice_and_means(
     view = seen(make_view, shapes, spec, keep=keep)
     method: Any = vtc.create("vscan", window=window)
     selection = method.select(view)
-    counts = [first for first, _ in method.schedule(view)]
+    counts = [first for first, _ in schedule(view, spec.llm_layers // 2, method.later)]
     found = kept(view, selection)
     side = window or (6 if spec.has_cls else 8)
     layers = method.early(spec), spec.key_layer
@@ -83,10 +84,10 @@ def test_the_plain_choice_and_means(
 def test_published_counts(make_view: Any) -> None:
     """96 and 32 tokens for 64; where the first stage would keep all, the second one leaves more than a third."""
     method: Any = vtc.create("vscan")
-    assert method.schedule(seen(make_view, [(24, 24)], CLIP_L, keep=64)) == [(96, 32)]
-    ((first, later),) = method.schedule(seen(make_view, [(24, 24)], CLIP_L, retention=0.8))
+    assert schedule(seen(make_view, [(24, 24)], CLIP_L, keep=64), 16, method.later) == [(96, 32)]
+    ((first, later),) = schedule(seen(make_view, [(24, 24)], CLIP_L, retention=0.8), 16, method.later)
     assert first == 576 and abs((576 + later) / 2 - 0.8 * 576) <= 0.5
-    assert method.schedule(seen(make_view, [(24, 24), (3, 3)], CLIP_L, keep=9)) == [(13, 4), (9, 9)]
+    assert schedule(seen(make_view, [(24, 24), (3, 3)], CLIP_L, keep=9), 16, method.later) == [(13, 4), (9, 9)]
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtc.method.view import StageView
 from vtc.ops.greedy import chosen
 from vtc.ops.host import put
+from vtc.ops.nearest import means
 from vtc.ops.select import apportion, out_of_groups, top_k
 
 Scope = Literal["item", "crop"]
@@ -65,6 +66,24 @@ class Parts:
         slot = torch.where(self.mask, self.place, length) + (length + 1) * item[:, None]
         flat = values.new_zeros(items * (length + 1), *values.shape[2:]).index_put((slot,), values)
         return flat.unflatten(0, (items, -1))[:, :length]  # type: ignore[no-untyped-call, no-any-return]
+
+    @property
+    def numbers(self) -> Tensor:
+        """[R, W] the place of each token in its item."""
+        return self.take(torch.arange(self.items.shape[1], device=self.items.device).expand_as(self.items).contiguous())
+
+    def joined(self, x: Tensor, centre: Tensor, alone: Tensor, own: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Clusters as one token each: what every token is afterwards, and where it went; of the items.
+
+        x: [R, W, D]. centre: [R, W] place of the one of its part that each token joins, centres their own, -1 for none.
+        own: what a centre counts for, beside the mean of its cluster. alone: [R, W] bool, tokens that stay as they are.
+        Returns tokens [I, N, D], rows of what did not stay meaning nothing, and places [I, N], -1 for nowhere.
+        """
+        seat, number = torch.arange(x.shape[1], device=x.device), self.numbers
+        mixed = torch.lerp(means(x, centre), x, own)
+        home = torch.where(alone, number, torch.where(centre < 0, -1, number.gather(1, centre.clamp(min=0))))
+        tokens = self.give(torch.where((centre == seat)[..., None], mixed, x))
+        return tokens, torch.where(self.items, self.give(home), -1)
 
     def best(self, scores: Tensor, keep: Tensor, most: int | None = None) -> Tensor:
         """Mark the `keep` [R] highest of the parts' scores [R, W], none of them more than `most`; bool [R, W]."""

@@ -25,6 +25,7 @@ def merge_items(
     metric: Tensor,
     *,
     scope: Scope = "crop",
+    grouped: tuple[Tensor, Sizes] | None = None,
     plan: Callable[[int, int], Sequence[int]] = merge_plan,
     weighted: bool = False,
     raster: bool = False,
@@ -32,14 +33,14 @@ def merge_items(
 ) -> Selection:
     """Merge the tokens of each item down to `keep`, inside crops, tiles or frames or over the whole item.
 
-    metric: [I, N, C] what similarity is measured on. plan: (tokens of a group, its share of `keep`) -> tokens to merge
-    away at each step. weighted: means count what a token already stands for. raster: means stay where their anchor is;
+    metric: [I, N, C] what similarity is measured on. grouped: other groups than those of `scope`, as `groups` gives
+    them, the tokens of each standing together. plan: (tokens of a group, its share of `keep`) -> tokens to merge away
+    at each step. weighted: means count what a token already stands for. raster: means stay where their anchor is;
     otherwise they follow one another in the order of the algorithm. step: the rule of one step, as `bipartite_merge`
-    takes it. Items with fewer tokens to keep than groups are
-    merged over all of them.
+    takes it. Items with fewer tokens to keep than groups are merged over all of them.
     """
     items = view.items
-    crop, sizes = groups(view, scope)
+    crop, sizes = groups(view, scope) if grouped is None else grouped
     crop_free = all(len(row) == 1 for row in sizes)
     joined = [len(row) > 1 and count < sum(map(bool, row)) for row, count in zip(sizes, keep, strict=True)]
     if any(joined):
@@ -166,6 +167,19 @@ def groups(view: StageView, scope: Scope) -> tuple[Tensor, Sizes]:
     if whole:
         return view.crop, [list(layout.crop_sizes) for layout in items.layouts]
     return view.crop, group_sizes(view.crop, view.most_crops, items.mask).tolist()
+
+
+def clips(view: StageView, count: int) -> tuple[Tensor, Sizes]:
+    """As `groups`: videos in at most `count` clips of equally many frames, the last one shorter; a picture is one.
+
+    >>> from vtc.testing import Shape, make_view
+    >>> clips(make_view([Shape(((5, 1, 2),), kind="video")], keep=4), 3)[1]
+    [[4, 4, 2]]
+    """
+    crop, sizes = groups(view, "crop")
+    long = [each.n_crops if each.kind == "image" else -(-each.n_crops // count) for each in view.items.layouts]
+    cut = [[sum(row[at : at + n]) for at in range(0, len(row), n)] for row, n in zip(sizes, long, strict=True)]
+    return crop // put(long, crop.device)[:, None], cut
 
 
 def reordered(kept: Tensor, tokens: Tensor, into: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

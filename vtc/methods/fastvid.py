@@ -90,8 +90,7 @@ class FastVID(Compressor):
         near = free.sum(1).clamp(max=NEIGHBOURS)
         anchor = peaks(x, quota.flatten(), near, free, most=most, nearest=NEIGHBOURS)
         place = front_pack(anchor, most).view(*sizes.shape, -1)
-        number = parts.take(torch.arange(mask.shape[1], device=mask.device).expand_as(mask).contiguous())
-        place = number.view(*sizes.shape, -1).gather(2, place)
+        place = parts.numbers.view(*sizes.shape, -1).gather(2, place)
         real = torch.arange(most, device=mask.device) < quota[..., None]
         own = segment.gather(1, frames.number)
         joins = parts.give(free) & mask

@@ -13,10 +13,10 @@ from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.frames import Frames
 from vtc.method.registry import register
-from vtc.ops.frames import latest, likeness
+from vtc.ops.frames import latest, likeness, roots
 from vtc.ops.host import put
-from vtc.ops.merge import merge_rows
-from vtc.ops.select import group_sizes, top_k
+from vtc.ops.nearest import means
+from vtc.ops.select import top_k
 
 
 @register
@@ -94,9 +94,7 @@ class FrameFusion(Compressor):
             kept = kept & (pruned | (merges > 0)[:, None])
         if joins is None or root is None:
             return Selection(kept, counts=left)
-        size = group_sizes(root, root.shape[1], items.mask)
-        target = torch.where(items.mask, root, root.shape[1])
-        rows = merge_rows(view.tokens, target, 1 / size.gather(1, root).clamp(min=1), root.shape[1])
+        rows = means(view.tokens, torch.where(items.mask, root, -1))
         return Selection(kept & ~joins, tokens=rows, merged_into=torch.where(kept, root, -1))
 
     def _runs(self, view: StageView, most: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +104,8 @@ class FrameFusion(Compressor):
         alike = likeness(view.tokens.detach(), other)
         near = alike >= self.similarity
         joins = top_k(alike, most.minimum(near.sum(1)), near)
-        root = torch.where(joins, other, torch.arange(other.shape[1], device=other.device))
-        for _ in range(frames.most.bit_length()):  # each time twice as far
-            root = root.gather(1, root)
-        return joins, root
+        parent = torch.where(joins, other, torch.arange(other.shape[1], device=other.device))
+        return joins, roots(parent, frames.most)
 
 
 def planned(before: Sequence[int], now: int, total: int, layers: int, ratio: float) -> tuple[int, bool]:

@@ -9,14 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.errors import UnsupportedMethod, VTCError
+from vtc.errors import VTCError
 from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.method.budget import spend
 from vtc.method.groups import Parts
 from vtc.method.readings import VisionReading
 from vtc.method.registry import register
+from vtc.method.two_stages import layer_like, left
 from vtc.ops.host import put
-from vtc.ops.merge import merge_rows, unmerge
 from vtc.ops.nearest import nearest_target
 from vtc.ops.rank import rank_in_group
 from vtc.ops.select import apportion, group_sizes, settle, top_k
@@ -78,63 +77,30 @@ class VScan(Compressor):
         return next((layer for layer in model.full_attention_layers if layer >= wanted), model.key_layer)
 
     def plan(self, model: ModelSpec) -> Plan:
-        if model.llm_layers < 2:
-            raise UnsupportedMethod(
-                f"the LLM of this {model.family} model has one layer; nothing can be dropped inside"
-            )
-        layers, middle = (self.early(model), model.key_layer), model.llm_layers // 2
+        layers, middle = (self.early(model), model.key_layer), layer_like(model, 1, 2)
         needs = Needs(dict.fromkeys(layers, self.reading(model)), {middle: Rows.LAST_AHEAD})
         return dataclasses.replace(super().plan(model), stages=(PRE_LLM, middle), needs=needs)
 
     @torch.no_grad()
     def select(self, view: StageView) -> Selection | None:
-        items, first = view.items, view.stage == PRE_LLM
-        if first:
-            counts, view.memory[self] = zip(*self.schedule(view), strict=True)
-        else:
-            counts = tuple(map(min, items.counts, view.memory[self]))
+        items, middle = view.items, layer_like(view.model, 1, 2)
+        counts = left(view, self, middle, self.later)
         if counts == items.counts:
             return None
-        if first:
+        if view.stage == PRE_LLM:
             return self.merged(view, counts)
-        scores = view.llm_attention(view.model.llm_layers // 2, Rows.LAST_AHEAD)
+        scores = view.llm_attention(middle, Rows.LAST_AHEAD)
         marks = top_k(scores, put(counts, view.device), items.gaps, most=max(counts))
         return Selection(marks, counts=counts, scores=scores)
-
-    def schedule(self, view: StageView) -> list[tuple[int, int]]:
-        """Tokens of each item behind the first and behind the second stage."""
-        items, layers = view.items, view.model.llm_layers
-        spans = layers // 2, layers - layers // 2
-        found = []
-        for now, granted, fixed in zip(items.counts, view.granted, items.fixed, strict=True):
-
-            def curve(x: float, now: int = now) -> list[int]:
-                later = min(1, x) * self.later + max(0, x - 1) * (1 - self.later)
-                return [max(1, math.floor(now * share + 0.5)) for share in (min(1, x), later)]
-
-            if granted >= now + fixed or not now:
-                found.append((now, now))
-                continue
-            first, later = spend(layers * granted, spans, curve, between=(0, 2), fixed=fixed, slack=layers / 2, of=now)
-            found.append((min(now, first), min(now, later)))
-        return found
 
     def merged(self, view: StageView, counts: tuple[int, ...]) -> Selection:
         """The first stage with `counts` tokens of each item."""
         kept, scores = self.scanned(view, counts)
         parts = Parts.of(view, "crop")
         x, stays = parts.take(view.tokens), parts.mask & (parts.take(kept.long()) > 0)
-        most = min(max(counts), x.shape[1])
-        into = nearest_target(x, stays, parts.mask, most)
-        number = torch.where(stays, stays.cumsum(1) - 1, most)
-        slot = torch.where(into < 0, most, number.gather(1, into.clamp(min=0)))
-        size = group_sizes(slot, most + 1, parts.mask).float()
-        rows = merge_rows(x, slot, 1 / size.gather(1, slot).clamp(min=1), most)
-        tokens = torch.where(stays[..., None], unmerge(rows, number), x)
-        place = parts.take(torch.arange(kept.shape[1], device=kept.device).expand_as(kept).contiguous())
-        home = torch.where(into < 0, -1, place.gather(1, into.clamp(min=0)))
-        home = torch.where(parts.give(parts.mask.long()) > 0, parts.give(home), -1)
-        return Selection(kept, counts=counts, tokens=parts.give(tokens), merged_into=home, scores=scores)
+        into = nearest_target(x, stays, parts.mask, min(max(counts), x.shape[1]))
+        tokens, home = parts.joined(x, into, torch.zeros_like(stays))
+        return Selection(kept, counts=counts, tokens=tokens, merged_into=home, scores=scores)
 
     def scanned(self, view: StageView, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """[I, N] bool, the local and the global tokens; and the values in the late layer."""

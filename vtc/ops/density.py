@@ -15,7 +15,7 @@ BLOCK = 2**24
 """Distances held at once."""
 
 
-def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int) -> Tensor:
+def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near: int | None = None) -> Tensor:
     """For every token the centre of its cluster, a place in its row; centres name themselves, -1 outside the mask.
 
     With ``d_ij = |x_i - x_j| / sqrt(D)``, the density of token i is ``rho_i = exp(-mean d_ij^2)`` over the c nearest
@@ -23,8 +23,9 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int) -> Te
     (of the densest: the largest distance there is). The c tokens of largest ``rho_i delta_i`` are centres, and every
     other token goes to the nearest of them. Of equals the lower index is denser, is a centre, is nearer.
 
-    x: [G, M, D]. clusters: [G] counts, at most the row's tokens and at most `most`. mask: [G, M] bool. Streams over the
-    tokens. Returns [G, M], -1 in rows that have no cluster.
+    x: [G, M, D]. clusters: [G] counts, at most the row's tokens and at most `most`. mask: [G, M] bool. near: the
+    density is over so many tokens, or all of a row that has fewer, instead of c. Streams over the tokens. Returns
+    [G, M], -1 in rows that have no cluster.
 
     >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]])
     >>> density_peaks(x, torch.tensor([2]), torch.ones(1, 6, dtype=torch.bool), most=2).tolist()
@@ -32,11 +33,12 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int) -> Te
     """
     x = numbers(x.detach(), mask).float()
     steps = torch.arange(x.shape[1], device=x.device)
-    near = torch.arange(min(most, x.shape[1]), device=x.device) < clusters[:, None]
-    peak = peaks(x, clusters, clusters, mask, most=most, nearest=most)
-    place = front_pack(peak, near.shape[1])
+    there = torch.arange(min(most, x.shape[1]), device=x.device) < clusters[:, None]
+    neighbours = clusters if near is None else mask.sum(1).clamp(max=near)
+    peak = peaks(x, clusters, neighbours, mask, most=most, nearest=near or most)
+    place = front_pack(peak, there.shape[1])
     nearest = [
-        first_best(-squares.masked_fill(~near[:, None], torch.inf).sqrt())
+        first_best(-squares.masked_fill(~there[:, None], torch.inf).sqrt())
         for _, squares in _squares(x, take_rows(x, place))
     ]
     centre = torch.where(peak, steps, place.gather(1, torch.cat(nearest, 1)))

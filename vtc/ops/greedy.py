@@ -84,16 +84,19 @@ def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor
     return _walk(numbers(features, mask), start, steps, mask, farthest=False)
 
 
-def k_center(features: Tensor, start: Tensor | None, steps: int, mask: Tensor) -> Tensor:
+def k_center(
+    features: Tensor, start: Tensor | None, steps: int, mask: Tensor, *, worth: Tensor | None = None
+) -> Tensor:
     """Greedy k-center: always the token that is farthest from its nearest chosen one; arguments as in `max_sum`.
 
-    start: None begins with the token of `most_isolated`.
+    start: None begins with the token of `most_isolated`. worth: [I, N], at least 0, what each token's distance, one
+    minus the cosine, is multiplied by, the first one's too.
 
     >>> x = torch.tensor([[[1.0, 0.0], [-1.7, 1.0], [0.0, 2.0], [3.0, 0.3]]])
     >>> k_center(x, torch.tensor([0]), 3, torch.ones(1, 4, dtype=torch.bool)).tolist()
     [[0, 1, 2]]
     """
-    return _walk(numbers(features, mask), start, steps, mask, farthest=True)
+    return _walk(numbers(features, mask), start, steps, mask, farthest=True, worth=worth)
 
 
 def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
@@ -138,25 +141,35 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
     return order
 
 
-def _walk(features: Tensor, start: Tensor | None, steps: int, mask: Tensor, *, farthest: bool) -> Tensor:
+def _walk(
+    features: Tensor,
+    start: Tensor | None,
+    steps: int,
+    mask: Tensor,
+    *,
+    farthest: bool,
+    worth: Tensor | None = None,
+) -> Tensor:
     """Both rules: the next token has the lowest sum (or the lowest maximum) of cosines to those before it."""
     items, length = mask.shape
     fit = STORE // max(1, length * length)
-    quick = kernels.usable(features)
+    quick = worth is None and kernels.usable(features)
     if (quick or features.device.type == "cpu") and 0 < fit < items and length <= PAYS * steps:
         given, masks = torch.split(features, fit), torch.split(mask, fit)
-        firsts = [None] * len(given) if start is None else torch.split(start, fit)
-        parts = zip(given, firsts, masks, strict=True)
-        return torch.cat([_walk(x, first, steps, real, farthest=farthest) for x, first, real in parts])
+        firsts, worths = ([None] * len(given) if each is None else torch.split(each, fit) for each in (start, worth))
+        parts = zip(given, firsts, masks, worths, strict=True)
+        return torch.cat([_walk(x, first, steps, real, farthest=farthest, worth=w) for x, first, real, w in parts])
     cosines = _Cosines(features, steps)
-    token = _isolated(cosines, mask) if start is None else start
+    token = _isolated(cosines, mask, worth) if start is None else start
     if quick and cosines.all is not None:
         return kernels.walk(cosines.all, mask, token, steps, TIE, farthest=farthest)
     rated = torch.where(mask, -torch.inf if farthest else 0.0, torch.inf)
     order = token.new_zeros(items, steps)
     for step in range(steps):
-        if step:
+        if step and worth is None:
             token = _last_best(rated, TIE if farthest else TIE * step)
+        elif step and worth is not None:
+            token = _worthiest(rated, worth)
         order[:, step] = token
         cosine = cosines.to(token)
         rated = torch.maximum(rated, cosine) if farthest else rated + cosine
@@ -168,6 +181,12 @@ def _last_best(rated: Tensor, slack: float) -> Tensor:
     """[I] lowest index of a value [I, N] that is at most `slack` above the lowest."""
     # The maximum of floats is found many times as fast as that of bytes.
     return (rated <= rated.amin(1, keepdim=True) + slack).float().max(1).indices
+
+
+def _worthiest(rated: Tensor, worth: Tensor) -> Tensor:
+    """[I] lowest index of the largest ``worth (1 - rated)``, [I, N] each; what is rated inf is never the answer."""
+    gain = (worth * (1 - rated)).masked_fill(rated == torch.inf, -torch.inf)
+    return first_best(gain, TIE * worth.gather(1, gain.argmax(1, keepdim=True)))
 
 
 class _Cosines:
@@ -212,27 +231,27 @@ class _Cosines:
         return (_products(self.rows, self.direction(token)) * self.scale).nan_to_num_(0.0)
 
 
-def _isolated(cosines: _Cosines, mask: Tensor) -> Tensor:
-    """See `most_isolated`."""
-    items = len(mask)
+def _isolated(cosines: _Cosines, mask: Tensor, worth: Tensor | None = None) -> Tensor:
+    """See `most_isolated`; worth: as in `k_center`."""
+    nearest = cosines.scale.new_full(mask.shape, -torch.inf)
+    absent = torch.where(mask, 0.0, -torch.inf)  # to add it is several times as fast as to fill in a mask
     if cosines.all is not None:
         # Neither a token's cosine to itself nor one to what is masked is read again by `k_center`.
         cosines.all.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-        cosines.all.add_(torch.where(mask, 0.0, -torch.inf)[:, None])
-        return first_best(torch.where(mask, -cosines.all.amax(2), -torch.inf))
-    nearest = cosines.scale.new_full(mask.shape, -torch.inf)
-    absent = torch.where(mask, 0.0, -torch.inf)  # to add it is several times as fast as to fill in a mask
-    for some, others, cosine in cosines.blocks(max(1, min(1024, int((PAIRS / items) ** 0.5)))):
-        if some == others:
-            cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-        cosine = cosine.add_(absent[:, None, others])
-        nearest[:, some] = torch.maximum(nearest[:, some], cosine.amax(2))
-        if some != others:
-            cosine = cosine.add_(absent[:, some, None])
-            nearest[:, others] = torch.maximum(nearest[:, others], cosine.amax(1))
-    rated = torch.where(mask, nearest, torch.inf)
+        nearest = cosines.all.add_(absent[:, None]).amax(2)
+    else:
+        for some, others, cosine in cosines.blocks(max(1, min(1024, int((PAIRS / len(mask)) ** 0.5)))):
+            if some == others:
+                cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            cosine = cosine.add_(absent[:, None, others])
+            nearest[:, some] = torch.maximum(nearest[:, some], cosine.amax(2))
+            if some != others:
+                cosine = cosine.add_(absent[:, some, None])
+                nearest[:, others] = torch.maximum(nearest[:, others], cosine.amax(1))
     # Two that are each other's nearest are equals, whichever of them the rounding of their product favours.
-    return first_best(-rated)
+    if worth is None:
+        return first_best(torch.where(mask, -nearest, -torch.inf))
+    return _worthiest(torch.where(mask, nearest.clamp(min=-1), torch.inf), worth)
 
 
 def _products(rows: Tensor, direction: Tensor) -> Tensor:

@@ -1,14 +1,38 @@
-"""The most similar of the tokens that are kept, for those that are merged into them. Nothing of size N x N."""
+"""Tokens that join others: the most similar one that is kept, and means of what joined. Nothing of size N x N."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vtc.ops.select import front_pack, take_rows
+from vtc.ops.merge import merge_rows
+from vtc.ops.select import front_pack, group_sizes, take_rows
 
 BLOCK = 1 << 24
 """Similarities held at a time."""
+
+
+def nearest(x: Tensor, others: Tensor, there: Tensor, block: int = BLOCK) -> Tensor:
+    """[G, S] place of the other token with the highest cosine, the lowest of equals; 0 where there is none.
+
+    x: [G, S, C]. others: [G, T, C]. there: [G, T] bool, the others there are. Streams over x: `block` similarities are
+    held at a time.
+
+    >>> x, others = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [3.0, 4.0], [6.0, 8.0]]])
+    >>> nearest(x, others, torch.ones(1, 3, dtype=torch.bool)).tolist()
+    [[1]]
+    """
+    groups, length, _ = x.shape
+    unit = torch.nn.functional.normalize(others.float(), dim=2).transpose(1, 2)
+    steps = torch.arange(others.shape[1], device=x.device)
+    chunk = max(1, block // max(1, groups * len(steps)))
+    found = torch.zeros(groups, length, dtype=torch.long, device=x.device)
+    for start in range(0, length, chunk):
+        cosine = torch.nn.functional.normalize(x[:, start : start + chunk].float(), dim=2) @ unit
+        cosine = torch.where(there[:, None], cosine, -torch.inf)
+        highest = cosine == cosine.amax(2, keepdim=True)
+        found[:, start : start + chunk] = torch.where(highest, steps, len(steps)).amin(2).clamp(max=len(steps) - 1)
+    return found
 
 
 def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = BLOCK) -> Tensor:
@@ -18,20 +42,24 @@ def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, bloc
     similarities go to the lower target. Returns [G, S] places, -1 where nothing is left or the crop has no target.
     Streams over the tokens: `block` similarities are held at a time.
     """
-    crops, length, _ = metric.shape
     if most == 0:
         return torch.full(target.shape, -1, dtype=torch.long, device=metric.device)
     place = front_pack(target, most)
     there = torch.arange(place.shape[1], device=place.device) < target.sum(1, keepdim=True)
-    unit = torch.nn.functional.normalize(take_rows(metric, place).float(), dim=2).transpose(1, 2)
-    steps = torch.arange(place.shape[1], device=place.device)
-    chunk = max(1, block // (crops * place.shape[1]))
-    into = torch.empty_like(target, dtype=torch.long)
-    for start in range(0, length, chunk):
-        cosine = torch.nn.functional.normalize(metric[:, start : start + chunk].float(), dim=2) @ unit
-        cosine = torch.where(there[:, None], cosine, -torch.inf)
-        highest = cosine == cosine.amax(2, keepdim=True)
-        nearest = torch.where(highest, steps, place.shape[1]).amin(2).clamp(max=place.shape[1] - 1)
-        into[:, start : start + chunk] = place.gather(1, nearest)
-    into = torch.where(target, torch.arange(length, device=into.device), into)
+    into = place.gather(1, nearest(metric, take_rows(metric, place), there, block))
+    into = torch.where(target, torch.arange(into.shape[1], device=into.device), into)
     return torch.where(left & target.any(1, keepdim=True), into, -1)
+
+
+def means(x: Tensor, into: Tensor) -> Tensor:
+    """Every token as the mean of those that join it, [G, S, D] like x; zero where none does.
+
+    into: [G, S] the place each token goes to, its own where it stays, -1 for nowhere.
+
+    >>> means(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[0, 0, -1]])).flatten().tolist()
+    [3.0, 0.0, 0.0]
+    """
+    length, there = into.shape[1], into >= 0
+    root = into.clamp(min=0)
+    size = group_sizes(root, length, there)
+    return merge_rows(x, torch.where(there, root, length), 1 / size.gather(1, root).clamp(min=1), length)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
-from vtc.ops.nearest import nearest_target
+from vtc.ops.nearest import means, nearest_target
 from vtc.testing.plain import OpCase, Size
 
 
@@ -39,6 +39,15 @@ def plain_nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int
             cosine = (unit[targets] @ unit[j]).tolist()
             into[crop, j] = j if j in targets else targets[max(range(len(targets)), key=lambda t: (cosine[t], -t))]
     return into
+
+
+def plain_means(x: Tensor, into: Tensor) -> Tensor:
+    """Collect what goes to each token."""
+    found = torch.zeros_like(x)
+    for crop, goes in enumerate(into.tolist()):
+        for place in set(goes) - {-1}:
+            found[crop, place] = x[crop, [j for j, each in enumerate(goes) if each == place]].double().mean(0)
+    return found
 
 
 def plain_add_mean(tokens: Tensor, into: Tensor, target: Tensor) -> Tensor:
@@ -93,8 +102,14 @@ def sum_arguments(size: Size) -> dict[str, Any]:
     }
 
 
+def mean_arguments(size: Size) -> dict[str, Any]:
+    given = sum_arguments(size)
+    return {"x": given["tokens"], "into": given["into"]}
+
+
 CASES = (
     OpCase(dominant_and_targets, plain_dominant_and_targets, choice_arguments),
     OpCase(nearest_target, plain_nearest_target, target_arguments),
+    OpCase(means, plain_means, mean_arguments, 1e-6),
     OpCase(add_mean, plain_add_mean, sum_arguments, 1e-6),
 )

@@ -12,19 +12,19 @@ from vtc.ops.density import density_peaks, peaks
 from vtc.testing.plain import OpCase, Size
 
 
-def plain_density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, most: int) -> Tensor:
+def plain_density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, most: int = 0, near: int | None = None) -> Tensor:
     """One row after the other."""
     found = torch.full(mask.shape, -1)
     for row, count in enumerate(clusters.tolist()):
         places = [place for place, real in enumerate(mask[row].tolist()) if real]
         if count:
-            for place, centre in _row(x[row].double(), places, count).items():
+            for place, centre in _row(x[row].double(), places, count, near).items():
                 found[row, place] = centre
     return found
 
 
-def _row(x: Tensor, places: list[int], count: int) -> dict[int, int]:
-    away, centres = _centres(x, places, count, count)
+def _row(x: Tensor, places: list[int], count: int, near: int | None) -> dict[int, int]:
+    away, centres = _centres(x, places, count, count if near is None else min(near, len(places)))
     return {i: i if i in centres else min(sorted(centres), key=lambda j: round(away[i, j], 6)) for i in places}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.frames import earlier, latest, likeness, places, quotas, segments
+from vtc.ops.frames import earlier, latest, likeness, places, quotas, roots, segments, windows
 from vtc.testing.plain import OpCase, Size
 
 
@@ -82,6 +82,42 @@ def plain_segments(features: Tensor, real: Tensor, count: int, threshold: float)
             segment[item, members] = number
             behind[item, members] = torch.arange(len(members)).flip(0)
     return segment, behind
+
+
+def plain_roots(parent: Tensor, depth: int) -> Tensor:
+    """Walk up, one step at a time."""
+    found = parent.clone()
+    for item, row in enumerate(parent.tolist()):
+        for token, at in enumerate(row):
+            while row[at] != at:
+                at = row[at]
+            found[item, token] = at
+    return found
+
+
+def plain_partition(same: list[list[bool]]) -> list[list[int]]:
+    """The frames of each window of one video: the best of the front's partitions, the shortest last window first."""
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]
+    for end in range(len(same)):
+        found: tuple[int, list[list[int]]] = (-1, [])
+        for start in reversed(range(end + 1)):
+            still = sum(all(column) for column in zip(*same[start + 1 : end + 1], strict=True)) if end > start else 0
+            saved = best[start][0] + (end - start) * still
+            if saved > found[0]:
+                found = saved, [*best[start][1], list(range(start, end + 1))]
+        best.append(found)
+    return best[-1][1]
+
+
+def plain_windows(same: Tensor) -> tuple[Tensor, Tensor]:
+    """One video after the other."""
+    first, still = torch.zeros(same.shape[:2], dtype=torch.long), torch.zeros_like(same)
+    for item, rows in enumerate(same.tolist()):
+        for window in plain_partition(rows):
+            first[item, window] = window[0]
+            if len(window) > 1:
+                still[item, window] = same[item, window[1:]].all(0)
+    return first, still
 
 
 def plain_shares(weight: list[float], keep: int, size: list[int], least: int = 0) -> list[int]:
@@ -161,7 +197,27 @@ def _features(size: Size) -> dict[str, Any]:
     return {"features": features, "real": real, "count": 3, "threshold": 0.9}
 
 
+def _same(size: Size) -> dict[str, Any]:
+    """Places that change seldom and often, frames that are cuts, one video of which nothing is still."""
+    generator = torch.Generator().manual_seed(6)
+    items, frames, width = (4, 9, 5) if size == "small" else (4, 64, 196)
+    rate = torch.rand(items, frames, 1, generator=generator).sqrt()
+    same = torch.rand(items, frames, width, generator=generator) < rate
+    same[:, 0], same[1, 4:], same[3] = False, False, False
+    return {"same": same}
+
+
+def _chains(size: Size) -> dict[str, Any]:
+    """Parents as long chains as there are frames, and short ones."""
+    other = latest(**{name: _placed(size)[name] for name in ("frame", "place", "mask")})
+    short = torch.rand(other.shape, generator=torch.Generator().manual_seed(7)) < torch.arange(len(other))[:, None] / 8
+    own = torch.arange(other.shape[1]).expand_as(other)
+    return {"parent": torch.where((other < 0) | short, own, other), "depth": _placed(size)["shape"][0]}
+
+
 CASES = (
+    OpCase(roots, plain_roots, _chains),
+    OpCase(windows, plain_windows, _same),
     OpCase(segments, plain_segments, _features),
     OpCase(places, plain_places, lambda size: {name: _clips(size)[name] for name in ("row", "col", "mask")}),
     OpCase(earlier, plain_earlier, _placed),
