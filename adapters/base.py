@@ -145,6 +145,11 @@ class Adapter(VisionSide):
         """Attention module of each LLM layer."""
         return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
 
+    @property
+    def llm_mlp(self) -> list[nn.Module]:
+        """Feed-forward module of each LLM layer, given rows behind their norm."""
+        return [layer.mlp for layer in self.layers]  # type: ignore[misc]
+
     def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
         """[B, L, D] what the attention of LLM layer `layer` is given when `hidden` enters the layer."""
         block: Any = self.layers[layer]

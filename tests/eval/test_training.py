@@ -16,12 +16,15 @@ from vtc.cli.train import app
 from vtc.errors import BudgetError, InputError, VTCError
 from vtc.eval.tiny.scenes import make_scene
 from vtc.eval.tiny.vocabulary import END, IMAGE, PAD, TOKEN
+from vtc.eval.training import recipes
 from vtc.eval.training.measure import measure
 from vtc.eval.training.prompts import collate, draw
 from vtc.eval.training.settings import TrainingSettings
 from vtc.eval.training.trainer import train
 from vtc.method import weights
 from vtc.method.learned import load
+from vtc.methods.fitprune.recipe import left_behind, recipe
+from vtc.testing import tiny_inputs, tiny_model
 
 PARAMETERS = {"layers": (0, 2), "bins": 4, "hidden": 4, "target_tokens": 40.0, "temperature": 50.0}
 SETTINGS = TrainingSettings("atp", PARAMETERS, steps=4, batch_size=2, scenes=6, rate=0.1, warmup=1)
@@ -176,3 +179,60 @@ def test_a_calibration_from_the_command_line(tmp_path: Path) -> None:
     assert 0.2 < measure("tiny-llava", method, None, 1).retention < 0.6
     result = CliRunner().invoke(app, ["calibrate", f"--out={file}", "--retention=0.1", *options])
     assert isinstance(result.exception, BudgetError)
+
+
+def test_a_recipe_from_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.safetensors"
+    arguments = ["calibrate", "--method=fitprune", f"--out={file}", "--prompts=6", "--device=cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    left = weights.read(file)[0]["left"]
+    assert left[0].min() == 1 and left[-1].max() == 0
+    assert ((left[1:-1] > 0) & (left[1:-1] < 1)).any()
+    assert (left.diff(dim=0) <= 0).all() and (left.diff(dim=1) <= 0).all()
+    method = vtc.create("fitprune", weights=str(file))
+    assert measure("tiny-llava", method, 0.4, 1).retention == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--method=fitprune", "--retention=0.5"], "leave --retention and --set out"),
+        (["--method=fitprune", "--set=layers=3"], "leave --retention and --set out"),
+        ([], "write for example --retention 0.33"),
+        (["--method=fitprun"], "did you mean 'fitprune'"),
+    ],
+)
+def test_impossible_calibrations_are_refused(given: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", f"--out={tmp_path / 'a.safetensors'}", *given])
+    assert isinstance(result.exception, VTCError)
+    assert message in str(result.exception)
+
+
+def test_prompts_without_pictures_calibrate_nothing() -> None:
+    model = tiny_model("llava-clip")
+    with pytest.raises(VTCError, match="hold no image or video; give prompts with pictures"):
+        recipes.calibrate(model, [tiny_inputs("llava-clip", [[4, 5]], model=model)])
+
+
+def test_a_recipe_is_that_of_the_untouched_model() -> None:
+    model = tiny_model("llava-clip")
+    inputs = tiny_inputs("llava-clip", [[4, "image", 3, "image", 5], [2, "image", 12]], seed=2)
+    (left,) = recipes.calibrate(model, [inputs]).values()
+    eager = tiny_model("llava-clip", attn_implementation="eager")
+    seen: list[torch.Tensor] = []
+    for layer in eager.model.language_model.layers[:3]:
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1].amax(1)))
+    with torch.no_grad():
+        eager(**inputs)
+    visual = inputs["input_ids"] == eager.config.image_token_id
+    counts = []
+    for row, first in ((0, 0), (0, 16), (1, 0)):
+        image = visual[row].nonzero()[:, 0]
+        text = [i for i in range(int(image[0]), visual.shape[1]) if not visual[row, i]]
+        place = image[first : first + 16]
+        own, cross = (torch.stack([w[row, some].sum(0)[place] for w in seen])[:, None] for some in (image, text))
+        counts.append(left_behind(own, cross, torch.ones(1, 16, dtype=torch.bool)))
+    expected = recipe(torch.cat(counts, 2), torch.tensor([16, 16, 16]))
+    assert float((left - expected).abs().max()) <= 1 / 48 + 1e-6  # a token at the edge
+    assert float((left - expected).abs().mean()) <= 1e-3

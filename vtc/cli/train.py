@@ -70,19 +70,37 @@ def train(
 @app.command()
 def calibrate(
     out: Annotated[str, typer.Option(metavar="PATH", help="Safetensors file to write.")],
-    retention: Annotated[float, typer.Option(help="Wanted mean over LLM layers and prompts, in (0, 1].")],
+    method: Annotated[str, typer.Option(help="Method to calibrate: atp_training_free or fitprune.")] = (
+        "atp_training_free"
+    ),
+    retention: Annotated[
+        float | None, typer.Option(help="Wanted mean over LLM layers and prompts, in (0, 1]; none for fitprune.")
+    ] = None,
     set_: SetOption = None,
     model: Annotated[str, typer.Option(help="Embedded model.")] = "tiny-llava",
     prompts: Annotated[int, typer.Option(min=1, help="Questions, each about a training scene of its own.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Measure the constant thresholds of atp_training_free with mode=calibrated on an embedded model."""
+    """Measure on an embedded model what a method needs to know: thresholds at one retention, or a recipe for all."""
+    from vtc.errors import VTCError, unknown_name
     from vtc.eval.progress import ConsoleProgress
-    from vtc.eval.training.calibration import calibrate_embedded
+    from vtc.eval.training import calibration, recipes
     from vtc.method.text import pairs
 
-    file, options = output_path(out), pairs(set_ or [], "--set", "atp_training_free")
+    if method not in ("atp_training_free", "fitprune"):
+        raise unknown_name("calibration", method, ("atp_training_free", "fitprune"))
+    file, options = output_path(out), pairs(set_ or [], "--set", method)
+    if method == "fitprune" and (retention is not None or options):
+        raise VTCError(
+            "a recipe of fitprune serves every retention and has no options; leave --retention and --set out"
+        )
+    if method != "fitprune" and retention is None:
+        raise VTCError("thresholds of atp_training_free are made for one retention; write for example --retention 0.33")
     with free_stdout():
-        path = calibrate_embedded(file, retention, options, model, prompts, seed, device, ConsoleProgress())
+        progress = ConsoleProgress()
+        if retention is None:
+            path = recipes.calibrate_embedded(file, model, prompts, seed, device, progress)
+        else:
+            path = calibration.calibrate_embedded(file, retention, options, model, prompts, seed, device, progress)
     print(path)

@@ -104,7 +104,7 @@ class Engine:
         self.stages = StageRunner(adapter, method, plan, budget, self.module, pairs)
         self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
         self.passes = Passes[LLMPass]()
-        self.taps = self.stages.taps(self.passes)
+        self.taps, self.block_hooks = self.stages.taps(self.passes), self.stages.hooks(self.passes)
         self.lookup = Lookup(adapter, self.passes)
         self.entry = Entry(adapter, bounds or Bounds())
         self._warned = False
@@ -122,12 +122,14 @@ class Engine:
         # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
         flash = "flash" in attention_of(language_model.config)
         layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or flash]
-        self._hooked = (adapter.model, adapter.backbone, language_model, *(layer for _, layer in layers))
-        check_compiled(self._hooked, language_model, inside=bool(layers))
+        inside = (*(layer for _, layer in layers), *self.block_hooks.modules)
+        self._hooked = (adapter.model, adapter.backbone, language_model, *inside)
+        check_compiled(self._hooked, language_model, inside=bool(inside))
         adapter.model.__dict__[OWNER] = self
         self.entry.watch.install()
         self.recorder.install()
         self.taps.install()
+        self.block_hooks.install()
         if 0 in self.stages.noted:
             self.lookup.install()
         handles = self._handles
@@ -161,6 +163,7 @@ class Engine:
             self.entry.watch.remove()
             self.recorder.remove()
             self.taps.remove()
+            self.block_hooks.remove()
             self.lookup.remove()
             del self.adapter.model.__dict__[OWNER]
 

@@ -13,6 +13,7 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.rows import Batch
+from vtc.engine.blocks import BlockHooks
 from vtc.engine.cache import CompressedCache
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.pairs import Pair
@@ -22,7 +23,7 @@ from vtc.engine.tower_stages import TowerStages
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.method.budget import Budget, ItemBudgets
-from vtc.method.readings import AttentionCall, LLMReading, QueryRows, exact
+from vtc.method.readings import AttentionCall, BlockReading, LLMReading, QueryRows, exact
 from vtc.method.states import States
 
 
@@ -80,15 +81,40 @@ class StageRunner:
                 )
         record = functools.partial(self._record, passes)
         return TapSet(
-            (attention[layer], _nothing if one.ahead else functools.partial(record, layer, one)) for layer, one in pairs
+            (attention[layer], _nothing if one.ahead else functools.partial(record, layer, one))
+            for layer, one in pairs
+            if not isinstance(one, BlockReading)
         )
+
+    def hooks(self, passes: Passes[LLMPass]) -> BlockHooks:
+        """Hooks for what the plan needs of the blocks of LLM layers."""
+        pairs = [(layer, one) for layer, one in self.plan.needs.llm_pairs if isinstance(one, BlockReading)]
+        return BlockHooks(self.adapter, pairs, functools.partial(self._record_block, passes))
+
+    def _reader(self, passes: Passes[LLMPass], layer: int) -> LLMPass | None:
+        """The pass that notes what layer `layer` does now, None where nobody does."""
+        one = passes.current
+        if one is None or not one.conducted or one.now.items is None:
+            return None
+        return one if self.method.reads(self.spec, layer, one.memory) else None
+
+    def _record_block(
+        self, passes: Passes[LLMPass], layer: int, reading: BlockReading, block: int, before: Tensor, after: Tensor
+    ) -> None:
+        """Read what a block, 0 for attention and 1 for MLP, made of the rows."""
+        one = self._reader(passes, layer)
+        if one is None:
+            return
+        batch, key = one.now, (layer, reading)
+        with torch.no_grad(), exact(before.device):
+            found = reading.changed(before, after, _queries(batch, batch.rows.valid))[None]
+        found = torch.cat([batch.rows.extra[key], found]) if block else found
+        one.batch = dataclasses.replace(batch, rows=batch.rows.note(key, found))
 
     def _record(self, passes: Passes[LLMPass], layer: int, reading: LLMReading, attention: AttentionCall) -> None:
         """Read an attention call, keep what concerns the rows of the current chunk."""
-        one = passes.current
-        if one is None or not one.conducted or one.now.items is None:
-            return
-        if not self.method.reads(self.spec, layer, one.memory):
+        one = self._reader(passes, layer)
+        if one is None:
             return
         mask, batch = attention.mask, one.now
         if not isinstance(mask, Tensor):  # no mask, or a block mask: the group's own validity and causality say so too
@@ -245,13 +271,19 @@ class _LLMRows(dict[tuple[int, LLMReading], Tensor]):
 
 def _read(reading: LLMReading, attention: AttentionCall, batch: Batch, mask: Tensor | None, *, graph: bool) -> Tensor:
     """[..., B, L] for the rows of the current chunk; mask: as `attention_rows` takes it. graph: something learns."""
+    queries = _queries(batch, mask)
+    learns = graph and torch.is_grad_enabled() and reading.differentiable
+    with torch.set_grad_enabled(learns), exact(queries.prompt.device):
+        return reading.read(attention, queries)[..., -batch.width :]
+
+
+def _queries(batch: Batch, mask: Tensor | None) -> QueryRows:
+    """What a reading may ask about the rows of the current chunk."""
     rows, valid = batch.rows, batch.rows.held
     assert rows.visual is not None and rows.prompt is not None and rows.text is not None
     prompt = rows.prompt & valid
     last = (torch.arange(batch.width, device=valid.device) * prompt).amax(1, keepdim=True)
-    queries = QueryRows(prompt, rows.visual & valid, rows.text & valid, batch.text_count, last, mask)
-    with torch.set_grad_enabled(graph and torch.is_grad_enabled() and reading.differentiable), exact(valid.device):
-        return reading.read(attention, queries)[..., -batch.width :]
+    return QueryRows(prompt, rows.visual & valid, rows.text & valid, batch.text_count, last, mask)
 
 
 def _nothing(attention: AttentionCall) -> None:

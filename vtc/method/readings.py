@@ -1,8 +1,8 @@
-"""What a method may record of an attention layer: rows of its attention matrix, its keys, or its output.
+"""What a method may record of a layer: rows of its attention matrix, its keys, its output, or what its blocks do.
 
 A reading is a small frozen dataclass that turns the queries and keys of one attention call into the few numbers a
 method needs, so that no layer ever returns its attention matrix. The ready ones are in `Rows`; a method with needs of
-its own subclasses `VisionReading` or `LLMReading` in its own file.
+its own subclasses `VisionReading`, `LLMReading` or `BlockReading` in its own file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.attention import attention_logits, attention_received, attention_rows, attention_sums
-from vtc.ops.select import left_pack
+from vtc.ops.select import front_pack, left_pack
 
 
 def exact(device: torch.device) -> torch.autocast:
@@ -117,6 +117,31 @@ class LLMReading(Reading):
     @abstractmethod
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
         """[..., B, K] over the keys; the engine cuts out those of the current chunk."""
+
+
+@dataclass(frozen=True)
+class BlockReading(LLMReading):
+    """Something recorded of what the two blocks of an LLM layer, its attention and its MLP, make of the rows.
+
+    What is noted of a layer is [2, ..., B, L], the attention's first.
+
+    >>> class Length(BlockReading):
+    ...     name = "length of what a block adds"
+    ...     def changed(self, before, after, rows):
+    ...         return after.float().norm(dim=2)
+    >>> Length().operations(576, 4096)
+    0.0
+    """
+
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        raise NotImplementedError("recorded of the layer's blocks, not of its attention")
+
+    @abstractmethod
+    def changed(self, before: Tensor, after: Tensor, rows: QueryRows) -> Tensor:
+        """[..., B, L] of a block that is given the normed rows `before` and answers `after`, both [B, L, D].
+
+        The answer is what is added to the rows; the norm and the addition are no part of the block.
+        """
 
 
 def _class_rows(attention: AttentionCall) -> Tensor:
@@ -298,6 +323,44 @@ class GroupSums(LLMReading):
 
 
 @dataclass(frozen=True)
+class QuestionAhead(LLMReading):
+    """Softmax attention of the text behind each row's first visual token, mean over it and over heads: [B, K].
+
+    Of the layer behind the stage. Zero where no text stands there.
+    """
+
+    name: ClassVar[str] = "question, own projections"
+    ahead: ClassVar[bool] = True
+
+    def operations(self, length: float, width: int, text: float = 0) -> float:
+        return 2 * text * length * width
+
+    def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
+        asking = rows.text & (rows.visual.cumsum(1) > 0)
+        index, number = front_pack(asking, rows.text_count), asking.sum(1, keepdim=True)
+        real = torch.arange(index.shape[1], device=index.device) < number
+        found = attention_rows(attention.query, attention.key, index, attention.scaling, mask=rows.mask, causal=True)
+        return torch.where(real[..., None], found, 0).sum(1) / number.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Transition(BlockReading):
+    """How far a block stretches and turns each row: ``(|b_i| / |a_i|) softmax_i(1 - cos(a_i, b_i))``, [2, B, L].
+
+    The block makes b of a. The softmax is over all rows of the prompt, text included; of other rows it is 0.
+    """
+
+    name: ClassVar[str] = "transitions"
+
+    def changed(self, before: Tensor, after: Tensor, rows: QueryRows) -> Tensor:
+        before, after = before.float(), after.float()
+        given, made = before.norm(dim=2), after.norm(dim=2)
+        cosine = (before * after).sum(2) / (given * made).clamp(min=1e-12)
+        turned = (1 - cosine).masked_fill(~rows.prompt, torch.finfo(torch.float32).min).softmax(1)
+        return torch.where(rows.prompt, made / given.clamp(min=1e-12) * turned, 0)
+
+
+@dataclass(frozen=True)
 class Pixels(VisionReading):
     """What the encoder was given of each patch: [crops, T, channels * height * width], zero for the class token."""
 
@@ -331,3 +394,5 @@ class Rows:
     LAST_AHEAD = LastRowAhead()
     SUM = PromptSum()
     GROUP_SUMS = GroupSums()
+    QUESTION_AHEAD = QuestionAhead()
+    TRANSITION = Transition()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from vtc.ops.host import put
 
 CHUNK = 256
+Heads = Literal["mean", "max"]
+"""How the weights of all heads become one."""
 
 
 def attention_rows(
@@ -80,19 +83,21 @@ def attention_sums(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    heads: Heads = "mean",
     chunk: int = CHUNK,
 ) -> Tensor:
     """Weighted sums of attention rows: softmax attention, mean over heads, times weights, summed over the queries.
 
-    weights: [G, B, Q], one weight per query and sum. Other shapes as in `attention_rows`; returns [G, B, K] float32.
-    Streams over the queries: memory is [B, H, chunk, K].
+    weights: [G, B, Q], one weight per query and sum. heads: "max" takes the largest over heads instead of the mean.
+    Other shapes as in `attention_rows`; returns [G, B, K] float32. Streams over the queries: memory is [B, H, chunk,
+    K].
     """
     batch, length = query.shape[0], query.shape[2]
     total = query.new_zeros(weights.shape[0], batch, key.shape[2], dtype=torch.float32)
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         rows = torch.arange(start, end, device=query.device).expand(batch, -1)
-        part = _rows(query, key, rows, scaling, mask, causal)
+        part = _rows(query, key, rows, scaling, mask, causal, heads)
         total = total + torch.einsum("gbq,bqk->gbk", weights[..., start:end].float(), part)
     return total
 
@@ -140,5 +145,14 @@ def soft_mask(weights: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tenso
     return (bias + mask.float()).clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
-def _rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Tensor:
-    return attention_logits(query, key, rows, scaling, mask=mask, causal=causal).softmax(-1).mean(1)
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    causal: bool,
+    heads: Heads = "mean",
+) -> Tensor:
+    weights = attention_logits(query, key, rows, scaling, mask=mask, causal=causal).softmax(-1)
+    return weights.mean(1) if heads == "mean" else weights.amax(1)
