@@ -24,9 +24,9 @@ def left(view: Any, **options: Any) -> list[list[int]]:
     """Tokens of each item before and behind every stage."""
     method: Any = vtc.create("transprune", **options)
     counts = [view.items.counts]
-    for stage in range(len(method.before(view.model))):
+    for start in method.starts(view.model):
         here = dataclasses.replace(view.items, counts=counts[-1])
-        counts.append(method.left(dataclasses.replace(view, items=here), stage))
+        counts.append(method.left(dataclasses.replace(view, items=here), start))
     return [list(column) for column in zip(*counts, strict=True)]
 
 
@@ -164,7 +164,7 @@ def test_the_budget_is_met_on_every_model(name: str) -> None:
 
 def test_plans_and_refusals() -> None:
     method: Any = vtc.create("transprune")
-    assert dataclasses.asdict(method) == {"layers": (7, 9, 12), "ratios": None, "question": True}
+    assert dataclasses.asdict(method) == {"layers": (7, 9, 12), "ratios": None, "schedule": None, "question": True}
     plan = method.plan(LLAMA)
     assert (plan.stages, plan.positions) == ((7, 9, 12), "compact")
     both = (Rows.TRANSITION, Rows.QUESTION_AHEAD)
@@ -173,13 +173,9 @@ def test_plans_and_refusals() -> None:
     alone = vtc.create("transprune", question=False).plan(dataclasses.replace(LLAMA, mrope=True))
     assert alone.needs.llm == dict.fromkeys(range(6, 12), (Rows.TRANSITION,))
     assert alone.positions == "preserve"
-    assert method.before(dataclasses.replace(LLAMA, llm_layers=28)) == (6, 8, 11)
-    assert method.before(dataclasses.replace(LLAMA, llm_layers=4)) == (1, 2)
-    for layers in ((), (0, 3), (3, 3), (4, 2), (3, 32)):
-        with pytest.raises(VTCError, match="are no ascending layer numbers from 1 to 31"):
-            vtc.create("transprune", layers=layers)
-    for ratios in ((0.5, 0.2), (0.2, 0.5, 0.1), (1.0, 0.5, 0.1), (0.5, 0.2, 0.0)):
-        with pytest.raises(VTCError, match="must fall and lie between 0 and 1, one for each of 3 layers"):
-            vtc.create("transprune", ratios=ratios)
+    assert method.starts(dataclasses.replace(LLAMA, llm_layers=28)) == (6, 8, 11)
+    assert method.starts(dataclasses.replace(LLAMA, llm_layers=4)) == (1, 2)
+    with pytest.raises(VTCError, match="must rise, begin at 1 or later and end at 31"):
+        vtc.create("transprune", layers=(3, 32))
     with pytest.raises(UnsupportedMethod, match="are 2 of this llava model's 4 LLM layers"):
         vtc.create("transprune", ratios=PUBLISHED).plan(dataclasses.replace(LLAMA, llm_layers=4))

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.method.budget import left_by_stages
+from vtc.method.base import ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.plan import grouped
 from vtc.method.registry import register
+from vtc.method.schedule import DEPTH, scaled
+from vtc.method.staged import StagedCompressor
 from vtc.ops.host import put
 from vtc.ops.select import top_k
 
-DEPTH = 32
-"""The layers' numbers are those of an LLM of so many layers."""
-
 
 @register
-class TransPrune(Compressor):
+class TransPrune(StagedCompressor):
     """Drop, at several depths of the LLM, the visual tokens that its blocks turn and stretch least.
 
     Acts inside the LLM; training-free, follows the question. A block, attention or MLP, makes b_j of the normed a_j;
@@ -36,7 +31,8 @@ class TransPrune(Compressor):
     layers: the list, of an LLM of 32 layers, scaled to the depth of others. ratios: what each stage leaves of the
     tokens given to the LLM; then no retention or keep is given and int(N * ratio) of N tokens stay, at least one.
     Published: 0.875, 0.625, 0.125, which is a mean of 41 %. By default lambda, lambda^2, lambda^3 of the tokens stay,
-    with the lambda that meets the budget as the mean over all layers. question: False ranks by t alone and reads no
+    with the lambda that meets the budget as the mean over all layers. schedule: instead of both, such as "sigmoid(8)",
+    "cosine" or a rate for every layer. question: False ranks by t alone and reads no
     attention.
 
     Departures from the paper and its code: the budget is solved for; the text is that behind a prompt's first image,
@@ -52,77 +48,34 @@ class TransPrune(Compressor):
     """
 
     layers: tuple[int, ...] = (7, 9, 12)
-    ratios: tuple[float, ...] | None = None
     question: bool = True
 
     name: ClassVar[str] = "transprune"
+    published, published_ratios = (7, 9, 12), (0.875, 0.625, 0.125)
+    last, rounds = DEPTH - 1, 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rising = bool(self.layers) and all(first < second for first, second in pairwise(self.layers))
-        if not rising or not 1 <= self.layers[0] <= self.layers[-1] < DEPTH:
-            raise VTCError(
-                f"layers={self.layers!r} are no ascending layer numbers from 1 to {DEPTH - 1}; "
-                "the paper uses (7, 9, 12)"
-            )
-        if self.ratios is not None and (
-            len(self.ratios) != len(self.layers)
-            or list(self.ratios) != sorted(self.ratios, reverse=True)
-            or not 0 < self.ratios[-1] <= self.ratios[0] < 1
-        ):
-            raise VTCError(
-                f"ratios={self.ratios!r} must fall and lie between 0 and 1, one for each of {len(self.layers)} layers; "
-                "published are (0.875, 0.625, 0.125)"
-            )
-
-    @property
-    def needs_budget(self) -> bool:
-        return self.ratios is None
-
-    def before(self, model: ModelSpec) -> tuple[int, ...]:
-        """The LLM layers before which tokens leave."""
-        scaled = (max(1, math.floor(layer * model.llm_layers / DEPTH + 0.5)) for layer in self.layers)
-        found = tuple(dict.fromkeys(layer for layer in scaled if layer < model.llm_layers))
-        if not found or (self.ratios is not None and len(found) != len(self.layers)):
-            raise UnsupportedMethod(
-                f"layers={self.layers!r} of {DEPTH} are {len(found)} of this {model.family} model's {model.llm_layers} "
-                "LLM layers; pass layers that are further apart or earlier"
-            )
-        return found
+    def lists(self, model: ModelSpec) -> tuple[tuple[int, ...], ...]:
+        return (scaled(self.layers, model.llm_layers, first=1),)
 
     def plan(self, model: ModelSpec) -> Plan:
-        stages = self.before(model)
-        moves = [(layer, Rows.TRANSITION) for layer in range(stages[0] - 1, stages[-1])]
-        asks = [(stage, Rows.QUESTION_AHEAD) for stage in stages] if self.question else []
-        return Plan(stages, Needs(llm=grouped([*moves, *asks])), "preserve" if model.mrope else "compact")
+        starts = self.starts(model)
+        moves = [(layer, Rows.TRANSITION) for layer in range(starts[0] - 1, starts[-1])]
+        asks = [(start, Rows.QUESTION_AHEAD) for start in starts] if self.question else []
+        return Plan(starts, Needs(llm=grouped([*moves, *asks])), "preserve" if model.mrope else "compact")
 
     @torch.no_grad()
     def select(self, view: StageView) -> Selection | None:
         assert isinstance(view.stage, int)
-        layers = self.before(view.model)
-        counts = self.left(view, layers.index(view.stage))
+        counts = self.left(view, view.stage)
         if counts == view.items.counts:
             return None
-        moved = [view.llm_attention(layer, Rows.TRANSITION).sum(0) for layer in range(layers[0] - 1, view.stage)]
+        first = self.starts(view.model)[0]
+        moved = [view.llm_attention(layer, Rows.TRANSITION).sum(0) for layer in range(first - 1, view.stage)]
         scores = shares(torch.stack(moved).sum(0), view.items.mask)
         if self.question:
             scores = scores + shares(view.llm_attention(view.stage, Rows.QUESTION_AHEAD), view.items.mask)
         marks = top_k(scores, put(counts, view.device), view.items.gaps, most=max(counts))
         return Selection(marks, counts=counts, scores=scores)
-
-    def left(self, view: StageView, stage: int) -> tuple[int, ...]:
-        """Tokens that each item has behind a stage."""
-        items, layers = view.items, self.before(view.model)
-        if self.ratios is not None:
-            wanted = [max(1, int(entered * self.ratios[stage])) for entered in items.entered]
-        else:
-            spans = tuple(after - before for before, after in pairwise((0, *layers, view.model.llm_layers)))
-            columns = zip(items.counts, items.entered, view.granted, items.fixed, items.input_counts, strict=True)
-            wanted = [
-                now if granted >= entered + fixed else left_by_stages(entered, 1, granted, fixed, given, spans)[stage]
-                for now, entered, granted, fixed, given in columns
-            ]
-        return tuple(min(now, count) for now, count in zip(items.counts, wanted, strict=True))
 
 
 def shares(values: Tensor, mask: Tensor) -> Tensor:
