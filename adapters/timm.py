@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vtc.adapters.encoder_base import EncoderAdapter
@@ -81,7 +82,17 @@ class TimmEncoder(EncoderAdapter):
 
     @property
     def attention_pooled(self) -> bool:
-        return self.encoder.attn_pool is not None
+        return self.pool is not None
+
+    @property
+    def pool(self) -> nn.Module | None:
+        head: nn.Module | None = self.encoder.attn_pool
+        return head
+
+    def with_rows_hidden(self, held: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = args[0]  # with the class and register tokens or without
+        bias = torch.zeros_like(held, dtype=rows.dtype).masked_fill(~held, torch.finfo(rows.dtype).min)
+        return args, {**kwargs, "attn_mask": bias[:, None, None, -rows.shape[1] :]}
 
     def check_call(self, arguments: dict[str, Any]) -> None:
         trunk = self.encoder

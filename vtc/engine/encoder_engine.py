@@ -134,7 +134,8 @@ class EncoderEngine:
         if output is None or one.seats is None:  # it raised, or no stage was reached
             return
         tokens = one.seats.parts[0].batch.visual_tokens
-        if self.adapter.pools_patches and len(set(tokens)) > 1:
+        pads = self.adapter.pools_patches and self.adapter.pool is None
+        if pads and len(set(tokens)) > 1:
             raise UnsupportedMethod(
                 f"{self.method.name!r} left {min(tokens)} to {max(tokens)} patches of the images of this batch; what "
                 f"{self.adapter.family} pools is made of all of them, padding included. Pass images one by one, or "

@@ -26,7 +26,8 @@ TEXT: dict[str, Any] = {
 }  # fmt: skip
 OPEN: dict[str, Any] = {"layers": BLOCKS, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
 TIMM: dict[str, Any] = {
-    "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 2, "num_classes": 16,
+    "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 2,
+    "num_classes": 16,
 }  # fmt: skip
 OPEN_TEXT: dict[str, Any] = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 4, "layers": 1}
 
@@ -81,8 +82,8 @@ NAMES = [
 ]  # fmt: skip
 POOLED = [name for name in NAMES if "Siglip" in name or "avg" in name]
 PREFIX = {
-    **dict.fromkeys(NAMES, 1), "SiglipModel": 0, "SiglipVisionModel": 0, "Dinov2WithRegistersModel": 5, "timm map": 0,
-    "timm registers": 3,
+    **dict.fromkeys(NAMES, 1), "SiglipModel": 0, "SiglipVisionModel": 0, "timm map": 0,
+    "timm registers": 3, "Dinov2WithRegistersModel": 5,
 }  # fmt: skip
 
 
