@@ -39,6 +39,7 @@ ENCODERS: dict[str, str] = {
     "transformers.Dinov2Model": "vtc.adapters.encoders:Dinov2Encoder",
     "transformers.Dinov2WithRegistersModel": "vtc.adapters.encoders:Dinov2Encoder",
     "transformers.ViTModel": "vtc.adapters.encoders:ViTEncoder",
+    "timm.VisionTransformer": "vtc.adapters.timm:TimmEncoder",
     "open_clip.CLIP": "vtc.adapters.open_clip:OpenClipEncoder",
     "open_clip.CustomTextCLIP": "vtc.adapters.open_clip:OpenClipEncoder",
 }
@@ -85,7 +86,7 @@ def encoder_of(model: nn.Module) -> EncoderAdapter | None:
     for cls in type(model).__mro__:
         name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
         if name in ENCODERS:
-            return _load(ENCODERS[name])(model)  # type: ignore[no-any-return]
+            return _load(ENCODERS[name]).of(model)  # type: ignore[no-any-return]
     unwrap = getattr(model, "get_base_model", None)
     return encoder_of(unwrap()) if callable(unwrap) else None
 

@@ -114,6 +114,16 @@ class VisionSide(ABC):
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
 
+    # --- pooling
+    @property
+    def pool(self) -> nn.Module | None:
+        """The module that pools the rows left and takes a mask of them; None where there is none such."""
+        return None
+
+    def with_rows_hidden(self, held: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of a call of `pool` that hide rows; held: [crops, T], False where a row is padding."""
+        raise NotImplementedError
+
 
 class Adapter(VisionSide):
     """One model of one family. Raises UnsupportedModel on construction where compression would not be exact."""

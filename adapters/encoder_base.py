@@ -27,6 +27,11 @@ class EncoderAdapter(VisionSide):
     is_clip: ClassVar[bool] = False
     """It is the vision half of a CLIP."""
 
+    @classmethod
+    def of(cls, model: nn.Module) -> EncoderAdapter:
+        """The adapter of `model`: this one, or another where models of one class have encoders of several kinds."""
+        return cls(model)
+
     @property
     @abstractmethod
     def has_cls(self) -> bool:

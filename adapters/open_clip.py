@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtc.adapters.encoder_base import EncoderAdapter
+from vtc.adapters.timm import TimmEncoder
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.readings import AttentionCall
 
@@ -27,14 +28,19 @@ class OpenClipEncoder(EncoderAdapter):
     is_clip = True
     ways_around: ClassVar[tuple[str, ...]] = ("forward_intermediates",)
 
+    @classmethod
+    def of(cls, model: Any) -> EncoderAdapter:
+        """Towers of timm, which have a trunk, are another adapter's."""
+        return TimmEncoder(model) if hasattr(model.visual, "trunk") else cls(model)
+
     def check(self) -> None:
-        """Refuse image towers of timm, ResNets, and blocks with an attention of another kind."""
+        """Refuse ResNets, and blocks with an attention of another kind."""
         visual, name = self.model.visual, f"open_clip's {type(self.model).__name__}"
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
         if blocks is None or not hasattr(visual, "class_embedding"):
             raise UnsupportedModel(
                 f"{name} with a {type(visual).__name__} for images is not supported; choose a model whose images go "
-                "through open_clip's own VisionTransformer, such as ViT-B-32"
+                "through open_clip's own VisionTransformer, such as ViT-B-32, or timm's, such as ViT-B-16-SigLIP"
             )
         attention = blocks[0].attn
         if not isinstance(attention, nn.MultiheadAttention) or not attention.batch_first:

@@ -196,9 +196,9 @@ def compress(
     questions: the text of each prompt of a batch, for methods with a CLIP pair; without it they take what the
     processor's tokenizer makes of the prompt's own text.
 
-    Encoders without an LLM (`vtc.adapters.ENCODERS`: CLIP, SigLIP, DINOv2, ViT and open_clip's CLIP) take methods that
-    act inside the encoder alone, and none of the arguments from `positions` on but `trace`. retention is then the share
-    of each image's patches that leaves the last layer.
+    Encoders without an LLM (`vtc.adapters.ENCODERS`: CLIP, SigLIP, DINOv2, ViT, open_clip's CLIP and timm's
+    VisionTransformer) take methods that act inside the encoder alone, and none of the arguments from `positions` on but
+    `trace`. retention is then the share of each image's patches that leaves the last layer.
 
     Raises VTCError (BudgetError, UnknownName, UnsupportedModel, UnsupportedMethod) before the model is touched.
 

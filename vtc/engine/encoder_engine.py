@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,7 +75,8 @@ class EncoderEngine:
             encoder.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
         ]
         for name in self.adapter.ways_around:
-            self._wrappers.append(MethodWrapper(encoder, name, functools.partial(_refuse, name)))
+            body = functools.partial(self._within, name, getattr(encoder, name))
+            self._wrappers.append(MethodWrapper(encoder, name, body))
         self._guard.install()
 
     @property
@@ -106,6 +108,15 @@ class EncoderEngine:
     def bounds(self, bounds: Bounds) -> None:
         raise VTCError(f"a {type(self.adapter.model).__name__} has no prompt whose length could be set; leave it out")
 
+    def _within(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of the encoder that runs its layers: only a call of the encoder itself may come here."""
+        if self.passes.current is None:
+            raise UnsupportedCall(
+                f"{name}() runs the layers of this encoder without the method attached to it; call the model itself, "
+                "or leave the `with` block first"
+            )
+        return method(*args, **kwargs)
+
     # --- hooks
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -123,7 +134,8 @@ class EncoderEngine:
         if output is None or one.seats is None:  # it raised, or no stage was reached
             return
         tokens = one.seats.parts[0].batch.visual_tokens
-        if self.adapter.pools_patches and len(set(tokens)) > 1:
+        pads = self.adapter.pools_patches and self.adapter.pool is None
+        if pads and len(set(tokens)) > 1:
             raise UnsupportedMethod(
                 f"{self.method.name!r} left {min(tokens)} to {max(tokens)} patches of the images of this batch; what "
                 f"{self.adapter.family} pools is made of all of them, padding included. Pass images one by one, or "
@@ -149,10 +161,3 @@ def _plan(method: Compressor, adapter: EncoderAdapter) -> Plan:
             "vtc.create('tome', inside=True)"
         )
     return plan
-
-
-def _refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedCall(
-        f"{name}() runs the layers of this encoder without the method attached to it; call the model itself, or leave "
-        "the `with` block first"
-    )

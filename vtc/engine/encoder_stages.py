@@ -62,6 +62,10 @@ class EncoderStages:
         projection = self.adapter.patch_projection
         if projection is not None:
             self._handles.append(projection.register_forward_hook(Hook(self._note_grid)))
+        if self.adapter.pool is not None:
+            self._handles.append(
+                self.adapter.pool.register_forward_pre_hook(Hook(self._hide_padding), with_kwargs=True)
+            )
         self._install_end()
 
     def _install_end(self) -> None:
@@ -108,6 +112,13 @@ class EncoderStages:
         assert isinstance(one.seats, Crops)
         mask = self._mask(one.seats, args[0] if args else kwargs["hidden_states"])
         return None if mask is None else self.adapter.with_mask(mask, args, kwargs)
+
+    def _hide_padding(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        one = self.passes.current
+        if one is None or not isinstance(one.seats, Crops):
+            return None
+        rows = one.seats.part.batch.rows
+        return None if rows.valid is None else self.adapter.with_rows_hidden(one.seats.of_rows(rows.held), args, kwargs)
 
     def _mask(self, seats: Crops, hidden: Tensor) -> Tensor | None:
         """[crops, 1, 1, T] on the keys, bool or additive; None where crops are of one length and all keys count one."""

@@ -25,6 +25,10 @@ TEXT: dict[str, Any] = {
     "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 OPEN: dict[str, Any] = {"layers": BLOCKS, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
+TIMM: dict[str, Any] = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 2,
+    "num_classes": 16,
+}  # fmt: skip
 OPEN_TEXT: dict[str, Any] = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 4, "layers": 1}
 
 
@@ -33,11 +37,13 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     import transformers as t
 
     torch.manual_seed(3)
-    if name.startswith("open_clip"):
+    if "timm" in name:
+        model: Any = _timm(name)
+    elif name.startswith("open_clip"):
         open_clip: Any = importlib.import_module("open_clip")  # an extra
         kind = open_clip.model.CustomTextCLIP if "custom" in name else open_clip.model.CLIP
         more = {"pool_type": "avg"} if "avg" in name else {"attentional_pool": True} if "pool" in name else {}
-        model: Any = kind(embed_dim=16, vision_cfg={**OPEN, "attn_pooler_heads": 4, **more}, text_cfg=OPEN_TEXT)
+        model = kind(embed_dim=16, vision_cfg={**OPEN, "attn_pooler_heads": 4, **more}, text_cfg=OPEN_TEXT)
     elif name == "CLIPModel":
         model = t.CLIPModel(t.CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=16))
     elif name == "SiglipModel":
@@ -54,12 +60,31 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
+def _timm(name: str) -> Any:
+    """An open_clip model whose image tower is a tiny VisionTransformer of timm."""
+    open_clip: Any = importlib.import_module("open_clip")  # an extra, as is timm
+    transformer: Any = importlib.import_module("timm").models.VisionTransformer
+    tower = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": ""}
+    model = open_clip.model.CustomTextCLIP(embed_dim=16, vision_cfg=tower, text_cfg=OPEN_TEXT)
+    more: dict[str, Any] = {"global_pool": "avg"}
+    if "map" in name:
+        more = {"global_pool": "map", "class_token": False}
+    elif "registers" in name:
+        more = {"reg_tokens": 2, "init_values": 0.1, "pre_norm": True}
+    model.visual.trunk = transformer(**TIMM, **more)
+    return model
+
+
 NAMES = [
     "CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection", "SiglipModel", "SiglipVisionModel", "Dinov2Model",
-    "Dinov2WithRegistersModel", "ViTModel", "open_clip", "open_clip custom avg",
+    "Dinov2WithRegistersModel", "ViTModel", "open_clip", "open_clip custom avg", "timm map", "timm registers",
+    "timm avg",
 ]  # fmt: skip
 POOLED = [name for name in NAMES if "Siglip" in name or "avg" in name]
-PREFIX = {**dict.fromkeys(NAMES, 1), "SiglipModel": 0, "SiglipVisionModel": 0, "Dinov2WithRegistersModel": 5}
+PREFIX = {
+    **dict.fromkeys(NAMES, 1), "SiglipModel": 0, "SiglipVisionModel": 0, "timm map": 0,
+    "timm registers": 3, "Dinov2WithRegistersModel": 5,
+}  # fmt: skip
 
 
 def pixels(batch: int = 3, seed: int = 0) -> Tensor:
@@ -91,7 +116,8 @@ def encode(model: Any, images: Tensor) -> Tensor:
 
 def tower(model: Any) -> Any:
     """The module that runs the blocks."""
-    return getattr(model, "visual", getattr(model, "vision_model", model))
+    one = getattr(model, "visual", getattr(model, "vision_model", model))
+    return getattr(one, "trunk", one)
 
 
 @dataclass
@@ -111,6 +137,11 @@ def blocks(model: Any) -> list[Block]:
         for b in one.transformer.resblocks:
             weights = zip(b.attn.in_proj_weight.chunk(3), b.attn.in_proj_bias.chunk(3), strict=True)
             found.append(Block(b.ln_1, tuple(weights), b.attn.out_proj, _then(b.ln_2, b.mlp)))
+        return found
+    if hasattr(one, "blocks"):
+        for b in one.blocks:
+            weights = zip(b.attn.qkv.weight.chunk(3), b.attn.qkv.bias.chunk(3), strict=True)
+            found.append(Block(b.norm1, tuple(weights), _then(b.attn.proj, b.ls1), _then(b.norm2, b.mlp, b.ls2)))
         return found
     encoder = getattr(one, "encoder", one)
     for b in encoder.layer if hasattr(encoder, "layer") else encoder.layers:
@@ -141,6 +172,8 @@ def embed(model: Any, image: Tensor) -> Tensor:
     rows: Tensor
     if hasattr(one, "_embeds"):
         rows = one._embeds(image[None])
+    elif hasattr(one, "blocks"):
+        rows = one.norm_pre(one._pos_embed(one.patch_embed(image[None])))
     else:
         rows = one.embeddings(image[None])
         rows = one.pre_layrnorm(rows) if hasattr(one, "pre_layrnorm") else rows
@@ -154,6 +187,8 @@ def pool(model: Any, rows: Tensor) -> Tensor:
     if hasattr(one, "proj"):
         rows = one.ln_post(rows)
         pooled = (rows[0] if one.pool_type == "tok" else rows[1:].mean(0)) @ one.proj
+    elif hasattr(one, "blocks"):
+        pooled = one.forward_head(one.norm(rows)[None])[0]
     elif hasattr(one, "head"):
         pooled = one.head(one.post_layernorm(rows)[None])[0]
     elif hasattr(one, "post_layernorm"):
