@@ -33,8 +33,7 @@ def plain_left(own: list[list[float]], cross: list[list[float]], share: float) -
     for layer in zip(own, cross, strict=True):
         sets = []
         for values in layer:
-            lost = sum(values) - sum(values[j] for j in there)
-            leaves = set()
+            lost, leaves = 0.0, set()
             for j in sorted(there, key=lambda j, values=values: (values[j], j)):
                 lost += values[j]
                 if lost > share * sum(values) + 1e-9 * sum(values):
@@ -70,7 +69,7 @@ def test_the_plain_recipe() -> None:
     assert float((shares[5] - middle).max()) <= 0
 
 
-def test_what_is_lost_in_a_layer_stays_below_the_share() -> None:
+def test_what_leaves_lies_in_both_sets() -> None:
     """Tokens that one of the two sums needs stay, however little the other one needs them."""
     own = torch.tensor([[[0.5, 0.4, 0.05, 0.05]]], dtype=torch.float64)
     left = left_behind(own, own.flip(2), torch.ones(1, 4, dtype=torch.bool), 10)

@@ -53,9 +53,10 @@ class FitPrune(Compressor):
     Acts inside the LLM, behind all layers but the last; training-free, follows the question. With M_ij the largest over
     heads of layer l's attention, ``self_j = sum_i M_ij`` over the visual rows i and ``cross_j = sum_i M_ij`` over the
     text behind the image, the tokens of smallest ``self_j cross_j`` leave behind layer l, and the others keep their
-    positions. Ties: the lower index stays. How many leave where comes from a calibration: where every layer may lose a
-    share alpha of what all tokens receive in it, the largest sets that fit are taken by self and by cross, and what
-    lies in both leaves; the means over prompts are a recipe for that alpha (`vtc.methods.fitprune.recipe`).
+    positions. Ties: the lower index stays. How many leave where comes from a calibration: of the tokens
+    still there, the largest sets with at most a share alpha of what all tokens receive in that layer of the unpruned
+    model are taken by self and by cross, and what lies in both leaves; the means over prompts are a recipe for that
+    alpha.
 
     weights: the file of a calibration, which has the recipes of all alpha, as `vtc calibrate --method fitprune` writes
     it; the one is used whose mean over all layers meets the budget. By default, without a calibration, every layer
@@ -63,9 +64,9 @@ class FitPrune(Compressor):
     given to the LLM; then no retention or keep is given and round(N * rate) of N tokens stay, at least one.
 
     Departures from the paper and its code: tokens leave behind a layer and not between its attention and its MLP; a
-    budget is a mean over the layers, where the paper has a reduction of the operations; what left earlier counts as
-    lost in every later layer; the rows of all images of a prompt count for self; newline tokens stay; without text
-    behind the image self alone ranks.
+    budget is a mean over the layers, where the paper has a reduction of the operations; recipes are made for a hundred
+    alpha and every budget lies between two of them; the rows of all images of a prompt count for self; newline tokens
+    stay; without text behind the image self alone ranks.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers

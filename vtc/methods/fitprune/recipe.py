@@ -1,4 +1,4 @@
-"""How many tokens may leave behind each layer, so that no layer's attention loses more than a share of its mass.
+"""How many tokens may leave behind each layer, where what leaves there has at most a share of its attention's mass.
 
 Letters: A shares, L layers, I items, N tokens.
 """
@@ -36,9 +36,9 @@ def left_behind(own: Tensor, cross: Tensor, mask: Tensor, steps: int = STEPS) ->
     """Tokens left behind each layer where every layer may lose a share of its mass: [steps + 1, L, I], from 0 to 1.
 
     own, cross: [L, I, N] what each token receives from the image and from the text behind it in the unpruned model.
-    mask: [I, N] bool. Layer by layer, of the tokens still there a set is taken that is as large as possible while what
-    all removed ones received in that layer, those of earlier layers included, is at most the share of what all tokens
-    received; one by `own` and one by `cross`. What lies in both leaves behind the layer.
+    mask: [I, N] bool. Layer by layer, of the tokens still there a set is taken that is as large as possible while it
+    has at most the share of what all tokens receive in that layer of the unpruned model; one by `own` and one by
+    `cross`. What lies in both leaves behind the layer.
 
     >>> own = cross = torch.tensor([[[0.1, 0.2, 0.7]]])
     >>> left_behind(own, cross, torch.ones(1, 3, dtype=torch.bool), 4)[:, 0, 0].tolist()
@@ -52,9 +52,8 @@ def left_behind(own: Tensor, cross: Tensor, mask: Tensor, steps: int = STEPS) ->
         for values in received:
             values = values.double().masked_fill(~mask, 0)
             total = values.sum(1, keepdim=True)
-            spent = torch.where(there, 0, values).sum(2, keepdim=True)
             rising, order = torch.where(there, values, torch.inf).sort(dim=2, stable=True)
-            fits = spent + rising.cumsum(2) <= share * total + ROUNDING * total
+            fits = rising.cumsum(2) <= (share + ROUNDING) * total
             out = out & torch.zeros_like(out).scatter(2, order, fits)
         there = there & ~out
         counts.append(there.sum(2))
