@@ -29,7 +29,7 @@ def report(by_method: Table, by_check: Table, refused: Table, count: int, limit:
         by_check,
         "## Refused",
         refused,
-        packages=("torch", "transformers", "open_clip_torch"),
+        packages=("torch", "transformers", "open_clip_torch", "timm"),
     )
 
 
