@@ -57,7 +57,12 @@ def attention_function_of(attention: nn.Module) -> nn.Module:
 
 def takes_mask(layer: nn.Module) -> bool:
     """True when a tower's layer can hide the padding of shorter crops; DINOv2's could not in older versions."""
-    return "attention_mask" in inspect.signature(type(layer).forward).parameters
+    return _names_mask(type(layer))
+
+
+@cache
+def _names_mask(kind: type[nn.Module]) -> bool:
+    return "attention_mask" in inspect.signature(kind.forward).parameters
 
 
 def refuse_other_layer(arguments: dict[str, Any], own: Any) -> None:

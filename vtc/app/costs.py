@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,9 @@ from vtc.cost.shapes import ModelShape, TowerShape
 from vtc.engine.attach import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
+
+Row = tuple[tuple[int, float], ...]
+"""Numbers of layers, and the visual tokens of one question that each of them sees."""
 
 
 class CostMeter:
@@ -46,10 +50,13 @@ class CostMeter:
     def compressed(self, full: Sequence[Work], handle: Handle, call: CallStats) -> tuple[Work, ...]:
         """The same under a method. call: what it did to the batch, rows in the order of `full`."""
         repeats = max(1, call.batch // len(full))  # beams repeat prompts
-        last = self.adapter.spec.feature_layer
-        return tuple(self._compressed(work, handle, call, row * repeats, last) for row, work in enumerate(full))
+        rows = range(0, repeats * len(full), repeats)
+        alike = zip(full, _of_rows(call.entering, rows), _of_rows(call.left, rows), strict=True)
+        made = functools.cache(functools.partial(self._compressed, handle, call, self.adapter.spec.feature_layer))
+        return tuple(made(*each) for each in alike)
 
-    def _compressed(self, work: Work, handle: Handle, call: CallStats, row: int, last: int) -> Work:
+    def _compressed(self, handle: Handle, call: CallStats, last: int, work: Work, entering: Row, left: Row) -> Work:
+        """What a call did to one question; entering, left: of its row alone."""
         assert self.shape is not None
         cut, tokens = self.shape.projector.cut, work.visual.mean
         projected = None
@@ -58,8 +65,8 @@ class CostMeter:
             projected = work.encoded.crops * (rows if layer > last else rows - cut)
         work = replace(
             work,
-            visual=_of_row(call.entering, row),
-            cached=_of_row(call.left, row),
+            visual=Schedule(entering),
+            cached=Schedule(left),
             shortened=tuple((layer, rows) for layer, rows in call.encoder_rows if layer <= last),
             projected=projected,
         )
@@ -74,9 +81,10 @@ class CostMeter:
 
         full: of the untouched model, works: of what really ran.
         """
-        return [self._spent(self.cost(one), self.cost(whole), one) for one, whole in zip(works, full, strict=True)]
+        return list(map(functools.cache(self._spent), works, full))
 
-    def _spent(self, one: Cost, whole: Cost, work: Work) -> dict[str, Any]:
+    def _spent(self, work: Work, full: Work) -> dict[str, Any]:
+        one, whole = self.cost(work), self.cost(full)
         return {
             "layer_tokens": work.visual.spans,
             "flops": round(one.prefill),
@@ -123,5 +131,6 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
     return total
 
 
-def _of_row(spans: Spans, row: int) -> Schedule:
-    return Schedule(tuple((layers, totals[row]) for layers, totals in spans))
+def _of_rows(spans: Spans, rows: Sequence[int]) -> list[Row]:
+    """Layers and tokens of each of `rows`."""
+    return [tuple((layers, totals[row]) for layers, totals in spans) for row in rows]
