@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -57,12 +57,12 @@ def attention_function_of(attention: nn.Module) -> nn.Module:
 
 def takes_mask(layer: nn.Module) -> bool:
     """True when a tower's layer can hide the padding of shorter crops; DINOv2's could not in older versions."""
-    return _names_mask(type(layer))
+    return "attention_mask" in _parameters(type(layer).forward)
 
 
 @cache
-def _names_mask(kind: type[nn.Module]) -> bool:
-    return "attention_mask" in inspect.signature(kind.forward).parameters
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def refuse_other_layer(arguments: dict[str, Any], own: Any) -> None:
