@@ -76,9 +76,7 @@ results: docs
 	cp results/full/tiny-qwen/table.md docs/results/tiny_qwen.md
 	$(BIN)/python -m vtc.eval.claims results/full/tiny-onevision > docs/results/claims.md
 	$(BIN)/vtc sweep ranking --limit 200 --out results/ranking
-	$(BIN)/python -m vtc.eval.ranking results/ranking/tiny-onevision > docs/results/ranking.md
-	$(BIN)/python -m vtc.eval.ranking results/ranking/tiny-qwen > docs/results/ranking_qwen.md
-	$(BIN)/python -m vtc.eval.ranking results/ranking/tiny-internvl > docs/results/ranking_internvl.md
+	$(BIN)/python -m vtc.eval.ranking results/ranking > docs/results/ranking.md
 	$(BIN)/vtc sweep parts
 	$(BIN)/python -m vtc.eval.parts results/parts > docs/results/parts.md
 	$(BIN)/vtc sweep shallow --out results/shallow

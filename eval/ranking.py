@@ -74,8 +74,8 @@ def document(results: Results) -> str:
     behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The model is small
     and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
     model, packages = results.run["model"]["name"], ("torch", "transformers", "lmms-eval")
-    command = f"python -m vtc.eval.ranking results/ranking/{model}"
-    return page(f"All methods on {model}, ranked", command, about, *parts, packages=packages)
+    title, command = f"All methods on {model}, ranked", "python -m vtc.eval.ranking results/ranking"
+    return page(title, command, about, *parts, packages=packages)
 
 
 def main() -> None:
