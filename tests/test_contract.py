@@ -72,14 +72,14 @@ def verify(
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every method on every fifth model, other ones for each; with VTC_CONTRACT=all on all of them.
+    """Every method on every eighth model, other ones for each; with VTC_CONTRACT=all on all of them.
 
     Methods of few families run, or are refused, on every model.
     """
     models = list(TINY_MODELS)
     found = []
     for at, entry in enumerate(describe_methods(vtc.list_methods())):
-        step = 1 if EVERYTHING or len(entry["families"]) < len(adapters.families()) / 2 else 5
+        step = 1 if EVERYTHING or len(entry["families"]) < len(adapters.families()) / 2 else 8
         found += [(entry["name"], name) for name in models[at % step :: step]]
     return found
 
