@@ -181,8 +181,10 @@ def _series_names(cells: dict[str, Record]) -> dict[str, str]:
     for key, cell in cells.items():
         others = alike[cell["label"], cell["retention"], cell.get("keep")]
         settings = _settings(cell).items()
-        differing = [f"{name}={value}" for name, value in settings if any(c.get(name) != value for c in others)]
-        names[key] = f"{cell['label']} [{', '.join(differing)}]" if len(others) > 1 else cell["label"]
+        differing = [
+            f"{name}={value}" for name, value in settings if any((name, value) not in c.items() for c in others)
+        ]
+        names[key] = f"{cell['label']} [{', '.join(differing)}]" if differing else cell["label"]
     return names
 
 

@@ -22,7 +22,7 @@ from vtc.eval.files import frame
 from vtc.eval.files import latex as latex_of
 from vtc.eval.files import markdown as markdown_of
 from vtc.eval.report import write_report
-from vtc.eval.results import Results, json_summary, read_results, to_csv
+from vtc.eval.results import Results, _series_names, json_summary, read_results, to_csv
 from vtc.eval.store import Store
 from vtc.eval.tables import console_table, console_title, grid, short_names
 
@@ -103,6 +103,12 @@ def folder(tmp_path: Path) -> Path:
         writer.add_metrics([metric("k2", 0.1, documents=2)])
         writer.add_metrics([metric("k2", 0.1, task_fp="old")])
     return tmp_path
+
+
+def test_an_older_cell_without_a_hyper_parameter_keeps_its_name() -> None:
+    """Methods grow: of cells of one label the new one says what is new, and none says nothing in brackets."""
+    cells = {"k2": cell("k2", parameters={"seed": 0, "schedule": None}), "k1": cell("k2")}
+    assert _series_names(cells) == {"k2": "random [schedule=None]", "k1": "random"}
 
 
 def test_the_csv_has_one_line_per_metric_of_each_cell(folder: Path) -> None:

@@ -122,7 +122,8 @@ def report(rows: Iterable[Sequence[str]], repeats: int) -> str:
     prompt), encoding, attach and detach included. The limit is the same model on a natively short sequence, as long as
     the compressed one in the mean over the layers, behind the same encoding; of methods on the KV cache, whose prompt
     stays whole, it is the whole prompt. Ratios are taken round by round. Methods that need more than the
-    model, such as learned weights or a CLIP pair, are left out."""
+    model, such as learned weights or a CLIP pair, are left out. The engine's own milliseconds are wall time of a
+    shared machine."""
     head = "method", "visual tokens", "batch", "full ms", "compressed ms", "limit ms", "compressed / limit", "engine ms"
     title, packages = "Cost of a compressed prefill", ("torch", "transformers")
     return page(title, "python -m vtc.testing.overhead", about, (head, rows), packages=packages)
