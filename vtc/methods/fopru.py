@@ -31,9 +31,9 @@ class FoPru(ScoringCompressor):
 
     scope: "crop" keeps the same share of every crop, tile or frame, "item" ranks them, or their rows, together.
 
-    Departures from the paper, which has no released code: budgets count tokens, so that the last row that "row" takes
-    may fit in part only, and of that row the most significant patches stay; newline tokens stay and lie in no row; the
-    layer is the one that `fastervlm` reads, the last that sees the whole image where others have windows.
+    Departures from the paper and its code: none is released. Budgets count tokens, so that the last row that "row"
+    takes may fit in part only, and of that row the most significant patches stay; newline tokens stay and lie in no
+    row; the layer is the one that `fastervlm` reads, the last that sees the whole image where others have windows.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers

@@ -39,11 +39,12 @@ class TokenCorrelation(Compressor):
     threshold: 0.85. share: half. count: "density" takes no budget but d n tokens of every crop, which depends on the
     image.
 
-    Departures from the paper, which has no released code: what is known of it is that keys tell how dense a crop is,
-    that the density is its budget, and that the class token's attention in two layers chooses; threshold, share, layers
-    and the highest values instead of a draw are ours, and so is that one of several duplicates repeats none. Encoders
-    without a class token use the attention a patch receives, mean over heads and queries; where encoders have windows,
-    the layers are the last and the first from the middle on that see the whole image. Newline tokens stay.
+    Departures from the paper and its code: none is released, and what is known of the paper is that keys tell how dense
+    a crop is, that the density is its budget, and that the class token's attention in two layers chooses; threshold,
+    share, layers and the highest values instead of a draw are ours, and so is that one of several duplicates repeats
+    none. Encoders without a class token use the attention a patch receives, mean over heads and queries; where encoders
+    have windows, the layers are the last and the first from the middle on that see the whole image. Newline tokens
+    stay.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers

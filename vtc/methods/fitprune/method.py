@@ -87,6 +87,8 @@ class FitPrune(Compressor):
             raise VTCError(
                 f"rates and weights={os.fspath(self.weights)!r} both say what layers leave; leave one of them out"
             )
+        if self.weights is not None:
+            store.find(self.weights)
         if self.rates is not None and (
             not self.rates
             or list(self.rates) != sorted(self.rates, reverse=True)

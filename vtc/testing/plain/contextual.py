@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
-from vtc.ops.nearest import means, nearest_target
+from vtc.ops.nearest import means, nearest, nearest_target
 from vtc.testing.plain import OpCase, Size
 
 
@@ -27,6 +27,18 @@ def plain_dominant_and_targets(
         best[crop, first] = True
         target[crop, rest[::step][:count]] = True
     return best, target
+
+
+def plain_nearest(x: Tensor, others: Tensor, there: Tensor, block: int = 0) -> Tensor:
+    """As `vtc.ops.nearest.nearest`, token by token."""
+    found = torch.zeros(x.shape[:2], dtype=torch.long)
+    for group, row in enumerate(x):
+        places = [place for place in range(others.shape[1]) if there[group, place]]
+        for token, own in enumerate(row):
+            cosines = {place: float(torch.cosine_similarity(own, others[group, place], dim=0)) for place in places}
+            if cosines:
+                found[group, token] = max(places, key=lambda place: (round(cosines[place], 6), -place))
+    return found
 
 
 def plain_nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = 0) -> Tensor:
@@ -92,6 +104,15 @@ def target_arguments(size: Size) -> dict[str, Any]:
     )
 
 
+def other_arguments(size: Size) -> dict[str, Any]:
+    given = target_arguments(size)
+    return {
+        "x": given["metric"],
+        "others": random(*given["metric"].shape, seed=2)[:, : given["most"]],
+        "there": given["left"][:, : given["most"]],
+    }
+
+
 def sum_arguments(size: Size) -> dict[str, Any]:
     given = target_arguments(size)
     tokens = random(*given["metric"].shape, seed=1)
@@ -109,6 +130,7 @@ def mean_arguments(size: Size) -> dict[str, Any]:
 
 CASES = (
     OpCase(dominant_and_targets, plain_dominant_and_targets, choice_arguments),
+    OpCase(nearest, plain_nearest, other_arguments),
     OpCase(nearest_target, plain_nearest_target, target_arguments),
     OpCase(means, plain_means, mean_arguments, 1e-6),
     OpCase(add_mean, plain_add_mean, sum_arguments, 1e-6),
