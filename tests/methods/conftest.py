@@ -97,6 +97,35 @@ def meets_budget() -> Callable[[str, str, float], None]:
 
 
 @pytest.fixture
+def nears_budget() -> Callable[..., None]:
+    """Checks on one tiny model, pictures and clips, that a method inside the LLM keeps what was asked for in the mean.
+
+    rounding: (layers, items) -> tokens that whole numbers behind the stages may cost in all, half a one for each item.
+    """
+
+    @torch.no_grad()
+    def check(
+        name: str,
+        method: str,
+        retentions: Sequence[float],
+        rounding: Callable[[int, int], float] = lambda layers, items: 0.5 * items,
+    ) -> None:
+        model = tiny_model(name)
+        layers = len(vtc.adapters.of(model).layers)
+        for kind in TINY_MODELS[name].kinds:
+            inputs = tiny_inputs(name, [[4, kind, 3, kind, 5], [2, kind, 12]], seed=1, model=model)
+            for retention in retentions:
+                with vtc.compress(model, method, retention=retention) as handle:
+                    model(**inputs)
+                items = handle.trace[0].items
+                wanted = sum(vtc.tokens_to_keep(len(item.positions), retention) for item in items)
+                kept = sum(handle.stats.calls[0].visual_tokens_kept)
+                assert abs(kept - wanted) <= rounding(layers, len(items))
+
+    return check
+
+
+@pytest.fixture
 def keeps_entries() -> Callable[[str, str, float], None]:
     """Checks on one tiny model, pictures and clips, that the caches keep what was asked for in the mean over layers."""
 
