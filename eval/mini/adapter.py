@@ -52,8 +52,9 @@ class LowRank(nn.Module):
         down, up = self.down[key], self.up[key]
 
         def change(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            low = F.linear(args[0], down.to(output.dtype))
-            return output + F.linear(low, up.to(output.dtype)) * self.scale
+            low = F.linear(args[0], down.to(output.dtype)).flatten(0, -2)
+            scaled = (self.scale * up).to(output.dtype)
+            return torch.addmm(output.flatten(0, -2), low, scaled.t()).view_as(output)
 
         return change
 

@@ -8,6 +8,9 @@ from typing import Any
 from vtc.errors import InputError
 from vtc.eval.tiny.settings import Stage
 
+COARSE = "coarse"
+"""The stage in which the language model reads the means of 2 x 2 projected patches."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,13 +20,14 @@ class Settings:
     more at every step, so that the tower does not have to see all of them before the first step.
     """
 
-    steps_align: int = 2000
-    steps_joint: int = 6000
-    batch_align: int = 24
+    steps_align: int = 1200
+    steps_coarse: int = 4000
+    steps_joint: int = 2000
+    batch_align: int = 16
     batch_joint: int = 2
     pictures: int = 8000
     first: int = 400
-    added: int = 4
+    added: int = 2
     seed: int = 0
     rate_align: float = 2e-3
     rate_joint: float = 5e-4
@@ -35,7 +39,7 @@ class Settings:
     clip: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("steps_align", "steps_joint", "batch_align", "batch_joint", "pictures", "first"):
+        for name in ("steps_align", "steps_coarse", "steps_joint", "batch_align", "batch_joint", "pictures", "first"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("added", "seed"):
@@ -43,11 +47,12 @@ class Settings:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @property
-    def stages(self) -> tuple[Stage, Stage]:
-        """The projector alone on dense targets, then projector and low-rank changes on answers."""
+    def stages(self) -> tuple[Stage, Stage, Stage]:
+        """The projector on dense targets, then with low-rank changes on answers, first from a quarter of the rows."""
         return (
             Stage("align", self.steps_align, self.rate_align, warmup=50, floor=0.1, language=False),
-            Stage("joint", self.steps_joint, self.rate_joint, warmup=50, floor=0.05, language=True),
+            Stage(COARSE, self.steps_coarse, self.rate_joint, warmup=50, floor=0.4, language=True),
+            Stage("joint", self.steps_joint, 0.4 * self.rate_joint, warmup=50, floor=0.05, language=True),
         )
 
     def available(self, step: int) -> int:

@@ -31,7 +31,7 @@ class Text:
 class Writer:
     """Writes what stands in front of the pictures' questions, and the questions, as a processor's prompts have them."""
 
-    def __init__(self, processor: Any, visual_tokens: int) -> None:
+    def __init__(self, processor: Any) -> None:
         self._tokenizer = processor.tokenizer
         content = [{"type": "image"}, {"type": "text", "text": _MARK}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -40,7 +40,6 @@ class Writer:
         self.end: int = self._tokenizer.convert_tokens_to_ids(END)
         self.before, self.after = self._ids(front), self._ids(back)
         """Ids in front of the visual tokens and between them and the question."""
-        self.prefix = len(self.before) + visual_tokens + len(self.after)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -2,7 +2,8 @@
 
 The tower and the language model's own weights stay what they are; they run in bfloat16 where the hardware multiplies
 it. Stage "align" asks every projected patch what it shows and where it is, and pulls it towards the words for it; the
-language model does not run. Stage "joint" answers packed questions about complete pictures.
+language model does not run. Stage "coarse" answers packed questions from the means of 2 x 2 projected patches, stage
+"joint" from all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vtc.eval.mini.adapter import LowRank, Projector, write_file
 from vtc.eval.mini.build import GRID
 from vtc.eval.mini.features import MIX, Features, encoder
 from vtc.eval.mini.naming import Naming
-from vtc.eval.mini.settings import Settings
+from vtc.eval.mini.settings import COARSE, Settings
 from vtc.eval.mini.text import Text, Writer
 from vtc.eval.mini.validation import measure
 from vtc.eval.tiny import checkpoint, loop, sequence
@@ -41,7 +42,7 @@ LOG_EVERY = 20  # steps
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """Features (B, T, C) of pictures, what their patches show (B, 5, T), and in stage "joint" questions."""
+    """Features (B, T, C) of pictures, what their patches show (B, 5, T), and behind stage "align" questions."""
 
     features: Tensor
     targets: Tensor
@@ -84,7 +85,7 @@ class MiniTrainer:
         seen, checked = (Features(out / "features", split, encode) for split in ("train", "check"))
         projector.standardise(seen.read(range(min(50, settings.first)))[0].to(device))
         naming = Naming(processor.tokenizer, embeddings)
-        writer = Writer(processor, GRID * GRID)
+        writer = Writer(processor)
         return cls(settings, out, device, model, writer, naming, projector, low_rank, heads, seen, checked)
 
     @property
@@ -98,7 +99,7 @@ class MiniTrainer:
         return [(f"{name}.{part}", p) for name in names for part, p in self.modules[name].named_parameters()]
 
     def batch(self, index: int, step: int) -> MiniBatch:
-        """Batch of a step of a stage; stage "joint" takes pictures of one task."""
+        """Batch of a step of a stage; with questions, pictures are of one task."""
         settings, rng = self.settings, random.Random(f"{self.settings.seed} {index} {step}")
         there = settings.available(step + sum(stage.steps for stage in settings.stages[:index]))
         if not settings.stages[index].language:
@@ -121,11 +122,14 @@ class MiniTrainer:
             losses: dict[str, Tensor] = self.heads(Seen(rows, rows), batch.targets, batch.targets)
             losses |= self.naming.losses(rows, batch.targets)
             if batch.text is not None:
-                losses["answer"] = self._answer_loss(self.hidden(rows, batch.text), batch.text.labels.to(self.device))
+                hidden = self.hidden(rows, batch.text, stage)
+                losses["answer"] = self._answer_loss(hidden, batch.text.labels.to(self.device))
         return losses
 
-    def hidden(self, rows: Tensor, text: Text) -> Tensor:
-        """Last hidden states (B, T, hidden) of the packed questions behind projected pictures."""
+    def hidden(self, rows: Tensor, text: Text, stage: Stage) -> Tensor:
+        """Last hidden states (B, T, hidden) of the packed questions behind pictures as a stage reads them."""
+        if stage.name == COARSE:
+            rows = F.avg_pool2d(rows.mT.unflatten(2, (GRID, GRID)), 2).flatten(2).mT
         embed, size = self.model.get_input_embeddings(), len(rows)
 
         def given(ids: list[int]) -> Tensor:
@@ -134,7 +138,7 @@ class MiniTrainer:
 
         asked = embed(text.ids.to(self.device))
         whole = torch.cat([given(self.writer.before), rows.to(asked.dtype), given(self.writer.after), asked], dim=1)
-        prefix = self.writer.prefix
+        prefix = whole.shape[1] - asked.shape[1]
         places = torch.cat([torch.arange(prefix), prefix + sequence.offsets(text.lengths)])
         output = self.model.model.language_model(
             inputs_embeds=whole,

@@ -38,7 +38,7 @@ def measure(trainer: MiniTrainer, stage: Stage) -> dict[str, float]:
                     total[name] += all_
                 if batch.text is None:
                     continue
-                logits = trainer.model.lm_head(trainer.hidden(rows, batch.text))
+                logits = trainer.model.lm_head(trainer.hidden(rows, batch.text, stage))
             labels = batch.text.labels.to(trainer.device)
             wrong = (logits.argmax(-1) != labels) & (labels != IGNORED) & (labels != trainer.writer.end)
             failed = torch.stack([part.any(1) for part in torch.split(wrong, list(batch.text.lengths), 1)], 1).tolist()

@@ -45,9 +45,10 @@ from vtc.eval.tiny.questions import Question
 from vtc.eval.tiny.sample import Facts, Sample
 from vtc.eval.tiny.tasks import TASKS
 
-SETTINGS = Settings(steps_align=2, steps_joint=3, batch_align=2, batch_joint=2, pictures=8, first=8, added=0)
+FEW = {"steps_align": 2, "steps_coarse": 1, "steps_joint": 3, "batch_align": 2, "pictures": 8, "first": 8, "added": 0}
+SETTINGS = Settings(**FEW)
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from vtc.eval.mini import validation
 from vtc.eval.mini.settings import Settings
@@ -58,7 +59,7 @@ def kill(stage, step):
         os.kill(os.getpid(), signal.SIGKILL)
 
 validation.CHECKED = 4
-settings = Settings(steps_align=2, steps_joint=3, batch_align=2, batch_joint=2, pictures=8, first=8, added=0)
+settings = Settings(**json.loads(sys.argv[3]))
 train(Path(sys.argv[1]), Path(sys.argv[2]), settings, device="cpu", threads=1, save_every=1, on_step=kill)
 """
 
@@ -224,13 +225,13 @@ def test_packed_questions_are_the_processors_prompts(folder: Path, made: tuple[A
     model, processor = copy.deepcopy(made[0]).eval(), made[1]
     trainer = MiniTrainer.create(SETTINGS, tmp_path, torch.device("cpu"), folder)
     trainer.model = model
-    writer = Writer(processor, 576)
+    writer = Writer(processor)
     sample: Sample = TASKS["tiny_image"].make(1, "check")
     text = writer.write(TASKS["tiny_image"], [sample.facts], random.Random(0))
     pixels = processor.image_processor([torch.from_numpy(sample.pictures[0]).permute(2, 0, 1)], return_tensors="pt")
     with torch.no_grad():
         rows = model.model.get_image_features(pixels["pixel_values"], return_dict=True).pooler_output[0][None]
-        packed = torch.split(model.lm_head(trainer.hidden(rows, text))[0], list(text.lengths))
+        packed = torch.split(model.lm_head(trainer.hidden(rows, text, SETTINGS.stages[-1]))[0], list(text.lengths))
     families = 0
     slots = zip(packed, *(torch.split(t[0], list(text.lengths)) for t in (text.ids, text.labels)), strict=True)
     for logits, ids, labels in slots:
@@ -248,12 +249,25 @@ def test_packed_questions_are_the_processors_prompts(folder: Path, made: tuple[A
 
 
 def test_prompts_begin_as_in_training(made: tuple[Any, Any]) -> None:
-    processor, writer = made[1], Writer(made[1], 576)
+    processor, writer = made[1], Writer(made[1])
     content = [{"type": "image"}, {"type": "text", "text": "Where is it?"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=prompt, images=np.zeros((9, 9, 3), np.uint8), return_tensors="pt")
     ids, _ = writer.slot(Question("Where is it?", ""))
     assert inputs["input_ids"][0].tolist() == writer.before + [3] * 576 + writer.after + ids
+
+
+def test_the_coarse_stage_reads_means_of_squares(folder: Path, tmp_path: Path) -> None:
+    trainer = MiniTrainer.create(SETTINGS, tmp_path, torch.device("cpu"), folder)
+    rows, text = (
+        torch.randn(1, 24, 24, 32),
+        trainer.writer.write(MIX[0], [MIX[0].make(1, "check").facts], random.Random(0)),
+    )
+    means = rows.unflatten(2, (12, 2)).unflatten(1, (12, 2)).mean((2, 4)).flatten(1, 2)
+    with torch.no_grad():
+        coarse = trainer.hidden(rows.flatten(1, 2), text, SETTINGS.stages[1])
+        plain = trainer.hidden(means, text, SETTINGS.stages[2])
+    assert coarse.shape[1] == text.ids.shape[1] and torch.allclose(coarse, plain, atol=1e-2)
 
 
 # --- data
@@ -286,7 +300,7 @@ def test_pictures_are_added_with_the_steps() -> None:
 # --- runs
 @pytest.mark.usefixtures("few")
 def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, tmp_path / "killed", folder]
+    command = [sys.executable, "-c", KILLED, tmp_path / "killed", folder, json.dumps(FEW)]
     killed = subprocess.run(command, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     steps: list[tuple[str, int]] = []
@@ -302,11 +316,11 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -
     resumed, resumed_steps = run(tmp_path / "killed"), list(steps)
     shutil.copytree(tmp_path / "killed" / "features", tmp_path / "whole" / "features")
     whole = run(tmp_path / "whole")
-    assert resumed_steps == [("joint", 3)] and len(steps) == 6
+    assert resumed_steps == [("joint", 3)] and len(steps) == 7
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert any(not torch.equal(value, whole[name]) for name, value in load_file(early).items())
     log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in log] == [("align", 2), ("joint", 3)]
+    assert [(row["stage"], row["step"]) for row in log] == [("align", 2), ("coarse", 1), ("joint", 3)]
     assert {"content", "place", "pull", "size", "answer"} == log[-1]["losses"].keys()
     assert {"patch kind", "image/existence", "detail/large_count"} <= log[-1]["measured"].keys()
     with pytest.raises(InputError, match="other settings"):
@@ -315,9 +329,9 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -
 
 def test_stages_update_what_they_should(folder: Path, tmp_path: Path) -> None:
     trainer = MiniTrainer.create(SETTINGS, tmp_path, torch.device("cpu"), folder)
-    align, joint = SETTINGS.stages
-    parts = [{name.split(".")[0] for name, _ in trainer.trained(stage)} for stage in (align, joint)]
-    assert parts == [{"projector", "heads"}, {"projector", "heads", "low_rank"}]
+    align, coarse, joint = SETTINGS.stages
+    parts = [{name.split(".")[0] for name, _ in trainer.trained(stage)} for stage in (align, coarse, joint)]
+    assert parts == [{"projector", "heads"}, *2 * [{"projector", "heads", "low_rank"}]]
     losses = trainer.losses(trainer.batch(1, 0), joint)
     trainer.total(losses, joint).backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None for name, p in trainer.trained(joint) if ".up." in name)

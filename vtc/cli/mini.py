@@ -43,6 +43,7 @@ def train(
         Path | None, typer.Option(metavar="PATH", help="Checkpoint of `vtc mini build`; the one in the user's cache.")
     ] = None,
     steps_align: Annotated[int | None, typer.Option(help="Steps of the projector alone.")] = None,
+    steps_coarse: Annotated[int | None, typer.Option(help="Steps of both that read a quarter of the rows.")] = None,
     steps_joint: Annotated[int | None, typer.Option(help="Steps of projector and language model.")] = None,
     batch_joint: Annotated[int | None, typer.Option(help="Pictures per step with the language model.")] = None,
     pictures: Annotated[int | None, typer.Option(help="Different pictures, 0.44 MB of disk each.")] = None,
@@ -55,7 +56,7 @@ def train(
     from vtc.eval.mini.settings import Settings
     from vtc.eval.mini.train import train as run
 
-    given: dict[str, Any] = {"steps_align": steps_align, "steps_joint": steps_joint}
+    given: dict[str, Any] = {"steps_align": steps_align, "steps_coarse": steps_coarse, "steps_joint": steps_joint}
     given |= {"batch_joint": batch_joint, "pictures": pictures}
     settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     typer.echo(str(run(output_path(out), model or cache_folder(), settings, device=device, threads=threads)))
