@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.app.template import system_length
+from vtc.app.template import system_length, system_lengths
 from vtc.batch.prompt import Prompt, system_rows, unanswered
 from vtc.engine.entry import control_tokens
 from vtc.errors import InputError, UnsupportedCall
@@ -252,5 +252,13 @@ def test_the_length_of_a_template_s_head() -> None:
     assert "what" not in head
     told = [{"role": "system", "content": [{"type": "text", "text": "answer briefly"}]}]
     assert system_length(processor, told) > length
+    asked = [{"role": "user", "content": "what color"}]
+    written, write = [], processor.apply_chat_template
+    processor.apply_chat_template = lambda *given, **more: written.append(given) or write(*given, **more)
+    conversations = [asked, [*told, *asked], asked, [*told, *asked], asked]
+    expected = (length, system_length(processor, told)) * 2 + (length,)
+    written.clear()
+    assert system_lengths(processor, conversations) == expected
+    assert len(written) == 4  # two for each of two heads
     processor.chat_template = None
     assert system_length(processor) == 0

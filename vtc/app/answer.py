@@ -24,7 +24,7 @@ from vtc.app.images import open_image
 from vtc.app.loading import Loaded
 from vtc.app.nonsense import FiniteLogits, checking
 from vtc.app.preparation import Chat, asked, on_device, prepare
-from vtc.app.template import system_length
+from vtc.app.template import system_lengths
 from vtc.cost.exact import Work
 from vtc.engine.attach import Handle, compress
 from vtc.errors import InputError
@@ -111,7 +111,7 @@ class Answerer:
         inputs, sizes = prepare(self.loaded, conversations)
         placeholders = torch.tensor(list(adapters.of(self.model).placeholders.values()), dtype=torch.long)
         visual = torch.isin(inputs["input_ids"].cpu(), placeholders).sum(1)
-        heads = tuple(system_length(self.processor, conversation) for conversation in conversations)
+        heads = system_lengths(self.processor, conversations)
         tokens = tuple(visual.tolist())
         text = [length - n for length, n in zip(inputs["attention_mask"].sum(1).tolist(), tokens, strict=True)]
         works = self.meter.untouched(inputs, tokens, text)

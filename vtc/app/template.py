@@ -15,7 +15,7 @@ def system_length(processor: Any, conversation: Sequence[Mapping[str, Any]] = ()
     """
     if not getattr(processor, "chat_template", None):
         return 0
-    first = list(itertools.takewhile(lambda message: message["role"] == "system", conversation))
+    first = _told(conversation)
     tokenizer = getattr(processor, "tokenizer", processor)
     ids: list[list[int]] = []
     for word in ("one", "Two"):
@@ -23,6 +23,25 @@ def system_length(processor: Any, conversation: Sequence[Mapping[str, Any]] = ()
         text = processor.apply_chat_template(chat, tokenize=False)
         ids.append(tokenizer(text, add_special_tokens=not begins_itself(tokenizer, text))["input_ids"])
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False)))
+
+
+def system_lengths(processor: Any, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[int, ...]:
+    """`system_length` of each; a template writes in front of equal system messages once."""
+    known: list[tuple[list[Mapping[str, Any]], int]] = []
+    found = []
+    for conversation in conversations:
+        first = _told(conversation)
+        length = next((length for told, length in known if told == first), None)
+        if length is None:
+            length = system_length(processor, first)
+            known.append((first, length))
+        found.append(length)
+    return tuple(found)
+
+
+def _told(conversation: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The leading system messages."""
+    return list(itertools.takewhile(lambda message: message["role"] == "system", conversation))
 
 
 def begins_itself(tokenizer: Any, text: str) -> bool:
