@@ -74,9 +74,10 @@ results: docs
 	cp results/full/tiny-onevision/table.md docs/results/tiny_onevision.md
 	cp results/full/tiny-onevision/figure.png docs/results/tiny_onevision.png
 	cp results/full/tiny-qwen/table.md docs/results/tiny_qwen.md
-	$(BIN)/python -m vtc.eval.claims results/full/tiny-onevision > docs/results/claims.md
-	$(BIN)/vtc sweep ranking --limit 200 --out results/ranking
-	$(BIN)/python -m vtc.eval.ranking results/ranking > docs/results/ranking.md
+	$(BIN)/vtc sweep claims --limit 200
+	$(BIN)/python -m vtc.eval.claims results/claims/* > docs/results/claims.md
+	$(BIN)/vtc sweep ranking --limit 200
+	$(BIN)/python -m vtc.eval.ranking results/ranking/* > docs/results/ranking.md
 	$(BIN)/vtc sweep parts
 	$(BIN)/python -m vtc.eval.parts results/parts > docs/results/parts.md
 	$(BIN)/vtc sweep shallow --out results/shallow

@@ -1,4 +1,4 @@
-"""`python -m vtc.eval.claims FOLDER` writes what the methods' claims are worth on a finished sweep, as Markdown.
+"""`python -m vtc.eval.claims FOLDER...` writes what the methods' claims are worth on finished sweeps, as Markdown.
 
 A claim is a comparison of two methods on one task, in `claims.yaml`. It is supported at a retention where the
 95 % interval of the paired difference lies above the line, refuted where it lies below, and open where it holds it.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
-from vtc.app.pages import page
+from vtc.app.pages import Table, page
 from vtc.errors import InputError
 from vtc.eval.answers import Answers, answers
 from vtc.eval.cells import BASELINE
@@ -123,34 +123,30 @@ def losses(results: Results) -> Iterator[list[str]]:
                     yield [task, name, control, where]
 
 
-def document(results: Results, claims: Sequence[Claim]) -> str:
+def document(several: Sequence[Results], claims: Sequence[Claim]) -> str:
     """The page."""
-    run: Mapping[str, Any] = results.run
-    counts = ", ".join(f"{task} {run['tasks'][task]['documents']}" for task in results.tasks)
-    words = f"""questions of each task: {counts}. Model: {run["model"]["name"]}. Differences are in points of the task's
-    main metric, paired over questions, with 95 % intervals (clustered by picture). "supported": the interval lies above
-    zero (or above the line that the claim draws), "not supported": below, "open": it holds the line. The embedded
-    models are small and their tasks synthetic: a verdict is about the mechanism on them, not about published
-    benchmarks."""
+    words = """differences are in points of the task's main metric, paired over questions, with 95 % intervals
+    (clustered by picture). "supported": the interval lies above zero (or above the line that the claim draws), "not
+    supported": below, "open": it holds the line. Methods that lose to a control are listed behind the claims: a control
+    knows nothing of the picture, and only differences whose interval lies below zero count. The embedded models are
+    small and their tasks synthetic: a verdict is about the mechanism on them, not about published benchmarks."""
     head = ["method", "claim", "measured as", "at retention: difference and verdict"]
     lost = ["task", "method", "loses to", "at retention (points)"]
-    return page(
-        "Claims of the methods, measured",
-        "python -m vtc.eval.claims results/full/tiny-onevision",
-        words,
-        (head, judged(claims, results)),
-        "## Methods that lose to a control",
-        "A control knows nothing of the picture. Only differences whose interval lies below zero are listed.",
-        (lost, losses(results)),
-        packages=("torch", "transformers", "lmms-eval"),
-    )
+    parts: list[str | Table] = []
+    for results in several:
+        name = results.run["model"]["name"]
+        counts = ", ".join(f"{task} {results.run['tasks'][task]['documents']}" for task in results.tasks)
+        parts += [f"## {name}", f"Questions of each task: {counts}.", (head, judged(claims, results))]
+        parts += [f"### Methods that lose to a control on {name}", (lost, losses(results))]
+    title, command = "Claims of the methods, measured", "python -m vtc.eval.claims results/claims/*"
+    return page(title, command, words, *parts, packages=("torch", "transformers", "lmms-eval"))
 
 
 def main() -> None:
-    """Print the page of a folder."""
+    """Print the page of one or several folders."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    sys.stdout.write(document(read_results(parser.parse_args().folder), read_claims()))
+    parser.add_argument("folder", type=Path, nargs="+")
+    sys.stdout.write(document([read_results(folder) for folder in parser.parse_args().folder], read_claims()))
 
 
 if __name__ == "__main__":

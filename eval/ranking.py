@@ -1,4 +1,4 @@
-"""`python -m vtc.eval.ranking FOLDER` ranks the methods of a finished sweep at each of its budgets, as Markdown."""
+"""`python -m vtc.eval.ranking FOLDER...` ranks the methods of finished sweeps at each of their budgets, as Markdown."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vtc.eval.answers import Answers, answers
 from vtc.eval.claims import CONTROLS, base_name, differences
 from vtc.eval.comparisons import Retained, ranked_tasks, retained
 from vtc.eval.results import Asked, Results, read_results
+from vtc.eval.series import overall
 from vtc.eval.tables import nominal
 
 WHOLE = 99.9
@@ -51,38 +52,60 @@ def rows(
         ]
 
 
-def document(results: Results) -> str:
-    """The page."""
-    tasks = ranked_tasks(results)
+def model_parts(results: Results) -> Iterator[str | Table]:
+    """Sections of one model: each budget, methods that leave the prompt whole apart."""
+    tasks, name = ranked_tasks(results), results.run["model"]["name"]
     found = {task: answers(results, task, results.main_metric(task)) for task in tasks}
     known = {task: data for task, data in found.items() if data is not None}
     order = retained(results)
     lost = beaten(known, list(dict.fromkeys(base_name(each.method) for each in order)))
-    parts: list[str | Table] = []
     for budget in dict.fromkeys(each.retention for each in order):
         entries = [each for each in order if each.retention == budget]
         short = [each for each in entries if each.tokens is None or each.tokens < WHOLE]
         whole = [each for each in entries if each not in short]
         for title, chosen in ("", short), (", with a whole prompt", whole):
             if chosen:
-                parts += [f"## At {nominal(budget)}{title}", ((*HEAD, *tasks, "loses to"), rows(chosen, tasks, lost))]
-    counts = ", ".join(f"{task} {results.run['tasks'][task]['documents']}" for task in tasks)
+                yield f"## {name} at {nominal(budget)}{title}"
+                yield (*HEAD, *tasks, "loses to"), rows(chosen, tasks, lost)
+
+
+def across(several: Sequence[Results]) -> Iterator[str | Table]:
+    """Sections over all models: at each budget the methods that every model has there, the best mean first."""
+    names = [results.run["model"]["name"] for results in several]
+    single = [{(each.method, each.retention): each.percent for each in retained(results)} for results in several]
+    entries = overall(several)
+    for budget in dict.fromkeys(entry.retention for entry in entries):
+        yield f"## All models at {nominal(budget)}"
+        lines = [
+            [entry.method, f"{entry.percent:.1f}", *(f"{one[entry.method, budget]:.1f}" for one in single)]
+            for entry in entries
+            if entry.retention == budget
+        ]
+        yield ("method", "mean over tasks", *names), lines
+
+
+def document(several: Sequence[Results]) -> str:
+    """The page."""
+    told = []
+    for results in several:
+        documents = ((task, results.run["tasks"][task]["documents"]) for task in ranked_tasks(results))
+        told.append(f"{results.run['model']['name']} ({', '.join(f'{task} {count}' for task, count in documents)})")
     about = f"""performance in percent of the untouched model's: ratio per task, then the mean, with 95 % intervals over
-    questions ({counts}). Model: {results.run["model"]["name"]}. "tokens": visual tokens that enter an LLM layer, in the
+    questions. Models and questions: {"; ".join(told)}. "tokens": visual tokens that enter an LLM layer, in the
     mean. "loses to": controls, which know nothing of the picture, that do better without doubt (the 95 % interval of
     the paired difference lies below zero). A method that leaves the prompt whole saves work in the encoder or memory
-    behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The model is small
-    and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
-    model, packages = results.run["model"]["name"], ("torch", "transformers", "lmms-eval")
-    title, command = f"All methods on {model}, ranked", "python -m vtc.eval.ranking results/ranking"
-    return page(title, command, about, *parts, packages=packages)
+    behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The models are
+    small and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
+    parts = [*(across(several) if len(several) > 1 else ()), *(part for each in several for part in model_parts(each))]
+    title, command = "All methods, ranked", "python -m vtc.eval.ranking results/ranking/*"
+    return page(title, command, about, *parts, packages=("torch", "transformers", "lmms-eval"))
 
 
 def main() -> None:
-    """Print the page of a folder."""
+    """Print the page of one or several folders."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    sys.stdout.write(document(read_results(parser.parse_args().folder)))
+    parser.add_argument("folder", type=Path, nargs="+")
+    sys.stdout.write(document([read_results(folder) for folder in parser.parse_args().folder]))
 
 
 if __name__ == "__main__":

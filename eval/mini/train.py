@@ -129,7 +129,7 @@ class MiniTrainer:
     def hidden(self, rows: Tensor, text: Text, stage: Stage) -> Tensor:
         """Last hidden states (B, T, hidden) of the packed questions behind pictures as a stage reads them."""
         if stage.name == COARSE:
-            rows = F.avg_pool2d(rows.mT.unflatten(2, (GRID, GRID)), 2).flatten(2).mT
+            rows = F.avg_pool2d(rows.mT.reshape(*rows.mT.shape[:2], GRID, GRID), 2).flatten(2).mT
         embed, size = self.model.get_input_embeddings(), len(rows)
 
         def given(ids: list[int]) -> Tensor:

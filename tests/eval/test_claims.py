@@ -64,15 +64,15 @@ def test_losses_are_differences_below_zero_without_doubt(results: Results) -> No
     assert data is not None
     sure = [n for n in ("hiprune", "fastv") if any(pair.high < 0 for pair in differences(data, n, "random"))]
     assert [line[1] for line in found] == sure
-    assert "## Methods that lose" in document(results, [])
+    assert "### Methods that lose" in document([results], [])
 
 
 def test_the_ranking_says_who_leads_and_who_loses_to_what_knows_nothing(results: Results) -> None:
-    text = ranking.document(results)
+    text = ranking.document([results])
     order = retained(results)
     lost = {(line[1], line[2]): line[3] for line in losses(results)}
     for budget in ("0.33", "0.05"):
-        board = text.partition(f"## At {budget}\n")[2].partition("\n## ")[0]
+        board = text.partition(f"## tiny-llava at {budget}\n")[2].partition("\n## ")[0]
         rows = [line.strip("| ").split(" | ") for line in board.strip().splitlines()[2:]]
         entries = [each for each in order if each.retention == float(budget)]
         assert [row[0] for row in rows] == [each.method for each in entries]
@@ -80,7 +80,17 @@ def test_the_ranking_says_who_leads_and_who_loses_to_what_knows_nothing(results:
             assert row[1].startswith(f"{each.percent:.1f}") and row[3] == f"{each.tasks['tiny_image']:.1f}"
             beaten = f"{budget} (" in lost.get((each.method, "random"), "")
             assert row[-1] == ("random (tiny_image)" if beaten else "-")
-    assert "whole prompt" not in text
+    assert "whole prompt" not in text and "All models" not in text
+
+
+def test_several_models_are_ranked_together(results: Results) -> None:
+    text = ranking.document([results, results])
+    board = text.partition("## All models at 0.33\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in board.strip().splitlines()[2:]]
+    expected = [(each.method, f"{each.percent:.1f}") for each in retained(results) if each.retention == 0.33]
+    assert [(name, mean) for name, mean, *_ in rows] == expected
+    assert all(mean == one == other for _, mean, one, other in rows)
+    assert text.count("## tiny-llava at 0.33\n") == 2
 
 
 def test_shipped_claims_name_methods_that_exist() -> None:
