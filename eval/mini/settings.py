@@ -20,7 +20,7 @@ class Settings:
     more at every step, so that the tower does not have to see all of them before the first step.
     """
 
-    steps_align: int = 1200
+    steps_align: int = 800
     steps_coarse: int = 4000
     steps_joint: int = 2000
     batch_align: int = 16
@@ -32,7 +32,7 @@ class Settings:
     rate_align: float = 2e-3
     rate_joint: float = 5e-4
     pull_weight: float = 1.0
-    size_weight: float = 0.1
+    size_weight: float = 1.0
     auxiliary_weight: float = 0.1  # of everything but the answers, once there are answers
     end_weight: float = 0.05
     weight_decay: float = 0.01

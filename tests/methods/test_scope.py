@@ -34,7 +34,7 @@ def seen(make_view: Any, shapes: Any, spec: ModelSpec = CLIP_L, **budget: Any) -
     counts = [len(s.item().crop) if hasattr(s, "item") else s[0] * s[1] for s in shapes]
     scores = [torch.rand(n, generator=generator).mul(40).ceil().div(1000) for n in counts]
     features = [torch.randn(n, 8, generator=generator) for n in counts]
-    readings = (vtc.create("scope").attention(spec), Rows.HIDDEN)  # type: ignore[attr-defined]
+    readings = (spec.patch_attention, Rows.HIDDEN)
     recorded = {(spec.key_layer, reading): each for reading, each in zip(readings, (scores, features), strict=True)}
     return make_view(shapes, vision=recorded, spec=spec, **budget)
 
@@ -49,7 +49,7 @@ def test_the_plain_choice(
     shapes = [shape(((1, 3, 3), (1, 4, 5)), newlines=True), (5, 5), (1, 1), shape(((3, 3, 3),))]
     view = seen(make_view, shapes, spec, keep=keep)
     found = kept(view, vtc.create("scope", alpha=alpha, scope=scope).select(view))
-    reading = vtc.create("scope").attention(spec)  # type: ignore[attr-defined]
+    reading = spec.patch_attention
     for item in range(len(view.items)):
         expected: list[int] = []
         for part, few in parted(view, item, scope):

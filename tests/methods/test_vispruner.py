@@ -14,7 +14,6 @@ import vtc
 from vtc import adapters
 from vtc.errors import VTCError
 from vtc.method.base import ModelSpec, Needs, Rows
-from vtc.methods.vispruner import attention
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
@@ -46,7 +45,7 @@ def seen(make_view: Any, shapes: Any = SHAPES, spec: ModelSpec = CLIP_L, **budge
     features = [torch.randn(n, 8, generator=generator) for n in counts]
     layer = spec.key_layer
     return make_view(
-        shapes, vision={(layer, attention(spec)): scores, (layer, Rows.HIDDEN): features}, spec=spec, **budget
+        shapes, vision={(layer, spec.patch_attention): scores, (layer, Rows.HIDDEN): features}, spec=spec, **budget
     )
 
 
@@ -56,7 +55,7 @@ def seen(make_view: Any, shapes: Any = SHAPES, spec: ModelSpec = CLIP_L, **budge
 def test_the_plain_choice(make_view: Any, kept: Any, spec: ModelSpec, share: float, budget: Any) -> None:
     view = seen(make_view, spec=spec, **budget)
     found = kept(view, vtc.create("vispruner", share=share).select(view))
-    scores, features = (view.vision_attention(spec.key_layer, each) for each in (attention(spec), Rows.HIDDEN))
+    scores, features = (view.vision_attention(spec.key_layer, each) for each in (spec.patch_attention, Rows.HIDDEN))
     for item, count in enumerate(view.items.counts):
         s = scores[item, :count].tolist()
         assert found[item] == plain_choice(s, features[item, :count], view.keep[item], share)
@@ -92,7 +91,7 @@ def test_plans_and_refusals() -> None:
     assert dataclasses.asdict(vtc.create("vispruner")) == {"share": 0.5, "scope": "crop"}
     for spec, layer in ((CLIP_L, 22), (QWEN, 31)):
         plan = vtc.create("vispruner").plan(spec)
-        assert plan.needs == Needs(vision={layer: (attention(spec), Rows.HIDDEN)})
+        assert plan.needs == Needs(vision={layer: (spec.patch_attention, Rows.HIDDEN)})
         assert (plan.stages, plan.positions) == ((0,), "preserve" if spec.mrope else "compact")
     with pytest.raises(VTCError, match=r"share=1.5 is no part of the tokens; the paper uses 0.5 and 0.75"):
         vtc.create("vispruner", share=1.5)

@@ -38,7 +38,7 @@ def seen(make_view: Any, shapes: Any, spec: ModelSpec, **budget: Any) -> Any:
     counts = [len(s.item().crop) if hasattr(s, "item") else s[0] * s[1] for s in shapes]
     method: Any = vtc.create("vscan")
     vision = {
-        (layer, method.reading(spec)): [torch.rand(n, generator=generator).mul(40).round().div(1000) for n in counts]
+        (layer, spec.patch_attention): [torch.rand(n, generator=generator).mul(40).round().div(1000) for n in counts]
         for layer in (method.early(spec), spec.key_layer)
     }
     return make_view(shapes, vision=vision, spec=spec, **budget)
@@ -58,7 +58,7 @@ def test_the_plain_choice_and_means(
     found = kept(view, selection)
     side = window or (6 if spec.has_cls else 8)
     layers = method.early(spec), spec.key_layer
-    early, late = (view.vision_attention(layer, method.reading(spec)) for layer in layers)
+    early, late = (view.vision_attention(layer, spec.patch_attention) for layer in layers)
     row, col = view.place
     for item, count in enumerate(view.items.counts):
         crop = view.crop[item, :count].tolist()

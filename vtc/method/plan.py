@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from vtc.method.readings import LLMReading, VisionReading
+from vtc.method.readings import LLMReading, Rows, VisionReading
 
 Positions = Literal["preserve", "compact", "compact_input"]
 """Position ids of what is left: the original ones, renumbered without gaps at every stage, or renumbered where the
@@ -136,6 +136,11 @@ class ModelSpec:
     def key_layer(self) -> int:
         """The last encoder layer up to the feature layer that sees the whole image."""
         return max(layer for layer in self.full_attention_layers if layer <= self.feature_layer)
+
+    @property
+    def patch_attention(self) -> VisionReading:
+        """Attention that each patch draws: the class token's, or that of all queries where there is none."""
+        return Rows.CLS if self.has_cls else Rows.RECEIVED
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Selection, StageView
 from vtc.method.parts import even, inside_plan, merged_inside
 from vtc.method.registry import register
 from vtc.ops.rank import order_by
@@ -98,7 +98,7 @@ class DiffRate(Compressor):
                 f"lists of {len(self.given[0])} blocks were given, this {model.family} encoder has {blocks} up to its "
                 "features; give as many numbers, or a budget"
             )
-        reading = Rows.CLS if model.has_cls else Rows.RECEIVED
+        reading = model.patch_attention
         return inside_plan("'diffrate'", model, reading, attention=True, sizes=self.proportional)
 
     def steps(self, blocks: int, tokens: int, keep: int | None, lead: int) -> list[tuple[int, int]]:
@@ -131,7 +131,7 @@ class DiffRate(Compressor):
         pruned, left = plan[block]
         if left == tokens:
             return None
-        score = settle(view.vision_attention(block, Rows.CLS if has_cls else Rows.RECEIVED))
+        score = settle(view.vision_attention(block, view.model.patch_attention))
         order = order_by(best=score)[:, :pruned]
         first = order[:, :left].sort(dim=1).values  # in the order of the picture
         rows, size = merge_tail(view.tokens, size, first, order[:, left:])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.method.base import ModelSpec, Needs, Plan, Rows, Scope, ScoringCompressor, StageView
+from vtc.method.base import ModelSpec, Needs, Plan, Scope, ScoringCompressor, StageView
 from vtc.method.registry import register
 
 
@@ -37,7 +37,7 @@ class FasterVLM(ScoringCompressor):
     name: ClassVar[str] = "fastervlm"
 
     def plan(self, model: ModelSpec) -> Plan:
-        attention = Rows.CLS if model.has_cls else Rows.RECEIVED
+        attention = model.patch_attention
         return dataclasses.replace(super().plan(model), needs=Needs(vision={model.key_layer: attention}))
 
     def score(self, view: StageView) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.frames import Frames
 from vtc.method.registry import register
 from vtc.ops.density import peaks
@@ -71,7 +71,7 @@ class FastVID(Compressor):
                 raise VTCError(f"{name}={getattr(self, name)!r} is no share of 1; the paper uses {paper_share}")
 
     def plan(self, model: ModelSpec) -> Plan:
-        needs = Needs(vision={model.key_layer: Rows.CLS if model.has_cls else Rows.RECEIVED})
+        needs = Needs(vision={model.key_layer: model.patch_attention})
         return dataclasses.replace(super().plan(model), needs=needs)
 
     def select(self, view: StageView) -> Selection:

@@ -80,7 +80,7 @@ class FlashVID(Compressor):
             raise VTCError(f"later={self.later!r} is no share of tokens above 0; the code has 0.3, and 1 is for none")
 
     def plan(self, model: ModelSpec) -> Plan:
-        seen = {model.key_layer: Rows.CLS if model.has_cls else Rows.RECEIVED}
+        seen = {model.key_layer: model.patch_attention}
         plan = super().plan(model)
         if self.later == 1:
             return dataclasses.replace(plan, needs=Needs(seen))

@@ -73,7 +73,7 @@ class HoliTom(Compressor):
             raise VTCError(f"later={self.later!r} is no share of tokens above 0; the paper uses 0.5, and 1 for none")
 
     def plan(self, model: ModelSpec) -> Plan:
-        seen = {model.key_layer: Rows.CLS if model.has_cls else Rows.RECEIVED}
+        seen = {model.key_layer: model.patch_attention}
         plan = super().plan(model)
         if self.later == 1:
             return dataclasses.replace(plan, needs=Needs(seen))

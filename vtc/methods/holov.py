@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.registry import register
 from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
@@ -57,7 +57,7 @@ class HoloV(Compressor):
             raise VTCError(f"runs={self.runs!r} cuts nothing; pass at least 1, the code uses 16, or None")
 
     def plan(self, model: ModelSpec) -> Plan:
-        needs = Needs(vision={model.key_layer: Rows.CLS if model.has_cls else Rows.RECEIVED})
+        needs = Needs(vision={model.key_layer: model.patch_attention})
         return dataclasses.replace(super().plan(model), needs=needs)
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ import torch
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Scope, Selection, StageView
 from vtc.method.groups import Groups
-from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.ops.coverage import coverage
 
@@ -48,19 +47,14 @@ class SCOPE(Compressor):
         if self.alpha < 0:
             raise VTCError(f"alpha={self.alpha!r} would prefer what nothing attends to; pass 0 or more, the code has 1")
 
-    @staticmethod
-    def attention(model: ModelSpec) -> VisionReading:
-        """What of the encoder says how much a patch counts."""
-        return Rows.CLS if model.has_cls else Rows.RECEIVED
-
     def plan(self, model: ModelSpec) -> Plan:
-        needs = Needs(vision={model.key_layer: (self.attention(model), Rows.HIDDEN)})
+        needs = Needs(vision={model.key_layer: (model.patch_attention, Rows.HIDDEN)})
         return dataclasses.replace(super().plan(model), needs=needs)
 
     @torch.no_grad()
     def select(self, view: StageView) -> Selection:
         groups, layer = Groups.of(view, self.scope), view.model.key_layer
-        score = view.vision_attention(layer, self.attention(view.model)).float()
+        score = view.vision_attention(layer, view.model.patch_attention).float()
         features = groups.parts.take(view.vision_attention(layer, Rows.HIDDEN))
         worth = groups.parts.take(score).clamp(min=0) ** self.alpha
         order = coverage(features, worth, groups.steps, groups.parts.mask)

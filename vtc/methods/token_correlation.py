@@ -75,7 +75,7 @@ class TokenCorrelation(Compressor):
     @staticmethod
     def readings(model: ModelSpec) -> tuple[tuple[int, VisionReading], tuple[int, VisionReading]]:
         """The encoder layers that name global and local tokens, and what of them does."""
-        deep, reading = model.key_layer, Rows.CLS if model.has_cls else Rows.RECEIVED
+        deep, reading = model.key_layer, model.patch_attention
         middle = next(layer for layer in model.full_attention_layers if layer >= (deep + 1) // 2)
         return (deep, reading), (middle, reading)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Selection, StageView
 from vtc.method.parts import even, inside_plan, merged_inside
 from vtc.method.registry import register
 from vtc.ops.select import first_best, front_pack, take_rows, top_k
@@ -69,7 +69,7 @@ class TokenTransforming(Compressor):
         return self.layers
 
     def plan(self, model: ModelSpec) -> Plan:
-        reading = Rows.CLS if model.has_cls else Rows.RECEIVED
+        reading = model.patch_attention
         return inside_plan("'token_transforming'", model, reading, self.stages_of(model), attention=True)
 
     def select(self, view: StageView) -> Selection | None:
@@ -80,7 +80,7 @@ class TokenTransforming(Compressor):
         left = round(start * (keep / start) ** ((number + 1) / len(stages)))
         if left == tokens:
             return None
-        score = view.vision_attention(layer - 1, Rows.CLS if view.model.has_cls else Rows.RECEIVED)
+        score = view.vision_attention(layer - 1, view.model.patch_attention)
         anchors = front_pack(top_k(score, torch.full_like(items.row, left)), left)
         rows = torch.bmm(self.matrix(view.tokens, anchors), view.tokens.float()).to(view.tokens.dtype)
         return merged_inside(view, rows, items.token.gather(1, anchors), None)

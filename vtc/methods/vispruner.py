@@ -13,7 +13,6 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Scope, Selection, StageView
 from vtc.method.parts import groups
-from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.ops.host import put
 from vtc.ops.merge import group_places, merge_step
@@ -60,7 +59,7 @@ class VisPruner(Compressor):
             raise VTCError(f"share={self.share!r} is no part of the tokens; the paper uses 0.5 and 0.75")
 
     def plan(self, model: ModelSpec) -> Plan:
-        needs = Needs({model.key_layer: (attention(model), Rows.HIDDEN)})
+        needs = Needs({model.key_layer: (model.patch_attention, Rows.HIDDEN)})
         return dataclasses.replace(super().plan(model), needs=needs)
 
     @torch.no_grad()
@@ -73,7 +72,7 @@ class VisPruner(Compressor):
         rest = [n - first if k else 0 for n, k, first in zip(counts, shares, important, strict=True)]
         left = [k - first for k, first in zip(shares, important, strict=True)]
         places = group_places(crop, items.mask, sizes)
-        score = view.vision_attention(layer, attention(view.model))
+        score = view.vision_attention(layer, view.model.patch_attention)
         features = view.vision_attention(layer, Rows.HIDDEN)
         scores = score.flatten()[places].float()
         count, first = put([counts, important], score.device)
@@ -87,11 +86,6 @@ class VisPruner(Compressor):
         marks = torch.zeros(items.mask.numel(), dtype=torch.long, device=score.device)
         marks = marks.index_add(0, places.flatten(), kept.long().flatten())
         return Selection(marks.view(items.mask.shape) > 0, counts=view.keep, scores=score)
-
-
-def attention(model: ModelSpec) -> VisionReading:
-    """What of the encoder says how important a patch is."""
-    return Rows.CLS if model.has_cls else Rows.RECEIVED
 
 
 def diverse(features: Tensor, order: Tensor, counts: Sequence[int], left: Sequence[int], size: int = ROUND) -> Tensor:

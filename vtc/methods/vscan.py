@@ -12,7 +12,6 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.groups import Parts
-from vtc.method.readings import VisionReading
 from vtc.method.registry import register
 from vtc.method.two_stages import layer_like, left
 from vtc.ops.host import put
@@ -66,11 +65,6 @@ class VScan(Compressor):
             )
 
     @staticmethod
-    def reading(model: ModelSpec) -> VisionReading:
-        """What of the encoder says how important a patch is."""
-        return Rows.CLS if model.has_cls else Rows.RECEIVED
-
-    @staticmethod
     def early(model: ModelSpec) -> int:
         """The encoder layer that ranks windows."""
         wanted = math.floor(model.vision_layers * EARLY + 0.5)
@@ -78,7 +72,7 @@ class VScan(Compressor):
 
     def plan(self, model: ModelSpec) -> Plan:
         layers, middle = (self.early(model), model.key_layer), layer_like(model, 1, 2)
-        needs = Needs(dict.fromkeys(layers, self.reading(model)), {middle: Rows.LAST_AHEAD})
+        needs = Needs(dict.fromkeys(layers, model.patch_attention), {middle: Rows.LAST_AHEAD})
         return dataclasses.replace(super().plan(model), stages=(PRE_LLM, middle), needs=needs)
 
     @torch.no_grad()
@@ -112,7 +106,7 @@ class VScan(Compressor):
         row, col = (torch.floor_divide(each, side).long() for each in view.place)
         apart = torch.where(mask, (at << 32) + (row << 16) + col, -1)  # a number for each window
         early, late = (
-            view.vision_attention(layer, self.reading(model)) for layer in (self.early(model), model.key_layer)
+            view.vision_attention(layer, model.patch_attention) for layer in (self.early(model), model.key_layer)
         )
         early, late = settle(early, mask), settle(late, mask)
         rank = rank_in_group(apart, best=early)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import ModelSpec, Needs, Plan, Rows, Scope, ScoringCompressor, StageView
+from vtc.method.base import ModelSpec, Needs, Plan, Scope, ScoringCompressor, StageView
 from vtc.method.registry import register
 
 REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -71,7 +71,7 @@ class VTCCLS(ScoringCompressor):
         return chosen
 
     def plan(self, model: ModelSpec) -> Plan:
-        rows = Rows.CLS if model.has_cls else Rows.RECEIVED
+        rows = model.patch_attention
         needs = Needs(vision=dict.fromkeys(self.window(model), rows))
         return dataclasses.replace(super().plan(model), needs=needs)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedMethod, VTCError
-from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Order, Plan, Rows, Selection, StageView
+from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Order, Plan, Selection, StageView
 from vtc.method.layout import VisualItem
 from vtc.method.parts import reordered
 from vtc.method.readings import MeanKeys
@@ -76,7 +76,7 @@ class VisionZip(Compressor):
                     "(its images are several crops, or its tokens several patches); use before='llm'"
                 )
             plan = dataclasses.replace(plan, stages=(EncoderStage(model.feature_layer + 1),))
-        attention = Rows.CLS if model.has_cls else Rows.RECEIVED
+        attention = model.patch_attention
         return dataclasses.replace(plan, needs=Needs(vision={model.key_layer: (attention, MEAN_KEYS)}))
 
     def select(self, view: StageView) -> Selection:
@@ -85,7 +85,7 @@ class VisionZip(Compressor):
         keep = view.keep
         if official:
             keep = tuple(max(1, min(n, now)) for n, now in zip(view.granted, items.counts, strict=True))
-        score = view.vision_attention(layer, Rows.CLS if view.model.has_cls else Rows.RECEIVED).detach()
+        score = view.vision_attention(layer, view.model.patch_attention).detach()
         metric = view.vision_attention(layer, MEAN_KEYS).detach()
         best, target = torch.zeros_like(items.mask), torch.zeros_like(items.mask)
         into = torch.full_like(items.token, -1)
