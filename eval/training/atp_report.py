@@ -19,16 +19,16 @@ import vtc
 from vtc import adapters
 from vtc.app.loading import load
 from vtc.app.pages import page, table, wrapped
-from vtc.eval.training.calibration import calibrate_embedded, scene_prompts
+from vtc.eval.training.calibration import calibrate_embedded
 from vtc.eval.training.measure import Measurement, measure
-from vtc.eval.training.settings import command
+from vtc.eval.training.prompts import plain_prompts
+from vtc.eval.training.settings import asked, command
 from vtc.method import learned, weights
 from vtc.method.base import Compressor, ModelSpec
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
 
-WEIGHTS = "atp-tiny-llava"
-"""Trained towards a third of the tokens; those with "-25" towards a quarter."""
-MODEL = "tiny-llava"
+WEIGHTS = ("atp-tiny-llava", "atp-tiny-llava-25")
+"""Trained towards a third of the tokens, and towards a quarter."""
 SEED = 200_000
 """First held-out scene; training, checks during training and the benchmark use others."""
 OTHERS = ("same counts", "exact counts", "calibrated", "random modules")
@@ -46,11 +46,18 @@ def random_modules(method: ATP, spec: ModelSpec, bias: float, seed: int = 0) -> 
     return module
 
 
+def trained_on(name: str) -> tuple[str, str]:
+    """Model and task of a file of weights."""
+    _, about = weights.read(name)
+    return about["base_model"], json.loads(about["training"]).get("task", "tiny_image")
+
+
 @torch.no_grad()
-def random_form(method: ATP, retention: float, folder: Path, prompts: int = 60) -> ATP:
+def random_form(method: ATP, on: tuple[str, str], retention: float, folder: Path, prompts: int = 60) -> ATP:
     """The method with random modules whose common bias is chosen so that training prompts keep `retention`."""
-    model = load(MODEL, device="cpu", dtype="float32").model
-    spec, batches = adapters.of(model).spec, list(scene_prompts(prompts, 0, "cpu"))
+    loaded = load(on[0], device="cpu", dtype="float32")
+    model = loaded.model
+    spec, batches = adapters.of(model).spec, list(plain_prompts(loaded, asked(on[1]), prompts, 0))
     low, high = -6.0, 6.0
     for _ in range(12):
         bias = (low + high) / 2
@@ -65,17 +72,18 @@ def random_form(method: ATP, retention: float, folder: Path, prompts: int = 60) 
 
 def forms(name: str, reached: Measurement, folder: Path) -> dict[str, tuple[Compressor | None, float | None]]:
     """What is compared at the retention that the trained form reached, by label: a method and its budget."""
-    trained, retention = learned.load(name), reached.retention
+    trained, retention, (model, task) = learned.load(name), reached.retention, trained_on(name)
     assert isinstance(trained, ATP)
     shared = {field: getattr(trained, field) for field in ("layers", "score_norm", "strides", "lambda_sample")}
-    constants = str(calibrate_embedded(folder / "constants.safetensors", retention, shared, MODEL, device="cpu"))
+    file = folder / "constants.safetensors"
+    constants = str(calibrate_embedded(file, retention, shared, model, task, device="cpu"))
     assert trained.layers is not None
     shares = tuple(max(1e-6, reached.layers[layer + 1] / reached.tokens) for layer in trained.layers)
     return {
         "untouched": (None, None),
         "trained": (trained, None),
         "same counts": (vtc.create("atp_training_free", **shared, shares=shares), None),
-        "random modules": (random_form(trained, retention, folder), None),
+        "random modules": (random_form(trained, (model, task), retention, folder), None),
         "exact counts": (vtc.create("atp_training_free", **shared), retention),
         "calibrated": (vtc.create("atp_training_free", **shared, mode="calibrated", weights=constants), None),
     }
@@ -91,11 +99,12 @@ def advantage(a: Measurement, b: Measurement) -> tuple[float, float]:
 
 def compare(name: str, per_family: int, folder: Path, first_seed: int = SEED) -> dict[str, Measurement]:
     """Measure the trained weights, then every other form at the retention they reached."""
-    trained = measure(MODEL, learned.load(name), None, per_family, first_seed=first_seed)
+    model, task = trained_on(name)
+    trained = measure(model, learned.load(name), None, per_family, task=task, first_seed=first_seed)
     found = {"trained": trained}
     for label, (method, budget) in forms(name, trained, folder).items():
         if label != "trained":
-            found[label] = measure(MODEL, method, budget, per_family, first_seed=first_seed)
+            found[label] = measure(model, method, budget, per_family, task=task, first_seed=first_seed)
     order = ("untouched", "trained", *OTHERS)
     return {label: found[label] for label in order}
 
@@ -120,9 +129,10 @@ def section(name: str, found: dict[str, Measurement]) -> str:
         gains.append([label, f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"])
     target = run["parameters"]["target_tokens"]
     return "\n\n".join([
-        f"## `{name}`: trained towards a mean of {target:g} of {found['trained'].tokens} tokens",
-        wrapped(f"{run['steps']} updates of {run['batch_size']} questions on {about['data']}, {about['seconds']} s on "
-                "one busy CPU core:"),
+        f"## `{name}`: trained towards a mean of {target:g} of {found['trained'].tokens:.0f} tokens",
+        wrapped(f"{len(found['trained'].right)} questions of {trained_on(name)[1]} about held-out samples, "
+                f"{about['base_model']}. {run['steps']} updates of {run['batch_size']} questions on {about['data']}, "
+                f"{about['seconds']} s on one busy CPU core:"),
         f"    {command(run)}",
         "Right answers in percent:",
         table(["form", *families, "mean"], accuracy),
@@ -136,8 +146,8 @@ def section(name: str, found: dict[str, Measurement]) -> str:
     ])  # fmt: skip
 
 
-ABOUT = """{questions} questions about held-out scenes, {model} in float32, greedy answers, exact match. The modules
-were trained with the model frozen."""
+ABOUT = """questions about held-out samples, models in float32, greedy answers, exact match. The modules were trained
+with the model frozen."""
 FORMS = """"trained" sets its thresholds by the learned modules. The other forms prune at the same layers by the same
 scores and reach the same mean: "same counts" keeps behind each layer as many tokens as the trained form does on
 average, for all questions alike, so what it lacks is what the thresholds gain by following the sample; "exact counts"
@@ -147,11 +157,10 @@ is `atp_training_free` with its decaying counts; "calibrated" has constant thres
 
 def report(found: dict[str, dict[str, Measurement]], per_family: int) -> str:
     """The page in Markdown; found: weights -> form -> measurement."""
-    questions = max(len(measured["trained"].right) for measured in found.values())
     return page(
-        "ATP on the embedded model, with and without training",
+        "ATP on embedded models, with and without training",
         f"python -m vtc.eval.training.atp_report --per-family {per_family}",
-        ABOUT.format(questions=questions, model=MODEL),
+        ABOUT,
         wrapped(FORMS),
         *(section(name, measured) for name, measured in found.items()),
     )
@@ -160,7 +169,7 @@ def report(found: dict[str, dict[str, Measurement]], per_family: int) -> str:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description="Measure the trained ATP weights and write the page about them.")
-    parser.add_argument("--weights", nargs="+", default=[WEIGHTS, f"{WEIGHTS}-25"], help="embedded names or files")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, help="embedded names or files")
     parser.add_argument("--per-family", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/results/atp.md"))
     given = parser.parse_args()

@@ -8,13 +8,11 @@ passing tokens together average the count of the schedule.
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,18 +21,14 @@ from vtc import adapters
 from vtc.app.loading import load
 from vtc.errors import BudgetError, VTCError
 from vtc.eval.progress import SilentProgress
-from vtc.eval.tiny.batches import normalise
-from vtc.eval.tiny.scenes import make_scene
-from vtc.eval.training.prompts import collate, draw
+from vtc.eval.training.prompts import plain_prompts
+from vtc.eval.training.settings import asked
 from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Selection, StageView
 from vtc.method.registry import create
 from vtc.methods.atp import thresholds
 from vtc.methods.atp.method import ThresholdModules
 from vtc.methods.atp.training_free import ATPTrainingFree, Constants
-
-BATCH = 20
-"""Prompts per pass on an embedded model."""
 
 
 @dataclass
@@ -150,21 +144,12 @@ def save(
     return store.save(path, tensors, {**notes, **method.settings(model)})
 
 
-def scene_prompts(count: int, seed: int, device: str) -> Iterator[dict[str, Tensor]]:
-    """Batches of questions about the first `count` training scenes, without their answers."""
-    rng = random.Random(f"calibration {seed}")
-    for start in range(0, count, BATCH):
-        scenes = [make_scene(number, "train") for number in range(start, min(start + BATCH, count))]
-        batch = collate([draw(scene.items, rng) for scene in scenes], answers=False)
-        batch["pixel_values"] = normalise(np.stack([scene.image for scene in scenes]))
-        yield {name: value.to(device) for name, value in batch.items()}
-
-
 def calibrate_embedded(
     out: Path,
     retention: float,
     parameters: Mapping[str, Any],
     name: str = "tiny-llava",
+    task: str = "tiny_image",
     prompts: int = 200,
     seed: int = 0,
     device: str = "auto",
@@ -174,13 +159,15 @@ def calibrate_embedded(
     method = create("atp_training_free", **parameters)
     if not isinstance(method, ATPTrainingFree) or method.mode != "budget":
         raise VTCError("a calibration makes the constants itself; leave mode and weights out")
-    model = load(name, device=device, dtype="float32").model
-    tensors = calibrate(model, scene_prompts(prompts, seed, model.device.type), retention, method, progress)
+    loaded = load(name, device=device, dtype="float32")
+    given = plain_prompts(loaded, asked(task), prompts, seed)
+    tensors = calibrate(loaded.model, given, retention, method, progress)
     notes = {
         "base_model": name,
+        "task": task,
         "retention": str(retention),
         "prompts": str(prompts),
         "seed": str(seed),
         "spatial_share": str(method.spatial_share),
     }
-    return save(out, tensors, method, adapters.of(model).spec, notes)
+    return save(out, tensors, method, adapters.of(loaded.model).spec, notes)

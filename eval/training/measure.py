@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vtc.app.answer import Answerer
+from vtc.app.answer import Answer, Answerer
 from vtc.app.loading import load
 from vtc.app.preparation import Chat
-from vtc.eval.tiny.benchmark import Row, benchmark_rows, scene_image
+from vtc.app.video_reading import frame_list
+from vtc.eval.tiny.benchmark import Row, sample, task_rows
 from vtc.eval.tiny.checking import CHECK_SEED
-from vtc.eval.tiny.layout import VISUAL_TOKENS
+from vtc.eval.tiny.tasks import TASKS
+from vtc.eval.training.settings import asked
 from vtc.method.base import Compressor
 
 BATCH = 30
@@ -27,14 +32,15 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 class Measurement:
     """Answers to questions about held-out scenes.
 
-    right: whether each was right. families: of each question. kept: mean over the LLM's layers of the visual tokens
-    that entered the layer, for each question; tokens: of those there were. layers: mean tokens entering each layer.
+    right: whether each was right. families: of each question. kept: mean over the LLM's layers of the share of the
+    visual tokens that entered the layer, for each question; tokens: mean of those there were. layers: mean tokens
+    entering each layer.
     """
 
     right: tuple[bool, ...]
     families: tuple[str, ...]
     kept: tuple[float, ...]
-    tokens: int
+    tokens: float
     layers: tuple[float, ...]
 
     @property
@@ -48,18 +54,18 @@ class Measurement:
         """Mean share of the visual tokens kept, per family."""
         groups: dict[str, list[float]] = {}
         for family, kept in zip(self.families, self.kept, strict=True):
-            groups.setdefault(family, []).append(kept / self.tokens)
+            groups.setdefault(family, []).append(kept)
         return {family: statistics.fmean(values) for family, values in groups.items()}
 
     @property
     def retention(self) -> float:
         """Share of the visual tokens kept, mean over the questions."""
-        return statistics.fmean(self.kept) / self.tokens
+        return statistics.fmean(self.kept)
 
     @property
     def spread(self) -> float:
         """Standard deviation of the share kept, over the questions."""
-        return statistics.pstdev(self.kept) / self.tokens
+        return statistics.pstdev(self.kept)
 
     def numbers(self) -> dict[str, float]:
         """Accuracies, retention and spread."""
@@ -73,12 +79,13 @@ def measure(
     retention: float | None = None,
     per_family: int = 40,
     *,
+    task: str = "tiny_image",
     split: str = "check",
     first_seed: int = CHECK_SEED,
     state: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
 ) -> Measurement:
-    """Ask an embedded model `per_family` questions of every family about scenes of a held-out split.
+    """Ask an embedded model `per_family` questions of every family of a task about samples of a held-out split.
 
     method: None leaves the model untouched. state: weights of the model to use instead of its own.
     """
@@ -86,42 +93,37 @@ def measure(
     if state is not None:
         loaded.model.load_state_dict(state)
     answerer = Answerer(loaded)
-    rows = benchmark_rows(per_family, split, first_seed)
-    replies: list[str] = []
-    kept: list[float] = []
-    layers: Counter[int] = Counter()
-    for start in range(0, len(rows), BATCH):
-        batch = answerer.prepare([_chat(row, split) for row in rows[start : start + BATCH]])
-        if method is None:
-            replies += [answer.text.strip() for answer in answerer.generate(batch, GREEDY)]
-            continue
-        with answerer.compressed(method, retention=retention) as handle:
-            replies += [answer.text.strip() for answer in answerer.generate(batch, GREEDY, handle)]
-        call = handle.stats.calls[0]
-        kept += call.visual_tokens_kept
-        for layer, count in enumerate(_entering(call, loaded.model.config.get_text_config().num_hidden_layers)):
-            layers[layer] += count
-    return _result(rows, replies, kept, [layers[index] / len(rows) for index in sorted(layers)])
+    kinds = asked(task).geometries
+    rows = sorted(task_rows(asked(task), per_family, split, first_seed), key=lambda row: row.seed % kinds)
+    replies: list[Answer] = []
+    for _, alike in itertools.groupby(rows, lambda row: row.seed % kinds):  # clips of one length
+        chats = [_chat(row, task, split) for row in alike]
+        for start in range(0, len(chats), BATCH):
+            batch = answerer.prepare(chats[start : start + BATCH])
+            with _attached(answerer, method, retention) as handle:
+                replies += answerer.generate(batch, GREEDY, handle)
+    return _result(rows, replies)
 
 
-def _chat(row: Row, split: str) -> Chat:
-    picture = {"type": "image", "image": scene_image(row.seed, split)}
-    return Chat([{"role": "user", "content": [picture, {"type": "text", "text": row.question}]}])
+def _attached(answerer: Answerer, method: Compressor | None, retention: float | None) -> Any:
+    return contextlib.nullcontext() if method is None else answerer.compressed(method, retention=retention)
 
 
-def _entering(call: Any, depth: int) -> list[int]:
-    """Visual tokens of the whole batch that enter each of `depth` layers."""
-    now = sum(call.visual_tokens_in)
-    after = {stage.stage: stage.visual_tokens_out for stage in call.stages}
-    return [now := after.get(layer, now) for layer in range(depth)]
+def _chat(row: Row, task: str, split: str) -> Chat:
+    pictures = sample(task, row.seed, split).pictures
+    if TASKS[task].media == "video":
+        media: list[dict[str, Any]] = [{"type": "video", "video": frame_list(pictures)}]
+    else:
+        media = [{"type": "image", "image": Image.fromarray(picture)} for picture in pictures]
+    return Chat([{"role": "user", "content": [*media, {"type": "text", "text": row.question}]}])
 
 
-def _result(rows: Sequence[Row], replies: Sequence[str], kept: list[float], layers: list[float]) -> Measurement:
-    right = tuple(row.answer == reply for row, reply in zip(rows, replies, strict=True))
+def _result(rows: Sequence[Row], replies: Sequence[Answer]) -> Measurement:
+    layers = [[count for layers, count in reply.layer_tokens for _ in range(layers)] for reply in replies]
     return Measurement(
-        right,
+        tuple(row.answer == reply.text.strip() for row, reply in zip(rows, replies, strict=True)),
         tuple(row.family for row in rows),
-        tuple(kept or [float(VISUAL_TOKENS)] * len(rows)),
-        VISUAL_TOKENS,
-        tuple(layers),
+        tuple(reply.visual_tokens_kept / reply.visual_tokens_in for reply in replies),
+        statistics.fmean(reply.visual_tokens_in for reply in replies),
+        tuple(statistics.fmean(counts) for counts in zip(*layers, strict=True)),
     )

@@ -1,53 +1,88 @@
-"""Batches of complete prompts: one scene and one question per row, with labels on the answer."""
+"""Batches of complete prompts through a model's own processor: one sample and one question about it per row."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.eval.tiny.batches import normalise, scene_numbers
-from vtc.eval.tiny.cache import SceneCache
-from vtc.eval.tiny.canvas import Item
-from vtc.eval.tiny.layout import VISUAL_TOKENS
-from vtc.eval.tiny.packing import IGNORED, tokens
-from vtc.eval.tiny.questions import FAMILIES, Question
-from vtc.eval.tiny.vocabulary import BEGIN, END, IMAGE, PAD, TOKEN, USER
+from vtc.app.loading import Loaded
+from vtc.eval.tiny.batches import scene_numbers
+from vtc.eval.tiny.family import encoded
+from vtc.eval.tiny.packing import IGNORED
+from vtc.eval.tiny.questions import Question
+from vtc.eval.tiny.sample import Facts, Sample, Task
+
+BATCH = 20
 
 
-def draw(items: Sequence[Item], rng: random.Random) -> Question:
-    """A question of a random family that the scene has an unambiguous question of."""
-    for family in rng.sample(sorted(FAMILIES), len(FAMILIES)):
-        question = FAMILIES[family](items, rng)
+def draw(task: Task, facts: Facts, rng: random.Random) -> Question:
+    """A question of a random family that the sample has an unambiguous question of."""
+    for family in rng.sample(sorted(task.families), len(task.families)):
+        question = task.families[family](facts, rng)
         if question is not None:
             return question
-    raise AssertionError("a question about existence can always be asked")
+    raise AssertionError(f"a sample of {task.name} has no question")
 
 
-def collate(questions: Sequence[Question], answers: bool = True) -> dict[str, Tensor]:
-    """Left-padded ids, mask and labels of the prompts; labels cover the answer and the end token.
-
-    answers: False leaves answer, end token and labels away, as at inference.
-    """
-    head = [TOKEN[BEGIN], TOKEN[USER], *[TOKEN[IMAGE]] * VISUAL_TOKENS]
-    rows = [[*head, *tokens(question), TOKEN[END]] for question in questions]
-    if not answers:
-        rows = [row[:-2] for row in rows]
-    length = max(map(len, rows))
-    padding = [length - len(row) for row in rows]
-    ids = torch.tensor([[TOKEN[PAD]] * pad + row for pad, row in zip(padding, rows, strict=True)])
-    mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if answers:
-        batch["labels"] = torch.where(torch.arange(length) >= length - 2, ids, IGNORED)
-    return batch
+def asked(loaded: Loaded, task: Task, samples: Sequence[Sample], questions: Sequence[Question]) -> dict[str, Any]:
+    """Inputs of the model, left-padded, as at inference."""
+    pictures, texts = [sample.pictures for sample in samples], [question.text for question in questions]
+    return dict(encoded(loaded.processor, task.media, pictures, texts))
 
 
-def training_batch(scenes: SceneCache, seed: int, step: int, size: int) -> dict[str, Tensor]:
-    """The batch of a step: pixels, ids, mask and labels. It depends on nothing but the arguments."""
-    numbers = scene_numbers(seed, step * size, size, len(scenes))
-    rng = random.Random(f"prompts {seed} {step}")
-    questions = [draw(scenes.items[number], rng) for number in numbers]
-    return {"pixel_values": normalise(scenes.pixels(numbers)), **collate(questions)}
+def answered(loaded: Loaded, inputs: dict[str, Any], questions: Sequence[Question]) -> dict[str, Any]:
+    """Inputs of `asked` with answer and end token behind each prompt, and labels (B, T) on these."""
+    tokenizer = loaded.processor.tokenizer
+    ends = [
+        [*tokenizer(question.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for question in questions
+    ]
+    longest = max(map(len, ends))
+    tails = torch.tensor([[*end, *[tokenizer.pad_token_id] * (longest - len(end))] for end in ends])
+    real = torch.tensor([[1] * len(end) + [0] * (longest - len(end)) for end in ends])
+
+    def behind(rows: Tensor, tail: Tensor) -> Tensor:
+        """Both side by side, padding behind shorter answers moved to the front."""
+        joined = torch.cat([rows, tail.to(rows.dtype)], 1)
+        return torch.stack([row.roll(longest - len(end)) for row, end in zip(joined, ends, strict=True)])
+
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    by_token = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+    made = {name: behind(inputs[name], torch.zeros_like(tails)) for name in by_token}
+    made |= {"input_ids": behind(ids, tails), "attention_mask": behind(mask, real)}
+    made["labels"] = behind(torch.full_like(ids, IGNORED), tails.masked_fill(real == 0, IGNORED))
+    return {**inputs, **made}
+
+
+def training_batch(loaded: Loaded, task: Task, seed: int, step: int, size: int, different: int) -> dict[str, Any]:
+    """The batch of a step, of about `different` training samples in all; it depends on nothing but the arguments."""
+    kinds, rng = task.geometries, random.Random(f"prompts {seed} {step}")
+    numbers = scene_numbers(seed, step // kinds * size, size, max(size, different // kinds))
+    samples = _made(task, numbers, step)
+    questions = [draw(task, sample.facts, rng) for sample in samples]
+    return answered(loaded, asked(loaded, task, samples, questions), questions)
+
+
+def plain_prompts(loaded: Loaded, task: Task, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Batches of `count` questions about training samples on the model's device, without their answers."""
+    rng = random.Random(f"calibration {seed}")
+    for start in range(0, count, BATCH):
+        samples = _made(task, range(start, min(start + BATCH, count)), start // BATCH)
+        batch = asked(loaded, task, samples, [draw(task, sample.facts, rng) for sample in samples])
+        yield on_device(batch, loaded)
+
+
+def _made(task: Task, numbers: Sequence[int], kind: int) -> list[Sample]:
+    """Training samples of one geometry, since a processor stacks clips of one length only."""
+    kinds = task.geometries
+    return [task.make(number * kinds + kind % kinds, "train") for number in numbers]
+
+
+def on_device(batch: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """The batch where the model lies."""
+    device = loaded.model.device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -15,7 +15,8 @@ from vtc import adapters
 from vtc.app.loading import load
 from vtc.errors import VTCError
 from vtc.eval.progress import SilentProgress
-from vtc.eval.training.calibration import scene_prompts
+from vtc.eval.training.prompts import plain_prompts
+from vtc.eval.training.settings import asked
 from vtc.method import weights as store
 from vtc.method.base import Selection, StageView
 from vtc.methods.fitprune.method import SUMS, FitPrune
@@ -66,13 +67,14 @@ def calibrate(
 def calibrate_embedded(
     out: Path,
     name: str = "tiny-llava",
+    task: str = "tiny_image",
     prompts: int = 200,
     seed: int = 0,
     device: str = "auto",
     progress: SilentProgress | None = None,
 ) -> Path:
     """Write the recipe of an embedded model, from `prompts` questions about as many training scenes; the file."""
-    model = load(name, device=device, dtype="float32").model
-    tensors = calibrate(model, scene_prompts(prompts, seed, model.device.type), progress)
-    notes = {"base_model": name, "prompts": str(prompts), "seed": str(seed)}
-    return store.save(out, tensors, {**notes, **FitPrune().settings(adapters.of(model).spec)})
+    loaded = load(name, device=device, dtype="float32")
+    tensors = calibrate(loaded.model, plain_prompts(loaded, asked(task), prompts, seed), progress)
+    notes = {"base_model": name, "task": task, "prompts": str(prompts), "seed": str(seed)}
+    return store.save(out, tensors, {**notes, **FitPrune().settings(adapters.of(loaded.model).spec)})

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vtc.errors import InputError, VTCError
+from vtc.eval.tiny.sample import Task
 from vtc.eval.tiny.settings import Stage
+from vtc.eval.tiny.tasks import TASKS
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import create
 
@@ -18,7 +20,8 @@ class TrainingSettings:
     """Everything that decides the weights.
 
     method, parameters: the compressor and its hyper-parameters. retention: for methods that take one. model: an
-    embedded model. steps, batch_size: one question about one scene per row. rate, warmup, weight_decay, clip: AdamW
+    embedded model, or a folder whose tokenizer knows the words of the tasks. task: a generated one whose answers are
+    single words. steps, batch_size: one question about one scene per row. rate, warmup, weight_decay, clip: AdamW
     with a linear warm-up and a cosine down to `floor` * rate. llm_rate: rate of the LLM, 0 leaves it frozen; tower and
     projector always are. scenes: different training scenes. seed: of weights, order and questions.
 
@@ -30,6 +33,7 @@ class TrainingSettings:
     parameters: dict[str, Any] = field(default_factory=dict)
     retention: float | None = None
     model: str = "tiny-llava"
+    task: str = "tiny_image"
     steps: int = 600
     batch_size: int = 16
     rate: float = 3e-3
@@ -53,6 +57,7 @@ class TrainingSettings:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch_size > self.scenes:
             raise InputError(f"a batch of {self.batch_size} scenes needs at least as many scenes, got {self.scenes}")
+        asked(self.task)
         self.compressor()
 
     def compressor(self) -> LearnedCompressor:
@@ -74,6 +79,22 @@ class TrainingSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and records."""
         return dataclasses.asdict(self)
+
+
+def asked(name: str) -> Task:
+    """A generated task by name.
+
+    Raises:
+        InputError: no such task, or one with answers of several words, whose score is no share of right ones.
+    """
+    single = [task for task in TASKS.values() if set(task.graded) <= set(task.answers)]
+    found = next((task for task in single if task.name == name), None)
+    if found is None:
+        names = ", ".join(task.name for task in single)
+        raise InputError(
+            f"task {name!r} is none that is trained on: its answers have to be single words; write {names}"
+        )
+    return found
 
 
 def command(run: dict[str, Any]) -> str:

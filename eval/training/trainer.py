@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
-from vtc.app.loading import load
+from vtc.app.loading import Loaded, load
 from vtc.eval.tiny import checkpoint, optim
-from vtc.eval.tiny.cache import SceneCache, render_scenes
 from vtc.eval.tiny.export import export
 from vtc.eval.tiny.loop import pick_device
 from vtc.eval.tiny.progress import Reporter
 from vtc.eval.training.measure import Measurement, measure
-from vtc.eval.training.prompts import training_batch
-from vtc.eval.training.settings import TrainingSettings
+from vtc.eval.training.prompts import on_device, training_batch
+from vtc.eval.training.settings import TrainingSettings, asked
 from vtc.method.learned import LearnedCompressor
 
 WEIGHTS = "weights.safetensors"
@@ -37,22 +36,27 @@ class Trainer:
     settings: TrainingSettings
     out: Path
     device: torch.device
-    scenes: SceneCache
-    model: Any
+    loaded: Loaded
     method: LearnedCompressor
     handle: vtc.Handle
 
     @classmethod
-    def create(cls, settings: TrainingSettings, out: Path, device: torch.device, scenes: SceneCache) -> Trainer:
+    def create(cls, settings: TrainingSettings, out: Path, device: torch.device) -> Trainer:
         """Fresh learned parts from the seed of the settings, attached to the model."""
         torch.manual_seed(settings.seed)
-        model = load(settings.model, device=device.type, dtype="float32").model.requires_grad_(False)
+        loaded = load(settings.model, device=device.type, dtype="float32")
+        model = loaded.model.requires_grad_(False)
         method = settings.compressor()
         handle = vtc.compress(model, method, retention=settings.retention, pad_output=True, trace=False)
         if settings.llm_rate:
             for part in (model.model.language_model, model.lm_head):
                 part.requires_grad_(True)
-        return cls(settings, out, device, scenes, model, method, handle)
+        return cls(settings, out, device, loaded, method, handle)
+
+    @property
+    def model(self) -> Any:
+        """The model that answers."""
+        return self.loaded.model
 
     @property
     def module(self) -> nn.Module:
@@ -76,8 +80,9 @@ class Trainer:
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """The answer loss of a step's batch, and what the method adds."""
-        batch = training_batch(self.scenes, self.settings.seed, step, self.settings.batch_size)
-        output = self.model(**{name: value.to(self.device) for name, value in batch.items()}, use_cache=False)
+        of = self.settings
+        batch = training_batch(self.loaded, asked(of.task), of.seed, step, of.batch_size, of.scenes)
+        output = self.model(**on_device(batch, self.loaded), use_cache=False)
         own = self.handle.auxiliary_loss
         return {"answer": output.loss} | ({} if own is None else {"method": own})
 
@@ -100,7 +105,7 @@ class Trainer:
             "base_model": self.settings.model,
             "steps": str(self.settings.steps),
             "seed": str(self.settings.seed),
-            "data": f"{self.settings.scenes} scenes of split train, one question per row",
+            "data": f"{self.settings.scenes} samples of {self.settings.task}, split train, one question per row",
             "training": json.dumps(self.settings.as_dict(), sort_keys=True),
         }
         return self.method.save(self.out / WEIGHTS, self.module, adapters.of(self.model).spec, about | notes)
@@ -110,9 +115,8 @@ class Trainer:
         path = self.save_weights({})
         method = dataclasses.replace(self.method, training=False, weights=str(path))
         changed = self.model.state_dict() if self.settings.llm_rate else None
-        return measure(
-            self.settings.model, method, self.settings.retention, per_family, state=changed, device=self.device.type
-        )
+        of = self.settings
+        return measure(of.model, method, of.retention, per_family, task=of.task, state=changed, device=self.device.type)
 
 
 def train(
@@ -120,7 +124,6 @@ def train(
     settings: TrainingSettings,
     device: str = "auto",
     threads: int = 1,
-    workers: int = 0,
     save_every: int = 50,
     check_every: int = 200,
     per_family: int = 40,
@@ -128,9 +131,9 @@ def train(
 ) -> Path:
     """Train a compressor into `out`, or go on with the run that `out` holds; returns the weights `out/weights...`.
 
-    threads: CPU threads (0: torch's choice). workers: processes that render scenes. save_every: distance of
-    checkpoints in steps; check_every: of checks on held-out scenes with `per_family` questions of every family (0:
-    none). `on_step(finished steps)` is called after every step. A trained LLM is exported to `out/model`.
+    threads: CPU threads (0: torch's choice). save_every: distance of checkpoints in steps; check_every: of checks on
+    held-out samples with `per_family` questions of every family (0: none). `on_step(finished steps)` is called after
+    every step. A trained LLM is exported to `out/model`.
 
     >>> train(Path("runs/none"), TrainingSettings("fastv"))
     Traceback (most recent call last):
@@ -142,8 +145,7 @@ def train(
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     with Reporter(out / "log.jsonl") as reporter:
-        scenes = render_scenes(out / "scenes", "train", settings.scenes, workers, reporter.rendering(settings.scenes))
-        trainer = Trainer.create(settings, out, chosen, scenes)
+        trainer = Trainer.create(settings, out, chosen)
         with trainer.handle:
             optimiser = trainer.optimiser()
             progress = _resume(trainer, optimiser)

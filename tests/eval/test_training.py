@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 import vtc
+from vtc.app.loading import load as load_model
 from vtc.cli.train import app
 from vtc.errors import BudgetError, InputError, VTCError
-from vtc.eval.tiny.scenes import make_scene
-from vtc.eval.tiny.vocabulary import END, IMAGE, PAD, TOKEN
+from vtc.eval.tiny.tasks import TASKS
+from vtc.eval.tiny.vocabulary import END, PAD, TOKEN, encode
 from vtc.eval.training import recipes
 from vtc.eval.training.measure import measure
-from vtc.eval.training.prompts import collate, draw
+from vtc.eval.training.prompts import answered, asked, draw
 from vtc.eval.training.settings import TrainingSettings
 from vtc.eval.training.trainer import train
 from vtc.method import weights
@@ -27,24 +28,8 @@ from vtc.methods.fitprune.recipe import left_behind, recipe
 from vtc.testing import tiny_inputs, tiny_model
 
 PARAMETERS = {"layers": (0, 2), "bins": 4, "hidden": 4, "target_tokens": 40.0, "temperature": 50.0}
-SETTINGS = TrainingSettings("atp", PARAMETERS, steps=4, batch_size=2, scenes=6, rate=0.1, warmup=1)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rendered once for all runs."""
-    from vtc.eval.tiny.cache import render_scenes
-
-    folder = tmp_path_factory.mktemp("rendered") / "scenes"
-    render_scenes(folder, "train", SETTINGS.scenes, 0)
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path: Path, scenes: Path) -> Iterator[Path]:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "scenes").symlink_to(scenes)
-    yield tmp_path / "run"
+FEW: dict[str, Any] = {"steps": 4, "batch_size": 2, "scenes": 6, "rate": 0.1, "warmup": 1}
+SETTINGS = TrainingSettings("atp", PARAMETERS, **FEW)
 
 
 class Killed(Exception):
@@ -68,53 +53,51 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     return weights.read(out / "weights.safetensors")[0]
 
 
-def test_resumed_equals_uninterrupted(place: Path, tmp_path: Path, scenes: Path) -> None:
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(place, stop=3)
-    assert run(place) == [3, 4]  # the checkpoint of step 2
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "scenes").symlink_to(scenes)
+        run(tmp_path, stop=3)
+    assert run(tmp_path) == [3, 4]  # the checkpoint of step 2
     assert run(tmp_path / "whole", check_every=3, per_family=1) == [1, 2, 3, 4]  # checks change nothing
-    first, second = tensors(place), tensors(tmp_path / "whole")
+    first, second = tensors(tmp_path), tensors(tmp_path / "whole")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [3, 4]
     assert {"existence", "mean", "retention", "spread"} <= log[-1]["measured"].keys()
     assert {"answer", "method"} == log[-1]["losses"].keys()
-    assert run(place) == []
+    assert run(tmp_path) == []
     other = TrainingSettings("atp", PARAMETERS, steps=5, batch_size=2, scenes=6)
     with pytest.raises(InputError, match="steps"):
-        run(place, other)
+        run(tmp_path, other)
 
 
-def test_the_result_learned_something_and_can_be_used(place: Path) -> None:
-    run(place, per_family=1)
+def test_the_result_learned_something_and_can_be_used(tmp_path: Path) -> None:
+    run(tmp_path, per_family=1)
     torch.manual_seed(SETTINGS.seed)
     spec = vtc.ModelSpec("llava", 5, 3, True, (0, 1, 2, 3), 6)
     fresh = SETTINGS.compressor().module(spec).state_dict()
-    learned, about = weights.read(place / "weights.safetensors")
+    learned, about = weights.read(tmp_path / "weights.safetensors")
     assert fresh.keys() == learned.keys()
     assert all(not torch.equal(fresh[name], learned[name]) for name in fresh if "head_r" in name)
     assert {"base_model", "steps", "seed", "data", "training", "seconds", "held_out"} <= about.keys()
     assert (about["base_model"], about["steps"], about["seed"]) == ("tiny-llava", "4", "0")
     assert json.loads(about["held_out"]).keys() >= {"mean", "retention"}
-    method = load(str(place / "weights.safetensors"))
-    assert method == vtc.create("atp", **PARAMETERS, weights=str(place / "weights.safetensors"))
+    method = load(str(tmp_path / "weights.safetensors"))
+    assert method == vtc.create("atp", **PARAMETERS, weights=str(tmp_path / "weights.safetensors"))
     result = measure("tiny-llava", method, None, 1)
     assert len(result.layers) == 6 and result.layers[0] == 144
     assert result.retention == pytest.approx(sum(result.layers) / 6 / 144)
 
 
-def test_a_trained_llm_is_saved_too(place: Path) -> None:
+def test_a_trained_llm_is_saved_too(tmp_path: Path) -> None:
     settings = TrainingSettings("atp", PARAMETERS, steps=1, batch_size=2, scenes=6, llm_rate=1e-3, warmup=1)
-    run(place, settings, per_family=1)
+    run(tmp_path, settings, per_family=1)
     from safetensors.torch import load_file
 
     from vtc.embedded import model_path
 
     before = load_file(model_path("tiny-llava") / "model.safetensors")
-    after = load_file(place / "model" / "model.safetensors")
+    after = load_file(tmp_path / "model" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert not any("vision_tower" in name or "projector" in name for name in changed)
@@ -129,6 +112,7 @@ def test_a_trained_llm_is_saved_too(place: Path) -> None:
         ({"batch_size": 9, "scenes": 8}, "a batch of 9 scenes needs"),
         ({"retention": 0.5}, "'atp' takes no retention"),
         ({"method": "vtc_cls"}, "'vtc_cls' has nothing to learn"),
+        ({"task": "tiny_list"}, "task 'tiny_list' is none.*write tiny_image, tiny_detail, tiny_video"),
         ({"method": "apt"}, "did you mean 'atp'"),
         ({"parameters": {"layer": 3}}, "did you mean 'layers'"),
     ],
@@ -143,31 +127,64 @@ def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
         train(tmp_path, SETTINGS, device="toaster")
 
 
-def test_labels_cover_the_answer_and_the_end() -> None:
-    import random
-
-    questions = [draw(make_scene(seed, "train").items, random.Random(seed)) for seed in range(5)]
-    batch = collate(questions)
-    answered = batch["labels"] != -100
-    assert answered.sum(1).tolist() == [2] * 5
-    assert torch.equal(batch["labels"][answered], batch["input_ids"][answered])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("tiny-llava", "tiny_image"), ("tiny-onevision", "tiny_video"), ("tiny-qwen", "tiny_detail")],
+)
+def test_labels_cover_the_answer_and_the_end(model: str, name: str) -> None:
+    """What the model predicts at the labels is what it answers to the prompt: they stand in their place."""
+    loaded, task = load_model(model, dtype="float32"), TASKS[name]
+    samples = [task.make(number * task.geometries, "train") for number in range(5)]
+    questions = [draw(task, sample.facts, random.Random(seed)) for seed, sample in enumerate(samples)]
+    prompts = asked(loaded, task, samples, questions)
+    batch = answered(loaded, prompts, questions)
+    here = batch["labels"] != -100
+    assert here.sum(1).tolist() == [2] * 5
+    assert torch.equal(batch["labels"][here], batch["input_ids"][here])
     assert (batch["input_ids"][:, -1] == TOKEN[END]).all()
-    assert ((batch["input_ids"] == TOKEN[IMAGE]).sum(1) == 144).all()
     assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == TOKEN[PAD])
-    asked = collate(questions, answers=False)
-    assert torch.equal(asked["input_ids"], batch["input_ids"][:, :-2]) and "labels" not in asked
+    assert torch.equal(prompts["input_ids"], batch["input_ids"][:, :-2]) and "labels" not in prompts
+    with torch.no_grad():
+        logits = loaded.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        replies = loaded.model.generate(**prompts, max_new_tokens=1, do_sample=False)[:, -1]
+    assert torch.equal(logits[:, -3].argmax(-1), replies)
+    assert (replies == batch["labels"][:, -2]).float().mean() >= 0.8
 
 
-def test_the_commands(place: Path) -> None:
+def test_answers_of_several_words_end_together() -> None:
+    loaded, task = load_model("tiny-onevision", dtype="float32"), TASKS["tiny_list"]
+    samples = [task.make(number, "train") for number in range(4)]
+    questions = [draw(task, sample.facts, random.Random(seed)) for seed, sample in enumerate(samples)]
+    batch = answered(loaded, asked(loaded, task, samples, questions), questions)
+    for row, question in zip(range(4), questions, strict=True):
+        alone = answered(loaded, asked(loaded, task, [samples[row]], [question]), [question])
+        real = batch["attention_mask"][row].bool()
+        for key in ("input_ids", "labels"):
+            assert torch.equal(batch[key][row, real], alone[key][0])
+        answer = [*encode(question.answer), TOKEN[END]]
+        assert alone["labels"][0, -len(answer) :].tolist() == answer and (alone["labels"] != -100).sum() == len(answer)
+
+
+def test_any_embedded_model_and_task_is_trained_on(tmp_path: Path) -> None:
+    settings = TrainingSettings("atp", {"bins": 4, "hidden": 4}, model="tiny-onevision", task="tiny_video", **FEW)
+    run(tmp_path, settings, per_family=1)
+    about = weights.read(tmp_path / "weights.safetensors")[1]
+    assert about["data"] == "6 samples of tiny_video, split train, one question per row"
+    found = measure("tiny-onevision", load(str(tmp_path / "weights.safetensors")), None, 1, task="tiny_video")
+    assert set(TASKS["tiny_video"].graded) == set(found.families)
+    assert len(found.layers) == 12 and found.layers[0] == pytest.approx(found.tokens)
+
+
+def test_the_commands(tmp_path: Path) -> None:
     options = [f"--set={name}={value}" for name, value in PARAMETERS.items()]
     sizes = ["--steps=4", "--batch-size=2", "--scenes=6", "--rate=0.1", "--warmup=1", "--check-every=0"]
-    arguments = ["train", "--method=atp", f"--out={place}", *options, *sizes, "--per-family=0", "--device=cpu"]
+    arguments = ["train", "--method=atp", f"--out={tmp_path}", *options, *sizes, "--per-family=0", "--device=cpu"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip().endswith("weights.safetensors")
-    again = tensors(place)
-    run(place)
-    assert all(torch.equal(value, again[name]) for name, value in tensors(place).items())
+    again = tensors(tmp_path)
+    run(tmp_path)
+    assert all(torch.equal(value, again[name]) for name, value in tensors(tmp_path).items())
 
 
 def test_a_calibration_from_the_command_line(tmp_path: Path) -> None:

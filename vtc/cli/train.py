@@ -16,21 +16,21 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 def train(
     method: Annotated[str, typer.Option(help="Method to train, atp for example.")],
     out: Annotated[
-        str, typer.Option(metavar="PATH", help="Folder of the run: scenes, checkpoint, log and weights.safetensors.")
+        str, typer.Option(metavar="PATH", help="Folder of the run: checkpoint, log and weights.safetensors.")
     ],
     set_: SetOption = None,
     plugin: PluginOption = None,
     retention: Annotated[float | None, typer.Option(help="For methods that are trained at one retention.")] = None,
     model: Annotated[str, typer.Option(help="Embedded model.")] = "tiny-llava",
+    task: Annotated[str, typer.Option(help="Generated task that it answers, of single words.")] = "tiny_image",
     steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions per update, each about a scene of its own.")] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate of the learned parts.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Updates until the rate is reached.")] = None,
     llm_rate: Annotated[float | None, typer.Option(help="Learning rate of the LLM; frozen if left out.")] = None,
-    scenes: Annotated[int | None, typer.Option(help="Different training scenes, 85 kB of disk each.")] = None,
+    scenes: Annotated[int | None, typer.Option(help="Different training samples.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and questions.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")] = 1,
-    workers: Annotated[int, typer.Option(help="Processes that render scenes; 0 for none.")] = 0,
     check_every: Annotated[int, typer.Option(help="Updates between checks on held-out scenes; 0 for none.")] = 200,
     per_family: Annotated[int, typer.Option(help="Questions per family of a check.")] = 40,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -53,14 +53,13 @@ def train(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    settings = TrainingSettings(method, pairs(set_ or [], "--set", method), model=model, **given)
+    settings = TrainingSettings(method, pairs(set_ or [], "--set", method), model=model, task=task, **given)
     with free_stdout():
         path = run(
             folder,
             settings,
             device=device,
             threads=threads,
-            workers=workers,
             check_every=check_every,
             per_family=per_family,
         )
@@ -78,6 +77,7 @@ def calibrate(
     ] = None,
     set_: SetOption = None,
     model: Annotated[str, typer.Option(help="Embedded model.")] = "tiny-llava",
+    task: Annotated[str, typer.Option(help="Generated task that it answers, of single words.")] = "tiny_image",
     prompts: Annotated[int, typer.Option(min=1, help="Questions, each about a training scene of its own.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -100,7 +100,8 @@ def calibrate(
     with free_stdout():
         progress = ConsoleProgress()
         if retention is None:
-            path = recipes.calibrate_embedded(file, model, prompts, seed, device, progress)
+            path = recipes.calibrate_embedded(file, model, task, prompts, seed, device, progress)
         else:
-            path = calibration.calibrate_embedded(file, retention, options, model, prompts, seed, device, progress)
+            given = (model, task, prompts, seed, device, progress)
+            path = calibration.calibrate_embedded(file, retention, options, *given)
     print(path)
