@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtc.ops import greedy
+from vtc.ops import greedy, similarity
 from vtc.ops.select import TIE, settle, top_k
 from vtc.testing.released import fresh
 from vtc.testing.released.cases import selection_cases
@@ -71,6 +71,6 @@ def test_similarities_held_or_streamed_choose_the_same(store: int, monkeypatch: 
     start = mask.to(torch.uint8).argmax(1)
     expected = [greedy.k_center(features, greedy.most_isolated(features, mask), 6, mask)]
     expected.append(greedy.max_sum(features, start, 6, mask))
-    monkeypatch.setattr(greedy, "STORE", store)
+    monkeypatch.setattr(similarity, "STORE", store)
     assert torch.equal(greedy.k_center(features, None, 6, mask), expected[0])
     assert torch.equal(greedy.max_sum(features, start, 6, mask), expected[1])

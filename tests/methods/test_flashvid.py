@@ -15,7 +15,7 @@ import vtc
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Needs, Rows
 from vtc.method.two_stages import schedule
-from vtc.ops import greedy
+from vtc.ops import similarity
 from vtc.testing import TINY_MODELS
 from vtc.testing.plain.density import plain_density_peaks
 from vtc.testing.plain.frames import plain_cuts, plain_shares
@@ -145,7 +145,7 @@ def test_the_walk_without_stored_similarities(make_view: Any, video: Any, monkey
     view = scene(make_view, [video(4, 4, 4), (3, 5)], retention=0.5)
     whole = vtc.create("flashvid").select(view)
     for store in (600, 10):
-        monkeypatch.setattr(greedy, "STORE", store)
+        monkeypatch.setattr(similarity, "STORE", store)
         assert torch.equal(vtc.create("flashvid").select(view).keep, whole.keep)
 
 

@@ -107,7 +107,7 @@ def test_broken_features_do_not_break_the_count() -> None:
 )
 def test_a_long_video_fits_into_memory(peak_memory: Any, width: int, code: str, limit: int) -> None:
     setup = (
-        "from vtc.ops.greedy import max_sum, cosine_to_mean\n"
+        "from vtc.ops.similarity import cosine_to_mean\nfrom vtc.ops.greedy import max_sum\n"
         f"x = torch.randn(1, 1000, {width}).bfloat16().repeat(1, 100, 1)\n"
         "mask = torch.ones(1, 100000, dtype=torch.bool)"
     )

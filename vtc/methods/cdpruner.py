@@ -13,8 +13,9 @@ from vtc.method.base import ModelSpec, Plan, Scope, Selection, StageView
 from vtc.method.groups import Groups
 from vtc.method.pairs import PairedCompressor
 from vtc.method.registry import register
-from vtc.ops.greedy import alignment, greedy_map, total
+from vtc.ops.greedy import greedy_map
 from vtc.ops.select import settle
+from vtc.ops.similarity import alignment, total
 
 Relevance = Literal["llm", "clip"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc.method.base import ScoringCompressor, StageView
 from vtc.method.groups import Parts
 from vtc.method.registry import register
-from vtc.ops.greedy import alignment, total
+from vtc.ops.similarity import alignment, total
 
 
 @register

@@ -11,9 +11,10 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, Stage, StageView
 from vtc.method.budget import Budget
 from vtc.method.registry import register
-from vtc.ops.greedy import best, chosen, cosine_to_mean, k_center, max_sum
+from vtc.ops.greedy import best, chosen, k_center, max_sum
 from vtc.ops.hashing import uniform
 from vtc.ops.host import put
+from vtc.ops.similarity import cosine_to_mean
 
 Variant = Literal["max_sum", "k_center"]
 Pivot = Literal["cls", "random", "center", "farthest"]

@@ -2,27 +2,20 @@
 
 All items walk together; an item that is to keep fewer tokens than its neighbours ignores the end of its order. A step
 costs one product of the tokens with a vector, [N, D] x [D], or reads a row of the N x N similarities where these are
-small enough to be held (`STORE`) and many steps use them; as many items at a time are then taken as fit, and on a GPU
-one kernel walks all steps (`vtc.ops.kernels`). Similarity is the cosine, in float32.
+small enough to be held (`vtc.ops.similarity`) and many steps use them; as many items at a time are then taken as fit,
+and on a GPU one kernel walks all steps (`vtc.ops.kernels`). Similarity is the cosine, in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from vtc.ops import kernels
+from vtc.ops import kernels, similarity
 from vtc.ops.checks import numbers
 from vtc.ops.select import TIE, first_best
 
-CHUNK = 4096
 PAIRS = 2**24
-STORE = 2**26
-"""Similarities held at once (256 MiB)."""
-PAYS = 16
-"""A matrix product is so many times as fast as the products with single vectors, which wait for memory."""
 RANK = 1e-5
 
 
@@ -44,31 +37,6 @@ def chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
     taken = torch.arange(order.shape[1], device=order.device) < keep[:, None]
     # Orders repeat a place once an item has run out of tokens, so the marks are counted, not written.
     return mask & (torch.zeros_like(mask, dtype=torch.long).scatter_add(1, order, taken.long()) > 0)
-
-
-def total(features: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the unmasked tokens: [I, N, D], [I, N] -> float32 [I, D]. Streams over the tokens."""
-    result = features.new_zeros(len(features), 1, features.shape[2], dtype=torch.float32)
-    for x, real in zip(torch.split(features.detach(), CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True):
-        result += torch.bmm(real[:, None].float(), x.float())
-    return result[:, 0]
-
-
-def alignment(features: Tensor, direction: Tensor) -> Tensor:
-    """Product of each token, scaled to unit length, with its item's direction [I, D]; float32 [I, N].
-
-    The cosine where the direction has unit length; the mean of several cosines where it is the mean of several units.
-    """
-    result = features.new_empty(features.shape[:2], dtype=torch.float32)
-    for x, part in zip(torch.split(features.detach(), CHUNK, 1), torch.split(result, CHUNK, 1), strict=True):
-        x = x.float()
-        part.copy_(_products(x, direction) / x.norm(dim=2).clamp(min=1e-12))
-    return result
-
-
-def cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:
-    """Cosine between each token and the mean of its item's tokens (not of unit length); [I, N, D] -> float32 [I, N]."""
-    return alignment(features, torch.nn.functional.normalize(total(features, mask), dim=1))
 
 
 def max_sum(features: Tensor, start: Tensor, steps: int, mask: Tensor) -> Tensor:
@@ -104,7 +72,7 @@ def most_isolated(features: Tensor, mask: Tensor) -> Tensor:
 
     Arguments as in `max_sum`. Streams over the tokens, N^2 D / 2 multiplications in all.
     """
-    return _isolated(_Cosines(numbers(features, mask), steps=0), mask)
+    return _isolated(similarity.Cosines(numbers(features, mask), steps=0), mask)
 
 
 def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> Tensor:
@@ -115,7 +83,7 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
     directions are kept as an orthonormal basis, [D, D] at most, instead of the Cholesky rows [steps, N]. Returns the
     order as `max_sum` does.
     """
-    cosines = _Cosines(numbers(features, mask), steps=0)
+    cosines = similarity.Cosines(numbers(features, mask), steps=0)
     quality = numbers(quality, mask).detach().float().nan_to_num()
     rows, scale = cosines.rows, cosines.scale
     item = torch.arange(len(rows), device=rows.device)
@@ -134,10 +102,10 @@ def greedy_map(features: Tensor, quality: Tensor, steps: int, mask: Tensor) -> T
         if step < basis.shape[1]:
             known, direction = basis[:, :step], cosines.direction(token)
             for _ in range(2):  # once more for what rounding left of the known directions
-                direction = direction - torch.bmm(_products(known, direction)[:, None], known)[:, 0]
+                direction = direction - torch.bmm(similarity.products(known, direction)[:, None], known)[:, 0]
             direction = torch.nn.functional.normalize(direction, dim=1) * some
             basis[:, step] = direction
-            residual = residual - (_products(rows, direction) * scale).nan_to_num(0.0).square()
+            residual = residual - (similarity.products(rows, direction) * scale).nan_to_num(0.0).square()
     return order
 
 
@@ -152,14 +120,14 @@ def _walk(
 ) -> Tensor:
     """Both rules: the next token has the lowest sum (or the lowest maximum) of cosines to those before it."""
     items, length = mask.shape
-    fit = STORE // max(1, length * length)
+    fit = similarity.STORE // max(1, length * length)
     quick = worth is None and kernels.usable(features)
-    if (quick or features.device.type == "cpu") and 0 < fit < items and length <= PAYS * steps:
+    if (quick or features.device.type == "cpu") and 0 < fit < items and length <= similarity.PAYS * steps:
         given, masks = torch.split(features, fit), torch.split(mask, fit)
         firsts, worths = ([None] * len(given) if each is None else torch.split(each, fit) for each in (start, worth))
         parts = zip(given, firsts, masks, worths, strict=True)
         return torch.cat([_walk(x, first, steps, real, farthest=farthest, worth=w) for x, first, real, w in parts])
-    cosines = _Cosines(features, steps)
+    cosines = similarity.Cosines(features, steps)
     token = _isolated(cosines, mask, worth) if start is None else start
     if quick and cosines.all is not None:
         return kernels.walk(cosines.all, mask, token, steps, TIE, farthest=farthest)
@@ -189,49 +157,7 @@ def _worthiest(rated: Tensor, worth: Tensor) -> Tensor:
     return first_best(gain, TIE * worth.gather(1, gain.argmax(1, keepdim=True)))
 
 
-class _Cosines:
-    """Cosines between tokens [I, N, D] without a scaled copy of them; zero with vectors of no or no finite length.
-
-    steps: how many rows will be asked for, which decides whether all similarities are computed and held.
-    """
-
-    def __init__(self, features: Tensor, steps: int) -> None:
-        self.rows = features.detach().float()
-        self.item = torch.arange(len(features), device=features.device)
-        length = self.rows.norm(dim=2)
-        # A NaN would win every comparison, be chosen again and again, and leave an item short of tokens.
-        self.scale = torch.where((length > 1e-12) & (length < torch.inf), 1 / length, 0.0)
-        items, places = self.scale.shape
-        self.all: Tensor | None = None
-        if items * places * places <= STORE and places <= PAYS * steps:
-            self.all = self.rows.new_empty(items, places, places)
-            # A quarter at a time saves a CPU products, a whole saves a GPU launches.
-            for some, others, cosine in self.blocks(max(1, places if self.rows.is_cuda else -(-places // 4))):
-                self.all[:, some, others] = cosine
-                if some != others:
-                    self.all[:, others, some] = cosine.transpose(1, 2)
-
-    def blocks(self, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(rows, columns, cosines [I, n, m]) of blocks of the matrix that with their transposes cover it."""
-        ranges = [slice(at, at + size) for at in range(0, self.scale.shape[1], size)]
-        for number, some in enumerate(ranges):
-            for others in ranges[number:]:
-                cosine = torch.bmm(self.rows[:, some], self.rows[:, others].transpose(1, 2))
-                cosine = cosine.mul_(self.scale[:, some, None]).mul_(self.scale[:, None, others])
-                yield some, others, cosine.nan_to_num_(0.0)
-
-    def direction(self, token: Tensor) -> Tensor:
-        """[I, D] tokens scaled to unit length."""
-        return (self.rows[self.item, token] * self.scale[self.item, token, None]).nan_to_num(0.0)
-
-    def to(self, token: Tensor) -> Tensor:
-        """[I, N] cosine of every token to one of its item's, [I]."""
-        if self.all is not None:
-            return self.all[self.item, token]
-        return (_products(self.rows, self.direction(token)) * self.scale).nan_to_num_(0.0)
-
-
-def _isolated(cosines: _Cosines, mask: Tensor, worth: Tensor | None = None) -> Tensor:
+def _isolated(cosines: similarity.Cosines, mask: Tensor, worth: Tensor | None = None) -> Tensor:
     """See `most_isolated`; worth: as in `k_center`."""
     nearest = cosines.scale.new_full(mask.shape, -torch.inf)
     absent = torch.where(mask, 0.0, -torch.inf)  # to add it is several times as fast as to fill in a mask
@@ -252,8 +178,3 @@ def _isolated(cosines: _Cosines, mask: Tensor, worth: Tensor | None = None) -> T
     if worth is None:
         return first_best(torch.where(mask, -nearest, -torch.inf))
     return _worthiest(torch.where(mask, nearest.clamp(min=-1), torch.inf), worth)
-
-
-def _products(rows: Tensor, direction: Tensor) -> Tensor:
-    """[I, N, D], [I, D] -> [I, N]. A row times a matrix: on CPUs eight times as fast as the matrix times a column."""
-    return torch.bmm(direction[:, None, :], rows.transpose(1, 2))[:, 0]

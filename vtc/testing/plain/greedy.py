@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.greedy import (
-    alignment,
-    best,
-    chosen,
-    cosine_to_mean,
-    greedy_map,
-    k_center,
-    max_sum,
-    most_isolated,
-    total,
-)
+from vtc.ops.greedy import best, chosen, greedy_map, k_center, max_sum, most_isolated
 from vtc.ops.select import in_groups
+from vtc.ops.similarity import alignment, cosine_to_mean, total
 from vtc.testing.plain import OpCase, Size
 
 
