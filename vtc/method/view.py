@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Selection:
     """The outcome of one stage.
 
-    keep: [I, N] bool over the view's items (entries behind an item's end are ignored). counts: kept tokens per item
+    keep: [I, N] bool over the view's items (entries behind an item's end are ignored); after the prefill also
+    [I, H, N], a set for each of a layer's H KV heads, all of one size. counts: kept tokens per item, in every head,
     when they are known on the host; leave it out for data-dependent counts, at the price of one synchronisation.
     tokens: [I, N, D] replacement rows, read where `keep` is set (merging and pooling put the new token on an anchor).
     merged_into: [I, N] for every token the view position of the anchor that absorbed it, -1 where none did.

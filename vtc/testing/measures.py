@@ -111,8 +111,8 @@ def entering(model: Any, handle: Handle) -> Iterator[Entered]:
 def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle:
     """The oracle for what `handle` traced, call by call. seen: what entered the LLM then, for changed features."""
     tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
-    cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
     first, embeddings, deep, replaced = handle.trace[0], None, None, {}
+    cached = {k.from_layer: first.heads.get(k, v) for k, v in first.keep.items() if isinstance(k, CacheStage)}
     inside = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
     for stage, entered in ({} if seen is None else seen.rows).items():
         if not (inside and stage == 0) and not any(stage in item.merged_into for item in first.items):
@@ -273,11 +273,11 @@ def only_the_prompt(model: Any, inputs: dict[str, Tensor], attach: Callable[...,
         if batch == 1:
             generate(model, inputs, nullcontext(), steps, prompt_lookup_num_tokens=3)
     same = all(
-        torch.equal(kept, other.kept[stage])
+        torch.equal(one.heads.get(stage, passed), other.heads.get(stage, other.passed[stage]))
         for record in [*records, *handle.trace]
         for one, other in zip(alone.items, record.items, strict=True)
-        for stage, kept in one.kept.items()
-        if isinstance(stage, int) or stage in other.kept  # nothing leaves a cache that is not there
+        for stage, passed in one.passed.items()
+        if isinstance(stage, int) or stage in other.passed  # nothing leaves a cache that is not there
     )
     return 0.0 if same else float("inf")
 

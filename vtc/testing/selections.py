@@ -48,10 +48,11 @@ def false_counts(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float
         nonlocal worst
         selection = select(view)
         if selection is not None and selection.counts is not None:
-            marked, told = (selection.keep & view.items.mask).sum(1).tolist(), list(selection.counts)
+            keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
+            marked, told = (keep & view.items.mask[:, None]).sum(2).tolist(), list(selection.counts)
             same = len(marked) == len(told)
-            off = [abs(a - b) for a, b in zip(marked, told, strict=True)] if same else [float("inf")]
-            worst = max(worst, *off)
+            pairs = zip(marked, told, strict=True) if same else [([float("inf")], 0)]
+            worst = max(worst, *(abs(each - count) for heads, count in pairs for each in heads))
             # Corrected, so that a stage behind this one is judged by its own answer.
             selection = dataclasses.replace(selection, counts=None)
         return selection

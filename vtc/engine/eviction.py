@@ -1,0 +1,93 @@
+"""What a method does to the KV cache after the prefill: rows leave, head by head where it says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.engine.cache import CompressedCache
+from vtc.engine.llm_pass import LLMPass
+from vtc.errors import UnsupportedMethod
+from vtc.method.base import Selection
+from vtc.ops.host import put
+from vtc.ops.select import left_pack
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What stays in the caches of a group of layers.
+
+    rows: [B, H, rows] bool over physical rows; H is 1 where all KV heads keep the same.
+    """
+
+    rows: Tensor
+
+
+def alive(selection: Selection, one: LLMPass) -> tuple[Tensor, tuple[int, ...]]:
+    """What a selection leaves in the caches: [B, H, S] bool over input positions, text included, H as in `Kept`.
+
+    Beside it the visual tokens left in each batch row. Synchronises where the selection leaves its counts open.
+    """
+    batch = one.now
+    items, held = batch.items, batch.rows.held
+    assert items is not None
+    keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
+    kept = (keep & items.mask[:, None]).transpose(1, 2)
+    left = batch.over_input(items.scatter(kept, held[..., None].expand(-1, -1, kept.shape[2]))).transpose(1, 2)
+    counts = kept.sum(1).amax(1).tolist() if selection.counts is None else selection.counts
+    return left, tuple(dataclasses.replace(items, counts=tuple(counts)).row_totals(batch.size))
+
+
+def stay(left: Tensor, group: int, one: LLMPass, cache: CompressedCache) -> Kept:
+    """What stays in the caches of `group` when of the input `left` [B, H, S] does; earlier calls' rows all stay."""
+    rows = one.left[group].to(left.device)
+    chunk = left.gather(2, rows.source[:, None].expand(-1, left.shape[1], -1))
+    chunk = chunk if rows.valid is None else chunk & rows.valid[:, None]
+    old = cache.physical_length(group) - chunk.shape[2]
+    return Kept(torch.cat([chunk.new_ones(*chunk.shape[:2], old), chunk], dim=2))
+
+
+def evict(cache: CompressedCache, kept: Mapping[int, Kept]) -> None:
+    """Drop rows of every layer in the given groups. Synchronises once.
+
+    Raises UnsupportedMethod, before anything changes, where KV heads of a row keep different numbers of entries or are
+    not as many as the layer has.
+    """
+    rows, counts = {}, []
+    for group, each in kept.items():
+        heads, mask = cache.layers[group].keys.shape[1], cache.masks[group]
+        if each.rows.shape[1] not in (1, heads):
+            raise UnsupportedMethod(
+                f"Selection.keep holds sets for {each.rows.shape[1]} heads, the layers from {group} on have {heads} KV "
+                "heads; give a set for each of them, [I, H, N], or one for all, [I, N]"
+            )
+        rows[group] = keep = each.rows if mask is None else each.rows & mask[:, None]
+        numbers = keep.sum(2)
+        counts.append(torch.stack([numbers.amin(1), numbers.amax(1)]))
+    told: list[list[list[int]]] = torch.stack(counts).tolist() if counts else []
+    if any(least != most for least, most in told):
+        raise UnsupportedMethod(
+            "Selection.keep marks more entries in some KV heads of a layer than in others, and a cache holds as many "
+            "for each; mark as many in all heads of an item"
+        )
+    cache.before = None
+    for (group, keep), (least, _) in zip(rows.items(), told, strict=True):
+        _take(cache, group, keep, least)
+
+
+def _take(cache: CompressedCache, group: int, keep: Tensor, counts: list[int]) -> None:
+    """Keep rows of `group`; counts: what `keep` [B, H, rows] has set in each head of each batch row."""
+    length = max(counts)
+    index = left_pack(keep.flatten(0, 1), length).view(*keep.shape[:2], length, 1)
+    end = min((start for start in cache.starts if start > group), default=len(cache.layers))
+    for layer in cache.layers[group:end]:
+        rows = index.to(layer.keys.device).expand(-1, layer.keys.shape[1], -1, -1)
+        layer.keys = layer.keys.gather(2, rows.expand(*rows.shape[:3], layer.keys.shape[3]))
+        layer.values = layer.values.gather(2, rows.expand(*rows.shape[:3], layer.values.shape[3]))
+    limit = put(counts, keep.device)[:, None]
+    uniform = all(count == length for count in counts)
+    cache.masks[group] = None if uniform else torch.arange(length, device=keep.device) >= length - limit
