@@ -130,6 +130,15 @@ class Heads(Probe):
 
 
 @dataclass(frozen=True)
+class Entries(Probe):
+    """Puts empty entries in the place of those of the cache."""
+
+    def select(self, view: StageView) -> Selection | None:
+        none = torch.zeros(*view.items.mask.shape[:1], 2, view.items.mask.shape[1], 16)
+        return Selection(view.items.mask, entries=(none, none))
+
+
+@dataclass(frozen=True)
 class Chooser(ScoringCompressor):
     name: ClassVar[str] = "chooser"
 
@@ -608,6 +617,14 @@ CASES: dict[str, Case] = {
     "heads that keep more": Case(
         lambda: run(Heads((AFTER_PREFILL,), lacking=1)),
         UnsupportedMethod, "more entries in some KV heads", "a cache holds as many for each", "mark as many in all",
+    ),
+    "entries before the LLM": Case(
+        lambda: run(Entries()),
+        UnsupportedCall, "cache entries were given at stage 0", "after the prefill alone", "leave them out there",
+    ),
+    "entries of several layers": Case(
+        lambda: run(Entries((AFTER_PREFILL,))),
+        UnsupportedMethod, "caches of 4 layers from 0 on", "hold different ones", "plan a CacheStage for every layer",
     ),
     "pixels of overlapping patches": Case(
         lambda: vtc.compress(overlapping(), Probe(needs=Needs({-1: Rows.PIXELS}))),

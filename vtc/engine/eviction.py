@@ -1,18 +1,22 @@
-"""What a method does to the KV cache after the prefill: rows leave, head by head where it says so."""
+"""What a method does to the KV cache after the prefill: rows leave, head by head where it says so, others change."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtc.batch.rows import Batch, RowTable
 from vtc.engine.cache import CompressedCache
 from vtc.engine.llm_pass import LLMPass
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import Selection
+from vtc.method.items import ItemTable
 from vtc.ops.host import put
 from vtc.ops.select import left_pack
 
@@ -21,10 +25,13 @@ from vtc.ops.select import left_pack
 class Kept:
     """What stays in the caches of a group of layers.
 
-    rows: [B, H, rows] bool over physical rows; H is 1 where all KV heads keep the same.
+    rows: [B, H, rows] bool over physical rows; H is 1 where all KV heads keep the same. items, entries: the keys and
+    values [I, H, N, W] that take the place of those of the items' tokens, and which rows these are.
     """
 
     rows: Tensor
+    items: ItemTable | None = None
+    entries: tuple[Tensor, Tensor] | None = None
 
 
 def alive(selection: Selection, one: LLMPass) -> tuple[Tensor, tuple[int, ...]]:
@@ -49,6 +56,52 @@ def stay(left: Tensor, group: int, one: LLMPass, cache: CompressedCache) -> Kept
     chunk = chunk if rows.valid is None else chunk & rows.valid[:, None]
     old = cache.physical_length(group) - chunk.shape[2]
     return Kept(torch.cat([chunk.new_ones(*chunk.shape[:2], old), chunk], dim=2))
+
+
+def replaced(selection: Selection, kept: Kept, layers: int, group: int, one: LLMPass) -> Kept:
+    """With the entries that a selection about `layers` layers from `group` on puts in the place of those it keeps.
+
+    Raises UnsupportedMethod where these are several layers.
+    """
+    if selection.entries is None:
+        return kept
+    if layers > 1:
+        raise UnsupportedMethod(
+            f"Selection.entries were given for the caches of {layers} layers from {group} on, which hold different "
+            "ones; plan a CacheStage for every layer"
+        )
+    items = _in_cache(one.now, one.left[group], kept.rows.shape[2])
+    keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
+    real = (keep & items.mask[:, None])[..., None]  # what is dropped may hold anything, NaN too, and stand in padding
+    keys, values = (torch.where(real, each, 0) for each in selection.entries)
+    return dataclasses.replace(kept, items=items, entries=(keys, values))
+
+
+def reader(layer: int, one: LLMPass) -> Callable[[], tuple[Tensor, Tensor]] | None:
+    """Gives keys and values [I, H, N, W] of the items' tokens as `layer` holds them now; None without a cache."""
+    if one.cache is None:
+        return None
+    held, now, left = one.cache.layers[layer], one.now, one.left[layer]
+    return functools.partial(_entries, held.keys, held.values, now, left)
+
+
+def _entries(keys: Tensor, values: Tensor, batch: Batch, rows: RowTable) -> tuple[Tensor, Tensor]:
+    items = _in_cache(batch, rows, keys.shape[2])
+    row = items.row[:, None]
+    found = [each.to(row.device).transpose(1, 2)[row, items.index].transpose(1, 2) for each in (keys, values)]
+    return found[0], found[1]
+
+
+def _in_cache(batch: Batch, rows: RowTable, length: int) -> ItemTable:
+    """The items with the places of their tokens among `length` physical rows, the last of which `rows` [B, L] are."""
+    items, source = batch.items, batch.rows.source
+    assert items is not None
+    own = rows.source.to(source.device)
+    slots = torch.arange(length - own.shape[1], length, device=source.device)
+    # Padding slots point at dropped positions, which no token of the items has.
+    place = source.new_zeros(batch.size, batch.length).scatter(1, own, slots.expand_as(own))
+    index = place[items.row[:, None], items.positions.gather(1, items.token)]
+    return dataclasses.replace(items, index=torch.where(items.mask, index, 0))
 
 
 def evict(cache: CompressedCache, kept: Mapping[int, Kept]) -> None:
@@ -76,7 +129,19 @@ def evict(cache: CompressedCache, kept: Mapping[int, Kept]) -> None:
         )
     cache.before = None
     for (group, keep), (least, _) in zip(rows.items(), told, strict=True):
+        if (each := kept[group]).entries is not None:
+            _write(cache.layers[group], each)
         _take(cache, group, keep, least)
+
+
+def _write(layer: Any, kept: Kept) -> None:
+    """Put the new entries on their places."""
+    assert kept.items is not None and kept.entries is not None
+    items = kept.items.to(layer.keys.device)
+    layer.keys, layer.values = (
+        items.scatter(new.to(old.device).transpose(1, 2), old.transpose(1, 2)).transpose(1, 2)
+        for new, old in zip(kept.entries, (layer.keys, layer.values), strict=True)
+    )
 
 
 def _take(cache: CompressedCache, group: int, keep: Tensor, counts: list[int]) -> None:

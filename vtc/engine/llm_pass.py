@@ -85,6 +85,7 @@ class LLMPass(Pass):
             "sizes of tokens": (selection.sizes, "encoder stages"),
             "restored rows": (selection.restored, "encoder stages"),
             "kept sets of KV heads": (heads, "stages after the prefill"),
+            "cache entries": (selection.entries, "stages after the prefill"),
         }
         for what, (values, readers) in given.items():
             if values is not None:

@@ -14,7 +14,7 @@ from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.rows import Batch
 from vtc.engine.blocks import BlockHooks
-from vtc.engine.eviction import Kept, alive, evict, stay
+from vtc.engine.eviction import Kept, alive, evict, reader, replaced, stay
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
@@ -204,6 +204,7 @@ class StageRunner:
             memory=one.memory,
             module=self.module,
             final_norm=self.adapter.final_norm,
+            cached=reader(stage.from_layer, one) if isinstance(stage, CacheStage) else None,
         )
         with exact(device):
             return self.method.select(view)
@@ -226,7 +227,8 @@ class StageRunner:
             left, totals = alive(selection, one)
             one.note(stage, left if selection.keep.ndim == 3 else left[:, 0])
             for group in [start for start in self.starts if stage.from_layer <= start < end]:
-                kept[group] = stay(left, group, one, one.cache)
+                what = stay(left, group, one, one.cache)
+                kept[group] = replaced(selection, what, end - stage.from_layer, group, one)
                 one.evicted[group] = totals
         evict(one.cache, kept)
 

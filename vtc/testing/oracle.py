@@ -25,7 +25,8 @@ class Oracle:
     embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM. deep:
     the same of the visual rows that a model adds inside its first layers, one [V, D] per layer.
     replaced: LLM layer -> which input positions [B, S] have other rows [B, S, D] when the prompt enters it, for methods
-    that merge inside the LLM.
+    that merge inside the LLM. entries: LLM layer -> which entries [B, H, S] of its cache become other keys and values
+    [B, H, S, W] after the prefill.
     """
 
     def __init__(
@@ -38,18 +39,21 @@ class Oracle:
         embeddings: Tensor | None = None,
         deep: Sequence[Tensor] | None = None,
         replaced: dict[int, tuple[Tensor, Tensor]] | None = None,
+        entries: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
     ) -> None:
         adapter = adapters.of(model)
         self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
         self.queue = [tables] if isinstance(tables, dict) else list(tables)
         self.tables, self.cached = self.queue[0], cached or {}
         self.positions, self.embeddings, self.deep, self.replaced = positions, embeddings, deep, replaced or {}
+        self.entries = entries or {}
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Oracle:
         self._handles = [self.llm.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._handles.append(self.llm.register_forward_hook(self._leave))
         for index, layer in enumerate(self.layers):
             hook = functools.partial(self._layer, index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -74,6 +78,13 @@ class Oracle:
         if self.deep is not None and self._past == 0:
             kwargs["deepstack_visual_embeds"] = list(self.deep)
         return args, kwargs
+
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        if self._past == 0 and output.past_key_values is not None:
+            for index, (where, keys, values) in self.entries.items():
+                layer = output.past_key_values.layers[index]
+                layer.keys = torch.where(where[..., None], keys, layer.keys)
+                layer.values = torch.where(where[..., None], values, layer.values)
 
     def _layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
