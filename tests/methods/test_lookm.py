@@ -12,10 +12,11 @@ from torch import Tensor
 
 import vtc
 from vtc.engine import eviction
-from vtc.method.base import CacheStage
+from vtc.method.base import CacheStage, Selection, StageView
 from vtc.method.readings import PromptSum, Rows
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
-from vtc.testing.contract import against_oracle
+from vtc.testing.between import Select, stand_between
+from vtc.testing.contract import against_oracle, generate
 
 SHAPES = [(7, 9), (6, 6), (1, 1), (2, 3), (12, 12)]
 
@@ -117,3 +118,23 @@ def test_the_oracle_notices_entries_that_are_not_replaced(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])
 def test_the_budget_is_that_of_the_caches(name: str, keeps_entries: Any) -> None:
     keeps_entries(name, "lookm", 0.4)
+
+
+def test_entries_that_leave_may_hold_anything(limits: Any) -> None:
+    """Also where they lie in the padding of a row that keeps fewer."""
+    model = tiny_model("llava-clip")
+    inputs = tiny_inputs("llava-clip", [[4, "image", 3, "image", 5], [2, "image", 12]], model=model)
+
+    def spoilt(select: Select, view: StageView) -> Selection | None:
+        selection = select(view)
+        assert selection is not None and selection.entries is not None
+        keys, values = (torch.where(selection.keep[..., None], each, torch.nan) for each in selection.entries)
+        return dataclasses.replace(selection, entries=(keys, values))
+
+    found = []
+    for around in (None, spoilt):
+        handle = vtc.compress(model, "lookm", retention=0.5)
+        if around is not None:
+            stand_between(handle, around)
+        found.append(generate(model, inputs, handle, 3)[1])
+    assert float((found[0] - found[1]).abs().max()) <= limits.logits

@@ -18,19 +18,20 @@ from vtc.errors import UnsupportedMethod
 from vtc.method.base import Selection
 from vtc.method.items import ItemTable
 from vtc.ops.host import put
-from vtc.ops.select import left_pack
+from vtc.ops.select import front_pack, left_pack
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
     """What stays in the caches of a group of layers.
 
-    rows: [B, H, rows] bool over physical rows; H is 1 where all KV heads keep the same. items, entries: the keys and
-    values [I, H, N, W] that take the place of those of the items' tokens, and which rows these are.
+    rows: [B, H, rows] bool over physical rows; H is 1 where all KV heads keep the same. entries: keys and values
+    [I, H, K, W] in the place of those that the flattened cache [B * H * rows] has at `place` [I, H, K]; what lies one
+    behind its end is nowhere.
     """
 
     rows: Tensor
-    items: ItemTable | None = None
+    place: Tensor | None = None
     entries: tuple[Tensor, Tensor] | None = None
 
 
@@ -70,11 +71,17 @@ def replaced(selection: Selection, kept: Kept, layers: int, group: int, one: LLM
             f"Selection.entries were given for the caches of {layers} layers from {group} on, which hold different "
             "ones; plan a CacheStage for every layer"
         )
-    items = _in_cache(one.now, one.left[group], kept.rows.shape[2])
-    keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
-    real = (keep & items.mask[:, None])[..., None]  # what is dropped may hold anything, NaN too, and stand in padding
-    keys, values = (torch.where(real, each, 0) for each in selection.entries)
-    return dataclasses.replace(kept, items=items, entries=(keys, values))
+    heads, length = selection.entries[0].shape[1], kept.rows.shape[2]
+    items = _in_cache(one.now, one.left[group], length)
+    keep = (selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]) & items.mask[:, None]
+    keep = keep.expand(-1, heads, -1)
+    most = keep.shape[2] if selection.counts is None else max(selection.counts)
+    order = front_pack(keep.flatten(0, 1), most).view(*keep.shape[:2], most)
+    head = items.row[:, None] * heads + torch.arange(heads, device=keep.device)
+    place = head[..., None] * length + items.index[:, None].expand_as(keep).gather(2, order)
+    place = torch.where(keep.gather(2, order), place, one.now.size * heads * length)
+    keys, values = (each.gather(2, order[..., None].expand(*order.shape, each.shape[3])) for each in selection.entries)
+    return dataclasses.replace(kept, place=place, entries=(keys, values))
 
 
 def reader(layer: int, one: LLMPass) -> Callable[[], tuple[Tensor, Tensor]] | None:
@@ -136,12 +143,15 @@ def evict(cache: CompressedCache, kept: Mapping[int, Kept]) -> None:
 
 def _write(layer: Any, kept: Kept) -> None:
     """Put the new entries on their places."""
-    assert kept.items is not None and kept.entries is not None
-    items = kept.items.to(layer.keys.device)
-    layer.keys, layer.values = (
-        items.scatter(new.to(old.device).transpose(1, 2), old.transpose(1, 2)).transpose(1, 2)
-        for new, old in zip(kept.entries, (layer.keys, layer.values), strict=True)
-    )
+    assert kept.place is not None and kept.entries is not None
+    keys, values = kept.entries
+    layer.keys, layer.values = _put(layer.keys, kept.place, keys), _put(layer.values, kept.place, values)
+
+
+def _put(old: Tensor, place: Tensor, new: Tensor) -> Tensor:
+    """`old` [B, H, rows, W] with `new` [I, H, K, W] at `place`."""
+    flat = torch.cat([old.flatten(0, 2), old.new_zeros(1, old.shape[3])])
+    return flat.index_put_((place.to(old.device),), new.to(old))[:-1].view(old.shape)
 
 
 def _take(cache: CompressedCache, group: int, keep: Tensor, counts: list[int]) -> None:
