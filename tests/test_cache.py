@@ -12,8 +12,11 @@ from transformers import DynamicCache
 
 import vtc
 from vtc.engine.cache import CompressedCache
-from vtc.errors import UnsupportedCall
+from vtc.engine.eviction import Kept, evict
+from vtc.errors import UnsupportedCall, UnsupportedMethod
+from vtc.method.base import CacheStage
 from vtc.testing import FixedKeep, Oracle, tiny_inputs
+from vtc.testing.probes import FixedHeads
 
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
@@ -119,7 +122,7 @@ def test_eviction_drops_rows_of_one_group(rows: list[int], group: int) -> None:
     cache, before = filled(rows, starts), filled(rows, starts)
     keep = torch.rand(2, rows[group], generator=torch.Generator().manual_seed(1)) < 0.6
     keep[1] &= torch.arange(rows[group]) != 0
-    cache.evict({group: keep})
+    evict(cache, {group: Kept(keep[:, None])})
     end = min([start for start in starts if start > group], default=4)
     counts = keep.sum(1).tolist()
     for layer in range(4):
@@ -141,9 +144,44 @@ def test_eviction_drops_rows_of_one_group(rows: list[int], group: int) -> None:
 def test_eviction_respects_padding_and_even_counts() -> None:
     cache = filled([4, 4], (0,))
     cache.masks[0] = torch.tensor([[False, True, True, True], [True] * 4])
-    cache.evict({0: torch.tensor([[True, True, False, True], [False, False, True, True]])})
+    evict(cache, {0: Kept(torch.tensor([[[True, True, False, True]], [[False, False, True, True]]]))})
     assert cache.masks[0] is None
     assert cache.physical_length(0) == cache.physical_length(1) == 2
+
+
+def test_eviction_head_by_head() -> None:
+    """Every head of two layers keeps rows of its own, behind the padding of the shorter batch row."""
+    cache, before = filled([6, 6, 6], (0, 1)), filled([6, 6, 6], (0, 1))
+    cache.masks[1] = torch.arange(6) >= torch.tensor([[2], [0]])
+    places = [[[2, 5], [3, 4], [4, 5]], [[0, 1, 2], [3, 4, 5], [0, 2, 4]]]
+    keep = torch.zeros(2, 3, 6, dtype=torch.bool)
+    for row, heads in enumerate(places):
+        for head, kept in enumerate(heads):
+            keep[row, head, kept] = True
+    keep[0, 0, 0] = True  # padding, which never stays
+    evict(cache, {1: Kept(keep)})
+    assert cache.masks[1].tolist() == [[False, True, True], [True, True, True]]
+    assert cache.physical_length(0) == 6
+    for layer in (1, 2):
+        for what in ("keys", "values"):
+            old, new = getattr(before.layers[layer], what), getattr(cache.layers[layer], what)
+            for row, heads in enumerate(places):
+                for head, kept in enumerate(heads):
+                    assert torch.equal(new[row, head, 3 - len(kept) :], old[row, head, kept])
+
+
+@torch.no_grad()
+def test_a_refused_eviction_leaves_the_cache_as_it_was(clip: Any) -> None:
+    """What the caller's plain cache held before the call is there still, and it is plain."""
+    text, inputs = tiny_inputs(NAME, [[6], [9]]), tiny_inputs(NAME, PAIR)
+    own = clip(**text, use_cache=True).past_key_values
+    keys = own.layers[3].keys
+    mask = torch.cat([text["attention_mask"], inputs["attention_mask"]], 1)
+    drawn = FixedHeads(at=(CacheStage(1),), static=False)
+    with vtc.compress(clip, drawn), pytest.raises(UnsupportedMethod, match="more entries in some KV heads"):
+        clip(**{**inputs, "attention_mask": mask}, past_key_values=own)
+    assert type(own) is DynamicCache
+    assert torch.equal(own.layers[3].keys, keys)
 
 
 # --- masks

@@ -13,6 +13,7 @@ import torch
 import vtc
 from vtc import adapters
 from vtc.app.catalogue import describe_methods
+from vtc.engine import eviction
 from vtc.engine.engine import Engine
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import (
@@ -42,6 +43,7 @@ from vtc.testing import (
 from vtc.testing.contract import LIMIT, MODES, modes, no_trace
 from vtc.testing.everything import OPTIONS, runs
 from vtc.testing.measures import right_padding
+from vtc.testing.probes import FixedHeads
 from vtc.testing.selections import false_counts
 
 STEPS = 3  # generated tokens: a wrong mask shows at the first, a wrong cache or position at the second
@@ -51,6 +53,7 @@ PROBES = {
     "before and inside the LLM": FixedKeep(at=(0, 1, 3)),
     "data-dependent counts": FixedKeep(at=(0, 2), static=False),
     "inside the LLM and after the prefill": FixedKeep(at=(1, CacheStage(2))),
+    "head by head after the prefill": FixedHeads(),
     "attention of the LLM": LastRowTopK(),
 }
 
@@ -192,6 +195,17 @@ def test_the_contract_notices_a_changed_text_only_call(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Engine, "_enter_llm", disturbed)
     assert "text only, bit-identical" in failures(FixedKeep())
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda keep: keep.flip(1), lambda keep: keep[:, :1].expand_as(keep)], ids=["other head", "one set"]
+)
+def test_the_contract_notices_entries_of_another_head(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    take = eviction._take
+    monkeypatch.setattr(eviction, "_take", lambda cache, group, keep, counts: take(cache, group, wrong(keep), counts))
+    message = failures(FixedHeads())
+    assert "oracle, preserve, greedy" in message
+    assert "two turns, preserve" in message
 
 
 def test_the_contract_notices_what_is_left_behind(clip: Any) -> None:

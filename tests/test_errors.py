@@ -41,6 +41,7 @@ from vtc.errors import (
     unknown_name,
 )
 from vtc.method.base import (
+    AFTER_PREFILL,
     Compressor,
     EncoderStage,
     ModelSpec,
@@ -64,7 +65,7 @@ CORE = {
     "engine": ("arguments", "attach", "cache", "encoder", "encoder_stages", "engine", "inputs"),
     "method": ("base", "budget", "composite", "registry"),
 }
-CORE["engine"] += ("llm_pass", "masks", "pairs", "stages", "taps")
+CORE["engine"] += ("eviction", "llm_pass", "masks", "pairs", "stages", "taps")
 HOME = Path(vtc.__file__).parent
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
@@ -113,6 +114,28 @@ class Half(Probe):
 
     def select(self, view: StageView) -> Selection | None:
         return Selection(view.items.token % 2 == 0)
+
+
+@dataclass(frozen=True)
+class Heads(Probe):
+    """Names a set for each of `heads` heads, everything but `lacking` entries of the first."""
+
+    heads: int = 2
+    lacking: int = 0
+
+    def select(self, view: StageView) -> Selection | None:
+        keep = view.items.mask[:, None].repeat(1, self.heads, 1)
+        keep[:, 0, : self.lacking] = False
+        return Selection(keep)
+
+
+@dataclass(frozen=True)
+class Entries(Probe):
+    """Puts empty entries in the place of those of the cache."""
+
+    def select(self, view: StageView) -> Selection | None:
+        none = torch.zeros(*view.items.mask.shape[:1], 2, view.items.mask.shape[1], 16)
+        return Selection(view.items.mask, entries=(none, none))
 
 
 @dataclass(frozen=True)
@@ -582,6 +605,26 @@ CASES: dict[str, Case] = {
     "sizes inside the LLM": Case(
         lambda: run(Sized()),
         UnsupportedCall, "sizes of tokens were given at stage 0", "encoder stages alone read", "leave them out there",
+    ),
+    "heads before the LLM": Case(
+        lambda: run(Heads()),
+        UnsupportedCall, "kept sets of KV heads were given at stage 0", "after the prefill alone", "leave them out",
+    ),
+    "more heads than the cache": Case(
+        lambda: run(Heads((AFTER_PREFILL,), heads=4)),
+        UnsupportedMethod, "sets for 4 heads", "from 0 on have 2 KV heads", "give a set for each of them, [I, H, N]",
+    ),
+    "heads that keep more": Case(
+        lambda: run(Heads((AFTER_PREFILL,), lacking=1)),
+        UnsupportedMethod, "more entries in some KV heads", "a cache holds as many for each", "mark as many in all",
+    ),
+    "entries before the LLM": Case(
+        lambda: run(Entries()),
+        UnsupportedCall, "cache entries were given at stage 0", "after the prefill alone", "leave them out there",
+    ),
+    "entries of several layers": Case(
+        lambda: run(Entries((AFTER_PREFILL,))),
+        UnsupportedMethod, "caches of 4 layers from 0 on", "hold different ones", "plan a CacheStage for every layer",
     ),
     "pixels of overlapping patches": Case(
         lambda: vtc.compress(overlapping(), Probe(needs=Needs({-1: Rows.PIXELS}))),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc.ops
-from vtc.ops.attention import attention_received, attention_rows
+from vtc.ops.attention import attention_received, attention_rows, attention_sums
 from vtc.ops.checks import numbers
 from vtc.ops.grid import (
     absorbing_cell,
@@ -48,6 +48,7 @@ from vtc.ops.select import (
     top_k,
 )
 from vtc.testing.plain import op_cases
+from vtc.testing.plain.attention import plain_rows, plain_sums
 
 SCORES = st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 0.5, 1.0, math.inf])  # few values: ties everywhere
 SIDES = st.integers(1, 13)
@@ -459,6 +460,21 @@ def test_attention_rows(queries: int, keys: int, groups: int, causal: bool, kind
     if not causal:
         received = attention_received(q, k, 0.7, mask=mask, chunk=2)
         assert float((received - weights.mean(1)).abs().max()) <= limits.attention
+
+
+@pytest.mark.parametrize("heads", ["mean", "max", "groups"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_of_heads_and_of_their_groups(groups: int, heads: Any, limits: Any) -> None:
+    g = torch.Generator().manual_seed(groups)
+    q, k = torch.randn(2, 4, 6, 8, generator=g), torch.randn(2, groups, 7, 8, generator=g)
+    mask = torch.arange(7) >= torch.tensor([[1], [0]])
+    rows, weights = torch.randint(6, (2, 3), generator=g), torch.rand(2, 2, 6, generator=g)
+    given = {"scaling": 0.4, "mask": mask, "causal": True, "heads": heads}
+    shape = (2, groups, 3, 7) if heads == "groups" else (2, 3, 7)
+    for op, plain, more in ((attention_rows, plain_rows, rows), (attention_sums, plain_sums, weights)):
+        found = op(q, k, more, chunk=2, **given)
+        assert float((found - plain(q, k, more, **given)).abs().max()) <= limits.attention * 6
+        assert op is attention_sums or found.shape == shape
 
 
 def test_a_longer_mask_is_cut_to_the_keys(limits: Any) -> None:

@@ -16,6 +16,7 @@ from vtc.errors import VTCError
 from vtc.method.base import CacheStage, Compressor, ModelSpec, Needs, Plan, Selection, Stage, StageView
 from vtc.testing import TINY_MODELS, FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
+from vtc.testing.probes import FixedHeads
 
 NAME = "llava-clip"
 LAYOUT = [[4, "image", 3, "image", 5], [2, "image", 12], [9]]  # 44, 30 and 9 tokens
@@ -242,6 +243,21 @@ def test_every_stage_after_the_prefill_has_its_own_layers(clip: Any) -> None:
     assert not torch.equal(record.keep[CacheStage(1)], record.keep[CacheStage(3)])
     assert handle.stats.retention == 1.0
     assert handle.stats.cache_retention == (1 + 3 * 0.25) / 4
+
+
+def test_sets_of_heads_and_what_some_head_keeps(clip: Any) -> None:
+    stage = CacheStage(1)
+    handle = call(clip, FixedHeads(at=(stage,), rate=0.25))
+    (stats,), (record,) = handle.stats.calls, handle.trace
+    assert stats.left == ((1, (32, 16, 0)), (3, (8, 4, 0)))
+    assert record.heads[stage].shape == (3, 2, 45)
+    assert torch.equal(record.heads[stage].any(1), record.keep[stage])
+    for item in record.items:
+        sets = item.heads[stage]
+        assert sets.sum(1).tolist() == [4, 4]
+        assert torch.equal(record.heads[stage][item.row][:, item.positions], sets)
+        assert item.kept[stage].tolist() == sets.any(0).nonzero().flatten().tolist()
+        assert 4 < len(item.kept[stage]) <= 8
 
 
 def test_without_a_cache_there_are_no_rows_of_it(clip: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,17 @@ def kept() -> Callable[[StageView, Selection], list[list[int]]]:
         assert selection.counts is None or list(selection.counts) == [len(each) for each in numbers]
         assert all(each == sorted(set(each)) for each in numbers)
         return numbers
+
+    return read
+
+
+@pytest.fixture
+def kept_heads(kept: Any) -> Callable[[StageView, Selection], list[list[list[int]]]]:
+    """Entry numbers that a selection keeps of every item in every KV head."""
+
+    def read(view: StageView, selection: Selection) -> list[list[list[int]]]:
+        heads = [kept(view, dataclasses.replace(selection, keep=keep)) for keep in selection.keep.unbind(1)]
+        return [list(sets) for sets in zip(*heads, strict=True)]
 
     return read
 

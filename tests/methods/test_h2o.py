@@ -11,7 +11,7 @@ import torch
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage
-from vtc.method.readings import Rows
+from vtc.method.readings import PromptSum, Rows
 from vtc.testing import tiny_inputs, tiny_model
 
 SHAPES = [(7, 9), (6, 6), (1, 1), (2, 3), (12, 12)]
@@ -26,14 +26,16 @@ def plain_choice(received: list[float], keep: int, recent: float) -> list[int]:
 
 @pytest.mark.parametrize("keep", [1, 3, 17, 63, 1000])
 @pytest.mark.parametrize("recent", [0.0, 0.1, 0.5, 1.0])
-def test_the_plain_choice(make_view: Any, kept: Any, keep: int, recent: float) -> None:
+def test_the_plain_choice(make_view: Any, kept: Any, kept_heads: Any, keep: int, recent: float) -> None:
     view = make_view(SHAPES, stage=CacheStage(3), keep=keep)
-    sums = torch.rand(view.visual.shape, generator=torch.Generator().manual_seed(1)).mul(30).round()  # with ties
-    view = dataclasses.replace(view, llm_rows={(3, Rows.SUM): sums})
-    for item, numbers in enumerate(kept(view, vtc.create("h2o", recent=recent).select(view))):
+    sums = torch.rand(2, *view.visual.shape, generator=torch.Generator().manual_seed(1)).mul(30).round()  # with ties
+    view = dataclasses.replace(view, llm_rows={(3, PromptSum(per_head=True)): sums, (3, Rows.SUM): sums[0]})
+    method, shared = vtc.create("h2o", recent=recent), vtc.create("h2o", recent=recent, per_head=False)
+    for item, heads in enumerate(kept_heads(view, method.select(view))):
         row, count = view.items.rows[item], view.items.counts[item]
-        received = sums[row, view.items.index[item, :count]].tolist()
-        assert numbers == plain_choice(received, view.keep[item], recent)
+        received = sums[:, row, view.items.index[item, :count]].tolist()
+        assert heads == [plain_choice(each, view.keep[item], recent) for each in received]
+        assert kept(view, shared.select(view))[item] == heads[0]
 
 
 @torch.no_grad()
@@ -43,10 +45,18 @@ def test_the_kept_sets_are_those_of_the_models_own_attention(llm_weights: Any, l
     inputs = tiny_inputs("llava-clip", [layout], seed=2, model=model)
     with vtc.compress(model, "h2o", retention=0.4) as handle:
         model(**inputs)
+    with vtc.compress(model, "h2o", per_head=False, retention=0.4) as shared:
+        model(**inputs)
+    differ = 0
     for layer, weights in enumerate(llm_weights("llava-clip", inputs)):
-        received = weights[0].mean(0).sum(0)
-        for item in handle.trace[0].items:
-            assert item.kept[CacheStage(layer)].tolist() == plain_choice(received[item.positions].tolist(), 6, 0.5)
+        of_heads = [weights[0, :2].mean(0).sum(0), weights[0, 2:].mean(0).sum(0)]  # two query heads share a KV head
+        for item, other in zip(handle.trace[0].items, shared.trace[0].items, strict=True):
+            chosen = [plain_choice(received[item.positions].tolist(), 6, 0.5) for received in of_heads]
+            assert [sets.nonzero().flatten().tolist() for sets in item.heads[CacheStage(layer)]] == chosen
+            differ += chosen[0] != chosen[1]
+            both = torch.stack(of_heads).mean(0)[item.positions].tolist()
+            assert other.kept[CacheStage(layer)].tolist() == plain_choice(both, 6, 0.5)
+    assert differ
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])

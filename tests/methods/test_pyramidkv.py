@@ -36,16 +36,16 @@ def test_counts_lie_on_a_line_and_have_the_budget_as_mean(layers: int, beta: int
 
 
 @pytest.mark.parametrize("layer", [0, 3, 7])
-def test_entries_are_snapkvs_under_the_layers_counts(make_view: Any, kept: Any, layer: int) -> None:
+def test_entries_are_snapkvs_under_the_layers_counts(make_view: Any, kept_heads: Any, layer: int) -> None:
     spec = ModelSpec("llava", 24, 22, True, tuple(range(24)), 8)
     view = make_view(SHAPES, stage=CacheStage(layer), spec=spec, retention=0.3)
-    rows = torch.rand(view.visual.shape, generator=torch.Generator().manual_seed(layer))
-    view = dataclasses.replace(view, llm_rows={(layer, LastRows(4)): rows})
-    found = kept(view, vtc.create("pyramidkv", window=4).select(view))
-    for item, numbers in enumerate(found):
-        same = dataclasses.replace(view, budget=vtc.Budget(keep=max(1, len(numbers))))
-        assert numbers == kept(same, vtc.create("snapkv", window=4).select(same))[item]
-    counts = [len(numbers) for numbers in found]
+    rows = torch.rand(2, *view.visual.shape, generator=torch.Generator().manual_seed(layer))
+    view = dataclasses.replace(view, llm_rows={(layer, LastRows(4, per_head=True)): rows})
+    found = kept_heads(view, vtc.create("pyramidkv", window=4).select(view))
+    for item, heads in enumerate(found):
+        same = dataclasses.replace(view, budget=vtc.Budget(keep=max(1, len(heads[0]))))
+        assert heads == kept_heads(same, vtc.create("snapkv", window=4).select(same))[item]
+    counts = [len(heads[0]) for heads in found]
     assert counts == [falling(k, n, layer, 8, 20) for k, n in zip(view.keep, view.items.counts, strict=True)]
 
 

@@ -36,18 +36,22 @@ def plain_choice(
 
 @pytest.mark.parametrize("keep", [1, 3, 17, 63, 1000])
 @pytest.mark.parametrize(("window", "kernel"), [(32, 5), (2, 1), (1, 7), (200, 3)])
-def test_the_plain_choice(make_view: Any, kept: Any, keep: int, window: int, kernel: int) -> None:
-    method = vtc.create("snapkv", window=window, kernel=kernel)
+def test_the_plain_choice(make_view: Any, kept: Any, kept_heads: Any, keep: int, window: int, kernel: int) -> None:
+    options = {"window": window, "kernel": kernel}
     view = make_view(SHAPES, stage=CacheStage(3), keep=keep)
-    rows = torch.rand(view.visual.shape, generator=torch.Generator().manual_seed(1)).mul(30).round()  # with ties
-    view = dataclasses.replace(view, llm_rows={(3, LastRows(window)): rows.masked_fill(~view.valid, 0)})
-    found = kept(view, method.select(view))
-    for item, numbers in enumerate(found):
+    rows = torch.rand(2, *view.visual.shape, generator=torch.Generator().manual_seed(1)).mul(30).round()  # with ties
+    rows = rows.masked_fill(~view.valid, 0)
+    read = {(3, LastRows(window, per_head=True)): rows, (3, LastRows(window)): rows[1]}
+    view = dataclasses.replace(view, llm_rows=read)
+    shared = kept(view, vtc.create("snapkv", **options, per_head=False).select(view))
+    for item, heads in enumerate(kept_heads(view, vtc.create("snapkv", **options).select(view))):
         row, count = view.items.rows[item], view.items.counts[item]
-        values = view.llm_rows[3, LastRows(window)][row].tolist()
         prompt = view.prompt[row].nonzero().flatten().tolist()
         visual = view.items.index[item, :count].tolist()
-        assert numbers == plain_choice(values, prompt, visual, view.keep[item], window, kernel)
+        for head, numbers in enumerate(heads):
+            values = rows[head, row].tolist()
+            assert numbers == plain_choice(values, prompt, visual, view.keep[item], window, kernel)
+        assert shared[item] == heads[1]
 
 
 @torch.no_grad()
@@ -58,11 +62,20 @@ def test_the_kept_sets_are_those_of_the_models_own_attention(llm_weights: Any, l
     length = inputs["input_ids"].shape[1]
     with vtc.compress(model, "snapkv", window=8, retention=0.4) as handle:
         model(**inputs)
+    with vtc.compress(model, "snapkv", window=8, per_head=False, retention=0.4) as shared:
+        model(**inputs)
+    prompt, differ = list(range(length)), 0
     for layer, weights in enumerate(llm_weights("llava-clip", inputs)):
-        drawn = weights[0, :, -8:].mean((0, 1)).tolist()
-        for item in handle.trace[0].items:
-            kept = item.kept[CacheStage(layer)].tolist()
-            assert kept == plain_choice(drawn, list(range(length)), item.positions.tolist(), 6, 8, 5)
+        rows = weights[0, :, -8:].mean(1)
+        of_heads = [rows[:2].mean(0), rows[2:].mean(0)]  # two query heads share a KV head
+        for item, other in zip(handle.trace[0].items, shared.trace[0].items, strict=True):
+            visual = item.positions.tolist()
+            chosen = [plain_choice(each.tolist(), prompt, visual, 6, 8, 5) for each in of_heads]
+            assert [sets.nonzero().flatten().tolist() for sets in item.heads[CacheStage(layer)]] == chosen
+            differ += chosen[0] != chosen[1]
+            kept = other.kept[CacheStage(layer)].tolist()
+            assert kept == plain_choice(rows.mean(0).tolist(), prompt, visual, 6, 8, 5)
+    assert differ or layout[-1] == "image"  # the window alone fills the budget there
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])

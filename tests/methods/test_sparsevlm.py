@@ -16,8 +16,9 @@ from vtc.method.base import ModelSpec
 from vtc.methods.sparsevlm import TEXT, SparseVLM
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 from vtc.testing.contract import LIMIT
-from vtc.testing.measures import entering, generate, reference
+from vtc.testing.measures import generate
 from vtc.testing.plain.density import plain_density_peaks
+from vtc.testing.reference import entering, reference
 
 LLAMA = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 QWEN = ModelSpec("qwen2.5-vl", 32, 31, False, (7, 15, 23, 31), 28, mrope=True)

@@ -146,10 +146,13 @@ class Batch:
         return rows
 
     def over_input(self, held: Tensor | None = None) -> Tensor:
-        """[B, S] bool over input positions that some row still holds; held: [B, L] which rows count, all if None."""
-        source = self.rows.source
+        """[B, S, ...] bool over input positions that some row still holds.
+
+        held: [B, L, ...] which rows count, all if None.
+        """
         held = self.rows.held if held is None else held
-        full = torch.zeros(self.size, self.length, dtype=torch.uint8, device=source.device)
+        source = self.rows.source.reshape(self.size, self.width, *(1,) * (held.ndim - 2)).expand_as(held)
+        full = held.new_zeros(self.size, self.length, *held.shape[2:], dtype=torch.uint8)
         # Padding slots point at dropped positions, so they add zero instead of writing.
         return full.scatter_add(1, source, held.to(torch.uint8)) > 0
 

@@ -112,15 +112,17 @@ class ItemRecord:
     """One image or video of one call.
 
     row: batch row. positions: [n] its placeholders in the input. layout: crop, row and column of every token, newlines,
-    rasters. passed: stage -> [n] bool, whether the token passed it. merged_into: stage -> [n] token number
-    that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows. scores: stage -> [n]
-    what the stage ranked the tokens by, NaN for those that it did not see; only for stages that tell.
+    rasters. passed: stage -> [n] bool, whether the token passed it; where KV heads keep sets of their own, whether it
+    did in one of them. heads: stage -> [H, n] bool, those sets, only for such stages. merged_into: stage -> [n] token
+    number that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows. scores: stage
+    -> [n] what the stage ranked the tokens by, NaN for those that it did not see; only for stages that tell.
     """
 
     row: int
     positions: Tensor
     layout: VisualItem
     passed: dict[Stage, Tensor] = field(default_factory=dict)
+    heads: dict[Stage, Tensor] = field(default_factory=dict)
     merged_into: dict[Stage, Tensor] = field(default_factory=dict)
     scores: dict[Stage, Tensor] = field(default_factory=dict)
 
@@ -174,11 +176,12 @@ class CallRecord:
     """Trace of one call that carried visual tokens.
 
     keep: stage -> [B, S] bool over input positions, True where the token is still there after the stage (text too;
-    padding never).
+    padding never), where KV heads keep sets of their own, in one of them. heads: stage -> [B, H, S], those sets.
     """
 
     keep: dict[Stage, Tensor]
     items: list[ItemRecord]
+    heads: dict[Stage, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, items: ItemTable) -> CallRecord:
@@ -187,7 +190,12 @@ class CallRecord:
         return cls({}, [ItemRecord(row, positions[: each.n_tokens], each) for row, each, positions in columns])
 
     def note(self, stage: Stage, alive: Tensor) -> None:
-        """Keep what is there after `stage`; alive: [B, S] bool over input positions."""
+        """Keep what is there after `stage`; alive: [B, S] bool over input positions, or [B, H, S] of every KV head."""
+        if alive.ndim == 3:
+            self.heads[stage] = alive
+            for item in self.items:
+                item.heads[stage] = alive[item.row, :, item.positions.to(alive.device)]
+            alive = alive.any(1)
         self.keep[stage] = alive
         for item in self.items:
             item.passed[stage] = alive[item.row].gather(0, item.positions.to(alive.device))

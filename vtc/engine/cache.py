@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vtc.engine.maker import Maker
 from vtc.errors import UnsupportedCall
-from vtc.ops.host import put
-from vtc.ops.select import left_pack
 
 BROKEN = (
     "a forward pass over this KV cache was interrupted (Ctrl-C, or the method was detached while it ran), so its "
@@ -158,28 +156,6 @@ class CompressedCache(DynamicCache):
             chunk = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.masks[group] = torch.cat([old.to(device), chunk.to(device)], dim=1)
         return self.masks[group]
-
-    def evict(self, keeps: Mapping[int, Tensor]) -> None:
-        """Drop rows of every layer in the given groups; [B, rows] bool over physical rows. Synchronises once."""
-        self.before = None
-        masks = {group: self.masks[group] for group in keeps}
-        kept = {group: keep if (mask := masks[group]) is None else keep & mask for group, keep in keeps.items()}
-        counts = torch.stack([keep.sum(1) for keep in kept.values()]).tolist() if kept else []
-        for (group, keep), numbers in zip(kept.items(), counts, strict=True):
-            self._evict(group, keep, numbers)
-
-    def _evict(self, group: int, keep: Tensor, counts: list[int]) -> None:
-        """Drop rows of `group`; counts: what `keep` has set in each row."""
-        length = max(counts)
-        index = left_pack(keep, length)
-        end = min((start for start in self.starts if start > group), default=len(self.layers))
-        for layer in self.layers[group:end]:
-            rows = index.to(layer.keys.device)[:, None, :, None]
-            layer.keys = layer.keys.gather(2, rows.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1]))
-            layer.values = layer.values.gather(2, rows.expand(-1, layer.values.shape[1], -1, layer.values.shape[-1]))
-        limit = put(counts, keep.device)[:, None]
-        uniform = all(count == length for count in counts)
-        self.masks[group] = None if uniform else torch.arange(length, device=keep.device) >= length - limit
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams: keys, values, masks and shifts."""

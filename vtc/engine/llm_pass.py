@@ -80,11 +80,17 @@ class LLMPass(Pass):
                 f"soft masks at stage {stage} of a call {'without' if self.cache is None else 'with'} a cache; they "
                 "are for training, inside the LLM and with use_cache=False"
             )
-        given = {"sizes of tokens": selection.sizes, "restored rows": selection.restored}
-        for what, values in given.items():
+        heads = selection.keep if selection.keep.ndim == 3 else None
+        given = {
+            "sizes of tokens": (selection.sizes, "encoder stages"),
+            "restored rows": (selection.restored, "encoder stages"),
+            "kept sets of KV heads": (heads, "stages after the prefill"),
+            "cache entries": (selection.entries, "stages after the prefill"),
+        }
+        for what, (values, readers) in given.items():
             if values is not None:
                 raise UnsupportedCall(
-                    f"{what} were given at stage {stage}, which encoder stages alone read; leave them out there"
+                    f"{what} were given at stage {stage}, which {readers} alone read; leave them out there"
                 )
         before = self.now
         assert before.items is not None
@@ -106,7 +112,7 @@ class LLMPass(Pass):
             self.batch = replace(self.now, items=replace(items, entered=items.counts))
 
     def note(self, stage: Stage, alive: Tensor | None = None) -> None:
-        """Trace what is there after `stage`; alive: [B, S] bool over input positions, where it is not what is left."""
+        """Trace what is there after `stage`; alive: see `CallRecord.note`, where it is not what is left."""
         if self.record is not None:
             self.record.note(stage, self.now.over_input() if alive is None else alive)
 

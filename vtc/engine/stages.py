@@ -14,7 +14,7 @@ from vtc.adapters.compat import checkpoints
 from vtc.batch.context import VisionContext
 from vtc.batch.rows import Batch
 from vtc.engine.blocks import BlockHooks
-from vtc.engine.cache import CompressedCache
+from vtc.engine.eviction import Kept, alive, evict, reader, replaced, stay
 from vtc.engine.llm_pass import LLMPass
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
@@ -204,6 +204,7 @@ class StageRunner:
             memory=one.memory,
             module=self.module,
             final_norm=self.adapter.final_norm,
+            cached=reader(stage.from_layer, one) if isinstance(stage, CacheStage) else None,
         )
         with exact(device):
             return self.method.select(view)
@@ -216,37 +217,20 @@ class StageRunner:
         if one.cache is None or not self.cache:
             return
         one.batch = one.now.to(hidden.device)
-        states, keeps = States(hidden), dict[int, Tensor]()
+        states, kept = States(hidden), dict[int, Kept]()
         ends = [*(stage.from_layer for stage in self.cache[1:]), self.spec.llm_layers]
         for stage, end in zip(self.cache, ends, strict=True):
             selection = self.select(stage, one, states)
             if selection is None:
                 one.note(stage)
                 continue
-            groups = [start for start in self.starts if stage.from_layer <= start < end]
-            keeps |= self._kept_rows(stage, groups, selection, one, one.cache)
-        one.cache.evict(keeps)
-
-    def _kept_rows(
-        self, stage: CacheStage, groups: Sequence[int], selection: Selection, one: LLMPass, cache: CompressedCache
-    ) -> dict[int, Tensor]:
-        """[B, rows] bool over what the cache holds in each of the groups that `selection` is about: what stays."""
-        batch = one.now
-        assert batch.items is not None
-        kept = selection.keep & batch.items.mask
-        alive = batch.over_input(batch.items.scatter(kept, batch.rows.held))
-        one.note(stage, alive)
-        counts = kept.sum(1).tolist() if selection.counts is None else selection.counts
-        remaining = tuple(dataclasses.replace(batch.items, counts=tuple(counts)).row_totals(batch.size))
-        keeps = {}
-        for group in groups:
-            rows = one.left[group].to(alive.device)
-            chunk = alive.gather(1, rows.source)
-            chunk = chunk if rows.valid is None else chunk & rows.valid
-            old = cache.physical_length(group) - chunk.shape[1]
-            keeps[group] = torch.cat([chunk.new_ones(batch.size, old), chunk], dim=1)
-            one.evicted[group] = remaining
-        return keeps
+            left, totals = alive(selection, one)
+            one.note(stage, left if selection.keep.ndim == 3 else left[:, 0])
+            for group in [start for start in self.starts if stage.from_layer <= start < end]:
+                what = stay(left, group, one, one.cache)
+                kept[group] = replaced(selection, what, end - stage.from_layer, group, one)
+                one.evicted[group] = totals
+        evict(one.cache, kept)
 
 
 class _LLMRows(dict[tuple[int, LLMReading], Tensor]):

@@ -20,8 +20,8 @@ from vtc.ops.select import top_k
 class EntryCompressor(Compressor):
     """A method that keeps, in every layer's cache, the highest-scoring visual entries of each item.
 
-    The prefill is untouched: every token enters every layer, and the first answer token is the untouched model's. All
-    KV heads of a layer keep the same entries.
+    The prefill is untouched: every token enters every layer, and the first answer token is the untouched model's. KV
+    heads of a layer keep entries of their own where `score` tells their scores apart, and the same ones otherwise.
 
     >>> from dataclasses import dataclass
     >>> from vtc.method.readings import Rows
@@ -48,7 +48,7 @@ class EntryCompressor(Compressor):
 
     @abstractmethod
     def score(self, view: StageView, layer: int) -> Tensor:
-        """[I, N] scores of the entries of `layer`, higher is kept."""
+        """[I, N] scores of the entries of `layer`, or [H, I, N] of each of its KV heads; higher is kept."""
 
     def counts(self, view: StageView, layer: int) -> Sequence[int]:
         """Entries of each item that stay in `layer`: by default, the same in all."""
@@ -63,13 +63,14 @@ class EntryCompressor(Compressor):
         assert isinstance(view.stage, CacheStage)
         layer, items = view.stage.from_layer, view.items
         counts, scores = self.counts(view, layer), self.score(view, layer)
-        keep, first = put(counts, view.device), self.first(view, counts)
-        most = max(counts, default=0)
-        if first is None:
-            kept = top_k(scores, keep, items.gaps, most=most)
-        else:
-            kept = first | top_k(scores, keep - first.sum(1), items.mask & ~first, most=most)
-        return Selection(kept, counts=counts, scores=scores)
+        keep, first, mask = put(counts, view.device), self.first(view, counts), items.gaps
+        if first is not None:
+            keep, mask = keep - first.sum(1), items.mask & ~first
+        heads = scores.shape[:-2].numel()
+        each = None if mask is None else mask.repeat(heads, 1)
+        best = top_k(scores.flatten(0, -2), keep.repeat(heads), each, most=max(counts, default=0)).view_as(scores)
+        kept = best if first is None else best | first
+        return Selection(kept if kept.ndim == 2 else kept.transpose(0, 1), counts=counts)
 
 
 def latest(items: ItemTable, counts: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.ops.attention import attention_logits, attention_received, attention_rows, attention_sums
+from vtc.ops.attention import Heads, attention_logits, attention_received, attention_rows, attention_sums
 from vtc.ops.select import front_pack, left_pack
 
 
@@ -269,14 +269,19 @@ class LastRowAhead(LastRow):
     ahead: ClassVar[bool] = True
 
 
+def _heads(per_head: bool) -> Heads:
+    return "groups" if per_head else "mean"
+
+
 @dataclass(frozen=True)
 class LastRows(LLMReading):
     """Softmax attention of the last `window` rows of each row's prompt, mean over them and over heads: [B, K].
 
-    Of a shorter prompt, all its rows.
+    Of a shorter prompt, all its rows. per_head: the mean over the query heads of each KV head instead: [H, B, K].
     """
 
     window: int = 32
+    per_head: bool = False
 
     name: ClassVar[str] = "last rows"
 
@@ -284,16 +289,22 @@ class LastRows(LLMReading):
         return 2 * min(self.window, length) * length * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        query, key = attention.query, attention.key
+        query, key, heads = attention.query, attention.key, _heads(self.per_head)
         index = left_pack(rows.prompt, min(self.window, rows.prompt.shape[1]))
         real = rows.prompt.gather(1, index)[..., None]
-        found = attention_rows(query, key, index, attention.scaling, mask=rows.mask, causal=True)
-        return torch.where(real, found, 0).sum(1) / real.sum(1).clamp(min=1)
+        found = attention_rows(query, key, index, attention.scaling, mask=rows.mask, causal=True, heads=heads)
+        found = found.transpose(0, 1) if self.per_head else found
+        return torch.where(real, found, 0).sum(-2) / real.sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class PromptSum(LLMReading):
-    """Softmax attention, mean over heads, summed over all rows of the prompt: [B, K]."""
+    """Softmax attention, mean over heads, summed over all rows of the prompt: [B, K].
+
+    per_head: the mean over the query heads of each KV head instead: [H, B, K].
+    """
+
+    per_head: bool = False
 
     name: ClassVar[str] = "prompt rows"
 
@@ -301,9 +312,10 @@ class PromptSum(LLMReading):
         return 2 * length**2 * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        weights = rows.prompt[None].float()
+        weights, heads = rows.prompt[None].float(), _heads(self.per_head)
         query, key = attention.query, attention.key
-        return attention_sums(query, key, weights, attention.scaling, mask=rows.mask, causal=True)[0]
+        found = attention_sums(query, key, weights, attention.scaling, mask=rows.mask, causal=True, heads=heads)[0]
+        return found.transpose(0, 1) if self.per_head else found
 
 
 @dataclass(frozen=True)

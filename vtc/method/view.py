@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Selection:
     """The outcome of one stage.
 
-    keep: [I, N] bool over the view's items (entries behind an item's end are ignored). counts: kept tokens per item
+    keep: [I, N] bool over the view's items (entries behind an item's end are ignored); after the prefill also
+    [I, H, N], a set for each of a layer's H KV heads, all of one size. counts: kept tokens per item, in every head,
     when they are known on the host; leave it out for data-dependent counts, at the price of one synchronisation.
     tokens: [I, N, D] replacement rows, read where `keep` is set (merging and pooling put the new token on an anchor).
     merged_into: [I, N] for every token the view position of the anchor that absorbed it, -1 where none did.
@@ -39,8 +40,10 @@ class Selection:
     later layer, except for the token itself; multiplied over the stages. sizes: [I, N], at encoder stages: what each
     token stands for. Later encoder layers attend to its key as often, softmax(Q K^T / sqrt(D) + log sizes); said anew
     at every stage that has it. restored: [I, P, D], at encoder stages: rows for all patches that entered the encoder,
-    in the order of the picture; every patch has a row again, and of all else said here nothing is read. loss: added to
-    `Handle.auxiliary_loss`. scores: [I, N] what the tokens were ranked by, higher stays; for traces alone.
+    in the order of the picture; every patch has a row again, and of all else said here nothing is read. entries: after
+    the prefill, at a stage about one layer, keys and values [I, H, N, W] in the place of those of `StageView.entries`,
+    read where `keep` is set. loss: added to `Handle.auxiliary_loss`. scores: [I, N] what the tokens were ranked by,
+    higher stays; for traces alone.
 
     >>> Selection(keep=torch.tensor([[True, False, True]]), counts=(2,)).counts
     (2,)
@@ -55,6 +58,7 @@ class Selection:
     weights: Tensor | None = None
     sizes: Tensor | None = None
     restored: Tensor | None = None
+    entries: tuple[Tensor, Tensor] | None = None
     loss: Tensor | None = None
     scores: Tensor | None = None
 
@@ -70,7 +74,7 @@ class StageView:
     labels, the text what in it is neither visual nor system prompt. fingerprint: [I] int64 pixel keys. pairs: what
     `pair` shows. memory: what the method left there at earlier stages of the same call. module: its learned parts.
     final_norm: the norm behind the LLM's last layer, for rows of any shape [..., D]; at encoder stages it leaves them
-    as they are.
+    as they are. cached: what `entries` asks for.
 
     What a method of one line sees of two images, the budget being a quarter of 16 tokens each:
 
@@ -105,6 +109,7 @@ class StageView:
     memory: dict[Any, Any] = field(default_factory=dict)
     module: nn.Module | None = None
     final_norm: Callable[[Tensor], Tensor] = field(default=lambda rows: rows)
+    cached: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -206,6 +211,19 @@ class StageView:
         rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
         rows = rows.index_select(-2, self.items.row)
         return rows.gather(-1, self.items.index.expand(*rows.shape[:-1], -1))
+
+    @cached_property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [I, H, N, W] each, of the items' tokens in the cache of the first layer the stage is about.
+
+        As they lie there: keys are behind the rotary embedding. After the prefill alone.
+        """
+        if self.cached is None:
+            raise VTCError(
+                f"entries of the KV cache were asked for at stage {self.stage}; ask for them at a CacheStage, where "
+                "the prefill is over"
+            )
+        return self.cached()
 
     def pair(self, name: str | None) -> PairFeatures:
         """What the pair `name` of the plan's Needs says of the question, and what makes tokens comparable with it.

@@ -20,7 +20,7 @@ class PyramidKV(SnapKV):
     the line, ``k_l = 2 K - m - 2 (K - m) l / (L - 1)``; where the first layer has fewer entries than that, it keeps all
     n, and the last one 2 K - n.
 
-    beta: 20 as in the released code; 1 is `snapkv`. window, kernel: as there.
+    beta: 20 as in the released code; 1 is `snapkv`. window, kernel, per_head: as there.
 
     Departures from the paper and its code: those of `snapkv`; m is rounded down and at least 1; the line is rounded in
     the first half of the layers and mirrored in the second, so that the mean is K exactly; entries inside the window
@@ -35,6 +35,7 @@ class PyramidKV(SnapKV):
     beta: int = 20
 
     name: ClassVar[str] = "pyramidkv"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

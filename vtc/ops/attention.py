@@ -11,8 +11,8 @@ from torch import Tensor
 from vtc.ops.host import put
 
 CHUNK = 256
-Heads = Literal["mean", "max"]
-"""How the weights of all heads become one."""
+Heads = Literal["mean", "max", "groups"]
+"""How the weights of all heads become one; or, for "groups", one for every KV head, the mean over its query heads."""
 
 
 def attention_rows(
@@ -23,16 +23,18 @@ def attention_rows(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    heads: Heads = "mean",
     chunk: int = CHUNK,
 ) -> Tensor:
     """Softmax attention of the chosen query rows, mean over heads, in float32.
 
     query: [B, Hq, Q, D], key: [B, Hk, K, D], both after rotary embedding; Hq is a multiple of Hk (grouped queries).
     rows: [B, R] query indices. mask: [B, 1|Hq, Q, K] bool or additive, or [B, K] bool (False is never attended).
-    causal: query i sees keys up to i + K - Q. Returns [B, R, K]; each row sums to one.
+    causal: query i sees keys up to i + K - Q. heads: see `Heads`. Returns [B, R, K], of groups [B, Hk, R, K]; each row
+    of means sums to one.
     """
-    parts = [_rows(query, key, part, scaling, mask, causal) for part in torch.split(rows, chunk, dim=1)]
-    return torch.cat(parts, dim=1)
+    parts = [_rows(query, key, part, scaling, mask, causal, heads) for part in torch.split(rows, chunk, dim=1)]
+    return torch.cat(parts, dim=-2)
 
 
 def attention_received(
@@ -88,17 +90,17 @@ def attention_sums(
 ) -> Tensor:
     """Weighted sums of attention rows: softmax attention, mean over heads, times weights, summed over the queries.
 
-    weights: [G, B, Q], one weight per query and sum. heads: "max" takes the largest over heads instead of the mean.
-    Other shapes as in `attention_rows`; returns [G, B, K] float32. Streams over the queries: memory is [B, H, chunk,
-    K].
+    weights: [G, B, Q], one weight per query and sum. heads: see `Heads`. Other shapes as in `attention_rows`; returns
+    [G, B, K] float32, of groups [G, B, Hk, K]. Streams over the queries: memory is [B, H, chunk, K].
     """
     batch, length = query.shape[0], query.shape[2]
-    total = query.new_zeros(weights.shape[0], batch, key.shape[2], dtype=torch.float32)
+    each = key.shape[1:2] if heads == "groups" else ()
+    total = query.new_zeros(weights.shape[0], batch, *each, key.shape[2], dtype=torch.float32)
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         rows = torch.arange(start, end, device=query.device).expand(batch, -1)
         part = _rows(query, key, rows, scaling, mask, causal, heads)
-        total = total + torch.einsum("gbq,bqk->gbk", weights[..., start:end].float(), part)
+        total = total + torch.einsum("gbq,b...qk->gb...k", weights[..., start:end].float(), part)
     return total
 
 
@@ -155,4 +157,6 @@ def _rows(
     heads: Heads = "mean",
 ) -> Tensor:
     weights = attention_logits(query, key, rows, scaling, mask=mask, causal=causal).softmax(-1)
+    if heads == "groups":
+        return weights.view(len(key), key.shape[1], -1, *weights.shape[2:]).mean(2)
     return weights.mean(1) if heads == "mean" else weights.amax(1)

@@ -36,7 +36,6 @@ from vtc.testing.measures import (
     modes,
     no_trace,
     only_the_prompt,
-    reference,
     right_padding,
     ties,
     two_turns,
@@ -45,6 +44,7 @@ from vtc.testing.models import TINY_MODELS, Part, tiny_inputs, tiny_model
 from vtc.testing.padding import reads_padding
 from vtc.testing.pairs import with_tiny_pair
 from vtc.testing.probes import FixedKeep, LastRowTopK
+from vtc.testing.reference import reference
 from vtc.testing.selections import false_counts
 from vtc.testing.tiny_llava_onevision import unshrunk
 

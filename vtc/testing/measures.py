@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 from vtc import adapters
 from vtc.adapters.compat import expands_in_order
 from vtc.engine.attach import Handle
-from vtc.method.base import CacheStage, EncoderStage
 from vtc.method.layout import Kind
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs
-from vtc.testing.oracle import Oracle
+from vtc.testing.reference import entering, reference
 from vtc.testing.snapshot import snapshot
 
 
@@ -72,69 +70,6 @@ def generate(
             **{"do_sample": False, **mode},
         )
     return output.sequences, torch.stack(output.logits)
-
-
-@dataclass
-class Entered:
-    """What a language model was first given: rows that enter layer 0 and those at which a method acts, by layer; deep:
-    visual rows that it adds behind its first layers, of all calls.
-    """
-
-    rows: dict[int, Tensor] = field(default_factory=dict)
-    deep: list[Any] = field(default_factory=list)
-
-
-@contextmanager
-def entering(model: Any, handle: Handle) -> Iterator[Entered]:
-    """Inside, note it."""
-    adapter, seen = adapters.of(model), Entered()
-
-    def rows(layer: int, module: Any, args: Any, kwargs: Any) -> None:
-        seen.rows.setdefault(layer, args[0] if args else kwargs["hidden_states"])
-
-    def whole(module: Any, args: Any, kwargs: Any) -> None:
-        seen.deep.append(kwargs.get("deepstack_visual_embeds"))
-
-    stages = {0, *(stage for stage in handle.plan.stages if isinstance(stage, int))}
-    hooks = [
-        adapter.layers[stage].register_forward_pre_hook(functools.partial(rows, stage), with_kwargs=True)
-        for stage in stages
-    ]
-    hooks.append(adapter.language_model.register_forward_pre_hook(whole, with_kwargs=True, prepend=True))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle:
-    """The oracle for what `handle` traced, call by call. seen: what entered the LLM then, for changed features."""
-    tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
-    cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
-    first, embeddings, deep, replaced = handle.trace[0], None, None, {}
-    inside = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
-    for stage, entered in ({} if seen is None else seen.rows).items():
-        if not (inside and stage == 0) and not any(stage in item.merged_into for item in first.items):
-            continue
-        keep = first.keep[stage]
-        full = entered.new_zeros(*keep.shape, entered.shape[-1])
-        for row in range(keep.shape[0]):
-            full[row, keep[row]] = entered[row, entered.shape[1] - int(keep[row].sum()) :]
-        if stage == 0:
-            embeddings = full
-            continue
-        merged = torch.zeros_like(keep)
-        for item in first.items:  # every token that absorbed another one
-            into = item.merged_into.get(stage, item.positions[:0])
-            others = into[(into >= 0) & (into != torch.arange(len(into), device=into.device))]
-            merged[item.row, item.positions[others]] = True
-        replaced[stage] = merged, full
-    if inside and seen is not None:
-        deep = seen.deep[0]
-    return Oracle(
-        model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep, replaced=replaced
-    )
 
 
 def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:
@@ -273,11 +208,11 @@ def only_the_prompt(model: Any, inputs: dict[str, Tensor], attach: Callable[...,
         if batch == 1:
             generate(model, inputs, nullcontext(), steps, prompt_lookup_num_tokens=3)
     same = all(
-        torch.equal(kept, other.kept[stage])
+        torch.equal(one.heads.get(stage, passed), other.heads.get(stage, other.passed[stage]))
         for record in [*records, *handle.trace]
         for one, other in zip(alone.items, record.items, strict=True)
-        for stage, kept in one.kept.items()
-        if isinstance(stage, int) or stage in other.kept  # nothing leaves a cache that is not there
+        for stage, passed in one.passed.items()
+        if isinstance(stage, int) or stage in other.passed  # nothing leaves a cache that is not there
     )
     return 0.0 if same else float("inf")
 

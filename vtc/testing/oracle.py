@@ -21,11 +21,12 @@ class Oracle:
     (rows repeat under beams); or a list of them, one for each call that starts a sequence. positions: "compact"
     renumbers the visible tokens from the first table on, "compact_input" those of table 0.
     cached: the same for later calls only, for rows evicted from the cache after the prefill; each table up to the
-    layer of the next.
+    layer of the next; [B, H, S] where KV heads keep sets of their own.
     embeddings: [B, S, D] rows to feed instead of the model's own, for methods that merge or pool before the LLM. deep:
     the same of the visual rows that a model adds inside its first layers, one [V, D] per layer.
     replaced: LLM layer -> which input positions [B, S] have other rows [B, S, D] when the prompt enters it, for methods
-    that merge inside the LLM.
+    that merge inside the LLM. entries: LLM layer -> which entries [B, H, S] of its cache become other keys and values
+    [B, H, S, W] after the prefill.
     """
 
     def __init__(
@@ -38,18 +39,21 @@ class Oracle:
         embeddings: Tensor | None = None,
         deep: Sequence[Tensor] | None = None,
         replaced: dict[int, tuple[Tensor, Tensor]] | None = None,
+        entries: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
     ) -> None:
         adapter = adapters.of(model)
         self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
         self.queue = [tables] if isinstance(tables, dict) else list(tables)
         self.tables, self.cached = self.queue[0], cached or {}
         self.positions, self.embeddings, self.deep, self.replaced = positions, embeddings, deep, replaced or {}
+        self.entries = entries or {}
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Oracle:
         self._handles = [self.llm.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._handles.append(self.llm.register_forward_hook(self._leave))
         for index, layer in enumerate(self.layers):
             hook = functools.partial(self._layer, index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -75,6 +79,13 @@ class Oracle:
             kwargs["deepstack_visual_embeds"] = list(self.deep)
         return args, kwargs
 
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        if self._past == 0 and output.past_key_values is not None:
+            for index, (where, keys, values) in self.entries.items():
+                layer = output.past_key_values.layers[index]
+                layer.keys = torch.where(where[..., None], keys, layer.keys)
+                layer.values = torch.where(where[..., None], values, layer.values)
+
     def _layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if index in self.replaced and self._past == 0:
@@ -87,11 +98,11 @@ class Oracle:
             visible = self._mask[:, :keys].bool()
         entering = self.positions == "compact_input"
         numbered = self._hide(visible, self.tables, 0 if entering else index)
-        visible = self._hide(visible, self.tables, index)
+        visible = self._hide(visible, self.tables, index)[:, None]
         if self._past and (evicted := [start for start in self.cached if start <= index]):
-            visible = self._hide(visible, {index: self.cached[max(evicted)]}, index)
+            visible = self._hide_heads(visible, self.cached[max(evicted)])
         causal = torch.arange(keys) <= torch.arange(queries)[:, None] + self._past
-        mask = causal & visible[:, None, None]
+        mask = causal & visible[:, :, None]
         if self.llm.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         kwargs["attention_mask"] = mask
@@ -118,3 +129,11 @@ class Oracle:
                 width = min(visible.shape[1], table.shape[1])
                 visible[:, :width] &= table[:, :width]
         return visible
+
+    def _hide_heads(self, visible: Tensor, table: Tensor) -> Tensor:
+        """[B, 1, K] and a table [B, S] or [B, H, S] -> [B, 1, K] or, for all query heads, [B, Hq, K]."""
+        table = table if table.ndim == 3 else table[:, None]
+        if table.shape[1] > 1:  # neighbouring query heads share a KV head
+            table = table.repeat_interleave(self.llm.config.num_attention_heads // table.shape[1], 1)
+        table = table.repeat_interleave(visible.shape[0] // table.shape[0], 0)
+        return visible & torch.nn.functional.pad(table, (0, visible.shape[2] - table.shape[2]), value=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vtc.method.readings import LLMReading, VisionReading
 from vtc.method.view import Selection, StageView
+from vtc.testing.between import Select, stand_between
 from vtc.testing.measures import Attach, generate
-from vtc.testing.selections import Select, stand_between
 
 SIZE = 1e3
 """Values behind an item's end, of both signs: a mean, a largest and a smallest value all change with them."""

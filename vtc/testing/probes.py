@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 
 from vtc.method.base import (
     AFTER_PREFILL,
+    CacheStage,
     Compressor,
     ModelSpec,
     Needs,
@@ -54,6 +56,23 @@ class FixedKeep(Compressor):
         counts = [round(count * self.rate) for count in view.items.counts]
         keep = torch.tensor(counts, device=draw.device)
         return Selection(top_k(draw, keep, view.items.mask), counts=counts)
+
+
+@dataclass(frozen=True)
+class FixedHeads(FixedKeep):
+    """As `FixedKeep`; after the prefill every KV head of a layer, `heads` of them, keeps a draw of its own."""
+
+    at: tuple[Stage, ...] = (1, CacheStage(2))
+    heads: int = 2
+
+    name: ClassVar[str] = "fixed_heads"
+
+    def select(self, view: StageView) -> Selection:
+        if not isinstance(view.stage, CacheStage):
+            return super().select(view)
+        seeds = range(self.seed, self.seed + self.heads)
+        drawn = [FixedKeep(self.at, self.rate, seed, self.static).select(view) for seed in seeds]
+        return dataclasses.replace(drawn[0], keep=torch.stack([each.keep for each in drawn], 1))
 
 
 @dataclass(frozen=True)

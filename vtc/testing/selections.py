@@ -1,39 +1,15 @@
-"""What passes between the engine and a method, for checks that change what it sees or look at what it answers."""
+"""The counts that a method tells the engine, against what its selections mark."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from vtc.engine.attach import Handle
 from vtc.method.view import Selection, StageView
+from vtc.testing.between import Select, stand_between
 from vtc.testing.measures import Attach, generate
-
-Select = Callable[[StageView], Selection | None]
-
-
-class _Between:
-    """A method whose `select` goes through `around`; everything else is its own."""
-
-    def __init__(self, method: Any, around: Callable[[Select, StageView], Selection | None]) -> None:
-        self._method, self._around = method, around
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def select(self, view: StageView) -> Selection | None:
-        return self._around(self._method.select, view)
-
-
-def stand_between(handle: Handle, around: Callable[[Select, StageView], Selection | None]) -> None:
-    """Let every stage of an attached method, in the encoder and in the LLM, call `around(select, view)`."""
-    stages: Any = handle._engine.stages
-    for runner in (stages, stages.encoder):
-        if runner is not None:
-            runner.method = _Between(runner.method, around)
 
 
 def false_counts(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
@@ -48,10 +24,11 @@ def false_counts(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float
         nonlocal worst
         selection = select(view)
         if selection is not None and selection.counts is not None:
-            marked, told = (selection.keep & view.items.mask).sum(1).tolist(), list(selection.counts)
+            keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
+            marked, told = (keep & view.items.mask[:, None]).sum(2).tolist(), list(selection.counts)
             same = len(marked) == len(told)
-            off = [abs(a - b) for a, b in zip(marked, told, strict=True)] if same else [float("inf")]
-            worst = max(worst, *off)
+            pairs = zip(marked, told, strict=True) if same else [([float("inf")], 0)]
+            worst = max(worst, *(abs(each - count) for heads, count in pairs for each in heads))
             # Corrected, so that a stage behind this one is judged by its own answer.
             selection = dataclasses.replace(selection, counts=None)
         return selection

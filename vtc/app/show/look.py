@@ -45,8 +45,9 @@ class Cell:
 class Left:
     """One picture or video behind one stage.
 
-    alive: [n] bool. into: [n] token that absorbed each token (its own where kept), -1 where none did; None where the
-    stage merges nothing. scores: [n], NaN where a token was not ranked; None where the stage does not tell.
+    alive: [n] bool, where KV heads keep sets of their own what one of them keeps. into: [n] token that absorbed each
+    token (its own where kept), -1 where none did; None where the stage merges nothing. scores: [n], NaN where a token
+    was not ranked; None where the stage does not tell.
     """
 
     alive: NDArray[np.bool_]
@@ -133,11 +134,11 @@ def _see(answerer: Answerer, batch: Batch, cell: Cell, arguments: Mapping[str, A
 
 
 def _stages(record: CallRecord) -> Iterator[tuple[str, tuple[Left, ...]]]:
-    """Caption and items of every stage that left fewer tokens, or other ones."""
+    """Caption and items of every stage that left fewer tokens, or other ones, in some KV head at least."""
     before = [item.layout.n_tokens for item in record.items]
     for stage in record.keep:
         now = [int(item.passed[stage].sum()) for item in record.items]
-        if now != before or any(stage in item.merged_into for item in record.items):
+        if now != before or stage in record.heads or any(stage in item.merged_into for item in record.items):
             yield caption(stage), tuple(_left(item, stage) for item in record.items)
         before = now
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops.attention import attention_logits, attention_received, attention_rows, attention_sums, soft_mask
+from vtc.ops.attention import Heads, attention_logits, attention_received, attention_rows, attention_sums, soft_mask
 from vtc.testing.plain import OpCase, Size
 
 
@@ -34,12 +34,29 @@ def plain_logits(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Te
     return torch.stack([logits[b][:, index] for b, index in enumerate(rows)]).float()
 
 
+def _joined(attention: Tensor, key: Tensor, heads: Heads) -> Tensor:
+    """[B, Hq, Q, K] as the mean over heads, the largest of them, or the mean over those that read each KV head."""
+    if heads == "mean":
+        return attention.mean(1)
+    if heads == "max":
+        return attention.max(1).values
+    groups, count = key.shape[1], attention.shape[1]
+    members = [[h for h in range(count) if h * groups // count == group] for group in range(groups)]
+    return torch.stack([attention[:, each].mean(1) for each in members], 1)
+
+
 def plain_rows(
-    query: Tensor, key: Tensor, rows: Tensor, scaling: float, mask: Tensor | None = None, causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    heads: Heads = "mean",
 ) -> Tensor:
     """``mean_h softmax_j(l_hij)`` of the chosen rows."""
-    weights = _logits(query, key, scaling, mask, causal).softmax(-1).mean(1)
-    return torch.stack([weights[b][index] for b, index in enumerate(rows)]).float()
+    weights = _joined(_logits(query, key, scaling, mask, causal).softmax(-1), key, heads)
+    return torch.stack([weights[b][..., index, :] for b, index in enumerate(rows)]).float()
 
 
 def plain_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -48,15 +65,21 @@ def plain_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 
 def plain_sums(
-    query: Tensor, key: Tensor, weights: Tensor, scaling: float, mask: Tensor | None = None, causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    heads: Heads = "mean",
 ) -> Tensor:
     """``sum_i w_i mean_h softmax_j(l_hij)``, for every set of weights."""
-    attention = _logits(query, key, scaling, mask, causal).softmax(-1).mean(1)
-    total = torch.zeros(*weights.shape[:2], key.shape[2], dtype=torch.float64)
+    attention = _joined(_logits(query, key, scaling, mask, causal).softmax(-1), key, heads)
+    total = torch.zeros(*weights.shape[:2], *attention.shape[1:-2], key.shape[2], dtype=torch.float64)
     for g in range(weights.shape[0]):
         for b in range(weights.shape[1]):
             for i in range(weights.shape[2]):
-                total[g, b] += float(weights[g, b, i]) * attention[b, i]
+                total[g, b] += float(weights[g, b, i]) * attention[b, ..., i, :]
     return total.float()
 
 
