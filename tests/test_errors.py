@@ -329,6 +329,13 @@ def flex_llm(subject: Any, inputs: dict[str, Any]) -> None:
     layer.register_forward_pre_hook(switch, with_kwargs=True, prepend=True)
 
 
+def flash_llm(subject: Any, inputs: dict[str, Any]) -> None:
+    def switch(module: Any, args: Any, kwargs: Any) -> None:
+        subject.model.language_model.config._attn_implementation_internal = "flash_attention_2"
+
+    subject.model.language_model.register_forward_pre_hook(switch, with_kwargs=True, prepend=True)
+
+
 def second_attach() -> None:
     subject = model()
     with vtc.compress(subject, FixedKeep()):
@@ -806,6 +813,11 @@ CASES: dict[str, Case] = {
     "soft masks elsewhere": Case(
         lambda: run(Soft((2,)), flex_llm),
         UnsupportedCall, "not 'flex_attention'", "attention that takes an additive mask", "attn_implementation='sdpa'",
+    ),
+    "windows under flash attention": Case(
+        lambda: run("visual_window", flash_llm),
+        UnsupportedCall, "what visual tokens see of each other is limited", "'flash_attention_2' attention has no mask",
+        "attn_implementation='sdpa'",
     ),
     # adapters
     "model class": Case(

@@ -178,6 +178,20 @@ def test_pruning_without_a_cache_and_with_compact_positions(
         assert float((logits[1] - logits[0]).abs().max()) <= LIMIT
 
 
+@pytest.mark.parametrize("layout", PROMPTS)
+@pytest.mark.parametrize("name", ["llava-clip", "llava-onevision"])
+def test_windows_of_visual_attention_are_those_under_sdpa(
+    name: str, layout: str, emulated: Callable[[str, str], Any]
+) -> None:
+    """From a layer on, and where the model is given the finished mask."""
+    for layer in (0, 16):
+        logits = []
+        for model in (tiny_model(name), emulated(name, FLEX)):
+            handle = vtc.compress(model, "visual_window", window=3, layer=layer)
+            logits.append(generate(model, tiny_inputs(name, PROMPTS[layout], model=model), handle, 2)[1])
+        assert float((logits[1] - logits[0]).abs().max()) <= LIMIT
+
+
 @pytest.mark.parametrize("implementation", [FLASH[0], FLEX])
 def test_the_emulation_is_what_runs(
     implementation: str, emulated: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch

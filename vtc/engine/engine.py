@@ -44,7 +44,7 @@ from vtc.engine.inputs import (
 from vtc.engine.llm_pass import LLMPass, row_ends
 from vtc.engine.lookup import Lookup
 from vtc.engine.maker import Maker
-from vtc.engine.masks import attention_of, group_mask, model_mask
+from vtc.engine.masks import attention_of, first_mask, group_mask
 from vtc.engine.notes import bounded, without_frames
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
@@ -248,7 +248,7 @@ class Engine:
         kwargs |= {
             "inputs_embeds": hidden,
             "position_ids": positions,
-            "attention_mask": model_mask(config, mask, hidden),
+            "attention_mask": first_mask(config, one, mask, hidden),
         }
         if one.cache is not None:
             one.cache.seen += one.now.length

@@ -91,6 +91,7 @@ class LLMPass(Pass):
         if self.record is not None:
             self.record.note_merge(stage, selection, before.items)
             self.record.note_scores(stage, selection, before.items)
+            self.record.note_near(stage, selection, before.items)
         self.losses += [] if selection.loss is None else [selection.loss]
         self.batch, hidden = after, hidden = before.apply(selection, states, "left")
         if after.items is not before.items:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtc import adapters
 from vtc.adapters.compat import expands_in_order
+from vtc.batch.trace import CallRecord
 from vtc.engine.attach import Handle
 from vtc.method.base import CacheStage, EncoderStage
 from vtc.method.layout import Kind
@@ -133,8 +134,24 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
     if inside and seen is not None:
         deep = seen.deep[0]
     return Oracle(
-        model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep, replaced=replaced
-    )
+        model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep, replaced=replaced,
+        near=_near(first),
+    )  # fmt: skip
+
+
+def _near(record: CallRecord) -> dict[int, Tensor]:
+    """Stage inside the LLM -> [B, S, S] bool, which positions see each other where it limits that of visual ones."""
+    found = {}
+    for stage in {stage for item in record.items for stage in item.near if isinstance(stage, int)}:
+        rows, length = record.keep[stage].shape
+        visual, near = torch.zeros(rows, length).bool(), torch.eye(length).bool().repeat(rows, 1, 1)
+        for item in record.items:
+            at, places = item.positions, item.near[stage]
+            visual[item.row, at] = True
+            close = ((places[:, None] - places[None]).abs() <= 1).all(-1)
+            near[item.row, at[:, None], at] |= close
+        found[stage] = near | ~visual[:, :, None] | ~visual[:, None]
+    return found
 
 
 def against_oracle(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8, **mode: Any) -> float:

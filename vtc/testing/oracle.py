@@ -26,6 +26,8 @@ class Oracle:
     the same of the visual rows that a model adds inside its first layers, one [V, D] per layer.
     replaced: LLM layer -> which input positions [B, S] have other rows [B, S, D] when the prompt enters it, for methods
     that merge inside the LLM.
+    near: LLM layer -> [B, S, S] bool, which input positions each of them may attend to from that layer on, besides what
+    the tables and causality say.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class Oracle:
         embeddings: Tensor | None = None,
         deep: Sequence[Tensor] | None = None,
         replaced: dict[int, tuple[Tensor, Tensor]] | None = None,
+        near: dict[int, Tensor] | None = None,
     ) -> None:
         adapter = adapters.of(model)
         self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
         self.queue = [tables] if isinstance(tables, dict) else list(tables)
         self.tables, self.cached = self.queue[0], cached or {}
         self.positions, self.embeddings, self.deep, self.replaced = positions, embeddings, deep, replaced or {}
+        self.near = near or {}
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
@@ -92,6 +96,11 @@ class Oracle:
             visible = self._hide(visible, {index: self.cached[max(evicted)]}, index)
         causal = torch.arange(keys) <= torch.arange(queries)[:, None] + self._past
         mask = causal & visible[:, None, None]
+        if self._past == 0 and (limited := [start for start in self.near if start <= index]):
+            near = self.near[max(limited)]
+            width = min(keys, near.shape[1])
+            near = near[:, None, :width, :width].repeat_interleave(batch // near.shape[0], 0)
+            mask[..., :width, :width] &= near
         if self.llm.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         kwargs["attention_mask"] = mask
