@@ -52,6 +52,7 @@ PROBES = {
     "data-dependent counts": FixedKeep(at=(0, 2), static=False),
     "inside the LLM and after the prefill": FixedKeep(at=(1, CacheStage(2))),
     "attention of the LLM": LastRowTopK(),
+    "around single layers": FixedKeep(at=(0, 1, 2, 3), skips=(1, 3)),
 }
 
 

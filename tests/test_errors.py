@@ -41,6 +41,7 @@ from vtc.errors import (
     unknown_name,
 )
 from vtc.method.base import (
+    AFTER_PREFILL,
     Compressor,
     EncoderStage,
     ModelSpec,
@@ -105,6 +106,14 @@ class Soft(Probe):
 
     def select(self, view: StageView) -> Selection | None:
         return Selection(view.items.mask, view.items.counts, weights=torch.full(view.items.mask.shape, 0.5))
+
+
+@dataclass(frozen=True)
+class SoftSkip(Soft):
+    """The same of tokens that skip a layer."""
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan(self.at, self.needs, "preserve", skips=self.at)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -813,6 +822,18 @@ CASES: dict[str, Case] = {
     "soft masks elsewhere": Case(
         lambda: run(Soft((2,)), flex_llm),
         UnsupportedCall, "not 'flex_attention'", "attention that takes an additive mask", "attn_implementation='sdpa'",
+    ),
+    "skipping a layer without a stage": Case(
+        lambda: vtc.compress(model(), FixedKeep(at=(1,), skips=(2,))),
+        UnsupportedMethod, "'fixed_keep' skip LLM layer 2", "has no stage", "layers from 1 on that are stages",
+    ),
+    "skipping a layer before the cache": Case(
+        lambda: vtc.compress(model(), FixedKeep(at=(1, AFTER_PREFILL), skips=(1,))),
+        UnsupportedMethod, "'fixed_keep' skip a layer", "acts on the cache", "without stages after the prefill",
+    ),
+    "masks where tokens skip a layer": Case(
+        lambda: run(SoftSkip((2,))),
+        UnsupportedCall, "soft masks were given at stage 2", "masks hold from a layer on", "at another stage",
     ),
     "windows under flash attention": Case(
         lambda: run("visual_window", flash_llm),

@@ -111,7 +111,10 @@ def entering(model: Any, handle: Handle) -> Iterator[Entered]:
 
 def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle:
     """The oracle for what `handle` traced, call by call. seen: what entered the LLM then, for changed features."""
-    tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
+    skips = handle.plan.skips
+    tables = [
+        {k: v for k, v in record.keep.items() if isinstance(k, int) and k not in skips} for record in handle.trace
+    ]
     cached = {k.from_layer: v for k, v in handle.trace[0].keep.items() if isinstance(k, CacheStage)}
     first, embeddings, deep, replaced = handle.trace[0], None, None, {}
     inside = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
@@ -135,7 +138,7 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
         deep = seen.deep[0]
     return Oracle(
         model, tables, positions=handle.positions, cached=cached, embeddings=embeddings, deep=deep, replaced=replaced,
-        near=_near(first),
+        skips={layer: first.keep[layer] for layer in skips}, near=_near(first),
     )  # fmt: skip
 
 
