@@ -157,7 +157,16 @@ def test_every_reading_and_every_stage_equal_those_under_sdpa(
     assert float((logits - expected_logits).abs().max()) <= LIMIT
 
 
-@pytest.mark.parametrize("probe", [FixedKeep(at=(0, 1, 3)), FixedKeep(at=(1, CacheStage(2))), LastRowTopK()], ids=str)
+@pytest.mark.parametrize(
+    "probe",
+    [
+        FixedKeep(at=(0, 1, 3)),
+        FixedKeep(at=(1, CacheStage(2))),
+        FixedKeep(at=(0, 1, 2, 3), skips=(1, 3)),
+        LastRowTopK(),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", [FLASH[0], FLEX])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pruning_without_a_cache_and_with_compact_positions(

@@ -15,7 +15,7 @@ from vtc.app.costs import CostMeter
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec, Rows
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
-from vtc.testing.contract import LIMIT
+from vtc.testing.contract import LIMIT, against_oracle
 
 LLAMA = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 VISUAL, FIRST = 16, 4  # of the prompt below: tokens, and place of the first one
@@ -105,6 +105,21 @@ def test_logits_are_those_of_layers_called_by_hand(options: Any, budget: Any, sh
     (call,) = handle.stats.calls
     assert call.layer_rows == call.kv_rows == tuple(rows)
     assert handle.stats.retention == handle.stats.cache_retention == (sum(rows) - 4 * 9) / 64
+
+
+@pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl"])
+def test_tokens_that_reach_the_llm_route(name: str) -> None:
+    """Behind a method that drops for good; the budget is a share of what it leaves."""
+    model = tiny_model(name)
+    inputs = tiny_inputs(name, [[4, "image", 3, "image", 5], [2, "image", 12]], seed=3, extra=1, model=model)
+
+    def attach(model: Any) -> vtc.Handle:
+        return vtc.compress(model, ["random", "ranked_routing"], retention=[0.7, 0.6])
+
+    assert against_oracle(model, inputs, attach, 3) < LIMIT
+    with attach(model) as handle:
+        model(**inputs)
+    assert handle.stats.retention == pytest.approx(0.42, abs=0.03)
 
 
 @torch.no_grad()
