@@ -55,6 +55,7 @@ PROBES = {
     "inside the LLM and after the prefill": FixedKeep(at=(1, CacheStage(2))),
     "head by head after the prefill": FixedHeads(),
     "attention of the LLM": LastRowTopK(),
+    "around single layers": FixedKeep(at=(0, 1, 2, 3), skips=(1, 3)),
 }
 
 

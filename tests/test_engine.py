@@ -531,6 +531,26 @@ def test_padded_outputs_stand_at_their_input_places(clip: Any, limits: Any) -> N
         assert bool((output.logits[~alive] == 0).all())
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_rows_that_skip_a_layer_leave_it_as_they_entered(limits: Any, asked_before: bool) -> None:
+    """Also in what the model tells of its layers, whether its own hooks came before the engine's or behind them."""
+    model, more = tiny_model(NAME), {"output_hidden_states": True}
+    inputs = tiny_inputs(NAME, PAIR, extra=2, model=model)
+    if asked_before:
+        prefill(model, nullcontext(), **inputs, **more)
+    handle = vtc.compress(model, FixedKeep(at=(0, 1, 2, 3), skips=(1, 3)), pad_output=True)
+    found = prefill(model, handle, **inputs, **more).hidden_states
+    expected = prefill(model, reference(model, handle), **inputs, **more).hidden_states
+    kept = handle.trace[0].keep
+    for number, alive in enumerate((kept[0], kept[0], kept[0], kept[2], kept[2])):
+        assert bool((found[number][~alive] == 0).all())
+        assert float((found[number] - expected[number])[alive].abs().max()) <= limits.logits
+    gone = kept[2] & ~kept[3]
+    assert bool(gone.any()) and not torch.equal(found[3][gone], found[2][gone])
+    skipped = kept[0] & ~kept[1]
+    assert bool(skipped.any()) and torch.equal(found[2][skipped], found[1][skipped])
+
+
 def test_padded_outputs_change_nothing_for_generation(clip: Any) -> None:
     inputs = tiny_inputs(NAME, PAIR, extra=1)
     plain = generate(clip, inputs, vtc.compress(clip, INNER), 4)

@@ -109,6 +109,14 @@ class Soft(Probe):
 
 
 @dataclass(frozen=True)
+class SoftSkip(Soft):
+    """The same of tokens that skip a layer."""
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan(self.at, self.needs, "preserve", skips=self.at)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class Half(Probe):
     """Keeps every other patch."""
 
@@ -350,6 +358,13 @@ def flex_llm(subject: Any, inputs: dict[str, Any]) -> None:
     inputs["use_cache"] = False
     layer = adapters.of(subject).layers[2]
     layer.register_forward_pre_hook(switch, with_kwargs=True, prepend=True)
+
+
+def flash_llm(subject: Any, inputs: dict[str, Any]) -> None:
+    def switch(module: Any, args: Any, kwargs: Any) -> None:
+        subject.model.language_model.config._attn_implementation_internal = "flash_attention_2"
+
+    subject.model.language_model.register_forward_pre_hook(switch, with_kwargs=True, prepend=True)
 
 
 def second_attach() -> None:
@@ -849,6 +864,23 @@ CASES: dict[str, Case] = {
     "soft masks elsewhere": Case(
         lambda: run(Soft((2,)), flex_llm),
         UnsupportedCall, "not 'flex_attention'", "attention that takes an additive mask", "attn_implementation='sdpa'",
+    ),
+    "skipping a layer without a stage": Case(
+        lambda: vtc.compress(model(), FixedKeep(at=(1,), skips=(2,))),
+        UnsupportedMethod, "'fixed_keep' skip LLM layer 2", "has no stage", "layers from 1 on that are stages",
+    ),
+    "skipping a layer before the cache": Case(
+        lambda: vtc.compress(model(), FixedKeep(at=(1, AFTER_PREFILL), skips=(1,))),
+        UnsupportedMethod, "'fixed_keep' skip a layer", "acts on the cache", "without stages after the prefill",
+    ),
+    "masks where tokens skip a layer": Case(
+        lambda: run(SoftSkip((2,))),
+        UnsupportedCall, "soft masks were given at stage 2", "masks hold from a layer on", "at another stage",
+    ),
+    "windows under flash attention": Case(
+        lambda: run("visual_window", flash_llm),
+        UnsupportedCall, "what visual tokens see of each other is limited", "'flash_attention_2' attention has no mask",
+        "attn_implementation='sdpa'",
     ),
     # adapters
     "model class": Case(

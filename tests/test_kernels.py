@@ -157,7 +157,16 @@ def test_every_reading_and_every_stage_equal_those_under_sdpa(
     assert float((logits - expected_logits).abs().max()) <= LIMIT
 
 
-@pytest.mark.parametrize("probe", [FixedKeep(at=(0, 1, 3)), FixedKeep(at=(1, CacheStage(2))), LastRowTopK()], ids=str)
+@pytest.mark.parametrize(
+    "probe",
+    [
+        FixedKeep(at=(0, 1, 3)),
+        FixedKeep(at=(1, CacheStage(2))),
+        FixedKeep(at=(0, 1, 2, 3), skips=(1, 3)),
+        LastRowTopK(),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", [FLASH[0], FLEX])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pruning_without_a_cache_and_with_compact_positions(
@@ -175,6 +184,20 @@ def test_pruning_without_a_cache_and_with_compact_positions(
             generate(each, inputs, vtc.compress(each, probe, positions=positions, **budget), 2, **options)[1]
             for each in models
         ]
+        assert float((logits[1] - logits[0]).abs().max()) <= LIMIT
+
+
+@pytest.mark.parametrize("layout", PROMPTS)
+@pytest.mark.parametrize("name", ["llava-clip", "llava-onevision"])
+def test_windows_of_visual_attention_are_those_under_sdpa(
+    name: str, layout: str, emulated: Callable[[str, str], Any]
+) -> None:
+    """From a layer on, and where the model is given the finished mask."""
+    for layer in (0, 16):
+        logits = []
+        for model in (tiny_model(name), emulated(name, FLEX)):
+            handle = vtc.compress(model, "visual_window", window=3, layer=layer)
+            logits.append(generate(model, tiny_inputs(name, PROMPTS[layout], model=model), handle, 2)[1])
         assert float((logits[1] - logits[0]).abs().max()) <= LIMIT
 
 

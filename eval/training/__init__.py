@@ -8,6 +8,7 @@ The commands `vtc train` and `vtc calibrate` lie in `vtc.cli.train`. The modules
     measure.py          accuracy and tokens kept on held-out scenes, through processor and generate
     calibration.py      constant thresholds from training scenes
     recipes.py          from the same, how many tokens may leave behind each layer
+    attention_rank.py   rank of the attention maps of each layer, an analysis
     atp_report.py       the generated page docs/results/atp.md
     vqtoken_report.py   the same for VQToken
 """

@@ -124,9 +124,11 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
             total += encoded.crops * each.operations(length, tower.inner)
     entering, text = dict(work.visual.plus(work.text).each()), work.text
     for layer, reading in plan.needs.llm_pairs if llm else ():
-        tokens = entering[max(0, layer - 1) if getattr(reading, "ahead", False) else layer]
+        ahead = getattr(reading, "ahead", False)  # of all rows that arrive, also of those that skip the layer
+        before = [number for number in range(layer) if number not in plan.skips]
+        tokens = entering[max(before, default=0) if ahead else layer]
         total += reading.operations(tokens, decoder.query_width, text)
-        if getattr(reading, "ahead", False):  # the layer's queries, keys and values are computed a second time
+        if ahead:  # the layer's queries, keys and values are computed a second time
             total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -25,8 +26,9 @@ class RowTable:
 
     source: input position. logical: [..., B, L] position ids that the untouched model would use. visual, prompt, text:
     bool, see `vtc.batch.prompt`. valid: bool, None where every row holds a token. seen: bool, rows that later layers
-    may attend to, None for all of them. weights: how much their keys count there, None for one. extra: more of each
-    row under any key, [..., B, L].
+    may attend to, None for all of them. weights: how much their keys count there, None for one. near: [C + 1, B, L], a
+    visual row attends to visual rows at most 1 away in each of these numbers and to itself, NaN for rows that are near
+    none; None where it attends to all. extra: more of each row under any key, [..., B, L].
     """
 
     source: Tensor
@@ -37,6 +39,7 @@ class RowTable:
     valid: Tensor | None = None
     seen: Tensor | None = None
     weights: Tensor | None = None
+    near: Tensor | None = None
     extra: Mapping[Any, Tensor] = field(default_factory=dict)
 
     @property
@@ -108,9 +111,9 @@ class Batch:
         assert items is not None and separators is not None
         kept = selection.keep & items.mask
         counts, fixed, stay = _counts(selection, kept, items, separators)
-        rows = self._softened(selection, items)
+        rows = self._masked(selection, items)
         dropped = [a + b - c - d for a, b, c, d in zip(items.counts, items.fixed, counts, fixed, strict=True)]
-        if not any(dropped) and (selection.hide is not None or selection.weights is not None):
+        if not any(dropped) and any(each is not None for each in (selection.hide, selection.weights, selection.near)):
             hidden = states.all()
             return replace(self, rows=rows), _replaced(selection, items, kept, hidden)
         alive = items.scatter(kept, rows.held)
@@ -134,8 +137,8 @@ class Batch:
         after = replace(items, index=moved[items.row[:, None], items.index])
         return packed, _replaced(selection, after, kept, states.take(index))
 
-    def _softened(self, selection: Selection, items: ItemTable) -> RowTable:
-        """The rows with hidden tokens and soft masks noted for the layers to come."""
+    def _masked(self, selection: Selection, items: ItemTable) -> RowTable:
+        """The rows with what the selection says of the masks of the layers to come."""
         rows = self.rows
         if selection.hide is not None:
             before = rows.held if rows.seen is None else rows.seen
@@ -143,6 +146,11 @@ class Batch:
         if selection.weights is not None:
             soft = items.scatter(selection.weights, torch.ones_like(rows.source, dtype=torch.float32))
             rows = replace(rows, weights=soft if rows.weights is None else rows.weights * soft)
+        if selection.near is not None:
+            number = 2 * torch.arange(len(items), device=items.mask.device)[:, None, None]  # no two items are near
+            places = torch.cat([number.expand(*items.mask.shape, 1), selection.near], dim=2).float()
+            nowhere = places.new_full((*rows.source.shape, places.shape[2]), math.nan)
+            rows = replace(rows, near=items.scatter(places, nowhere).movedim(2, 0))
         return rows
 
     def over_input(self, held: Tensor | None = None) -> Tensor:

@@ -115,7 +115,9 @@ class ItemRecord:
     rasters. passed: stage -> [n] bool, whether the token passed it; where KV heads keep sets of their own, whether it
     did in one of them. heads: stage -> [H, n] bool, those sets, only for such stages. merged_into: stage -> [n] token
     number that absorbed each token (its own if kept, -1 if dropped), only for stages that replaced rows. scores: stage
-    -> [n] what the stage ranked the tokens by, NaN for those that it did not see; only for stages that tell.
+    -> [n] what the stage ranked the tokens by, NaN for those that it did not see; only for stages that tell. near:
+    stage -> [n, C] as in `Selection.near`, NaN likewise; only for stages that limit what visual tokens see of each
+    other.
     """
 
     row: int
@@ -125,6 +127,7 @@ class ItemRecord:
     heads: dict[Stage, Tensor] = field(default_factory=dict)
     merged_into: dict[Stage, Tensor] = field(default_factory=dict)
     scores: dict[Stage, Tensor] = field(default_factory=dict)
+    near: dict[Stage, Tensor] = field(default_factory=dict)
 
     @property
     def kept(self) -> dict[Stage, Tensor]:
@@ -208,6 +211,14 @@ class CallRecord:
         for record, numbers, values, count in zip(self.items, items.token, scores, items.counts, strict=True):
             unknown = torch.full(record.positions.shape, math.nan, device=values.device)
             record.scores[stage] = unknown.scatter(0, numbers[:count], values[:count])
+
+    def note_near(self, stage: Stage, selection: Selection, items: ItemTable) -> None:
+        """Keep which tokens of the view's `items` still see each other, where the selection limits it."""
+        if selection.near is None:
+            return
+        for record, numbers, places, count in zip(self.items, items.token, selection.near, items.counts, strict=True):
+            unknown = places.new_full((len(record.positions), places.shape[1]), math.nan, dtype=torch.float32)
+            record.near[stage] = unknown.index_copy(0, numbers[:count], places[:count].float())
 
     def note_merge(self, stage: Stage, selection: Selection, items: ItemTable) -> None:
         """Keep which token absorbed which, where the selection replaces rows of the view's `items`."""

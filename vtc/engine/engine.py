@@ -44,7 +44,7 @@ from vtc.engine.inputs import (
 from vtc.engine.llm_pass import LLMPass, row_ends
 from vtc.engine.lookup import Lookup
 from vtc.engine.maker import Maker
-from vtc.engine.masks import attention_of, group_mask, model_mask
+from vtc.engine.masks import attention_of, first_mask, group_mask
 from vtc.engine.notes import bounded, without_frames
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
@@ -142,6 +142,8 @@ class Engine:
         for index, layer in layers:
             hook = functools.partial(self._enter_layer, index)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if index in self.stages.skips:  # in front of hooks that look at what leaves the layer
+                handles.append(layer.register_forward_hook(self._leave_layer, prepend=True))
         for block in self._blocks:
             block.install()
 
@@ -248,7 +250,7 @@ class Engine:
         kwargs |= {
             "inputs_embeds": hidden,
             "position_ids": positions,
-            "attention_mask": model_mask(config, mask, hidden),
+            "attention_mask": first_mask(config, one, mask, hidden),
         }
         if one.cache is not None:
             one.cache.seen += one.now.length
@@ -277,6 +279,15 @@ class Engine:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    @_guarded
+    def _leave_layer(self, module: Any, args: Any, output: Any) -> Any:
+        one = self.passes.current
+        if one is None or not one.conducted or one.aside is None:
+            return output
+        if isinstance(output, tuple):
+            return (one.put_back(output[0]), *output[1:])
+        return one.put_back(output)
 
     @_guarded
     def _leave_llm(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:

@@ -24,6 +24,7 @@ from vtc.engine.llm_pass import LLMPass
 from vtc.engine.maker import Maker
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.ops.host import put
+from vtc.ops.select import put_rows
 
 MEDIA = ("pixel_values", "pixel_values_videos")
 
@@ -137,9 +138,7 @@ def logical_positions(
 def spread(rows: RowTable, length: int, hidden: Tensor) -> Tensor:
     """[B, L, D] rows at their input positions, [B, length, D]; zeros where a token was removed."""
     source, held = rows.source.to(hidden.device), rows.held.to(hidden.device)
-    full = hidden.new_zeros(len(source), length + 1, hidden.shape[-1])
-    row = torch.arange(len(source), device=hidden.device)[:, None]
-    return full.index_put((row, torch.where(held, source, length)), hidden)[:, :-1]
+    return put_rows(hidden.new_zeros(len(source), length, hidden.shape[-1]), source, held, hidden)
 
 
 def asks_rows(given: dict[str, Any]) -> bool:
@@ -155,9 +154,9 @@ def align(one: LLMPass, output: Any) -> None:
     """Put every field of a language model's output that has rows back at the input positions."""
     states = getattr(output, "hidden_states", None)
     if states is not None:
-        groups = [max(start for start in one.left if start <= max(0, number - 1)) for number in range(len(states))]
+        groups = [max(start for start in one.behind if start <= max(0, number - 1)) for number in range(len(states))]
         output.hidden_states = tuple(
-            None if hidden is None else spread(one.left[group], one.now.length, hidden)
+            None if hidden is None else spread(one.behind[group], one.now.length, hidden)
             for hidden, group in zip(states, groups, strict=True)
         )
     output.last_hidden_state = spread(one.now.rows, one.now.length, output.last_hidden_state)

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from vtc.batch.context import VisionContext
-from vtc.batch.rows import RowTable
+from vtc.batch.rows import Batch, RowTable
 from vtc.batch.trace import CallRecord, CallStats, StageStats
 from vtc.engine.cache import CompressedCache
 from vtc.engine.passes import Pass
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Positions, Selection, Stage
 from vtc.method.states import States
-from vtc.ops.select import take_last
+from vtc.ops.select import put_rows, take_last
+
+PLACE = "place"
+"""Key in `RowTable.extra` of each row's place among all rows, while some of them skip a layer."""
 
 
 @dataclass(eq=False)
@@ -35,8 +38,9 @@ class LLMPass(Pass):
     of each row's first and last token at input, where something may be renumbered. staged: a stage was reached, whether
     it dropped something or not, so that renumbering does not depend on what else is in the batch; pruned: something was
     dropped. group: first layer of the current group of layers that hold the same rows; mask, rotary: what its layers
-    take. left: the rows of each group so far. spans: first layer, rows and visual tokens per batch row of
-    each group. evicted: visual tokens per batch row that stay in the caches of groups that lost some. seconds: host
+    take. left: the rows of each group so far, behind: those that leave its last layer. aside: while some rows skip a
+    layer, all of them: batch, hidden rows and rotary phases. spans: first layer, rows and visual tokens per batch row
+    of each group. evicted: visual tokens per batch row that stay in the caches of groups that lost some. seconds: host
     time so far.
     """
 
@@ -66,6 +70,8 @@ class LLMPass(Pass):
     mask: Any = None
     rotary: Any = None
     left: dict[int, RowTable] = field(default_factory=dict)
+    behind: dict[int, RowTable] = field(default_factory=dict)
+    aside: tuple[Batch, Tensor, Any] | None = None
     spans: list[tuple[int, int, list[int]]] = field(default_factory=list)
     evicted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     stages: list[StageStats] = field(default_factory=list)
@@ -97,6 +103,7 @@ class LLMPass(Pass):
         if self.record is not None:
             self.record.note_merge(stage, selection, before.items)
             self.record.note_scores(stage, selection, before.items)
+            self.record.note_near(stage, selection, before.items)
         self.losses += [] if selection.loss is None else [selection.loss]
         self.batch, hidden = after, hidden = before.apply(selection, states, "left")
         if after.items is not before.items:
@@ -105,6 +112,39 @@ class LLMPass(Pass):
         self.stages.append(StageStats(stage, before.width, after.width, *tokens))
         self.note(stage)
         return hidden
+
+    def set_aside(self, stage: Stage, selection: Selection, states: States) -> Tensor:
+        """As `apply`, for one layer: behind it `put_back` brings the rows back that are dropped here."""
+        given = {"hidden tokens": selection.hide, "soft masks": selection.weights, "windows": selection.near}
+        for what, values in given.items():
+            if values is not None:
+                raise UnsupportedCall(
+                    f"{what} were given at stage {stage}, whose tokens skip one layer alone, while masks hold from a "
+                    "layer on; give them at another stage"
+                )
+        full, hidden = self.now, states.all()
+        places = torch.arange(full.width, device=hidden.device).expand(full.size, -1)
+        self.batch = replace(full, rows=full.rows.note(PLACE, places))
+        self.aside = full, hidden, self.rotary
+        return self.apply(stage, selection, states)
+
+    def put_back(self, through: Tensor) -> Tensor:
+        """[B, L', D] rows that went through a layer -> [B, L, D] with those that skipped it, as they were before it.
+
+        Of what was read in the layer, rows that skipped it have zeros.
+        """
+        assert self.aside is not None
+        (full, hidden, self.rotary), self.aside = self.aside, None
+        rows = self.now.rows
+        place = torch.where(rows.held, rows.extra[PLACE], full.width)
+        full = full.to(through.device)
+        for key, values in rows.extra.items():
+            if key != PLACE and key not in full.rows.extra:
+                zeros = values.new_zeros(*values.shape[:-1], full.width + 1)
+                read = zeros.scatter(-1, place.expand_as(values), values)[..., :-1]
+                full = replace(full, rows=full.rows.note(key, read))
+        self.batch, self.behind[self.group] = full, full.rows
+        return put_rows(hidden.to(through), rows.extra[PLACE], rows.held, through)
 
     def enter_llm(self) -> None:
         """Note that the tokens there are now enter the first layer."""
@@ -121,7 +161,7 @@ class LLMPass(Pass):
         """Begin the layers from `group` on: returns their position ids [..., B, L] and 2D mask [B, rows] or None."""
         self.group = group
         self.note_group(group)
-        self.left[group] = rows = self.now.rows
+        self.left[group] = self.behind[group] = rows = self.now.rows
         positions = self._positions(group)
         mask = rows.valid if rows.seen is None else rows.seen & rows.held
         if self.cache is None:

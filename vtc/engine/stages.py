@@ -30,9 +30,10 @@ from vtc.method.states import States
 class StageRunner:
     """One method's stages on one model.
 
-    inner: LLM layers before which it acts, 0 included. starts: first layer of every group of layers that hold the same
-    rows. cache: its stages after the prefill. encoder: its stages inside the vision encoder. noted: stages under which
-    a trace lists what is left; what the encoder dropped shows at 0.
+    inner: LLM layers before which it acts, 0 included. skips: those of them that tokens skip and nothing more. starts:
+    first layer of every group of layers that hold the same rows. cache: its stages after the prefill. encoder: its
+    stages inside the vision encoder. noted: stages under which a trace lists what is left; what the encoder dropped
+    shows at 0.
     """
 
     def __init__(
@@ -52,13 +53,22 @@ class StageRunner:
         self.cache = sorted(after, key=lambda stage: stage.from_layer)
         bounds = [*self.inner, *(stage.from_layer for stage in after)]
         layers = self.spec.llm_layers
+        self.skips = frozenset(plan.skips)
+        wrong = sorted(layer for layer in self.skips if layer < 1 or layer not in self.inner)
+        if wrong or (self.skips and after):
+            what = f"LLM layer {wrong[0]}, before which it has no stage" if wrong else "a layer and acts on the cache"
+            raise UnsupportedMethod(
+                f"tokens of {method.name!r} skip {what}; let them skip layers from 1 on that are stages of the plan, "
+                "without stages after the prefill"
+            )
         beyond = [layer for layer in [*bounds, *plan.needs.llm] if not 0 <= layer < layers]
         if beyond:
             raise UnsupportedMethod(
                 f"{method.name!r} acts at or reads LLM layer {beyond[0]}; this {self.spec.family} model has layers 0 "
                 f"to {layers - 1}; choose among them"
             )
-        self.starts = tuple(sorted({0, *bounds}))
+        behind = (layer + 1 for layer in self.skips if layer + 1 < layers)
+        self.starts = tuple(sorted({0, *bounds, *behind}))
         inside = [stage for stage in plan.stages if isinstance(stage, EncoderStage)]
         alike = budget.alike(method.name) if inside and budget is not None else None
         self.encoder = TowerStages(adapter, method, plan, alike, module) if inside else None
@@ -167,7 +177,8 @@ class StageRunner:
             selection = self.select(stage, one, states)
             one.staged = True
         if selection is not None:
-            states = States(one.apply(stage, selection, states))
+            carry_out = one.set_aside if stage in self.skips else one.apply
+            states = States(carry_out(stage, selection, states))
         elif stage in self.noted:
             one.note(stage)
         if stage == 0:

@@ -119,7 +119,9 @@ class Composite(Compressor):
             needs = needs | plan.needs
         stages = tuple(sorted((stage for plan in plans for stage in plan.stages), key=_order))
         inner = [plan for plan in plans if any(isinstance(stage, EncoderStage) for stage in plan.stages)]
-        return Plan(stages, needs, _positions(plans), restores=bool(inner) and all(plan.restores for plan in inner))
+        restores = bool(inner) and all(plan.restores for plan in inner)
+        skips = tuple(sorted(layer for plan in plans for layer in plan.skips))
+        return Plan(stages, needs, _positions(plans), restores=restores, skips=skips)
 
     def select(self, view: StageView) -> Selection | None:
         plans = [part.plan(view.model) for part in self.parts]

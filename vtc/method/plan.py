@@ -147,7 +147,9 @@ class ModelSpec:
 class Plan:
     """Where a method acts on a given model, what it needs there, and its default position policy.
 
-    restores: behind the encoder every patch has a row again (`Selection.restored`).
+    restores: behind the encoder every patch has a row again (`Selection.restored`). skips: stages inside the LLM whose
+    tokens that are not kept skip that one layer, and no more: they go around it as they are, have no entry in its KV
+    cache, and are back behind it.
 
     >>> import vtc
     >>> vtc.create("fastv", layer=3).plan(vtc.adapters.families()["llava"].references[0]).stages
@@ -158,3 +160,4 @@ class Plan:
     needs: Needs
     positions: Positions
     restores: bool = False
+    skips: tuple[int, ...] = ()

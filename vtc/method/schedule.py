@@ -83,8 +83,9 @@ class Sigmoid:
 class Cosine:
     """The progressive ratio decay of p-MoD (arXiv:2412.04449), ``c_l = shift + cos(pi l / (n - 1)) / 2``, for pruning.
 
-    least: no share is smaller, 0.15 in the paper. The shift, 0.5 there, is solved for. p-MoD's routers let a token skip
-    single layers; here what leaves is gone, the first layer sees everything, and shares above 0.85 do not become 1.
+    least: no share is smaller, 0.15 in the paper. The shift, 0.5 there, is solved for. The first layer sees everything,
+    and shares above 0.85 do not become 1. p-MoD's routers let a token skip single layers, as `ranked_routing` does;
+    elsewhere what leaves is gone.
 
     >>> [round(share, 2) for share in Cosine(0.15)(0.5, (1,) * 32)][7::8]  # before layers 8, 16 and 24
     [0.84, 0.47, 0.15]

@@ -37,13 +37,16 @@ class Selection:
     None keeps them.
     hide: [I, N] bool, tokens that stay in the sequence while no row of a later layer attends to them (a reference mode;
     it saves nothing). weights: [I, N] in (0, 1], soft masks for training: the token's key counts so much in every
-    later layer, except for the token itself; multiplied over the stages. sizes: [I, N], at encoder stages: what each
-    token stands for. Later encoder layers attend to its key as often, softmax(Q K^T / sqrt(D) + log sizes); said anew
-    at every stage that has it. restored: [I, P, D], at encoder stages: rows for all patches that entered the encoder,
-    in the order of the picture; every patch has a row again, and of all else said here nothing is read. entries: after
-    the prefill, at a stage about one layer, keys and values [I, H, N, W] in the place of those of `StageView.entries`,
-    read where `keep` is set. loss: added to `Handle.auxiliary_loss`. scores: [I, N] what the tokens were ranked by,
-    higher stays; for traces alone.
+    later layer, except for the token itself; multiplied over the stages. near: [I, N, C], limits what visual rows see
+    of each other in every later layer: a token attends to text, to itself, and of the visual tokens in front of it to
+    those of its own item that lie at most 1 away in each of C numbers; separators to no other visual token, text to
+    all (a mask; it saves nothing). What a later stage says takes its place. sizes: [I, N], at encoder stages: what
+    each token stands for. Later encoder layers attend to its key as often, softmax(Q K^T / sqrt(D) + log sizes); said
+    anew at every stage that has it. restored: [I, P, D], at encoder stages: rows for all patches that entered the
+    encoder, in the order of the picture; every patch has a row again, and of all else said here nothing is read.
+    entries: after the prefill, at a stage about one layer, keys and values [I, H, N, W] in the place of those of
+    `StageView.entries`, read where `keep` is set. loss: added to `Handle.auxiliary_loss`. scores: [I, N] what the
+    tokens were ranked by, higher stays; for traces alone.
 
     >>> Selection(keep=torch.tensor([[True, False, True]]), counts=(2,)).counts
     (2,)
@@ -56,6 +59,7 @@ class Selection:
     separators: Tensor | Literal[False] | None = None
     hide: Tensor | None = None
     weights: Tensor | None = None
+    near: Tensor | None = None
     sizes: Tensor | None = None
     restored: Tensor | None = None
     entries: tuple[Tensor, Tensor] | None = None

@@ -212,3 +212,17 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 def take_last(x: Tensor, index: Tensor) -> Tensor:
     """Gather along the last axis: x [..., B, S], index [B, L] -> [..., B, L]."""
     return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
+
+
+def put_rows(background: Tensor, index: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    """The way back of `take_rows`: `background` [B, S, ...] with `rows` [B, L, ...] at the places `index` [B, L].
+
+    where: [B, L] bool, which of the rows are written; no two of those of a batch row share a place.
+
+    >>> put_rows(torch.zeros(1, 3), torch.tensor([[0, 2]]), torch.tensor([[False, True]]), torch.ones(1, 2))
+    tensor([[0., 0., 1.]])
+    """
+    length = background.shape[1]
+    full = torch.cat([background, background.new_zeros(background.shape[0], 1, *background.shape[2:])], dim=1)
+    row = torch.arange(background.shape[0], device=background.device)[:, None]
+    return full.index_put((row, torch.where(where, index, length)), rows)[:, :length]

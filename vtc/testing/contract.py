@@ -232,6 +232,7 @@ def check_adapter(name: str, *, steps: int = 8) -> list[Deviation]:
     for at in ((0,), (2,), (0, 2), (0, 1, 3), (0, AFTER_PREFILL), (1, CacheStage(2))):
         cells += check_method(FixedKeep(at=at), models=[name], steps=steps)
     cells += check_method(FixedKeep(at=(0, 2), static=False), models=[name], steps=steps)
+    cells += check_method(FixedKeep(at=(1, 2, 3), skips=(1, 3)), models=[name], steps=steps)
     cells += check_method(LastRowTopK(), models=[name], steps=steps, retention=0.7)
     return cells
 

@@ -27,6 +27,10 @@ class Oracle:
     replaced: LLM layer -> which input positions [B, S] have other rows [B, S, D] when the prompt enters it, for methods
     that merge inside the LLM. entries: LLM layer -> which entries [B, H, S] of its cache become other keys and values
     [B, H, S, W] after the prefill.
+    skips: LLM layer -> [B, S] bool over the input positions, True where a token goes through that one layer; the others
+    are not seen in it and leave it as they entered.
+    near: LLM layer -> [B, S, S] bool, which input positions each of them may attend to from that layer on, besides what
+    the tables and causality say.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class Oracle:
         deep: Sequence[Tensor] | None = None,
         replaced: dict[int, tuple[Tensor, Tensor]] | None = None,
         entries: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
+        skips: dict[int, Tensor] | None = None,
+        near: dict[int, Tensor] | None = None,
     ) -> None:
         adapter = adapters.of(model)
         self.llm, self.layers, self.mrope = adapter.language_model, adapter.layers, adapter.spec.mrope
@@ -47,6 +53,7 @@ class Oracle:
         self.tables, self.cached = self.queue[0], cached or {}
         self.positions, self.embeddings, self.deep, self.replaced = positions, embeddings, deep, replaced or {}
         self.entries = entries or {}
+        self.skips, self.near = skips or {}, near or {}
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
@@ -57,6 +64,9 @@ class Oracle:
         for index, layer in enumerate(self.layers):
             hook = functools.partial(self._layer, index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if index in self.skips:
+                hook = functools.partial(self._around, self.skips[index])
+                self._handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
         return self
 
     def __exit__(
@@ -98,20 +108,37 @@ class Oracle:
             visible = self._mask[:, :keys].bool()
         entering = self.positions == "compact_input"
         numbered = self._hide(visible, self.tables, 0 if entering else index)
+        if index in self.skips:
+            visible = self._hide(visible, {index: self.skips[index]}, index)
+            numbered = numbered if entering else self._hide(visible, self.tables, index)
         visible = self._hide(visible, self.tables, index)[:, None]
         if self._past and (evicted := [start for start in self.cached if start <= index]):
             visible = self._hide_heads(visible, self.cached[max(evicted)])
         causal = torch.arange(keys) <= torch.arange(queries)[:, None] + self._past
         mask = causal & visible[:, :, None]
+        if self._past == 0 and (limited := [start for start in self.near if start <= index]):
+            near = self.near[max(limited)]
+            width = min(keys, near.shape[1])
+            near = near[:, None, :width, :width].repeat_interleave(batch // near.shape[0], 0)
+            mask[..., :width, :width] &= near
         if self.llm.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         kwargs["attention_mask"] = mask
-        first = 0 if entering else min(self.tables, default=len(self.layers))
-        if self.positions != "preserve" and first in self.tables and index >= first:
+        acting = {*self.tables, *self.skips}
+        first = 0 if entering else min(acting, default=len(self.layers))
+        if self.positions != "preserve" and first in acting and index >= first:
             numbers = (numbered.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]
             numbers = numbers[None].expand(3, -1, -1) if self.mrope else numbers
             kwargs["position_embeddings"] = self.llm.rotary_emb(hidden, numbers)
         return args, kwargs
+
+    def _around(self, table: Tensor, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self._past:
+            return output
+        before = args[0] if args else kwargs["hidden_states"]
+        rows = output[0] if isinstance(output, tuple) else output
+        rows = self._replace(rows, ~table, before[:: before.shape[0] // table.shape[0], : table.shape[1]])
+        return (rows, *output[1:]) if isinstance(output, tuple) else rows
 
     @staticmethod
     def _replace(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:

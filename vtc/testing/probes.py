@@ -30,12 +30,14 @@ class FixedKeep(Compressor):
     """Drop a random share of each item's tokens at every given stage, seeded by item, stage and token.
 
     static: give the counts to the engine; otherwise each token is drawn on its own and the counts stay data-dependent.
+    skips: the stages that drop tokens for one layer alone.
     """
 
     at: tuple[Stage, ...] = (0,)
     rate: float = 0.5
     seed: int = 0
     static: bool = True
+    skips: tuple[int, ...] = ()
 
     name: ClassVar[str] = "fixed_keep"
 
@@ -46,7 +48,7 @@ class FixedKeep(Compressor):
     default_positions: ClassVar[Positions] = "preserve"
 
     def plan(self, model: ModelSpec) -> Plan:
-        return Plan(self.at, Needs(), self.default_positions)
+        return Plan(self.at, Needs(), self.default_positions, skips=self.skips)
 
     def select(self, view: StageView) -> Selection:
         salt = self.at.index(view.stage) + 17 * self.seed

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc import adapters
+from vtc.batch.trace import CallRecord
 from vtc.engine.attach import Handle
 from vtc.method.base import CacheStage, EncoderStage, Selection, StageView
 from vtc.method.items import ItemTable
@@ -64,7 +65,10 @@ def entering(model: Any, handle: Handle) -> Iterator[Entered]:
 
 def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle:
     """The oracle for what `handle` traced, call by call. seen: what entered the LLM then, for changed features."""
-    tables = [{k: v for k, v in record.keep.items() if isinstance(k, int)} for record in handle.trace]
+    skips = handle.plan.skips
+    tables = [
+        {k: v for k, v in record.keep.items() if isinstance(k, int) and k not in skips} for record in handle.trace
+    ]
     first, embeddings, deep, replaced = handle.trace[0], None, None, {}
     cached = {k.from_layer: first.heads.get(k, v) for k, v in first.keep.items() if isinstance(k, CacheStage)}
     inside = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
@@ -97,7 +101,24 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
         deep=deep,
         replaced=replaced,
         entries=entries,
+        skips={layer: first.keep[layer] for layer in skips},
+        near=_near(first),
     )
+
+
+def _near(record: CallRecord) -> dict[int, Tensor]:
+    """Stage inside the LLM -> [B, S, S] bool, which positions see each other where it limits that of visual ones."""
+    found = {}
+    for stage in {stage for item in record.items for stage in item.near if isinstance(stage, int)}:
+        rows, length = record.keep[stage].shape
+        visual, near = torch.zeros(rows, length).bool(), torch.eye(length).bool().repeat(rows, 1, 1)
+        for item in record.items:
+            at, places = item.positions, item.near[stage]
+            visual[item.row, at] = True
+            close = ((places[:, None] - places[None]).abs() <= 1).all(-1)
+            near[item.row, at[:, None], at] |= close
+        found[stage] = near | ~visual[:, :, None] | ~visual[:, None]
+    return found
 
 
 def _over_input(items: ItemTable, selection: Selection, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:

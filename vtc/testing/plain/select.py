@@ -18,6 +18,7 @@ from vtc.ops.select import (
     left_pack,
     out_of_groups,
     outliers,
+    put_rows,
     take_last,
     take_rows,
     top_k,
@@ -119,6 +120,14 @@ def plain_take_last(x: Tensor, index: Tensor) -> Tensor:
     return found
 
 
+def plain_put_rows(background: Tensor, index: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    """Write one row after the other to its place."""
+    full = background.clone()
+    for b, slot in where.nonzero().tolist():
+        full[b, index[b, slot]] = rows[b, slot]
+    return full
+
+
 def _ranked(size: Size, groups: int | None = None) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     rows, width = (3, 11) if size == "small" else (8, 2880)
@@ -177,6 +186,18 @@ def _gathered(size: Size, *, last: bool = False) -> dict[str, Any]:
     return {"x": torch.randn(shape, generator=generator), "index": index}
 
 
+def _put(size: Size) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    rows, width, kept = (2, 7, 4) if size == "small" else (8, 4000, 2000)
+    index = torch.rand(rows, width, generator=generator).argsort(1)[:, :kept]
+    return {
+        "background": torch.randn(rows, width, 16, generator=generator),
+        "index": index,
+        "where": torch.rand(rows, kept, generator=generator) < 0.7,
+        "rows": torch.randn(rows, kept, 16, generator=generator),
+    }
+
+
 CASES = (
     OpCase(top_k, plain_top_k, _ranked),
     OpCase(evenly, plain_evenly, lambda size: {"mask": _ranked(size)["mask"], "count": _ranked(size)["keep"]}),
@@ -188,4 +209,5 @@ CASES = (
     OpCase(front_pack, plain_front_pack, _packed),
     OpCase(take_rows, plain_take_rows, _gathered),
     OpCase(take_last, plain_take_last, lambda size: _gathered(size, last=True)),
+    OpCase(put_rows, plain_put_rows, _put),
 )
