@@ -27,8 +27,8 @@ from vtc.method import learned, weights
 from vtc.method.base import Compressor, ModelSpec
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
 
-WEIGHTS = ("atp-tiny-llava", "atp-tiny-llava-25")
-"""Trained towards a third of the tokens, and towards a quarter."""
+WEIGHTS = ("atp-tiny-llava", "atp-tiny-llava-25", "atp-tiny-onevision")
+"""Six layers, trained towards a third of the tokens and towards a quarter, and twelve layers."""
 SEED = 200_000
 """First held-out scene; training, checks during training and the benchmark use others."""
 OTHERS = ("same counts", "exact counts", "calibrated", "random modules")
@@ -74,11 +74,12 @@ def forms(name: str, reached: Measurement, folder: Path) -> dict[str, tuple[Comp
     """What is compared at the retention that the trained form reached, by label: a method and its budget."""
     trained, retention, (model, task) = learned.load(name), reached.retention, trained_on(name)
     assert isinstance(trained, ATP)
-    shared = {field: getattr(trained, field) for field in ("layers", "score_norm", "strides", "lambda_sample")}
+    layers = [stage - 1 for stage in trained.plan(adapters.of(load(model).model).spec).stages if isinstance(stage, int)]
+    shared = {field: getattr(trained, field) for field in ("score_norm", "strides", "lambda_sample")}
+    shared["layers"] = tuple(layers)
     file = folder / "constants.safetensors"
     constants = str(calibrate_embedded(file, retention, shared, model, task, device="cpu"))
-    assert trained.layers is not None
-    shares = tuple(max(1e-6, reached.layers[layer + 1] / reached.tokens) for layer in trained.layers)
+    shares = tuple(max(1e-6, reached.layers[layer + 1] / reached.tokens) for layer in layers)
     return {
         "untouched": (None, None),
         "trained": (trained, None),

@@ -70,7 +70,9 @@ class EntryCompressor(Compressor):
         each = None if mask is None else mask.repeat(heads, 1)
         best = top_k(scores.flatten(0, -2), keep.repeat(heads), each, most=max(counts, default=0)).view_as(scores)
         kept = best if first is None else best | first
-        return Selection(kept if kept.ndim == 2 else kept.transpose(0, 1), counts=counts)
+        if scores.ndim == 2:
+            return Selection(kept, counts=counts, scores=scores)
+        return Selection(kept.transpose(0, 1), counts=counts)
 
 
 def latest(items: ItemTable, counts: Sequence[int]) -> Tensor:
