@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtc
 from vtc.errors import UnsupportedModel
 from vtc.method.base import CacheStage, Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.method.readings import MeanKeys
+from vtc.method.vision_readings import MeanKeys
 from vtc.methods.aim.method import Importance
 from vtc.testing import FixedKeep, LastRowTopK, tiny_inputs, tiny_model
 from vtc.testing.contract import LIMIT, generate

@@ -16,7 +16,8 @@ from _replay import Attention, Outputs
 from torch import Tensor
 
 import vtc
-from vtc.method.readings import AttentionCall, Rows
+from vtc.method.readings import AttentionCall
+from vtc.method.rows import Rows
 
 OPTIONS = {"alpha": "alpha"}  # the published layers are the default
 TEXT = 6  # five tokens of text and the mark in front of the image

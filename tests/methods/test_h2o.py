@@ -11,7 +11,8 @@ import torch
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage
-from vtc.method.readings import PromptSum, Rows
+from vtc.method.llm_readings import PromptSum
+from vtc.method.rows import Rows
 from vtc.testing import tiny_inputs, tiny_model
 
 SHAPES = [(7, 9), (6, 6), (1, 1), (2, 3), (12, 12)]

@@ -13,7 +13,8 @@ from torch import Tensor
 import vtc
 from vtc.engine import eviction
 from vtc.method.base import CacheStage, Selection, StageView
-from vtc.method.readings import PromptSum, Rows
+from vtc.method.llm_readings import PromptSum
+from vtc.method.rows import Rows
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.between import Select, stand_between
 from vtc.testing.contract import against_oracle, generate

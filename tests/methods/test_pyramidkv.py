@@ -11,7 +11,7 @@ import torch
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage, ModelSpec
-from vtc.method.readings import LastRows
+from vtc.method.llm_readings import LastRows
 from vtc.methods.pyramidkv import falling
 
 SHAPES = [(7, 9), (6, 6), (1, 1), (2, 3), (12, 12)]

@@ -11,7 +11,7 @@ import torch
 import vtc
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage
-from vtc.method.readings import LastRows
+from vtc.method.llm_readings import LastRows
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import against_oracle
 

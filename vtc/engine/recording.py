@@ -15,7 +15,8 @@ from vtc.engine.passes import Passes
 from vtc.engine.taps import TapSet
 from vtc.errors import UnsupportedMethod
 from vtc.method.plan import PIXELS
-from vtc.method.readings import AttentionCall, LayerOutput, Pixels, VisionReading, exact
+from vtc.method.readings import AttentionCall, VisionReading, exact
+from vtc.method.vision_readings import LayerOutput, Pixels
 
 if TYPE_CHECKING:
     from vtc.adapters.base import VisionSide

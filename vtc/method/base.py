@@ -30,7 +30,7 @@ from vtc.method.plan import (
     Positions,
     Stage,
 )
-from vtc.method.readings import Rows
+from vtc.method.rows import Rows
 from vtc.method.view import Selection, StageView
 
 __all__ = [

@@ -24,7 +24,7 @@ class EntryCompressor(Compressor):
     heads of a layer keep entries of their own where `score` tells their scores apart, and the same ones otherwise.
 
     >>> from dataclasses import dataclass
-    >>> from vtc.method.readings import Rows
+    >>> from vtc.method.rows import Rows
     >>> @dataclass(frozen=True)
     ... class KeepLooked(EntryCompressor):
     ...     @property

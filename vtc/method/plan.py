@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from vtc.method.readings import LLMReading, Rows, VisionReading
+from vtc.method.readings import LLMReading, VisionReading
+from vtc.method.rows import Rows
 
 Positions = Literal["preserve", "compact", "compact_input"]
 """Position ids of what is left: the original ones, renumbered without gaps at every stage, or renumbered where the

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import StageView
 from vtc.method.entries import EntryCompressor, latest
-from vtc.method.readings import PromptSum
+from vtc.method.llm_readings import PromptSum
 from vtc.method.registry import register
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Scope, Selection, StageView
 from vtc.method.parts import even, merge_items, merged_inside, merging_plan
-from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
+from vtc.method.vision_readings import MeanKeys
 from vtc.ops.host import put
 from vtc.ops.merge import BLOCK, bipartite_merge, merge_plan, merge_rows
 from vtc.ops.rank import inverse, order_by

@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d
 from vtc.errors import VTCError
 from vtc.method.base import StageView
 from vtc.method.entries import EntryCompressor, latest
-from vtc.method.readings import LastRows
+from vtc.method.llm_readings import LastRows
 from vtc.method.registry import register
 
 

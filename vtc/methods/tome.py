@@ -9,8 +9,8 @@ import torch
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Plan, Scope, Selection, StageView
 from vtc.method.parts import even, merge_items, merged_inside, merging_plan
-from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
+from vtc.method.vision_readings import MeanKeys
 from vtc.ops.merge import bipartite_merge, merge_plan, merge_rows
 from vtc.ops.select import take_rows
 

@@ -26,8 +26,9 @@ from vtc.method.base import (
 )
 from vtc.method.budget import tokens_to_keep
 from vtc.method.parts import groups, merge_items
-from vtc.method.readings import AttentionCall, LLMReading, QueryRows, Rows
+from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.method.registry import register
+from vtc.method.rows import Rows
 from vtc.methods.aim.schedule import entering_tokens, falling_shares, layer_tokens, moved_tokens
 from vtc.ops.host import put
 from vtc.ops.merge import merge_plan

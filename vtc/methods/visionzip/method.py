@@ -14,8 +14,8 @@ from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Order, Plan, Selection, StageView
 from vtc.method.layout import VisualItem
 from vtc.method.parts import reordered
-from vtc.method.readings import MeanKeys
 from vtc.method.registry import register
+from vtc.method.vision_readings import MeanKeys
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
 from vtc.ops.host import put
 from vtc.ops.nearest import nearest_target
