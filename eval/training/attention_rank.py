@@ -66,8 +66,11 @@ def _note(ranks: list[Tensor], attention: AttentionCall) -> None:
     rows = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
     with exact(query.device):
         logits = attention_logits(query, attention.key, rows, attention.scaling, mask=mask, causal=True)
-        maps = logits.softmax(-1).tril(-1)
-        if mask is not None:  # rows of padding do not even see themselves
+        maps, real = logits.softmax(-1).tril(-1), torch.ones_like(rows, dtype=torch.bool)
+        if mask is not None:  # what is no padding sees itself
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-            maps = maps * seen[:, :1].diagonal(dim1=2, dim2=3)[..., None]
-        ranks.append(torch.linalg.matrix_rank(maps).float().mean(1).cpu())
+            real = real & seen[:, 0].diagonal(dim1=1, dim2=2)
+        # The usual bound below which a singular value counts as zero, of maps without the padding.
+        bound = (real.sum(1, keepdim=True) * torch.finfo(maps.dtype).eps).expand(maps.shape[:2])
+        rank = torch.linalg.matrix_rank(maps * real[:, None, :, None], rtol=bound)
+        ranks.append(rank.float().mean(1).cpu())

@@ -37,8 +37,8 @@ def test_ranks_are_those_of_eager_maps_row_by_row(name: str) -> None:
     model = tiny_model(name)
     padded = attention_ranks(model, [tiny_inputs(name, LAYOUT, seed=3, model=model)])
     alone = [tiny_inputs(name, LAYOUT, seed=3, only=row, model=model) for row in range(len(LAYOUT))]
-    assert torch.allclose(attention_ranks(model, alone), torch.tensor(expected).float(), atol=0.05)
-    assert torch.allclose(padded, torch.tensor(expected).float(), atol=0.05)
+    assert torch.allclose(attention_ranks(model, alone), torch.tensor(expected).float(), atol=0.09)
+    assert torch.allclose(padded, torch.tensor(expected).float(), atol=0.09)
     assert len(set(padded.tolist())) > 1
 
 

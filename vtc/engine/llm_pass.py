@@ -135,9 +135,8 @@ class LLMPass(Pass):
         """
         assert self.aside is not None
         (full, hidden, self.rotary), self.aside = self.aside, None
-        rows = self.now.rows
+        rows, full = self.now.to(through.device).rows, full.to(through.device)
         place = torch.where(rows.held, rows.extra[PLACE], full.width)
-        full = full.to(through.device)
         for key, values in rows.extra.items():
             if key != PLACE and key not in full.rows.extra:
                 zeros = values.new_zeros(*values.shape[:-1], full.width + 1)
