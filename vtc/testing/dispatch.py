@@ -39,6 +39,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def dispatched(case: SelectionCase, shape: Shape, batch: int) -> Counter[str]:
     """Operations of one selection by name; the number of steps does not depend on the shape."""
+    if case.video:
+        shape = dataclasses.replace(shape, kind="video", tiling=None)
     ((crops, rows, columns),) = shape.regions
     length = crops * rows * columns
     options = dict(case.options)
@@ -63,8 +65,10 @@ def read_back(names: Counter[str]) -> int:
 
 
 def _keep(case: SelectionCase, crops: int, length: int) -> int:
-    if case.name == "cdpruner":
+    if case.name in ("cdpruner", "scope"):
         return STEPS * crops
+    if case.name == "vispruner":
+        return length - STEPS * crops  # as many leave in rounds of a few
     if (case.tolerance is None and case.wide) or case.name in ("divprune", "todre (diversity)"):
         return STEPS  # each token is one step
     if case.wide:
