@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtc.testing.released import Scene
-from vtc.testing.released.peaks import density_peaks, group_means
+from vtc.testing.released.peaks import density_peaks, means
 from vtc.testing.released.ranking import best, each
 
 unit = torch.nn.functional.normalize
@@ -84,10 +84,11 @@ def _recycled(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
     order = score.argsort(1, descending=True)
     again = order[:, stay : stay + number].sort(1).values
     rows = tokens.gather(1, again[..., None].expand(-1, -1, tokens.shape[2]))
-    centres, label = density_peaks(rows, groups, groups)
-    places = torch.cat([order[:, :stay], again.gather(1, centres)], 1)
+    centre, into = density_peaks(rows, torch.full((len(rows),), groups), groups)
+    merged = means(rows, into)[centre].view(len(rows), groups, -1)
+    places = torch.cat([order[:, :stay], again[centre].view(len(rows), -1)], 1)
     kept = tokens.gather(1, order[:, :stay, None].expand(-1, -1, tokens.shape[2]))
-    found = torch.cat([kept, group_means(rows, label, groups)], 1)
+    found = torch.cat([kept, merged], 1)
     return found.gather(1, places.argsort(1)[..., None].expand_as(found))
 
 
