@@ -19,6 +19,7 @@ from torch import Tensor
 from vtc.method.base import ModelSpec, Rows, Selection, StageView
 from vtc.method.registry import create
 from vtc.method.states import States
+from vtc.methods.fitprune.method import SUMS
 from vtc.methods.mustdrop.method import TEXT
 from vtc.methods.prumerge import ONE_HEAD
 from vtc.methods.sparsevlm import TEXT as WORDS
@@ -150,19 +151,19 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
             wide = () if reading in FLAT else (KEYS,)
             vision[layer, reading] = torch.rand(len(items), longest, *wide, generator=generator)
     said = (view.text & (view.visual.cumsum(1) > 0)).sum(1)
-    for layer, readings in plan.needs.llm.items():
-        (reading,) = readings if isinstance(readings, tuple) else (readings,)
-        pair = (2,) if isinstance(reading, type(Rows.GROUP_SUMS)) or reading == TEXT else ()
-        pair = (int(said.max()),) if reading == WORDS else pair
-        llm[layer, reading] = torch.rand(*pair, *view.hidden.shape[:2], generator=generator)
-        if reading == WORDS:  # a row of fewer words has nothing behind them
-            llm[layer, reading] *= (torch.arange(*pair)[:, None] < said)[..., None]
+    for at, asked in plan.needs.llm.items():
+        for each in asked if isinstance(asked, tuple) else (asked,):
+            lead = (2,) if each in PAIRS else (int(said.max()),) if each == WORDS else ()
+            llm[at, each] = torch.rand(*lead, *view.hidden.shape[:2], generator=generator)
+            if each == WORDS:  # a row of fewer words has nothing behind them
+                llm[at, each] *= (torch.arange(*lead)[:, None] < said)[..., None]
     torch.manual_seed(0)
     module = method.build(spec).eval() if method.trained else None
     return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, needs=plan.needs, module=module)
 
 
 FLAT = (Rows.CLS, Rows.RECEIVED, Rows.CLS_LOGITS, Rows.CLS_PATCHES, ONE_HEAD)
+PAIRS = (Rows.GROUP_SUMS, Rows.TRANSITION, SUMS, TEXT)
 
 
 def _values(view: StageView) -> tuple[Tensor, ...]:

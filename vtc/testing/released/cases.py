@@ -41,6 +41,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("fastervlm", ranking.vtc_cls_batched, ranking.vtc_cls_loop),
         Case("fastv", ranking.last_row_batched, ranking.last_row_loop, 2),
         Case("fastvid", *_both(segments.fastvid), options=CUT, wide=True, tolerance=1e-5, video=True),
+        Case("fitprune", inside.fitprune_batched, inside.fitprune_loop, 1),
         Case("fopru", ranking.vtc_cls_batched, ranking.vtc_cls_loop),
         Case("framefusion", frames.framefusion_batched, frames.framefusion_loop, wide=True, share=3 / 4,
              tolerance=1e-5, video=True),
@@ -49,6 +50,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("hiprune", tiles.hiprune_batched, tiles.hiprune_loop),
         Case("holitom", *_both(segments.holitom), options={"later": 1.0}, wide=True, tolerance=1e-5, video=True),
         Case("holov", pruned.holov_batched, pruned.holov_loop, wide=True),
+        Case("longvlm", *_both(merging.longvlm), options={"clips": 2}, wide=True, tolerance=1e-5, video=True),
         Case("mustdrop (filter)", ranking.mustdrop_batched, ranking.mustdrop_loop, 3, THRESHOLD),
         Case("mustdrop (windows)", *_both(merging.mustdrop_windows), options=WINDOWS, wide=True, tolerance=1e-5,
              largest=576),
@@ -65,6 +67,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("todre (relevance)", ranking.parted_batched, ranking.parted_loop, 29, {"diversity": False}),
         Case("token_correlation", redundancy.correlation_batched, redundancy.correlation_loop, options=REPEATED),
         Case("tome", *_both(merging.tome), wide=True, tolerance=1e-5),
+        Case("transprune", inside.transprune_batched, inside.transprune_loop, 7, share=1 / 2),
         Case("v2drop", inside.v2drop_batched, inside.v2drop_loop, 3, wide=True, share=1 / 3, earlier=2),
         Case("vidcom2", frames.vidcom2_batched, frames.vidcom2_loop, wide=True),
         Case("visionzip", *_both(merging.visionzip), wide=True, tolerance=1e-5),
@@ -73,6 +76,7 @@ def selection_cases() -> dict[str, SelectionCase]:
              tolerance=None, largest=2880),
         Case("vqtoken_codebook", clusters.vqtoken_batched, clusters.vqtoken_loop, wide=True, keep=64, tolerance=None,
              largest=2880),
+        Case("vscan", *_both(merging.vscan), options={"later": 1.0}, wide=True, tolerance=1e-5, largest=2880),
         vtc_cls,
     )  # fmt: skip
     return {case.name: case for case in cases}

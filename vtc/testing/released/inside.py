@@ -1,10 +1,11 @@
-"""SparseVLM, DART, V2Drop: choices inside the LLM; the first merges, and returns rows [I, K, D]."""
+"""V2Drop, FitPrune, TransPrune, DART, SparseVLM: choices inside the LLM; the last one returns rows [I, K, D]."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vtc.method.base import Rows
 from vtc.testing.released import Scene
 from vtc.testing.released.peaks import density_peaks, means
 from vtc.testing.released.ranking import best, each
@@ -26,6 +27,41 @@ def v2drop_batched(scene: Scene) -> Tensor:
 def v2drop_loop(scene: Scene) -> Tensor:
     moved = [(now - then).norm(dim=1) for now, then in zip(scene.tokens, scene.before.tokens, strict=True)]
     return each(scene, [change.topk(scene.keep).indices.sort().values for change in moved])
+
+
+# --- FitPrune
+def fitprune_batched(scene: Scene) -> Tensor:
+    """What both the image and the text attend to, by the product of their sums."""
+    own, cross = scene.values[0]
+    return best(own * cross, scene.keep)
+
+
+def fitprune_loop(scene: Scene) -> Tensor:
+    sums = (scene.item(item)[0].prod(0) for item in range(scene.items))
+    return each(scene, [total.topk(scene.keep).indices.sort().values for total in sums])
+
+
+# --- TransPrune
+def transprune_batched(scene: Scene) -> Tensor:
+    """How far the blocks in front moved tokens, and what the text pays to them, as shares of their sums."""
+    view, stage = scene.view, scene.view.stage
+    layers = [layer for layer, reading in view.llm_rows if reading == Rows.TRANSITION and layer < stage]
+    moved = torch.stack([view.llm_attention(layer, Rows.TRANSITION) for layer in layers]).sum((0, 1))
+    paid = view.llm_attention(stage, Rows.QUESTION_AHEAD)
+    return best(moved / moved.sum(1, keepdim=True) + paid / paid.sum(1, keepdim=True), scene.keep)
+
+
+def transprune_loop(scene: Scene) -> Tensor:
+    view, marks = scene.view, []
+    for item in range(scene.items):
+        moved = torch.zeros(scene.length)
+        for layer in range(scene.method.layers[0] - 1, view.stage):
+            attention, mlp = view.llm_attention(layer, Rows.TRANSITION)[:, item]
+            moved += attention + mlp
+        paid = view.llm_attention(view.stage, Rows.QUESTION_AHEAD)[item]
+        score = moved / moved.sum() + paid / paid.sum()
+        marks.append(score.topk(scene.keep).indices.sort().values)
+    return each(scene, marks)
 
 
 # --- DART
