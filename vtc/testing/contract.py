@@ -139,7 +139,7 @@ class _Check:
             ]
         for kind in TINY_MODELS[self.name].kinds:
             for policy in policies:
-                worst = two_turns(self.model, self.name, kind, self._attach(policy))
+                worst = two_turns(self.model, self.name, kind, self._attach(policy), self.steps)
                 cells.append(self._cell(f"{kind}: two turns, {policy}", worst))
         if "image" in TINY_MODELS[self.name].kinds:
             for policy in policies:
@@ -148,7 +148,11 @@ class _Check:
         text: list[list[Part]] = [[9], [5]]
         inputs = tiny_inputs(self.name, text, model=self.model)
         cells.append(
-            self._cell("text only, bit-identical", identical(self.model, inputs, self._attach(policies[-1])), 0.0)
+            self._cell(
+                "text only, bit-identical",
+                identical(self.model, inputs, self._attach(policies[-1]), self.steps),
+                0.0,
+            )
         )
         return cells
 
@@ -179,7 +183,7 @@ class _Check:
         yield "answers are no prompt", only_the_prompt(model, inputs, self._attach(policies[-1])), 0.0
         yield "reads no padding", reads_padding(model, inputs, self._attach(policies[-1])), LIMIT
         if self.method.needs_budget:
-            yield "retention 1.0, bit-identical", identical(model, inputs, self._whole), 0.0
+            yield "retention 1.0, bit-identical", identical(model, inputs, self._whole, self.steps), 0.0
         yield "nothing left behind", no_trace(model, inputs, self._attach(policies[-1])), 0.0
         yield "gradients reach the projector", gradients(model, inputs, self._attach(policies[-1])), 0.0
         yield "bfloat16 runs", half_precision(model, inputs, self._attach(policies[-1])), 0.0
