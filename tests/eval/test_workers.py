@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from vtc.errors import InputError, VTCError
+from vtc.eval import workers
 from vtc.eval.answering import Outcome
 from vtc.eval.execute import PATIENCE, TRIES, Ended, Here, run_items
 from vtc.eval.facts import Facts, Settled
@@ -336,9 +338,18 @@ def deadly(doc):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=WITH_RAY)])
 def test_processes_that_a_document_kills_answer_all_others_like_one(
-    sweep: Callable[..., SweepResult], write_task: WriteTask, tmp_path: Path, engine: str
+    sweep: Callable[..., SweepResult],
+    write_task: WriteTask,
+    tmp_path: Path,
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Document 8 has a block of its own; how one is found among others, the fakes show."""
+    """Document 8 has a block of its own; how one is found among others, the fakes show.
+
+    Processes of this machine are forks of one that has imported everything, those of the tests around are not.
+    """
+    monkeypatch.setattr(workers, "START_METHOD", "forkserver")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["vtc.eval.station", "lmms_eval.tasks"])
     folder = write_task(tmp_path / "deadly", documents=9, visual="deadly")
     with (folder / "utils.py").open("a") as file:
         file.write(DEADLY.format(driver=os.getpid()))

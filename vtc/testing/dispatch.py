@@ -39,8 +39,6 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def dispatched(case: SelectionCase, shape: Shape, batch: int) -> Counter[str]:
     """Operations of one selection by name; the number of steps does not depend on the shape."""
-    if case.video:
-        shape = dataclasses.replace(shape, kind="video", tiling=None)
     ((crops, rows, columns),) = shape.regions
     length = crops * rows * columns
     options = dict(case.options)

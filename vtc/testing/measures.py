@@ -23,12 +23,12 @@ from vtc.testing.snapshot import snapshot
 
 def layouts(name: str) -> dict[str, list[list[Part]]]:
     """Batches of three prompts of different length, by name: two items, one item, none; for families with video also
-    videos, and images and videos in one batch.
+    videos, and images and videos in one batch. The last one holds every kind of item.
     """
     kinds = TINY_MODELS[name].kinds
     mixed: dict[str, list[list[Part]]] = {kind: [[4, kind, 3, kind, 5], [2, kind, 12], [9]] for kind in kinds}
     if len(kinds) > 1:
-        mixed["image and video"] = [[4, "image", 3], [2, "video", 12], [9]]
+        mixed["image and video"] = [[4, "image", 3, "image", 5], [2, "video", 12], [9]]
     return mixed
 
 

@@ -26,7 +26,7 @@ from vtc.methods.sparsevlm import TEXT as WORDS
 from vtc.testing.views import CLIP_L, Shape, make_view
 
 TILED = Shape(((5, 24, 24),), tiling=(2, 2))
-SHAPES = {576: Shape(((1, 24, 24),)), 2880: TILED, 6272: Shape(((32, 14, 14),), kind="video")}
+SHAPES = {576: Shape(((1, 24, 24),)), 2880: TILED, 6272: Shape(((32, 14, 14),))}
 """An image, a thumbnail with four tiles, and a video of 32 frames."""
 NARROW, WIDE, KEYS = 6, 896, 64
 """Width of the rows where nobody looks at them, of a small LLM, and of an encoder's keys."""
@@ -91,8 +91,8 @@ class SelectionCase:
 
     def fits(self, shape: Shape) -> bool:
         """Whether items of a shape are timed."""
-        tokens = math.prod(shape.regions[0])
-        return tokens <= self.largest and (shape.kind == "video" or not self.video)
+        frames = shape.regions[0][0] > 1 and shape.tiling is None
+        return math.prod(shape.regions[0]) <= self.largest and (frames or not self.video)
 
     def seen(
         self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None
@@ -103,6 +103,8 @@ class SelectionCase:
 
     def _seen(self, shape: Shape, batch: int, keep: int | None, width: int | None) -> tuple[Any, StageView, StageView]:
         ((crops, rows, columns),) = shape.regions
+        if self.video:
+            shape = dataclasses.replace(shape, kind="video", tiling=None)
         length = crops * rows * columns
         method: Any = create(self.name.split(" ")[0], **self.options)
         width = width or (WIDE if self.wide else NARROW)

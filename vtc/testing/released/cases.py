@@ -69,7 +69,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("tome", *_both(merging.tome), wide=True, tolerance=1e-5),
         Case("transprune", inside.transprune_batched, inside.transprune_loop, 7, share=1 / 2),
         Case("v2drop", inside.v2drop_batched, inside.v2drop_loop, 3, wide=True, share=1 / 3, earlier=2),
-        Case("vidcom2", frames.vidcom2_batched, frames.vidcom2_loop, wide=True),
+        Case("vidcom2", frames.vidcom2_batched, frames.vidcom2_loop, wide=True, video=True),
         Case("visionzip", *_both(merging.visionzip), wide=True, tolerance=1e-5),
         Case("vispruner", pruned.vispruner_batched, pruned.vispruner_loop),
         Case("vqtoken", clusters.vqtoken_batched, clusters.vqtoken_loop, options=RESAMPLED, wide=True, keep=64,
