@@ -12,11 +12,7 @@ from vtc.testing.released.cases import selection_cases
 from vtc.testing.views import Shape
 
 CASES = selection_cases()
-SHAPES = {
-    "image": Shape(((1, 12, 12),)),
-    "tiles": Shape(((5, 12, 12),), tiling=(2, 2)),
-    "video": Shape(((6, 12, 12),), kind="video"),
-}
+SHAPES = {"image": Shape(((1, 12, 12),)), "tiles": Shape(((5, 12, 12),), tiling=(2, 2)), "video": Shape(((6, 12, 12),))}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
