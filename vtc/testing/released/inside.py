@@ -45,6 +45,7 @@ def fitprune_loop(scene: Scene) -> Tensor:
 def transprune_batched(scene: Scene) -> Tensor:
     """How far the blocks in front moved tokens, and what the text pays to them, as shares of their sums."""
     view, stage = scene.view, scene.view.stage
+    assert isinstance(stage, int)
     layers = [layer for layer, reading in view.llm_rows if reading == Rows.TRANSITION and layer < stage]
     moved = torch.stack([view.llm_attention(layer, Rows.TRANSITION) for layer in layers]).sum((0, 1))
     paid = view.llm_attention(stage, Rows.QUESTION_AHEAD)
@@ -52,13 +53,14 @@ def transprune_batched(scene: Scene) -> Tensor:
 
 
 def transprune_loop(scene: Scene) -> Tensor:
-    view, marks = scene.view, []
+    view, stage, marks = scene.view, scene.view.stage, []
+    assert isinstance(stage, int)
     for item in range(scene.items):
         moved = torch.zeros(scene.length)
-        for layer in range(scene.method.layers[0] - 1, view.stage):
+        for layer in range(scene.method.layers[0] - 1, stage):
             attention, mlp = view.llm_attention(layer, Rows.TRANSITION)[:, item]
             moved += attention + mlp
-        paid = view.llm_attention(view.stage, Rows.QUESTION_AHEAD)[item]
+        paid = view.llm_attention(stage, Rows.QUESTION_AHEAD)[item]
         score = moved / moved.sum() + paid / paid.sum()
         marks.append(score.topk(scene.keep).indices.sort().values)
     return each(scene, marks)

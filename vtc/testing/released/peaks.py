@@ -21,7 +21,8 @@ def prominence(x: Tensor, near: int, real: Tensor | None = None) -> Tensor:
     denser = density[:, None, :] > density[:, :, None]
     gap = distance.masked_fill(~denser, torch.inf).amin(2)
     largest = distance.masked_fill(distance == torch.inf, 0).amax((1, 2))
-    return density * torch.where(denser.any(2), gap, largest[:, None])
+    product: Tensor = density * torch.where(denser.any(2), gap, largest[:, None])
+    return product
 
 
 def density_peaks(x: Tensor, count: Tensor, near: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ def correlation_batched(scene: Scene) -> Tensor:
     first = (quota * scene.method.share + 0.5).floor()
     kept = (_rank(deep) < first[..., None]) | (_rank(middle) < (quota - first)[..., None])
     again = _rank(deep.masked_fill(kept, -1))
-    return (kept | (again < (quota - kept.sum(2))[..., None])).flatten(1)
+    kept = kept | (again < (quota - kept.sum(2))[..., None])
+    return kept.flatten(1)
 
 
 def _rank(scores: Tensor) -> Tensor:
