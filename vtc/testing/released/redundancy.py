@@ -58,7 +58,7 @@ def correlation_batched(scene: Scene) -> Tensor:
     rest = (exact - quota).argsort(dim=1, descending=True, stable=True).argsort(1)
     quota = quota + (rest < scene.keep - quota.sum(1, keepdim=True))
     first = (quota * scene.method.share + 0.5).floor()
-    kept = (_rank(deep) < first[..., None]) | (_rank(middle) < (quota - first)[..., None])
+    kept: Tensor = (_rank(deep) < first[..., None]) | (_rank(middle) < (quota - first)[..., None])
     again = _rank(deep.masked_fill(kept, -1))
     kept = kept | (again < (quota - kept.sum(2))[..., None])
     return kept.flatten(1)
