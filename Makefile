@@ -44,11 +44,11 @@ demo: $(READY)
 	@echo '  $(BIN)/vtc sweep --methods random,vtc_cls --retentions 0.5,0.25 --out results/mine'
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The oldest supported transformers: everything but the evaluation package, which needs nothing of its version.
 test-oldest: $(OLD_READY)
-	$(OLD)/bin/python -m pytest -n auto --ignore=tests/eval --ignore=tests/test_notebooks.py --ignore=tests/test_cli.py
+	$(OLD)/bin/python -m pytest -n auto --dist worksteal --ignore=tests/eval --ignore=tests/test_notebooks.py --ignore=tests/test_cli.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -133,7 +133,7 @@ def selections(file: Path, *, tiny: bool) -> None:
         options = {**case.options, **({"retain": 16} if tiny and "retain" in case.options else {})}
         case = dataclasses.replace(case, options=options, keep=8 if tiny and case.keep else case.keep)
         for tokens, shape in shapes.items():
-            if tokens > case.largest:
+            if not case.fits(shape):
                 continue
             try:
                 rows.append(selection(case, shape, device, 1 if tiny else REPEATS, speed))

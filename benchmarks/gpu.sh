@@ -55,6 +55,6 @@ shapes="llava-1.5-7b:120 qwen2.5-vl-7b:75 qwen3-vl-4b:85"
 for each in $shapes; do
   shape=${each%:*}
   step "$shape" "${each#*:}" "$python" benchmarks/gpu.py bench "$out/$shape" "$shape" $tiny
-  if "$python" -c 'import jinja2, vl_convert, lmms_eval' 2>/dev/null; then "$python" benchmarks/gpu.py draw "$out/$shape"; fi
+  if "$python" -c 'import importlib.util as u; assert all(map(u.find_spec, ("jinja2", "vl_convert", "lmms_eval")))' 2>/dev/null; then "$python" benchmarks/gpu.py draw "$out/$shape"; fi
 done
 exit $status

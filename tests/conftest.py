@@ -6,6 +6,7 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # also of what tests start and of notebooks: others use the other cores
 # One data-set cache per process: two that build the same data set at once can take its files from each other.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vtc-datasets-")
 
@@ -32,6 +33,12 @@ torch.set_num_threads(1)
 # The same examples in every run and no time limit per example, since the machine may be busy.
 hypothesis.settings.register_profile("vtc", deadline=None, max_examples=80, derandomize=True, database=None)
 hypothesis.settings.load_profile("vtc")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays to the end: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -194,21 +201,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # --- memory
+MEASURING = """
+import os, resource, sys
+import torch, vtc.ops
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    setup, code = eval(line)
+    if not os.fork():
+        names = {"torch": torch}
+        exec(setup, names)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        exec(code, names)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        print("failed", flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def measuring() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported PyTorch and forks for every measurement."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", MEASURING], **pipes, text=True, bufsize=1) as process:
+        yield process
+
+
 @pytest.fixture
-def peak_memory() -> Callable[[str, str], int]:
-    """Bytes by which the peak memory of a fresh process grows while it runs `code` after `setup`."""
+def peak_memory(measuring: subprocess.Popen[str]) -> Callable[[str, str], int]:
+    """Bytes by which the peak memory of a process of its own grows while it runs `code` after `setup`."""
 
     def measure(setup: str, code: str) -> int:
-        lines = [
-            "import resource, torch",
-            "torch.set_num_threads(1)",
-            setup,
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
-            code,
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)",
-        ]
-        run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        return 1024 * int(run.stdout.split()[-1])  # Linux counts in KiB
+        assert measuring.stdin is not None and measuring.stdout is not None
+        measuring.stdin.write(f"{(setup, code)!r}\n")
+        grown = measuring.stdout.readline().strip()
+        assert grown.isdigit(), f"{grown}; what the process said stands above"
+        return 1024 * int(grown)  # Linux counts in KiB
 
     return measure

@@ -214,19 +214,23 @@ def test_every_declared_package_is_imported(project: dict[str, Any]) -> None:
 LIGHT = ["--help", "--version", "methods", "models", "generate --help", "tasks --path"]
 
 
-@pytest.mark.parametrize("words", LIGHT)
-def test_a_light_command_imports_nothing_heavy(words: str) -> None:
+def test_light_commands_import_nothing_heavy() -> None:
+    """One after the other in a process that has imported nothing."""
     code = (
         "import sys, contextlib, io\n"
-        f"sys.argv = ['vtc', *{words.split()!r}]\n"
         "from vtc.cli.main import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): main()\n"
-        "print(len(out.getvalue()), *sys.modules)"
+        f"for words in {LIGHT!r}:\n"
+        "    sys.argv = ['vtc', *words.split()]\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): main()\n"
+        "    print(len(out.getvalue()), *sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    printed, *loaded = run.stdout.split()
-    assert int(printed) > 3 and run.stderr == ""
-    assert under(set(loaded), "transformers", "PIL", *HEAVY) == set()
+    lines = run.stdout.splitlines()
+    assert len(lines) == len(LIGHT) and run.stderr == ""
+    for words, line in zip(LIGHT, lines, strict=True):
+        printed, *loaded = line.split()
+        assert int(printed) > 3, words
+        assert under(set(loaded), "transformers", "PIL", *HEAVY) == set(), words
 
 
 def test_python_minus_m_is_the_command() -> None:
@@ -287,15 +291,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".whl", ".tar.gz"])
 def test_an_installed_distribution_works_outside_the_repository(
-    suffix: str, built: list[Path], tmp_path: Path, project: dict[str, Any]
+    built: list[Path], tmp_path: Path, project: dict[str, Any]
 ) -> None:
-    """In an environment of its own, whose other packages are those of the running one."""
-    (file,) = (file for file in built if file.name.endswith(suffix))
+    """In an environment of its own, whose other packages are those of the running one.
+
+    A wheel that was made of the source distribution, so that both hold everything.
+    """
+    assert [file.name.rpartition("-")[2] for file in built] == ["any.whl", f"{project['project']['version']}.tar.gz"]
+    file = built[0]
     assert file.name.startswith(f"visual_token_compression-{project['project']['version']}")
     environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
     others = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     variables = {**os.environ, "PYTHONPATH": others}
 
@@ -335,7 +342,7 @@ def test_a_strict_editable_installation_has_types(tmp_path: Path) -> None:
         shutil.copy(ROOT / file, copy / file)
     consumer.mkdir()
     (consumer / "use.py").write_text(CONSUMER)
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
     others = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     how = ["--no-index", "--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=strict"]
     install = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *how, "--editable", str(copy)]

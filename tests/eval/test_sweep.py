@@ -25,6 +25,7 @@ from vtc.method.base import ScoringCompressor, StageView
 from vtc.method.registry import METHODS
 
 WriteTask = Callable[..., Path]
+Command = Callable[..., tuple[int, str, str]]
 CLI = [sys.executable, "-c", "from vtc.cli.main import main; main()"]
 
 
@@ -293,16 +294,16 @@ def test_sampling_tasks_resume_to_the_same_draws(
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_nothing_is_lost_or_doubled(
-    sweep: Callable[..., SweepResult], model_folder: Path, tmp_path: Path, write_task: WriteTask
+    sweep: Callable[..., SweepResult], model_folder: Path, tmp_path: Path, write_task: WriteTask, command: Command
 ) -> None:
     folder = write_task(tmp_path / "tasks", documents=80)
     settings = {"include_path": [folder], "batch_size": 2}
-    command = [
-        *CLI, "sweep", "--model", str(model_folder), "--methods", "random,vtc_cls", "--retentions", "1.0,0.1",
+    words = [
+        "sweep", "--model", str(model_folder), "--methods", "random,vtc_cls", "--retentions", "1.0,0.1",
         "--tasks", "blobs", "--include-path", str(folder), "--batch-size", "2", "--out", str(tmp_path / "killed"),
     ]  # fmt: skip
     rows = tmp_path / "killed" / "rows.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*CLI, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and (not rows.exists() or len(rows.read_bytes().splitlines()) < 30):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -312,9 +313,8 @@ def test_killed_in_the_middle_and_run_again_nothing_is_lost_or_doubled(
     with rows.open("a") as file:
         file.write('{"cell": "half a li')
 
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert f"{stored} of 400 answers are stored already" in finished.stderr
+    code, _, said = command(*words)
+    assert code == 0 and f"{stored} of 400 answers are stored already" in said
     whole = sweep(**settings, out=tmp_path / "whole")
     assert answers(tmp_path / "killed") == answers(whole.folder)
     assert len(answers(whole.folder)) == 400

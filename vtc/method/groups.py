@@ -72,18 +72,21 @@ class Parts:
         """[R, W] the place of each token in its item."""
         return self.take(torch.arange(self.items.shape[1], device=self.items.device).expand_as(self.items).contiguous())
 
-    def joined(self, x: Tensor, centre: Tensor, alone: Tensor, own: float = 0.0) -> tuple[Tensor, Tensor]:
+    def joined(self, x: Tensor, centre: Tensor, alone: Tensor | None = None, own: float = 0.0) -> tuple[Tensor, Tensor]:
         """Clusters as one token each: what every token is afterwards, and where it went; of the items.
 
         x: [R, W, D]. centre: [R, W] place of the one of its part that each token joins, centres their own, -1 for none.
         own: what a centre counts for, beside the mean of its cluster. alone: [R, W] bool, tokens that stay as they are.
         Returns tokens [I, N, D], rows of what did not stay meaning nothing, and places [I, N], -1 for nowhere.
         """
-        seat, number = torch.arange(x.shape[1], device=x.device), self.numbers
-        mixed = torch.lerp(means(x, centre), x, own)
-        home = torch.where(alone, number, torch.where(centre < 0, -1, number.gather(1, centre.clamp(min=0))))
-        tokens = self.give(torch.where((centre == seat)[..., None], mixed, x))
-        return tokens, torch.where(self.items, self.give(home), -1)
+        number, tokens = self.numbers, means(x, centre)
+        home = torch.where(centre < 0, -1, number.gather(1, centre.clamp(min=0)))
+        if own:
+            tokens = torch.lerp(tokens, x, own)
+        if alone is not None:
+            home = torch.where(alone, number, home)
+            tokens = torch.where(alone[..., None], x, tokens)
+        return self.give(tokens), torch.where(self.items, self.give(home), -1)
 
     def best(self, scores: Tensor, keep: Tensor, most: int | None = None) -> Tensor:
         """Mark the `keep` [R] highest of the parts' scores [R, W], none of them more than `most`; bool [R, W]."""

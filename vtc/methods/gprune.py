@@ -30,7 +30,7 @@ class GPrune(ScoringCompressor):
     ``c_ij >= threshold`` are joined; of the walk ``A_ij = softmax_j(c_ij / tau)`` over the joined ones, `steps` steps
     begin with the lengths of the tokens, and what arrives is divided by the number of a token's neighbours, itself
     included: ``s_j = (|x| A^steps)_j / deg_j`` (arXiv:2501.02268, section 3). Ties go to the lower index, kept tokens
-    stay in raster order. The matrix is never held: a step costs N^2 D multiplications.
+    stay in raster order. The matrix of many tokens is not held: a step costs N^2 D multiplications there.
 
     threshold, tau, steps: as released. scope: "crop" walks inside every crop, tile or frame, "item" over all of them.
 
@@ -69,9 +69,10 @@ class GPrune(ScoringCompressor):
         length = tokens.norm(dim=2)
         unit = tokens / length[..., None].clamp(min=1e-12)
         mass, degree = length.masked_fill(~mask, 0), torch.zeros_like(length)
+        held = list(self._walk(unit, mask)) if mask.numel() * mask.shape[1] <= BLOCK else None
         for step in range(self.steps):
             arrived = torch.zeros_like(mass)
-            for some, walk in self._walk(unit, mask):
+            for some, walk in held or self._walk(unit, mask):
                 arrived += torch.bmm(mass[:, None, some], walk)[:, 0]
                 if not step:
                     degree[:, some] = (walk > 0).sum(2).float()

@@ -93,7 +93,7 @@ class VScan(Compressor):
         parts = Parts.of(view, "crop")
         x, stays = parts.take(view.tokens), parts.mask & (parts.take(kept.long()) > 0)
         into = nearest_target(x, stays, parts.mask, min(max(counts), x.shape[1]))
-        tokens, home = parts.joined(x, into, torch.zeros_like(stays))
+        tokens, home = parts.joined(x, into)
         return Selection(kept, counts=counts, tokens=tokens, merged_into=home, scores=scores)
 
     def scanned(self, view: StageView, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -137,9 +137,10 @@ class _Check:
             cells += [
                 self._cell(f"{layout_name}: {c}", *found) for c, *found in self._batch(layout, policies, generation)
             ]
+        cells += [self._cell(f"{layout_name}: {c}", *found) for c, *found in self._whole_batch(layout, policies[-1])]
         for kind in TINY_MODELS[self.name].kinds:
             for policy in policies:
-                worst = two_turns(self.model, self.name, kind, self._attach(policy))
+                worst = two_turns(self.model, self.name, kind, self._attach(policy), self.steps)
                 cells.append(self._cell(f"{kind}: two turns, {policy}", worst))
         if "image" in TINY_MODELS[self.name].kinds:
             for policy in policies:
@@ -148,7 +149,11 @@ class _Check:
         text: list[list[Part]] = [[9], [5]]
         inputs = tiny_inputs(self.name, text, model=self.model)
         cells.append(
-            self._cell("text only, bit-identical", identical(self.model, inputs, self._attach(policies[-1])), 0.0)
+            self._cell(
+                "text only, bit-identical",
+                identical(self.model, inputs, self._attach(policies[-1]), self.steps),
+                0.0,
+            )
         )
         return cells
 
@@ -165,7 +170,7 @@ class _Check:
     def _batch(
         self, layout: list[list[Part]], policies: Sequence[Positions], generation: Collection[str]
     ) -> Iterator[tuple[str, float, float]]:
-        """(check, worst, limit) of everything that concerns one batch."""
+        """(check, worst, limit) of everything in which batches of other items differ."""
         model, inputs = self.model, tiny_inputs(self.name, layout, seed=3, extra=1, model=self.model)
         for policy in policies:
             attach = self._attach(policy)
@@ -176,13 +181,18 @@ class _Check:
             worst = batch_against_singles(model, self.name, layout, attach, self.steps)
             yield f"batch = singles, {policy}", worst, LIMIT
             yield f"right = left padding, {policy}", right_padding(model, self.name, layout, attach), LIMIT
-        yield "answers are no prompt", only_the_prompt(model, inputs, self._attach(policies[-1])), 0.0
-        yield "reads no padding", reads_padding(model, inputs, self._attach(policies[-1])), LIMIT
+
+    def _whole_batch(self, layout: list[list[Part]], policy: Positions) -> Iterator[tuple[str, float, float]]:
+        """(check, worst, limit) of what one batch with every kind of item shows."""
+        model, inputs = self.model, tiny_inputs(self.name, layout, seed=3, extra=1, model=self.model)
+        attach = self._attach(policy)
+        yield "answers are no prompt", only_the_prompt(model, inputs, attach), 0.0
+        yield "reads no padding", reads_padding(model, inputs, attach), LIMIT
         if self.method.needs_budget:
-            yield "retention 1.0, bit-identical", identical(model, inputs, self._whole), 0.0
-        yield "nothing left behind", no_trace(model, inputs, self._attach(policies[-1])), 0.0
-        yield "gradients reach the projector", gradients(model, inputs, self._attach(policies[-1])), 0.0
-        yield "bfloat16 runs", half_precision(model, inputs, self._attach(policies[-1])), 0.0
+            yield "retention 1.0, bit-identical", identical(model, inputs, self._whole, self.steps), 0.0
+        yield "nothing left behind", no_trace(model, inputs, attach), 0.0
+        yield "gradients reach the projector", gradients(model, inputs, attach), 0.0
+        yield "bfloat16 runs", half_precision(model, inputs, attach), 0.0
 
     def _attach(self, policy: Positions) -> Callable[..., Handle]:
         return lambda model, **more: compress(model, self.method, positions=policy, **self.budget, **self.told, **more)

@@ -63,8 +63,10 @@ def read_back(names: Counter[str]) -> int:
 
 
 def _keep(case: SelectionCase, crops: int, length: int) -> int:
-    if case.name == "cdpruner":
+    if case.name in ("cdpruner", "scope"):
         return STEPS * crops
+    if case.name == "vispruner":
+        return length - STEPS * crops  # as many leave in rounds of a few
     if (case.tolerance is None and case.wide) or case.name in ("divprune", "todre (diversity)"):
         return STEPS  # each token is one step
     if case.wide:

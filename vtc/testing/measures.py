@@ -21,12 +21,12 @@ from vtc.testing.snapshot import snapshot
 
 def layouts(name: str) -> dict[str, list[list[Part]]]:
     """Batches of three prompts of different length, by name: two items, one item, none; for families with video also
-    videos, and images and videos in one batch.
+    videos, and images and videos in one batch. The last one holds every kind of item.
     """
     kinds = TINY_MODELS[name].kinds
     mixed: dict[str, list[list[Part]]] = {kind: [[4, kind, 3, kind, 5], [2, kind, 12], [9]] for kind in kinds}
     if len(kinds) > 1:
-        mixed["image and video"] = [[4, "image", 3], [2, "video", 12], [9]]
+        mixed["image and video"] = [[4, "image", 3, "image", 5], [2, "video", 12], [9]]
     return mixed
 
 
@@ -142,7 +142,7 @@ def right_padding(model: Any, name: str, layout: list[list[Part]], attach: Attac
 
 
 @torch.no_grad()
-def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
+def two_turns(model: Any, name: str, kind: Kind, attach: Attach, steps: int = 4) -> float:
     """Largest logit difference to the oracle over two generate() calls on one cache the caller owns."""
     from transformers import DynamicCache
 
@@ -152,7 +152,7 @@ def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
     def turns(manager: AbstractContextManager[Any]) -> Tensor:
         cache = DynamicCache(config=model.config.get_text_config())
         with manager:
-            ids, first = generate(model, inputs, nullcontext(), 4, past_key_values=cache)
+            ids, first = generate(model, inputs, nullcontext(), steps, past_key_values=cache)
             ids = torch.cat([ids, torch.full((2, 6), 7)], dim=1)
             mask = torch.ones_like(ids)
             mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
@@ -160,7 +160,7 @@ def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
             if "mm_token_type_ids" in inputs:
                 more["mm_token_type_ids"] = torch.zeros_like(ids, dtype=torch.int)
                 more["mm_token_type_ids"][:, : inputs["mm_token_type_ids"].shape[1]] = inputs["mm_token_type_ids"]
-            _, second = generate(model, more, nullcontext(), 4, past_key_values=cache)
+            _, second = generate(model, more, nullcontext(), steps, past_key_values=cache)
         return torch.cat([first, second])
 
     handle = attach(model)
@@ -172,10 +172,10 @@ def two_turns(model: Any, name: str, kind: Kind, attach: Attach) -> float:
     return float((logits - turns(reference(model, handle, seen))).abs().max())
 
 
-def identical(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float:
+def identical(model: Any, inputs: dict[str, Tensor], attach: Attach, steps: int = 8) -> float:
     """0.0 when attaching changes no bit of ids and logits, else the largest difference."""
-    plain_ids, plain = generate(model, inputs, nullcontext())
-    ids, logits = generate(model, inputs, attach(model))
+    plain_ids, plain = generate(model, inputs, nullcontext(), steps)
+    ids, logits = generate(model, inputs, attach(model), steps)
     if torch.equal(plain, logits) and torch.equal(plain_ids, ids):
         return 0.0
     return max(float((plain - logits).abs().max()), 1e-30)

@@ -31,7 +31,7 @@ WIDTH, SHARE, STEPS, ITERATIONS = 64, 0.1, 64, 10
 ROUNDS, ENOUGH = 5, 1.0
 """Rounds, and the seconds from which on a size is measured once."""
 LIMIT = 2 * 2**30
-GREEDY = "cdpruner", "divprune", "todre (diversity)"
+GREEDY = "cdpruner", "divprune", "scope", "todre (diversity)"
 """Every token that they keep is one step."""
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     rows = []
     for name, case in selection_cases().items():
         for tokens in SHAPES:
-            if tokens > case.largest:
+            if not case.fits(SHAPES[tokens]):
                 continue
             ours, batched, loop = measure(case, tokens)
             kept = case.scene(SHAPES[tokens], 1).keep

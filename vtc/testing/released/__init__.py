@@ -8,6 +8,7 @@ rows [I, K, D] of methods that merge.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,11 @@ from torch import Tensor
 
 from vtc.method.base import ModelSpec, Rows, Selection, StageView
 from vtc.method.registry import create
+from vtc.method.states import States
+from vtc.methods.fitprune.method import SUMS
 from vtc.methods.mustdrop.method import TEXT
+from vtc.methods.prumerge import ONE_HEAD
+from vtc.methods.sparsevlm import TEXT as WORDS
 from vtc.testing.views import CLIP_L, Shape, make_view
 
 TILED = Shape(((5, 24, 24),), tiling=(2, 2))
@@ -32,7 +37,8 @@ class Scene:
     """What a released implementation is given: one shape for all items, and how many tokens stay.
 
     shape: (crops, rows, columns). tokens: [I, N, D]. values: what the method's plan recorded at the tokens, [..., I, N]
-    or [I, N, C]. keep: tokens of an item. ours: the selection of this library, for numbers that only it knows.
+    or [I, N, C]. keep: tokens of an item. ours: the selection of this library, for numbers that only it knows. before:
+    what the method saw at the earlier stage that it remembers; where there is none, the same as `view`.
     """
 
     method: Any
@@ -42,6 +48,7 @@ class Scene:
     values: tuple[Tensor, ...]
     keep: int
     ours: Selection
+    before: StageView
 
     @property
     def items(self) -> int:
@@ -63,9 +70,10 @@ Form = Callable[[Scene], Tensor]
 class SelectionCase:
     """One stage of one method with its released forms.
 
-    stage: where it acts. wide: it looks at the tokens themselves. share: of the tokens that stay, keep: instead, how
-    many. tolerance: of rows, relative to the largest; None where draws differ, so that only the number of tokens is the
-    same. largest: items with more tokens are not timed.
+    stage: where it acts. earlier: the stage whose rows it remembers there. wide: it looks at the tokens themselves.
+    share: of the tokens that stay, keep: instead, how many. tolerance: of rows, relative to the largest; None where
+    draws differ, so that only the number of tokens is the same. largest: items with more tokens are not timed. video:
+    it compares frames, so that only videos are timed, and their frames resemble each other.
     """
 
     name: str
@@ -78,12 +86,25 @@ class SelectionCase:
     keep: int | None = None
     tolerance: float | None = 0.0
     largest: int = 6272
+    earlier: int | None = None
+    video: bool = False
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether items of a shape are timed."""
+        frames = shape.regions[0][0] > 1 and shape.tiling is None
+        return math.prod(shape.regions[0]) <= self.largest and (frames or not self.video)
 
     def seen(
         self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None
     ) -> tuple[Any, StageView]:
-        """The method, and what it sees of `batch` items of a shape."""
+        """The method, and what it sees of `batch` items of a shape; it remembers its earlier stage."""
+        method, view, _ = self._seen(shape, batch, keep, width)
+        return method, view
+
+    def _seen(self, shape: Shape, batch: int, keep: int | None, width: int | None) -> tuple[Any, StageView, StageView]:
         ((crops, rows, columns),) = shape.regions
+        if self.video:
+            shape = dataclasses.replace(shape, kind="video", tiling=None)
         length = crops * rows * columns
         method: Any = create(self.name.split(" ")[0], **self.options)
         width = width or (WIDE if self.wide else NARROW)
@@ -91,15 +112,33 @@ class SelectionCase:
         wanted = keep or self.keep or max(1, int(length * self.share) // crops) * crops
         budget: dict[str, Any] = {"keep": wanted} if method.needs_budget else {}
         view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, **budget)
-        return method, recorded(view, method, spec)
+        if self.video:
+            view = dataclasses.replace(view, states=States(moving(view, crops)))
+        view = recorded(view, method, spec)
+        if self.earlier is None:
+            return method, view, view
+        hidden = torch.randn(view.hidden.shape, generator=torch.Generator().manual_seed(4))
+        before = dataclasses.replace(view, stage=self.earlier, states=States(hidden), memory={})
+        method.select(before)
+        return method, dataclasses.replace(view, memory=before.memory), before
 
     def scene(self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None) -> Scene:
         """The case on `batch` items of a shape, with what our selection keeps of them."""
-        method, view = self.seen(shape, batch, keep=keep, width=width)
+        method, view, before = self._seen(shape, batch, keep, width)
         ours = method.select(fresh(view))
         ((crops, rows, columns),) = shape.regions
         values = _values(view)
-        return Scene(method, view, (crops, rows, columns), view.tokens, values, int(ours.keep[0].sum()), ours)
+        return Scene(method, view, (crops, rows, columns), view.tokens, values, int(ours.keep[0].sum()), ours, before)
+
+
+def moving(view: StageView, frames: int) -> Tensor:
+    """[B, L, D] rows of a view whose frames resemble the first of every four, at some places more than at others."""
+    tokens = view.tokens.view(len(view.items), frames, -1, view.tokens.shape[2])
+    change = torch.rand(tokens.shape[:3], generator=torch.Generator().manual_seed(5))
+    moved = tokens[:, torch.arange(frames) // 4 * 4] + change[..., None] * tokens
+    hidden = view.hidden.clone()
+    hidden[view.items.row[:, None], view.items.index] = moved.flatten(1, 2)
+    return hidden
 
 
 def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
@@ -113,16 +152,20 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
         for reading in readings if isinstance(readings, tuple) else (readings,):
             wide = () if reading in FLAT else (KEYS,)
             vision[layer, reading] = torch.rand(len(items), longest, *wide, generator=generator)
-    for layer, readings in plan.needs.llm.items():
-        (reading,) = readings if isinstance(readings, tuple) else (readings,)
-        pair = (2,) if isinstance(reading, type(Rows.GROUP_SUMS)) or reading == TEXT else ()
-        llm[layer, reading] = torch.rand(*pair, *view.hidden.shape[:2], generator=generator)
+    said = (view.text & (view.visual.cumsum(1) > 0)).sum(1)
+    for at, asked in plan.needs.llm.items():
+        for each in asked if isinstance(asked, tuple) else (asked,):
+            lead = (2,) if each in PAIRS else (int(said.max()),) if each == WORDS else ()
+            llm[at, each] = torch.rand(*lead, *view.hidden.shape[:2], generator=generator)
+            if each == WORDS:  # a row of fewer words has nothing behind them
+                llm[at, each] *= (torch.arange(*lead)[:, None] < said)[..., None]
     torch.manual_seed(0)
     module = method.build(spec).eval() if method.trained else None
     return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, needs=plan.needs, module=module)
 
 
-FLAT = (Rows.CLS, Rows.RECEIVED, Rows.CLS_LOGITS, Rows.CLS_PATCHES)
+FLAT = (Rows.CLS, Rows.RECEIVED, Rows.CLS_LOGITS, Rows.CLS_PATCHES, ONE_HEAD)
+PAIRS = (Rows.GROUP_SUMS, Rows.TRANSITION, SUMS, TEXT)
 
 
 def _values(view: StageView) -> tuple[Tensor, ...]:
@@ -135,6 +178,6 @@ def _values(view: StageView) -> tuple[Tensor, ...]:
 
 def fresh(view: StageView) -> StageView:
     """The view as a method meets it first, its tokens gathered already: those of the released form are a slice."""
-    new = dataclasses.replace(view, memory={})
+    new = dataclasses.replace(view, memory=dict(view.memory))
     new.__dict__["tokens"] = view.tokens
     return new

@@ -1,4 +1,4 @@
-"""Methods that make new rows: pooling, ToMe, AIM, VisionZip, MustDrop's windows. They return rows [I, K, D]."""
+"""Methods that make new rows: pooling, ToMe, LongVLM, AIM, VisionZip, VScan, MustDrop's windows; [I, K, D]."""
 
 from __future__ import annotations
 
@@ -77,6 +77,13 @@ def tome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
     return _pick(x, place.argsort(1)).view(items, -1, width)
 
 
+def longvlm(scene: Scene, tokens: Tensor, features: Tensor) -> Tensor:
+    """ToMe's matching over the frames of each clip together, by features whose heads are averaged."""
+    items, clips = len(tokens), scene.method.clips
+    metric = features.reshape(*features.shape[:3], scene.method.heads, -1).mean(3)
+    return tome(scene, *(each.reshape(items, clips, -1, each.shape[3]) for each in (tokens, metric)))
+
+
 def aim(scene: Scene, tokens: Tensor, keys: Tensor | None = None) -> Tensor:
     """Repeated matching with plain means; rows in the order of the algorithm."""
     items, crops, length, width = tokens.shape
@@ -116,6 +123,25 @@ def visionzip(scene: Scene, tokens: Tensor, score: Tensor, keys: Tensor) -> Tens
     order = torch.cat([places[~mask].view(groups, -1), places[mask].view(groups, -1)[:, number]], 1).argsort(1)
     rows = torch.cat([x[~mask].view(groups, dominant, width), merged], 1)
     return _pick(rows, order).view(items, -1, width)
+
+
+def vscan(scene: Scene, tokens: Tensor, early: Tensor, late: Tensor) -> Tensor:
+    """The best of every window early in the encoder, the best of the others late; all that is dropped joins those."""
+    items, crops, length, width = tokens.shape
+    side, (rows, columns) = 6, scene.shape[1:]
+    share = scene.keep // crops
+    number = torch.arange(length).view(rows // side, side, columns // side, side).transpose(1, 2).reshape(-1, side**2)
+    best = early.flatten(0, 1)[:, number].topk(share // 2 // len(number), 2).indices
+    local = number[torch.arange(len(number))[:, None], best].flatten(1)
+    kept = torch.zeros(items * crops, length, dtype=torch.bool).scatter(1, local, True)
+    later = late.flatten(0, 1).masked_fill(kept, -torch.inf).topk(share - local.shape[1], 1).indices
+    kept = kept.scatter(1, later, True)
+    x = tokens.flatten(0, 1)
+    targets = x[kept].view(len(x), share, width)
+    nearest = (unit(x, dim=2) @ unit(targets, dim=2).transpose(1, 2)).argmax(2)
+    nearest[kept] = torch.arange(share).repeat(len(x))
+    hot = torch.nn.functional.one_hot(nearest, share).float()
+    return (hot.transpose(1, 2) @ x / hot.sum(1)[..., None]).view(items, -1, width)
 
 
 def mustdrop_windows(scene: Scene, tokens: Tensor, *_: Tensor) -> Tensor:
