@@ -16,8 +16,10 @@ import vtc
 from vtc.app import loading
 from vtc.app.media import Video
 from vtc.app.show import cells_of
+from vtc.app.show.look import caption
 from vtc.cli.main import app
 from vtc.errors import InputError
+from vtc.method.base import CacheStage
 from vtc.testing import tiny_model
 from vtc.testing.processors import tiny_processor
 
@@ -56,6 +58,16 @@ def test_stages_hold_what_the_trace_holds(loaded: loading.Loaded) -> None:
     for left in lefts:
         assert left.scores is None and (left.into[left.alive] == np.flatnonzero(left.alive)).mean() > 0.5
         assert left.alive[left.into[left.into >= 0]].all()
+
+
+def test_heads_show_what_one_of_them_keeps(loaded: loading.Loaded) -> None:
+    """Every layer has a panel, also where one head or another keeps each entry and nothing seems to have left."""
+    shown = show(loaded, PICTURE, "what?", "h2o", 0.9)
+    (seen,) = shown.look.seen
+    layers = len(vtc.adapters.of(loaded.model).layers)
+    assert [name for name, _ in seen.stages] == [caption(CacheStage(layer)) for layer in range(layers)]
+    tokens = shown.look.tokens
+    assert all(vtc.tokens_to_keep(tokens, 0.9) <= left.alive.sum() <= tokens for _, (left,) in seen.stages)
 
 
 def test_a_full_budget_draws_the_untouched_pictures(loaded: loading.Loaded) -> None:

@@ -32,15 +32,14 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 class Measurement:
     """Answers to questions about held-out scenes.
 
-    right: whether each was right. families: of each question. kept: mean over the LLM's layers of the share of the
-    visual tokens that entered the layer, for each question; tokens: mean of those there were. layers: mean tokens
-    entering each layer.
+    right: whether each was right. families: of each question. kept: mean over the LLM's layers of the visual tokens
+    that entered the layer, for each question; counts: those there were. layers: mean tokens entering each layer.
     """
 
     right: tuple[bool, ...]
     families: tuple[str, ...]
     kept: tuple[float, ...]
-    tokens: float
+    counts: tuple[int, ...]
     layers: tuple[float, ...]
 
     @property
@@ -51,21 +50,27 @@ class Measurement:
         return shares | {"mean": sum(shares.values()) / len(shares)}
 
     def kept_by_family(self) -> dict[str, float]:
-        """Mean share of the visual tokens kept, per family."""
-        groups: dict[str, list[float]] = {}
-        for family, kept in zip(self.families, self.kept, strict=True):
-            groups.setdefault(family, []).append(kept)
-        return {family: statistics.fmean(values) for family, values in groups.items()}
+        """Share of the visual tokens kept, per family."""
+        sums: dict[str, tuple[float, int]] = {}
+        for family, left, count in zip(self.families, self.kept, self.counts, strict=True):
+            kept, total = sums.get(family, (0.0, 0))
+            sums[family] = kept + left, total + count
+        return {family: kept / total for family, (kept, total) in sums.items()}
+
+    @property
+    def tokens(self) -> float:
+        """Visual tokens of a question, in the mean."""
+        return statistics.fmean(self.counts)
 
     @property
     def retention(self) -> float:
-        """Share of the visual tokens kept, mean over the questions."""
-        return statistics.fmean(self.kept)
+        """Share of all visual tokens kept."""
+        return sum(self.kept) / sum(self.counts)
 
     @property
     def spread(self) -> float:
         """Standard deviation of the share kept, over the questions."""
-        return statistics.pstdev(self.kept)
+        return statistics.pstdev(left / count for left, count in zip(self.kept, self.counts, strict=True))
 
     def numbers(self) -> dict[str, float]:
         """Accuracies, retention and spread."""
@@ -123,7 +128,7 @@ def _result(rows: Sequence[Row], replies: Sequence[Answer]) -> Measurement:
     return Measurement(
         tuple(row.answer == reply.text.strip() for row, reply in zip(rows, replies, strict=True)),
         tuple(row.family for row in rows),
-        tuple(reply.visual_tokens_kept / reply.visual_tokens_in for reply in replies),
-        statistics.fmean(reply.visual_tokens_in for reply in replies),
+        tuple(reply.visual_tokens_kept for reply in replies),
+        tuple(reply.visual_tokens_in for reply in replies),
         tuple(statistics.fmean(counts) for counts in zip(*layers, strict=True)),
     )

@@ -13,8 +13,10 @@ from vtc.method import learned, weights
 FAMILIES = ("existence", "words")
 
 
-def made(right: list[bool], kept: float = 0.25) -> Measurement:
-    return Measurement(tuple(right), FAMILIES * (len(right) // 2), (kept,) * len(right), 144, (144.0, 30.0))
+def made(right: list[bool], kept: float = 36.0) -> Measurement:
+    return Measurement(
+        tuple(right), FAMILIES * (len(right) // 2), (kept,) * len(right), (144,) * len(right), (144.0, 30.0)
+    )
 
 
 def test_the_advantage_is_paired() -> None:
@@ -26,10 +28,15 @@ def test_the_advantage_is_paired() -> None:
 
 
 def test_a_measurement_counts_by_family() -> None:
-    found = made([True, True, False, True], kept=0.5)
+    found = made([True, True, False, True], kept=72.0)
     assert found.accuracy == {"existence": 0.5, "words": 1.0, "mean": 0.75}
     assert found.kept_by_family() == {"existence": 0.5, "words": 0.5}
     assert (found.retention, found.spread) == (0.5, 0.0)
+    other = Measurement(
+        (True, True), FAMILIES, (10.0, 10.0), (100, 20), (60.0,)
+    )  # a question of few tokens counts less
+    assert (other.retention, other.tokens) == (20 / 120, 60)
+    assert other.spread == pytest.approx(0.2)
 
 
 def test_the_page_holds_every_form() -> None:

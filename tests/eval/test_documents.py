@@ -43,7 +43,9 @@ def test_documents_made_of_code_are_current(name: str, written: Path) -> None:
 
 
 def measured(families: tuple[str, ...], questions: int) -> Measurement:
-    return Measurement((True,) * questions, families * (questions // 9), (0.25,) * questions, 144, (144.0,) * 6)
+    return Measurement(
+        (True,) * questions, families * (questions // 9), (36.0,) * questions, (144,) * questions, (144.0,) * 6
+    )
 
 
 def atp() -> str:

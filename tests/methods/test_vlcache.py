@@ -59,6 +59,8 @@ def test_counts_and_kept_sets_are_those_of_the_models_own_attention(
     inputs = tiny_inputs("llava-clip", [layout], seed=2, model=model)
     with vtc.compress(model, "vlcache", threshold=threshold, retention=0.4) as handle:
         model(**inputs)
+    with vtc.compress(model, "vlcache", threshold=threshold, per_head=False, retention=0.4) as shared:
+        model(**inputs)
     (record,), length = handle.trace, inputs["input_ids"].shape[1]
     behind = list(range(int(record.items[-1].positions[-1]) + 1, length)) or [length - 1]
     weights = [each[0] for each in llm_weights("llava-clip", inputs)]
@@ -66,11 +68,19 @@ def test_counts_and_kept_sets_are_those_of_the_models_own_attention(
     if threshold == 0.3:
         assert len(set(density)) > 1
     counts = shares(6, 16, tuple(torch.tensor(density).tolist()), 0.01)
+    differ = 0
     for layer, each in enumerate(weights):
-        score = each.mean(0)[behind].sum(0)
-        for item in record.items:
-            order = sorted(range(16), key=lambda n: (-round(float(score[item.positions[n]]), 6), n))
-            assert item.kept[CacheStage(layer)].tolist() == sorted(order[: counts[layer]])
+        drawn = each[:, behind].sum(1)
+        scores = [drawn[:2].mean(0), drawn[2:].mean(0), drawn.mean(0)]  # two query heads share a KV head
+        for item, other in zip(record.items, shared.trace[0].items, strict=True):
+            stage, kept = CacheStage(layer), []
+            for score in scores:
+                order = sorted(range(16), key=lambda n: (-round(float(score[item.positions[n]]), 6), n))
+                kept.append(sorted(order[: counts[layer]]))
+            found = [sets.nonzero().flatten().tolist() for sets in item.heads[stage]]
+            assert [*found, other.kept[stage].tolist()] == kept
+            differ += kept[0] != kept[1]
+    assert differ
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])
