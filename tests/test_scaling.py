@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from vtc.ops import merge
+import vtc.methods
+import vtc.ops
+from vtc.ops import nearest
 from vtc.testing import scaling
 from vtc.testing.released import fresh
 from vtc.testing.released.cases import selection_cases
 
 CASES = selection_cases()
-SIDE, MOST = 90, 16
-"""8100 tokens; so many times their rows in float32 are allowed, a quarter of all pairs is twice as much."""
+SIDE, MOST = 90, 20
+"""8100 tokens; so many times their rows in float32 are allowed, a quarter of all pairs is half as much again."""
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks so small that they do not hide what grows, one round of k-means."""
-    monkeypatch.setattr(merge, "BLOCK", 2**20)
+    for package in (vtc.ops, vtc.methods):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, value in vars(importlib.import_module(info.name)).items():
+                if name in ("BLOCK", "STORE", "PAIRS"):
+                    monkeypatch.setattr(f"{info.name}.{name}", min(2**20, value))
+    for streamed in (nearest.nearest, nearest.nearest_target):
+        monkeypatch.setattr(streamed, "__defaults__", (2**20,))
     monkeypatch.setattr(scaling, "ITERATIONS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

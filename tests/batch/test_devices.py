@@ -44,7 +44,7 @@ def tensors(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tup
 
 @dataclass(frozen=True)
 class Everything(Compressor):
-    """Leaves something in every field: drops, hides, softens, adds a loss and reads an LLM layer, ahead as well."""
+    """Leaves something in every field: drops, hides, softens, limits, adds a loss and reads an LLM layer, ahead as well."""
 
     name: ClassVar[str] = "everything"
     needs_budget: ClassVar[bool] = False
@@ -57,7 +57,8 @@ class Everything(Compressor):
         if view.stage in (0, AFTER_PREFILL):
             return Selection(keep)
         weights = torch.full(mask.shape, 0.5) if view.stage == 2 else None
-        return Selection(mask, view.items.counts, hide=~keep, weights=weights, loss=view.hidden.sum())
+        near = torch.zeros(*mask.shape, 1) if view.stage == 1 else None
+        return Selection(mask, view.items.counts, hide=~keep, weights=weights, near=near, loss=view.hidden.sum())
 
 
 def test_everything_of_a_batch_follows_the_hidden_states() -> None:

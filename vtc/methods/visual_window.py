@@ -33,8 +33,8 @@ class VisualWindow(Compressor):
     window: w, odd. layer: l, of an LLM of 32 layers, scaled to the depth of others. Rasters are those of the tokens:
     the overview of a tiled picture, the map that its tiles form, every frame of a video.
 
-    Departures from the papers and their code: both train models for their masks. Attention stays causal, where YOPO's
-    code lets a token see its whole window; newline tokens see no other visual token and are seen by none; nobody sees
+    Departures from the paper and its code: both papers train models for their masks. Attention stays causal, where
+    YOPO's code lets a token see its whole window; newline tokens see no other visual token and are seen by none; nobody sees
     into another picture, but a picture in a later turn of a dialogue sees what earlier turns left in the cache. Of
     SAISA, projectors that feed each layer, and of YOPO, cuts of heads and neurons, nothing is here; its cut of layers
     is `withdraw`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.ops.greedy import best, chosen, greedy_map, k_center, max_sum, most_isolated
 from vtc.ops.select import in_groups
-from vtc.ops.similarity import alignment, cosine_to_mean, total
+from vtc.ops.similarity import alignment, cosine_to_mean, products, total
 from vtc.testing.plain import OpCase, Size
 
 
@@ -50,6 +50,13 @@ def plain_alignment(features: Tensor, direction: Tensor) -> Tensor:
         for item, d in zip(features, direction, strict=True)
     ]
     return torch.tensor(rows)
+
+
+def plain_products(rows: Tensor, direction: Tensor) -> Tensor:
+    """<x, d>, row by row."""
+    return torch.tensor(
+        [[float(x.double() @ d.double()) for x in item] for item, d in zip(rows, direction, strict=True)]
+    )
 
 
 def plain_cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:
@@ -155,6 +162,11 @@ def make_alignment(size: Size) -> dict[str, Any]:
     return {"features": features, "direction": features[:, 1] / 2}
 
 
+def make_products(size: Size) -> dict[str, Any]:
+    given = make_alignment(size)
+    return {"rows": given["features"], "direction": given["direction"]}
+
+
 def make_walk(size: Size) -> dict[str, Any]:
     given = make_tokens(size)
     steps = 11 if size == "small" else 96
@@ -179,6 +191,7 @@ CASES = (
     OpCase(chosen, plain_chosen, make_chosen),
     OpCase(total, plain_total, make_tokens, tolerance=1e-6),
     OpCase(alignment, plain_alignment, make_alignment, tolerance=1e-6),
+    OpCase(products, plain_products, make_products, tolerance=1e-4),
     OpCase(cosine_to_mean, plain_cosine_to_mean, make_tokens, tolerance=1e-6),
     OpCase(max_sum, plain_max_sum, make_walk),
     OpCase(k_center, plain_k_center, make_walk),
