@@ -6,7 +6,7 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
-os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # also of what tests start and of notebooks: others use the other cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of what tests start: other tests use the other cores
 # One data-set cache per process: two that build the same data set at once can take its files from each other.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vtc-datasets-")
 

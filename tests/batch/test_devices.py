@@ -44,7 +44,7 @@ def tensors(value: Any, path: str, seen: set[int] | None = None) -> Iterator[tup
 
 @dataclass(frozen=True)
 class Everything(Compressor):
-    """Leaves something in every field: drops, hides, softens, limits, adds a loss and reads an LLM layer, ahead as well."""
+    """Leaves something in every field: drops, hides, softens, limits, adds a loss, reads LLM layers, ahead as well."""
 
     name: ClassVar[str] = "everything"
     needs_budget: ClassVar[bool] = False

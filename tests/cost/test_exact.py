@@ -115,7 +115,6 @@ def test_the_rest_under_a_method_is_the_method_itself(registered: str, name: str
         share = 0.11 if registered in SIMILAR else 0.04
         unread = type(method).reads is not vtc.Compressor.reads  # what it plans to read counts, needed or not
         deep = registered == "expediting_vit" and name.startswith("qwen3")  # deep features of what it had not restored
-        unread = unread or registered == "ranked_routing"  # a layer that lets every token through ranks none
         separators = registered == "trim"  # count as if they were projected to where its pair compares them
         least = -0.01 * total if deep or unread or separators else 0
         assert least <= rest <= (max(share, 0.08) if registered in INSIDE else share) * total

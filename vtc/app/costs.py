@@ -127,6 +127,8 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
         ahead = getattr(reading, "ahead", False)  # of all rows that arrive, also of those that skip the layer
         before = [number for number in range(layer) if number not in plan.skips]
         tokens = entering[max(before, default=0) if ahead else layer]
+        if ahead and tokens == entering[layer]:  # nothing was ranked where every row went on
+            continue
         total += reading.operations(tokens, decoder.query_width, text)
         if ahead:  # the layer's queries, keys and values are computed a second time
             total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)

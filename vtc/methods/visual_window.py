@@ -34,8 +34,8 @@ class VisualWindow(Compressor):
     the overview of a tiled picture, the map that its tiles form, every frame of a video.
 
     Departures from the paper and its code: both papers train models for their masks. Attention stays causal, where
-    YOPO's code lets a token see its whole window; newline tokens see no other visual token and are seen by none; nobody sees
-    into another picture, but a picture in a later turn of a dialogue sees what earlier turns left in the cache. Of
+    YOPO's code lets a token see its whole window; newline tokens see no other visual token and are seen by none; nobody
+    sees into another picture, but a picture in a later turn of a dialogue sees what earlier turns left in the cache. Of
     SAISA, projectors that feed each layer, and of YOPO, cuts of heads and neurons, nothing is here; its cut of layers
     is `withdraw`.
 
