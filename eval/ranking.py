@@ -72,16 +72,19 @@ def model_parts(results: Results) -> Iterator[str | Table]:
 def across(several: Sequence[Results]) -> Iterator[str | Table]:
     """Sections over all models: at each budget the methods that every model has there, the best mean first."""
     names = [results.run["model"]["name"] for results in several]
-    single = [{(each.method, each.retention): each.percent for each in retained(results)} for results in several]
+    single = [{(each.method, each.retention): each for each in retained(results)} for results in several]
     entries = overall(several)
     for budget in dict.fromkeys(entry.retention for entry in entries):
-        yield f"## All models at {nominal(budget)}"
-        lines = [
-            [entry.method, f"{entry.percent:.1f}", *(f"{one[entry.method, budget]:.1f}" for one in single)]
-            for entry in entries
-            if entry.retention == budget
-        ]
-        yield ("method", "mean over tasks", *names), lines
+        lines: dict[str, list[list[str]]] = {"": [], ", with a whole prompt": []}
+        for entry in (entry for entry in entries if entry.retention == budget):
+            found = [one[entry.method, budget] for one in single]
+            whole = all(each.tokens is not None and each.tokens >= WHOLE for each in found)
+            percents = (f"{percent:.1f}" for percent in (entry.percent, *(each.percent for each in found)))
+            lines[", with a whole prompt" if whole else ""].append([entry.method, *percents])
+        for title, chosen in lines.items():
+            if chosen:
+                yield f"## All models at {nominal(budget)}{title}"
+                yield ("method", "mean over tasks", *names), chosen
 
 
 def document(several: Sequence[Results]) -> str:
