@@ -13,6 +13,7 @@ import vtc.testing.inside.__main__ as encoder_contract
 from vtc.app.pages import page, table
 from vtc.eval.documents import DOCUMENTS, main
 from vtc.eval.encoders import page as encoder_page
+from vtc.eval.tiny.tasks import TASKS
 from vtc.eval.training import atp_report, vqtoken_report
 from vtc.eval.training.measure import Measurement
 from vtc.testing import graphs, overhead, scaling, selecting, timing
@@ -42,15 +43,17 @@ def test_documents_made_of_code_are_current(name: str, written: Path) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == (written / name).read_text(encoding="utf-8"), "run `make docs`"
 
 
-def measured(families: tuple[str, ...], questions: int) -> Measurement:
-    return Measurement(
-        (True,) * questions, families * (questions // 9), (36.0,) * questions, (144,) * questions, (144.0,) * 6
-    )
+def measured(families: tuple[str, ...], questions: int, layers: int = 6) -> Measurement:
+    each, some = questions // len(families), (144,) * questions
+    return Measurement((True,) * questions, families * each, (36.0,) * questions, some, (144.0,) * layers)
 
 
 def atp() -> str:
-    found = {label: measured(vqtoken_report.FAMILIES, 540) for label in ("untouched", "trained", *atp_report.OTHERS)}
-    return atp_report.report(dict.fromkeys(atp_report.WEIGHTS, found), 60)
+    labels = ("untouched", "trained", *atp_report.OTHERS)
+    details = TASKS["tiny_detail"].graded
+    found = {name: dict.fromkeys(labels, measured(vqtoken_report.FAMILIES, 540)) for name in atp_report.WEIGHTS}
+    found["atp-tiny-onevision"] = dict.fromkeys(labels, measured(details, 360, 12))
+    return atp_report.report(found, 60)
 
 
 def encoders() -> str:
