@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vtc.app.loading import load
-from vtc.app.media import LIST_RATE, Video
 from vtc.app.show import show
 from vtc.errors import InputError
-from vtc.eval.tiny.benchmark import sample, task_rows
+from vtc.eval.tiny.benchmark import media, task_rows
 from vtc.eval.tiny.tasks import TASKS
 
 
@@ -58,10 +56,7 @@ def draw(picture: Drawn, folder: Path) -> Path:
 def _document(task: str, number: int) -> tuple[list[Any], str]:
     """Pictures or clip of a task, and one question of each family about them."""
     row = task_rows(TASKS[task], 1)[number]
-    pictures = sample(task, row.seed).pictures
-    if TASKS[task].media == "video":
-        return [Video(pictures, np.arange(len(pictures)) / LIST_RATE, LIST_RATE, len(pictures))], row.question
-    return [Image.fromarray(each) for each in pictures], row.question
+    return list(media(task, row.seed)), row.question
 
 
 def _photograph() -> tuple[list[Any], str]:

@@ -16,6 +16,7 @@ import torch
 from vtc.errors import InputError
 from vtc.eval.mini import language, sources, tower
 from vtc.eval.mini.adapter import merge_file
+from vtc.method.checkpoint import user_cache
 
 NAME = "mini-llava"
 ORIGIN = "origin.json"
@@ -26,7 +27,7 @@ _NEEDED = ("onnx", "gguf")
 
 def cache_folder() -> Path:
     """Where the checkpoint lies unless another folder is named."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtc" / NAME
+    return user_cache() / "vtc" / NAME
 
 
 def build(

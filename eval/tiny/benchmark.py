@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from vtc.app.media import Video
+from vtc.app.video_reading import frame_list
 from vtc.eval.tiny.sample import Sample, Task
 from vtc.eval.tiny.tasks import TASKS
 
@@ -34,6 +36,14 @@ class Row:
 def sample(task: str, seed: int, split: str = "benchmark") -> Sample:
     """A sample of a task, rendered again from its seed; do not modify it, it is shared."""
     return TASKS[task].make(seed, split)
+
+
+def media(task: str, seed: int, split: str = "benchmark") -> list[Image.Image] | list[Video]:
+    """What a model is shown of a sample: its pictures, or its frames as one clip."""
+    pictures = sample(task, seed, split).pictures
+    if TASKS[task].media == "video":
+        return [frame_list(pictures)]
+    return [Image.fromarray(picture) for picture in pictures]
 
 
 @lru_cache(maxsize=256)

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vtc.app.answer import Answer, Answerer
 from vtc.app.loading import load
 from vtc.app.preparation import Chat
-from vtc.app.video_reading import frame_list
-from vtc.eval.tiny.benchmark import Row, sample, task_rows
+from vtc.eval.tiny.benchmark import Row, media, task_rows
 from vtc.eval.tiny.checking import CHECK_SEED
 from vtc.eval.tiny.tasks import TASKS
 from vtc.eval.training.settings import asked
@@ -115,12 +113,9 @@ def _attached(answerer: Answerer, method: Compressor | None, retention: float | 
 
 
 def _chat(row: Row, task: str, split: str) -> Chat:
-    pictures = sample(task, row.seed, split).pictures
-    if TASKS[task].media == "video":
-        media: list[dict[str, Any]] = [{"type": "video", "video": frame_list(pictures)}]
-    else:
-        media = [{"type": "image", "image": Image.fromarray(picture)} for picture in pictures]
-    return Chat([{"role": "user", "content": [*media, {"type": "text", "text": row.question}]}])
+    kind = "video" if TASKS[task].media == "video" else "image"
+    content = [{"type": kind, kind: each} for each in media(task, row.seed, split)]
+    return Chat([{"role": "user", "content": [*content, {"type": "text", "text": row.question}]}])
 
 
 def _result(rows: Sequence[Row], replies: Sequence[Answer]) -> Measurement:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from vtc.app.loading import Loaded
 from vtc.eval.tiny.batches import scene_numbers
@@ -28,13 +28,14 @@ def draw(task: Task, facts: Facts, rng: random.Random) -> Question:
     raise AssertionError(f"a sample of {task.name} has no question")
 
 
-def asked(loaded: Loaded, task: Task, samples: Sequence[Sample], questions: Sequence[Question]) -> dict[str, Any]:
+def asked(loaded: Loaded, task: Task, samples: Sequence[Sample], questions: Sequence[Question]) -> BatchFeature:
     """Inputs of the model, left-padded, as at inference."""
     pictures, texts = [sample.pictures for sample in samples], [question.text for question in questions]
-    return dict(encoded(loaded.processor, task.media, pictures, texts))
+    inputs: BatchFeature = encoded(loaded.processor, task.media, pictures, texts)
+    return inputs
 
 
-def answered(loaded: Loaded, inputs: dict[str, Any], questions: Sequence[Question]) -> dict[str, Any]:
+def answered(loaded: Loaded, inputs: BatchFeature, questions: Sequence[Question]) -> BatchFeature:
     """Inputs of `asked` with answer and end token behind each prompt, and labels (B, T) on these."""
     tokenizer = loaded.processor.tokenizer
     ends = [
@@ -55,10 +56,10 @@ def answered(loaded: Loaded, inputs: dict[str, Any], questions: Sequence[Questio
     made = {name: behind(inputs[name], torch.zeros_like(tails)) for name in by_token}
     made |= {"input_ids": behind(ids, tails), "attention_mask": behind(mask, real)}
     made["labels"] = behind(torch.full_like(ids, IGNORED), tails.masked_fill(real == 0, IGNORED))
-    return {**inputs, **made}
+    return BatchFeature({**inputs, **made})
 
 
-def training_batch(loaded: Loaded, task: Task, seed: int, step: int, size: int, different: int) -> dict[str, Any]:
+def training_batch(loaded: Loaded, task: Task, seed: int, step: int, size: int, different: int) -> BatchFeature:
     """The batch of a step, of about `different` training samples in all; it depends on nothing but the arguments."""
     kinds, rng = task.geometries, random.Random(f"prompts {seed} {step}")
     numbers = scene_numbers(seed, step // kinds * size, size, max(size, different // kinds))
@@ -67,22 +68,16 @@ def training_batch(loaded: Loaded, task: Task, seed: int, step: int, size: int, 
     return answered(loaded, asked(loaded, task, samples, questions), questions)
 
 
-def plain_prompts(loaded: Loaded, task: Task, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def plain_prompts(loaded: Loaded, task: Task, count: int, seed: int) -> Iterator[BatchFeature]:
     """Batches of `count` questions about training samples on the model's device, without their answers."""
     rng = random.Random(f"calibration {seed}")
     for start in range(0, count, BATCH):
         samples = _made(task, range(start, min(start + BATCH, count)), start // BATCH)
         batch = asked(loaded, task, samples, [draw(task, sample.facts, rng) for sample in samples])
-        yield on_device(batch, loaded)
+        yield batch.to(loaded.model.device)
 
 
 def _made(task: Task, numbers: Sequence[int], kind: int) -> list[Sample]:
     """Training samples of one geometry, since a processor stacks clips of one length only."""
     kinds = task.geometries
     return [task.make(number * kinds + kind % kinds, "train") for number in numbers]
-
-
-def on_device(batch: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
-    """The batch where the model lies."""
-    device = loaded.model.device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -21,7 +21,7 @@ from vtc.eval.tiny.export import export
 from vtc.eval.tiny.loop import pick_device
 from vtc.eval.tiny.progress import Reporter
 from vtc.eval.training.measure import Measurement, measure
-from vtc.eval.training.prompts import on_device, training_batch
+from vtc.eval.training.prompts import training_batch
 from vtc.eval.training.settings import TrainingSettings, asked
 from vtc.method.learned import LearnedCompressor
 
@@ -82,7 +82,7 @@ class Trainer:
         """The answer loss of a step's batch, and what the method adds."""
         of = self.settings
         batch = training_batch(self.loaded, asked(of.task), of.seed, step, of.batch_size, of.scenes)
-        output = self.model(**on_device(batch, self.loaded), use_cache=False)
+        output = self.model(**batch.to(self.device), use_cache=False)
         own = self.handle.auxiliary_loss
         return {"answer": output.loss} | ({} if own is None else {"method": own})
 

@@ -124,14 +124,14 @@ def method_operations(shape: ModelShape, plan: Plan, work: Work, *, llm: bool = 
             total += encoded.crops * each.operations(length, tower.inner)
     entering, text = dict(work.visual.plus(work.text).each()), work.text
     for layer, reading in plan.needs.llm_pairs if llm else ():
-        ahead = getattr(reading, "ahead", False)  # of all rows that arrive, also of those that skip the layer
-        before = [number for number in range(layer) if number not in plan.skips]
-        tokens = entering[max(before, default=0) if ahead else layer]
-        if ahead and tokens == entering[layer]:  # nothing was ranked where every row went on
-            continue
-        total += reading.operations(tokens, decoder.query_width, text)
-        if ahead:  # the layer's queries, keys and values are computed a second time
+        tokens = entering[layer]
+        if reading.ahead:  # of all rows that arrive, those that skip the layer too
+            arriving = entering[max((number for number in range(layer) if number not in plan.skips), default=0)]
+            if arriving == tokens:  # nothing was ranked where every row went on
+                continue
+            tokens = arriving  # whose queries, keys and values are computed a second time
             total += 2 * tokens * decoder.hidden * (decoder.query_width + 2 * decoder.kv_width)
+        total += reading.operations(tokens, decoder.query_width, text)
     return total
 
 

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from vtc import adapters, embedded
 from vtc.app.catalogue import list_methods
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
+from vtc.method.checkpoint import user_cache
 from vtc.method.registry import create
 
 DISTRIBUTION = "visual-token-compression"
@@ -109,7 +110,7 @@ def extras() -> dict[str, list[str]]:
 
 def caches() -> dict[str, dict[str, Any]]:
     """Where models and data sets lie, and whether the folder is there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = user_cache()
     home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     places = {
         "models of the hub": Path(os.environ.get("HF_HUB_CACHE") or home / "hub"),

@@ -43,8 +43,7 @@ def alive(selection: Selection, one: LLMPass) -> tuple[Tensor, tuple[int, ...]]:
     batch = one.now
     items, held = batch.items, batch.rows.held
     assert items is not None
-    keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
-    kept = (keep & items.mask[:, None]).transpose(1, 2)
+    kept = (selection.by_head & items.mask[:, None]).transpose(1, 2)
     left = batch.over_input(items.scatter(kept, held[..., None].expand(-1, -1, kept.shape[2]))).transpose(1, 2)
     counts = kept.sum(1).amax(1).tolist() if selection.counts is None else selection.counts
     return left, tuple(dataclasses.replace(items, counts=tuple(counts)).row_totals(batch.size))
@@ -73,8 +72,7 @@ def replaced(selection: Selection, kept: Kept, layers: int, group: int, one: LLM
         )
     heads, length = selection.entries[0].shape[1], kept.rows.shape[2]
     items = _in_cache(one.now, one.left[group], length)
-    keep = (selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]) & items.mask[:, None]
-    keep = keep.expand(-1, heads, -1)
+    keep = (selection.by_head & items.mask[:, None]).expand(-1, heads, -1)
     most = keep.shape[2] if selection.counts is None else max(selection.counts)
     order = front_pack(keep.flatten(0, 1), most).view(*keep.shape[:2], most)
     head = items.row[:, None] * heads + torch.arange(heads, device=keep.device)

@@ -64,10 +64,19 @@ def content_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def user_cache() -> Path:
+    """The folder in which programs keep what they can make again: XDG_CACHE_HOME, or .cache of the user.
+
+    >>> user_cache().is_absolute()
+    True
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def _memories(file: Path) -> Iterator[Path]:
     """Where digests are looked up, and written to the first that takes them."""
     yield file.parent / NAME
-    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtc" / "digests.json"
+    yield user_cache() / "vtc" / "digests.json"
 
 
 def _load(memory: Path) -> dict[str, object]:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from vtc.errors import VTCError, shown
+from vtc.errors import UnsupportedMethod, VTCError, shown
 from vtc.method.budget import NOISE, Shape, common_factor, left_by_stages, spend
+from vtc.method.plan import ModelSpec
 
 DEPTH = 32
 """Published layers are those of an LLM of so many."""
@@ -53,6 +54,25 @@ def scaled(
     last = depth - 1 if last is None else last
     found = (max(first, nearest(layer * depth / of)) for layer in layers)
     return tuple(dict.fromkeys(layer for layer in found if layer <= last))
+
+
+def scaled_layer(layer: int, model: ModelSpec, *, first: int = 0) -> int:
+    """One layer of an LLM of DEPTH layers as that of a model, see `scaled`.
+
+    Raises:
+        UnsupportedMethod: it falls behind the model's last layer.
+
+    >>> import vtc
+    >>> scaled_layer(20, vtc.adapters.families()["llava"].references[0])
+    20
+    """
+    found = scaled((layer,), model.llm_layers, first=first)
+    if not found:
+        raise UnsupportedMethod(
+            f"layer={layer} of {DEPTH} lies behind the last of the {model.llm_layers} LLM layers of this "
+            f"{model.family} model; pass an earlier one" + (", on a model of several layers" if first else "")
+        )
+    return found[0]
 
 
 # --- shapes

@@ -66,6 +66,15 @@ class Selection:
     loss: Tensor | None = None
     scores: Tensor | None = None
 
+    @property
+    def by_head(self) -> Tensor:
+        """[I, H, N] what every KV head keeps; H is 1 where all of them keep the same.
+
+        >>> Selection(keep=torch.tensor([[True, False, True]])).by_head.shape
+        torch.Size([1, 1, 3])
+        """
+        return self.keep if self.keep.ndim == 3 else self.keep[:, None]
+
 
 @dataclass(frozen=True, eq=False)
 class StageView:

@@ -47,8 +47,8 @@ class LookM(H2O):
         selection = super().select(view)
         keys, values = view.entries
         heads, mask = keys.shape[1], view.items.mask
-        keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None].expand(-1, heads, -1)
-        kept, left = (keep & mask[:, None]).flatten(0, 1), mask.repeat_interleave(heads, 0)
+        kept = (selection.by_head & mask[:, None]).expand(-1, heads, -1).flatten(0, 1)
+        left = mask.repeat_interleave(heads, 0)
         assert selection.counts is not None
         into = nearest_target(keys.flatten(0, 1), kept, left, max(selection.counts))
         merged = [pivots(each.flatten(0, 1), into).view_as(each) for each in (keys, values)]

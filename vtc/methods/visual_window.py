@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.errors import UnsupportedCall, UnsupportedMethod, VTCError
+from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.layout import VisualItem
 from vtc.method.registry import register
-from vtc.method.schedule import DEPTH, scaled
+from vtc.method.schedule import DEPTH, scaled_layer
 from vtc.ops.grid import frame_lines
 
 
@@ -64,13 +64,7 @@ class VisualWindow(Compressor):
         return False
 
     def plan(self, model: ModelSpec) -> Plan:
-        stages = scaled((self.layer,), model.llm_layers)
-        if not stages:
-            raise UnsupportedMethod(
-                f"layer={self.layer} of {DEPTH} lies behind the last of the {model.llm_layers} LLM layers of this "
-                f"{model.family} model; pass an earlier one"
-            )
-        return Plan(stages, Needs(), "preserve")
+        return Plan((scaled_layer(self.layer, model),), Needs(), "preserve")
 
     def least_retention(self, model: ModelSpec) -> float:
         return 0.0

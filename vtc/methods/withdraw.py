@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from vtc.errors import UnsupportedMethod, VTCError
+from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.registry import register
-from vtc.method.schedule import DEPTH, scaled
+from vtc.method.schedule import DEPTH, scaled_layer
 
 
 @register
@@ -47,13 +47,7 @@ class Withdraw(Compressor):
         return False
 
     def plan(self, model: ModelSpec) -> Plan:
-        stages = scaled((self.layer,), model.llm_layers, first=1)
-        if not stages:
-            raise UnsupportedMethod(
-                f"layer={self.layer} of {DEPTH} lies behind the last of the {model.llm_layers} LLM layers of this "
-                f"{model.family} model; pass an earlier one, on a model of several layers"
-            )
-        return Plan(stages, Needs(), "preserve")
+        return Plan((scaled_layer(self.layer, model, first=1),), Needs(), "preserve")
 
     def select(self, view: StageView) -> Selection:
         items = view.items

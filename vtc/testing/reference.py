@@ -128,7 +128,7 @@ def _over_input(items: ItemTable, selection: Selection, alive: Tensor) -> tuple[
     """
     assert selection.entries is not None
     count, heads = selection.entries[0].shape[:2]
-    keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None].expand(-1, heads, -1)
+    keep = selection.by_head.expand(-1, heads, -1)
     where = torch.zeros(len(alive), heads, alive.shape[1], dtype=torch.bool)
     full = [each.new_zeros(*where.shape, each.shape[3]) for each in selection.entries]
     for item in range(count):

@@ -24,7 +24,7 @@ def false_counts(model: Any, inputs: dict[str, Tensor], attach: Attach) -> float
         nonlocal worst
         selection = select(view)
         if selection is not None and selection.counts is not None:
-            keep = selection.keep if selection.keep.ndim == 3 else selection.keep[:, None]
+            keep = selection.by_head
             marked, told = (keep & view.items.mask[:, None]).sum(2).tolist(), list(selection.counts)
             same = len(marked) == len(told)
             pairs = zip(marked, told, strict=True) if same else [([float("inf")], 0)]
