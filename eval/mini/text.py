@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtc.eval.mini.language import END, IMAGE
+from vtc.eval.tiny import lists
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.questions import Question
 from vtc.eval.tiny.sample import Facts, Task, draw
 
 _MARK = "QUESTION"
+_LIST = ("objects", 64)
+
+
+def with_list(task: Task) -> Task:
+    """The task with a last slot that asks for all shapes: many words about each picture, in training only."""
+    families = {**task.families, _LIST[0]: lists.objects}
+    return replace(task, families=families, slots=(*task.slots, _LIST), fillers=(*task.fillers, _LIST[0]))
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class Writer:
 
     def write(self, task: Task, facts: Sequence[Facts], rng: random.Random) -> Text:
         """Random questions about pictures of one task; the longest of each slot decides its length."""
-        drawn = [draw(task, known, rng) for known in facts]
+        asked_of = with_list(task)
+        drawn = [draw(asked_of, known, rng) for known in facts]
         slots = [[([], []) if asked is None else self.slot(asked) for _, asked in row] for row in drawn]
         lengths = tuple(max(1, *(len(ids) for ids, _ in column)) for column in zip(*slots, strict=True))
 

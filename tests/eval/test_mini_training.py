@@ -40,6 +40,7 @@ from vtc.eval.mini.naming import NAMES, Naming
 from vtc.eval.mini.settings import Settings
 from vtc.eval.mini.text import Writer
 from vtc.eval.mini.train import MiniTrainer, export, square_targets, train
+from vtc.eval.tiny.lists import MIN_OBJECTS
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.questions import Question
 from vtc.eval.tiny.sample import Facts, Sample
@@ -245,7 +246,8 @@ def test_packed_questions_are_the_processors_prompts(folder: Path, made: tuple[A
         assert float((alone - logits[len(question) - 1]).abs().max()) < 1e-4 * float(alone.abs().max()), asked
         assert answer[-1] == writer.end and len(answer) > 1
         families += 1
-    assert families == len(text.families[0]) == 12
+    assert families == len(text.families[0]) == 13
+    assert text.families[0][-1] == "objects" and len(answer) > 2 * MIN_OBJECTS
 
 
 def test_prompts_begin_as_in_training(made: tuple[Any, Any]) -> None:
