@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vtc.errors import InputError
 from vtc.eval.columns import NAMES, Line, add_table_columns, read_columns, scoring_key, scoring_text
 from vtc.eval.failures import TaskKey, unanswered
 from vtc.eval.scoring import scoring_of
@@ -119,13 +120,18 @@ def read_results(folder: Path) -> Results:
     """Everything a store knows about its tasks, each over the documents of the last sweep that asked about it.
 
     Raises:
-        InputError: the folder holds no sweep.
+        InputError: the folder holds no sweep, or results of a cell without the cell.
     """
     store = Store(folder)
-    run, cells = store.run(), store.cells()
+    run, cells, metrics = store.run(), store.cells(), store.metrics()
+    if alone := [record["cell"] for record in metrics if record["cell"] not in cells]:
+        raise InputError(
+            f"{folder / 'metrics.jsonl'} has results of the cell {alone[0]}, which cells.jsonl beside it lacks; "
+            "sweep it again, which adds the cell, or take its lines out of both"
+        )
     names = _series_names(cells)
     order = {key: position for position, key in enumerate(cells)}
-    records, outdated = _of_one_scoring(run, store.metrics())
+    records, outdated = _of_one_scoring(run, metrics)
     lines = []
 
     seen = store.index()

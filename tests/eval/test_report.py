@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import html.parser
 import io
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,16 @@ def test_json_values(folder: Path) -> None:
     summary = json_summary(read_results(folder))
     assert summary["model"]["name"] == "tiny" and len(summary["metrics"]) == 6
     assert summary["incomplete"][0]["wanted"] == 4
+
+
+def test_results_without_their_cell_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "store")
+    cells = tmp_path / "store" / "cells.jsonl"
+    first, *others = cells.read_text().splitlines()
+    cells.write_text("\n".join(others) + "\n")
+    gone = json.loads(first)["cell"]
+    with pytest.raises(InputError, match=rf"results of the cell {gone}, which cells\.jsonl beside it lacks; sweep it"):
+        read_results(tmp_path / "store")
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:

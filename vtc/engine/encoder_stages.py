@@ -12,6 +12,7 @@ from vtc.engine.encoder_pass import EncoderPass
 from vtc.engine.installed import Hook
 from vtc.engine.passes import Passes
 from vtc.engine.seats import SIZES, Crops, Packed, Part, Seats
+from vtc.engine.unread import refuse_unread
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import Compressor, EncoderStage, Plan, StageView
 from vtc.method.budget import Budget
@@ -177,7 +178,10 @@ class EncoderStages:
                 None if all_stay else self.method.select(self._view(one, stage, part, rows))
                 for part, rows, all_stay in zip(parts, tokens, whole, strict=True)
             ]
-        if any(selection is not None for selection in selections):
+        said = [selection for selection in selections if selection is not None]
+        for selection in said:
+            refuse_unread(selection, stage)
+        if said:
             hidden = one.apply(stage, selections, tokens)
         one.seconds += time.perf_counter() - start
         return hidden

@@ -86,18 +86,6 @@ class LLMPass(Pass):
                 f"soft masks at stage {stage} of a call {'without' if self.cache is None else 'with'} a cache; they "
                 "are for training, inside the LLM and with use_cache=False"
             )
-        heads = selection.keep if selection.keep.ndim == 3 else None
-        given = {
-            "sizes of tokens": (selection.sizes, "encoder stages"),
-            "restored rows": (selection.restored, "encoder stages"),
-            "kept sets of KV heads": (heads, "stages after the prefill"),
-            "cache entries": (selection.entries, "stages after the prefill"),
-        }
-        for what, (values, readers) in given.items():
-            if values is not None:
-                raise UnsupportedCall(
-                    f"{what} were given at stage {stage}, which {readers} alone read; leave them out there"
-                )
         before = self.now
         assert before.items is not None
         if self.record is not None:

@@ -20,6 +20,7 @@ from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
 from vtc.engine.taps import TapSet, look_ahead
 from vtc.engine.tower_stages import TowerStages
+from vtc.engine.unread import refuse_unread
 from vtc.errors import UnsupportedCall, UnsupportedMethod
 from vtc.method.base import CacheStage, Compressor, EncoderStage, Plan, Selection, Stage, StageView
 from vtc.method.budget import Budget, ItemBudgets
@@ -218,7 +219,10 @@ class StageRunner:
             cached=reader(stage.from_layer, one) if isinstance(stage, CacheStage) else None,
         )
         with exact(device):
-            return self.method.select(view)
+            selection = self.method.select(view)
+        if selection is not None:
+            refuse_unread(selection, stage)
+        return selection
 
     def evict(self, one: LLMPass, hidden: Tensor) -> None:
         """After the prefill: drop the cached rows of tokens the method gives up.
