@@ -12,18 +12,28 @@ from torch import Tensor
 
 from vtc.eval.mini.language import END, IMAGE
 from vtc.eval.tiny import lists
+from vtc.eval.tiny.detail import quadrant
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.questions import Question
 from vtc.eval.tiny.sample import Facts, Task, draw
 
 _MARK = "QUESTION"
-_LIST = ("objects", 64)
+_LIST = ("list", 64)
 
 
 def with_list(task: Task) -> Task:
     """The task with a last slot that asks for all shapes: many words about each picture, in training only."""
-    families = {**task.families, _LIST[0]: lists.objects}
+    families = {**task.families, _LIST[0]: _every_shape}
     return replace(task, families=families, slots=(*task.slots, _LIST), fillers=(*task.fillers, _LIST[0]))
+
+
+def _every_shape(facts: Facts, rng: random.Random) -> Question | None:
+    """All shapes from side to side, every second time each with its quarter where that is beyond doubt."""
+    if rng.random() < 0.5:
+        return lists.objects(facts, rng)
+    placed = [replace(item, name=f"{item.name} {quadrant(item, facts.size)}".strip()) for item in facts.pictures[0]]
+    asked = lists.objects(replace(facts, pictures=(tuple(placed),)), rng)
+    return asked and replace(asked, text=asked.text.replace("List", "Where is"))
 
 
 @dataclass(frozen=True)

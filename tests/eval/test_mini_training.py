@@ -38,12 +38,13 @@ from vtc.eval.mini.adapter import LowRank, Projector, merge_file, write_file
 from vtc.eval.mini.features import MIX, Features
 from vtc.eval.mini.naming import NAMES, Naming
 from vtc.eval.mini.settings import Settings
-from vtc.eval.mini.text import Writer
+from vtc.eval.mini.text import Writer, with_list
 from vtc.eval.mini.train import MiniTrainer, export, square_targets, train
+from vtc.eval.tiny.detail import quadrant
 from vtc.eval.tiny.lists import MIN_OBJECTS
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.questions import Question
-from vtc.eval.tiny.sample import Facts, Sample
+from vtc.eval.tiny.sample import Facts, Sample, Task
 from vtc.eval.tiny.tasks import TASKS
 
 FEW = {"steps_align": 2, "steps_coarse": 1, "steps_joint": 3, "batch_align": 2, "pictures": 8, "first": 8, "added": 0}
@@ -247,7 +248,28 @@ def test_packed_questions_are_the_processors_prompts(folder: Path, made: tuple[A
         assert answer[-1] == writer.end and len(answer) > 1
         families += 1
     assert families == len(text.families[0]) == 13
-    assert text.families[0][-1] == "objects" and len(answer) > 2 * MIN_OBJECTS
+    assert text.families[0][-1] == "list" and len(answer) > 2 * MIN_OBJECTS
+
+
+@pytest.mark.parametrize("task", MIX, ids=lambda task: task.name)
+def test_the_list_names_every_shape_and_its_quarter_where_there_is_no_doubt(task: Task) -> None:
+    ask, asked = with_list(task).families["list"], set()
+    for number in range(8):
+        facts = task.make(number, "train").facts
+        shapes = sorted((item for item in facts.pictures[0] if item.kind == "shape"), key=lambda item: item.centre[0])
+        plain = [f"{item.colour} {item.name}" for item in shapes]
+        placed = [f"{item.colour} {item.name} {quadrant(item, facts.size)}".strip() for item in shapes]
+        for seed in range(8):
+            question = ask(facts, random.Random(8 * number + seed))
+            if question is None:
+                assert len(shapes) < MIN_OBJECTS
+                continue
+            names = placed if question.text.startswith("Where is every object") else plain
+            way = 1 if question.text.endswith("left to right.") else -1
+            assert question.answer == ", ".join(names[::way])
+            asked.add((names is placed, way))
+    assert len(asked) == 4
+    assert "list" not in with_list(task).graded and with_list(task).graded == task.graded
 
 
 def test_prompts_begin_as_in_training(made: tuple[Any, Any]) -> None:
