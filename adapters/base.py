@@ -204,6 +204,10 @@ class Adapter(VisionSide):
         """Patches along a side of the square that an LLM token of this modality is made of; 0 where squares overlap."""
         return 1
 
+    def pools(self, kind: Kind) -> bool:
+        """Whether the model pools what its projector makes of the patches of this modality, crop by crop, to tokens."""
+        return False
+
     def gathering(self, kind: Kind) -> tuple[nn.Module, Literal["before", "behind"]] | None:
         """Where encoder rows are joined by their places ahead of the projector, so that all have to be there: before or
         behind which module. None where nothing joins them, or the projector itself joins neighbours.

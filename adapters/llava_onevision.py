@@ -43,6 +43,9 @@ class LlavaOnevisionAdapter(AnyResAdapter):
     def unit(self, kind: Kind) -> int:
         return 1 if kind == "image" else 0 if self.side % 2 else 2  # from an odd side, pooling weighs neighbours anew
 
+    def pools(self, kind: Kind) -> bool:
+        return kind == "video"
+
     def describe(self, kind: Kind, arguments: dict[str, Any], output: Any) -> VisionContext:
         if kind == "image":
             return self.describe_images(arguments)

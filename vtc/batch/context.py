@@ -21,6 +21,8 @@ class VisionContext:
     model's own packing, one [n_i, C] tensor per item, NaN on newline tokens.
     attention: (encoder layer, reading) -> [I, Nmax] or [I, Nmax, C] per token, as the method's Needs asked for it.
     alive: [I, Nmax] bool where an encoder stage removed tokens, with the surviving counts; None where none did.
+    unpooled: [I, P, D] what the projector made of all patches, crop by crop, where the model pools these to tokens and
+    the method's Needs asked for it.
     rows: (encoder layer, rows of each crop from there on, in the mean over crops and padding included) of those stages.
     """
 
@@ -30,6 +32,7 @@ class VisionContext:
     to_tokens: Callable[[Tensor], list[Tensor]]
     attention: dict[tuple[int, VisionReading], Tensor] = field(default_factory=dict)
     alive: tuple[Tensor, tuple[int, ...]] | None = None
+    unpooled: Tensor | None = None
     rows: tuple[tuple[int, float], ...] = ()
 
     @property

@@ -13,12 +13,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vtc.batch.context import VisionContext
 from vtc.engine.encoder_pass import EncoderPass
-from vtc.engine.installed import MethodWrapper
+from vtc.engine.installed import Hook, MethodWrapper
 from vtc.engine.passes import Passes
 from vtc.engine.recording import Recording
 from vtc.errors import UnsupportedCall, UnsupportedMethod
@@ -70,9 +71,16 @@ class VisionRecorder:
         memo: Memo | None = None,
     ) -> None:
         self.adapter, self.pairs, self.stages, self._memo = adapter, needs.vision_pairs, stages, memo
+        self._pooled = frozenset(kind for kind in adapter.modalities if needs.unpooled and adapter.pools(kind))
+        if self._pooled and stages is not None:
+            raise UnsupportedMethod(
+                f"what the projector of this {adapter.family} model makes of every patch was asked for beside a method "
+                "that removes patches inside the vision encoder; attach one of the two"
+            )
         self._encoded, self._known = encoded, _Known()
         self._passes = Passes[EncoderPass]() if stages is None else stages.passes
         self._wrappers: list[MethodWrapper] = []
+        self._hooks: list[Any] = []
         self._recording = Recording(adapter, self.pairs, self._passes)
 
     def recall(self, output: Any) -> VisionContext | None:
@@ -87,6 +95,8 @@ class VisionRecorder:
     def install(self) -> None:
         """Wrap the feature methods and place the taps."""
         self._recording.install()
+        if self._pooled:
+            self._hooks.append(self.adapter.projector.register_forward_hook(Hook(self._keep_projected)))
         backbone = self.adapter.backbone
         if self.stages is not None:
             self.stages.install()
@@ -103,6 +113,9 @@ class VisionRecorder:
         self._wrappers = []
         if self.stages is not None:
             self.stages.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._recording.remove()
         self._known = _Known()
 
@@ -142,18 +155,26 @@ class VisionRecorder:
         if context is None:
             context = self.adapter.describe(kind, bound(function, args, kwargs), output)
             context.attention = {pair: context.pack(values) for pair, values in self._collect(one).items()}
+            if kind in self._pooled:
+                context.unpooled = torch.cat(one.projected).reshape(len(context.items), -1, one.projected[0].shape[-1])
             if self.stages is not None:
                 context.alive, context.rows = self.stages.alive(one, context), one.shortened
             setattr(output, MARK, context)
         missing = sorted({layer for layer, _ in set(self.pairs) - set(context.attention)})
-        if missing:
+        if missing or (kind in self._pooled and context.unpooled is None):
+            what = f"the attention of vision layers {missing}" if missing else "what the projector made of patches"
             raise UnsupportedCall(
-                f"these features were encoded without the attention of vision layers {missing}; name every method that "
-                "will be used when calling share_encoder"
+                f"these features were encoded without {what}; name every method that will be used when calling "
+                "share_encoder"
             )
         if self._memo is None and isinstance(features := _features(output), Tensor):
             self._known.by_features[features] = context
         return self._encoded(context, output)
+
+    def _keep_projected(self, module: Any, args: Any, output: Tensor) -> None:
+        one = self._passes.current
+        if one is not None and one.kind in self._pooled:
+            one.projected.append(output)
 
     def _collect(self, one: EncoderPass) -> dict[tuple[int, VisionReading], Tensor]:
         """What was recorded of all layers, for every patch that went in."""

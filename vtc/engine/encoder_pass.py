@@ -22,6 +22,7 @@ class EncoderPass(Pass):
 
     kind: of what is encoded. packing: of an encoder that runs all items as one sequence, rows and columns of the tokens
     of each crop and their places in it. readings: what each layer and reading recorded, one entry per attention call.
+    projected: what the projector made, one entry per call of it, where somebody asked.
     grid: rows and columns of the patches. seats: where these are, from the first stage on. shortened: layers of stages
     and the rows of each crop behind them. stages, seconds (on the host), record: for statistics and a trace. spans:
     first layer of every group of layers that hold the same rows, their width and the tokens of each crop in them.
@@ -30,6 +31,7 @@ class EncoderPass(Pass):
     kind: Kind = "image"
     packing: tuple[Sequence[tuple[int, int]], Tensor | None] | None = None
     readings: dict[tuple[int, VisionReading], list[Tensor]] = field(default_factory=dict)
+    projected: list[Tensor] = field(default_factory=list)
     grid: tuple[int, int] | None = None
     seats: Seats | None = None
     shortened: tuple[tuple[int, float], ...] = ()

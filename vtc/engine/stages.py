@@ -210,6 +210,7 @@ class StageRunner:
                 pair: _stack([context.attention[pair].to(device) for context in one.contexts])
                 for pair in self.plan.needs.vision_pairs
             },
+            unpooled=_unpooled(one.contexts, device) if self.plan.needs.unpooled else None,
             llm_rows=_LLMRows(recorded, lambda layer, reading: self._read_ahead(layer, reading, one, states.all())),
             needs=self.plan.needs,
             pairs={pair.name: pair.features(one, device) for pair in self.pairs},
@@ -304,6 +305,16 @@ def _drop_encoded(one: LLMPass, states: States) -> States:
         counts += kept
     alive = _stack(marks)[items.source].gather(1, items.token)
     return States(one.apply(0, Selection(alive, counts=[counts[source] for source in items.sources]), states))
+
+
+def _unpooled(contexts: Sequence[VisionContext], device: torch.device) -> tuple[Tensor, tuple[int, ...]] | None:
+    """[S, P, D] what the projector made of the patches of every source, and how many they are: 0 if none are pooled."""
+    given = [context.unpooled for context in contexts if context.unpooled is not None]
+    if not given:
+        return None
+    none = given[0][:1, :0]
+    rows = [none.expand(len(c.items), -1, -1) if c.unpooled is None else c.unpooled for c in contexts]
+    return _stack([each.to(device) for each in rows]), tuple(each.shape[1] for each in rows for _ in each)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -56,7 +56,7 @@ class Needs:
 
     PIXELS (-1), in front of the encoder's layers, has `Rows.PIXELS` alone. pairs: CLIP models by name or folder, each
     the one that the encoder is a half of, whose text features of the question `StageView.pair` shows; None stands for
-    one that nobody named yet.
+    one that nobody named yet. unpooled: what the projector made of patches that the model pools, `StageView.patches`.
 
     >>> from vtc import Rows
     >>> (Needs(vision={22: Rows.CLS}) | Needs(llm={1: Rows.LAST})).llm_pairs
@@ -66,6 +66,7 @@ class Needs:
     vision: Mapping[int, VisionReading | tuple[VisionReading, ...]] = field(default_factory=dict)
     llm: Mapping[int, LLMReading | tuple[LLMReading, ...]] = field(default_factory=dict)
     pairs: tuple[str | None, ...] = ()
+    unpooled: bool = False
 
     @property
     def vision_pairs(self) -> tuple[tuple[int, VisionReading], ...]:
@@ -83,6 +84,7 @@ class Needs:
             grouped([*self.vision_pairs, *other.vision_pairs]),
             grouped([*self.llm_pairs, *other.llm_pairs]),
             tuple(dict.fromkeys((*self.pairs, *other.pairs))),
+            self.unpooled or other.unpooled,
         )
 
 

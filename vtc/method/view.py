@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtc.errors import VTCError
 from vtc.method.budget import Budget, ItemBudgets
 from vtc.method.items import ItemTable
+from vtc.method.patches import Patches, patches
 from vtc.method.plan import ModelSpec, Needs, R, Stage, each
 from vtc.method.readings import LLMReading, VisionReading
 from vtc.method.states import States
@@ -123,11 +124,20 @@ class StageView:
     module: nn.Module | None = None
     final_norm: Callable[[Tensor], Tensor] = field(default=lambda rows: rows)
     cached: Callable[[], tuple[Tensor, Tensor]] | None = None
+    unpooled: tuple[Tensor, tuple[int, ...]] | None = None
 
     @cached_property
     def tokens(self) -> Tensor:
         """[I, N, D] hidden rows of the items' tokens."""
         return self.states.of(self.items)
+
+    @cached_property
+    def patches(self) -> Patches:
+        """What the projector made of the items' patches, where the model pools these to tokens; elsewhere the tokens.
+
+        Before the LLM, for a method whose Needs say `unpooled`.
+        """
+        return patches(self.tokens, self.items, self.unpooled)
 
     @cached_property
     def hidden(self) -> Tensor:

@@ -51,8 +51,8 @@ class CDPruner(PairedCompressor):
     >>> vtc.create("cdpruner", theta=0.5)
     CDPruner(pair=None, relevance='llm', inverse=True, theta=0.5, scope='crop')
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 layers, those up to 22 run
-    >>> vtc.create("cdpruner", relevance="clip", pair="ViT-L-14-336:openai").plan(llava).needs
-    Needs(vision={22: (LayerOutput(),)}, llm={}, pairs=('ViT-L-14-336:openai',))
+    >>> vtc.create("cdpruner", relevance="clip", pair="ViT-L-14-336:openai").plan(llava).needs.pairs
+    ('ViT-L-14-336:openai',)
     """
 
     relevance: Relevance = "llm"

@@ -58,8 +58,8 @@ class DART(Compressor):
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
-    >>> vtc.create("dart").plan(llava).needs
-    Needs(vision={}, llm={1: KeySizes()}, pairs=())
+    >>> vtc.create("dart").plan(llava).needs.llm
+    {1: KeySizes()}
     >>> vtc.create("dart", layer=0).plan(llava).stages
     (0,)
     """

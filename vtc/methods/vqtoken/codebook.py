@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import Compressor, ModelSpec, Plan, Selection, StageView
+from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.registry import register
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.cluster import Members
@@ -31,7 +31,8 @@ class Clustering(Compressor):
     iterations: at most so many k-means steps, None: 50 with a given K, 100 with the elbow. tolerance: a move of all
     centres together below it ends them. empty: a cluster that ends without members takes the token that fits its own
     cluster worst ("split", so that there are exactly K) or is left out ("drop"). seed: of the k-means++ draws, which
-    depend on it and on the item's pixels alone.
+    depend on it and on the item's pixels alone. pooled: cluster the tokens that enter the LLM; False: what the
+    projector makes of every patch, ahead of the pooling of frames in families that pool behind it, as published.
     """
 
     clusters: Literal["budget", "elbow"] = "budget"
@@ -42,6 +43,7 @@ class Clustering(Compressor):
     tolerance: float = 1e-4
     empty: Literal["split", "drop"] = "split"
     seed: int = 0
+    pooled: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,12 +60,12 @@ class Clustering(Compressor):
         return self.clusters == "budget"
 
     def plan(self, model: ModelSpec) -> Plan:
-        return dataclasses.replace(super().plan(model), positions="compact")
+        return Plan((PRE_LLM,), Needs(unpooled=not self.pooled), "compact")
 
     @torch.no_grad()
     def assign(self, view: StageView) -> tuple[Tensor, Tensor, int]:
-        """Cluster number of every token [I, N], clusters of every item [I], and the most there can be."""
-        tokens, items = view.tokens, view.items
+        """Cluster number of every patch [I, P], clusters of every item [I], and the most there can be."""
+        tokens = view.patches.rows
         if self.clusters == "budget":
             counts, most = put(view.keep, tokens.device), max(view.keep)
         else:
@@ -71,12 +73,12 @@ class Clustering(Compressor):
         steps = self.iterations or (50 if self.clusters == "budget" else 100)
         labels = self._runs(view, counts[:, None], most, view.fingerprint, steps).labels[:, 0]
         if self.empty == "split":
-            labels = cluster.split_empty(tokens, labels, counts, most, items.mask)
+            labels = cluster.split_empty(tokens, labels, counts, most, view.patches.mask)
         return labels, counts, most
 
     def _runs(self, view: StageView, counts: Tensor, most: int, key: Tensor, steps: int) -> cluster.Clusters:
-        tokens, mask = view.tokens, view.items.mask
-        start = cluster.seed_centres(tokens, counts, most, key, view.items.token, mask, seed=self.seed)
+        tokens, mask = view.patches.rows, view.patches.mask
+        start = cluster.seed_centres(tokens, counts, most, key, view.patches.number, mask, seed=self.seed)
         return cluster.kmeans(tokens, start, counts, mask, iterations=steps, tolerance=self.tolerance)
 
     def _elbow(self, view: StageView) -> tuple[Tensor, int]:
@@ -86,13 +88,17 @@ class Clustering(Compressor):
         counts = torch.minimum(torch.arange(self.k_min, self.k_max + 1, device=device), held[:, None])
         key = fingerprint(torch.stack([view.fingerprint, torch.ones_like(view.fingerprint)], 1))  # not the last run's
         runs = self._runs(view, counts, self.k_max, key, self.iterations or 100)
-        kink = cluster.elbow(cluster.distortion(view.tokens, runs, view.items.mask), self.k_min, rule=self.elbow_rule)
+        apart = cluster.distortion(view.patches.rows, runs, view.patches.mask)
+        kink = cluster.elbow(apart, self.k_min, rule=self.elbow_rule)
         most = max(self.k_min, candidates + 1) if self.elbow_rule == "official" else self.k_max - 1
         return torch.minimum(kink, held), min(most, max(view.items.counts))
 
 
-def lay(view: StageView, kept: Tensor, rows: Tensor, owner: Tensor, counts: Sequence[int] | None) -> Selection:
-    """Put `rows` [I, K, D] in their order on the anchors `kept` [I, N]; owner: [I, N] row that each token went into."""
+def lay(view: StageView, marks: Tensor, rows: Tensor, owner: Tensor, counts: Sequence[int] | None) -> Selection:
+    """Put `rows` [I, K, D] in their order on tokens; marks: [I, P] patches that stand for them, owner: [I, P] row that
+    each patch went into.
+    """
+    kept, owner = view.patches.anchors(marks, view.items.mask), owner.gather(1, view.patches.of_token)
     slots = front_pack(kept, min(rows.shape[1], kept.shape[1]))
     item = torch.arange(len(kept), device=kept.device)[:, None]
     base = torch.zeros_like(view.tokens)
@@ -115,12 +121,14 @@ class VQTokenCodebook(Clustering):
     LLM knows them) or of the tokens scaled to length one ("normalized", as the released code). representative: the
     mean, or the medoid, the real token closest in cosine to the normalized mean. order: rows by first member
     ("first"), as numbered by k-means ("cluster_id", the released order), larger clusters first ("size"), or by the
-    place of the anchor, which is the first member or the medoid ("place").
+    place of the anchor, which is the first member or the medoid ("place"). pooled: cluster the tokens that enter the
+    LLM; False: what the projector makes of every patch, ahead of the pooling of frames in families that pool behind it,
+    as published (rows then lie on the first tokens of the video).
 
-    Departures from the paper and its code: raw means by default; images are clustered as videos of one frame; several
-    crops or tiles of an image share one codebook; draws depend on pixels and seed, not on a global generator; clusters
-    that end empty are filled, so that the budget is exact; under multi-axis rotary positions rows get consecutive
-    positions, or keep those of their medoids with representative="medoid", order="place".
+    Departures from the paper and its code: raw means of pooled tokens by default; images are clustered as videos of one
+    frame; several crops or tiles of an image share one codebook; draws depend on pixels and seed, not on a global
+    generator; clusters that end empty are filled, so that the budget is exact; under multi-axis rotary positions rows
+    get consecutive positions, or keep those of their medoids with representative="medoid", order="place".
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
@@ -135,14 +143,14 @@ class VQTokenCodebook(Clustering):
     name: ClassVar[str] = "vqtoken_codebook"
 
     def plan(self, model: ModelSpec) -> Plan:
-        placed = model.mrope and (self.representative, self.order) == ("medoid", "place")
+        placed = model.mrope and self.pooled and (self.representative, self.order) == ("medoid", "place")
         return dataclasses.replace(super().plan(model), positions="preserve" if placed else "compact")
 
     def select(self, view: StageView) -> Selection | None:
         if not any(view.items.counts):  # an earlier stage dropped everything
             return None
         labels, _, most = self.assign(view)
-        tokens, mask = view.tokens, view.items.mask
+        tokens, mask = view.patches.rows, view.patches.mask
         normalized = self.codebook_space == "normalized"
         codes, _ = cluster.codebook(tokens, labels, most, mask, normalized=normalized)
         members = cluster.describe(labels, most, mask)
@@ -153,6 +161,6 @@ class VQTokenCodebook(Clustering):
             codes = torch.nn.functional.normalize(codes, dim=-1) if normalized else codes
         placed = Members(members.sizes, anchor)
         order = cluster.ordering(placed, "first") if self.order == "place" else cluster.ordering(members, self.order)
-        kept = cluster.marked(anchor, labels.shape[1])
+        marks = cluster.marked(anchor, labels.shape[1])
         exact = self.clusters == "budget" and self.empty == "split"
-        return lay(view, kept, take_rows(codes, order), cluster.relabel(labels, order), view.keep if exact else None)
+        return lay(view, marks, take_rows(codes, order), cluster.relabel(labels, order), view.keep if exact else None)

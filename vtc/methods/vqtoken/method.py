@@ -17,6 +17,7 @@ from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Plan, Selection, StageView
 from vtc.method.learned import LearnedCompressor, load_tensors
+from vtc.method.patches import Patches
 from vtc.method.registry import register
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.attention import VQAttention
@@ -52,12 +53,13 @@ class VQToken(Clustering, LearnedCompressor):
     of the two, so max(queries, K) rows come out: a budget below the number of queries is refused.
 
     weights: a file or embedded name, see `vtc train --method vqtoken`; files of the authors are understood. clusters,
-    k_min, k_max, elbow_rule, iterations, tolerance, empty, seed: as in `vqtoken_codebook`. codebook_space: means of
-    tokens scaled to length one ("normalized", as released) or of raw tokens. queries: what one row of the map is:
-    "frame", a whole frame (as published; an image then has one query and all its output rows are equal), "line", a line
-    of a frame, or "cluster", where a cluster lies: its share of every cell over the frames instead of numbers, so that
-    there are K distinct queries, query j belongs to code j, and no budget is too small. grid: rows and columns of a
-    frame the block was made for. resample: take other rasters to that grid by nearest neighbour; refused otherwise.
+    k_min, k_max, elbow_rule, iterations, tolerance, empty, seed, pooled: as in `vqtoken_codebook`; the published block
+    reads frames of 27 x 27 patches, which LLaVA-OneVision has ahead of its pooling alone: pooled=False. codebook_space:
+    means of tokens scaled to length one ("normalized", as released) or of raw tokens. queries: what one row of the map
+    is: "frame", a whole frame (as published; an image then has one query and all its output rows are equal), "line", a
+    line of a frame, or "cluster", where a cluster lies: its share of every cell over the frames instead of numbers, so
+    that there are K distinct queries, query j belongs to code j, and no budget is too small. grid: rows and columns of
+    a frame the block was made for. resample: take other rasters to that grid by nearest neighbour; refused otherwise.
     heads, inner, dropout: of the decoder layer. residual: add code j to query j and to output row j, so that the block
     only has to learn the difference. canonical_ids: number clusters by first appearance. ablation: Gaussian noise for
     the map ("random_map") or the codes ("random_codebook").
@@ -126,7 +128,7 @@ class VQToken(Clustering, LearnedCompressor):
             "grid": "x".join(map(str, self.grid)),
             "residual": str(self.residual).lower(),
             "canonical_ids": str(self.canonical_ids).lower(),
-        }
+        } | ({} if self.pooled else {"pooled": "false"})
 
     def save(
         self, path: str | Path, module: nn.Module, model: ModelSpec, extra: Mapping[str, str] | None = None
@@ -146,14 +148,15 @@ class VQToken(Clustering, LearnedCompressor):
     # --- one call
     def select(self, view: StageView) -> Selection:
         assert isinstance(view.module, nn.ModuleDict)
-        places, rows = self._map(view)
+        patches = view.patches
+        places, rows = self._map(view, patches)
         if self.queries != "cluster":
             self._check(view, rows)
         labels, counts, most = self.assign(view)
-        mask, device = view.items.mask, view.device
+        mask, device = patches.mask, view.device
         if self.canonical_ids:
             labels = cluster.relabel(labels, cluster.ordering(cluster.describe(labels, most, mask)))
-        codes, _ = cluster.codebook(view.tokens, labels, most, mask, normalized=self.codebook_space == "normalized")
+        codes, _ = cluster.codebook(patches.rows, labels, most, mask, normalized=self.codebook_space == "normalized")
         lines = put(rows, device)
         numbers = labels.gather(1, places.flatten(1)).view_as(places).float()
         if self.queries == "cluster":
@@ -164,10 +167,10 @@ class VQToken(Clustering, LearnedCompressor):
             codes = self._noise(view, codes)
         mixed: Tensor = view.module["vq_attn"](numbers, codes, lines, counts, residual=self.residual)
         first = cluster.describe(labels, most, mask).first
-        kept = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
+        marks = top_k(cluster.marked(first, labels.shape[1]).float(), torch.maximum(lines, counts), mask)
         if self.clusters == "elbow":
-            return lay(view, kept, mixed, labels, None)
-        selection = lay(view, kept, mixed, labels, view.keep)
+            return lay(view, marks, mixed, labels, None)
+        selection = lay(view, marks, mixed, labels, view.keep)
         whole = [granted == held for granted, held in zip(view.keep, view.items.counts, strict=True)]
         assert selection.tokens is not None
         if any(whole):  # alone, such an item would not reach the method
@@ -175,18 +178,20 @@ class VQToken(Clustering, LearnedCompressor):
             selection = dataclasses.replace(selection, tokens=torch.where(untouched, view.tokens, selection.tokens))
         return selection
 
-    def _map(self, view: StageView) -> tuple[Tensor, tuple[int, ...]]:
+    def _map(self, view: StageView, patches: Patches) -> tuple[Tensor, tuple[int, ...]]:
         """[I, Q, places] token of every entry of the map, and the queries of every item."""
-        maps = []
-        for item, held in zip(view.items.layouts, view.items.counts, strict=True):
-            whole = item.regions and held == item.n_tokens - item.newlines
-            if not whole or not (self.resample or all(region[1:] == self.grid for region in item.regions)):
-                shape = ", ".join("x".join(map(str, region)) for region in item.regions) if whole else "no full raster"
+        maps, items = [], view.items
+        for item, held, regions, pooled in zip(
+            items.layouts, items.counts, patches.regions, patches.pooled, strict=True
+        ):
+            whole = regions and (pooled or held == item.n_tokens - item.newlines)
+            if not whole or not (self.resample or all(region[1:] == self.grid for region in regions)):
+                shape = ", ".join("x".join(map(str, region)) for region in regions) if whole else "no full raster"
                 raise UnsupportedMethod(
                     f"{self.name!r} reads maps of {self.grid[0]}x{self.grid[1]} tokens, this {item.kind} has {shape}; "
                     "pass resample=True for other rasters, leave tokens whole before it, or use 'vqtoken_codebook'"
                 )
-            maps.append(_raster(item.regions, self.grid).view(-1, self.places))
+            maps.append(_raster(regions, self.grid).view(-1, self.places))
         rows = tuple(len(places) for places in maps)
         return pad_sequence(maps, batch_first=True).to(view.device, non_blocking=True), rows
 
