@@ -12,7 +12,7 @@ from torch import Tensor
 import vtc
 from vtc.adapters.pairs import Encoder
 from vtc.app.costs import encoder_flops
-from vtc.cost.schedule import Schedule, constant
+from vtc.cost.token_counts import TokenCounts, constant
 from vtc.engine.attach import Handle
 from vtc.errors import VTCError
 from vtc.eval.answering import Outcome
@@ -98,7 +98,7 @@ class PictureWorker:
         call, plan = handle.stats.calls[-1], handle.plan
         found = []
         for row, kept in enumerate(call.visual_tokens_kept):
-            entering = Schedule(tuple((layers, counts[row]) for layers, counts in call.entering))
+            entering = TokenCounts(tuple((layers, counts[row]) for layers, counts in call.entering))
             flops = encoder_flops(shape, plan, entering)
             costs = {"visual_tokens_in": patches, "visual_tokens_kept": kept, "flops": round(flops)}
             found.append({**costs, "flops_share": round(flops / whole, 6)})

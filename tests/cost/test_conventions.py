@@ -13,8 +13,8 @@ from vtc.cost.exact import Work, cost, llm_operations, operators
 from vtc.cost.published import PUBLISHED, QWEN2_7B, VICUNA_7B, VICUNA_13B, published
 from vtc.cost.reference import halving, rows, sparsevlm
 from vtc.cost.roofline import HARDWARE, hardware, seconds, viewer_operators
-from vtc.cost.schedule import Schedule, constant, from_steps, parse
 from vtc.cost.shapes import LLMShape, ModelShape
+from vtc.cost.token_counts import TokenCounts, constant, from_steps, parse
 from vtc.errors import InputError, UnknownName
 
 A7, A13 = VICUNA_7B, VICUNA_13B
@@ -108,7 +108,7 @@ def test_text_counts_as_the_convention_says() -> None:
 
 
 def test_schedules() -> None:
-    assert parse("0:100%,8:50%,16:25%", 32, 576) == Schedule(((8, 576), (8, 288), (16, 144)))
+    assert parse("0:100%,8:50%,16:25%", 32, 576) == TokenCounts(((8, 576), (8, 288), (16, 144)))
     assert parse("2:128", 32, 576).mean == pytest.approx((2 * 576 + 30 * 128) / 32)
     for text in ("2", "2:x", "a:3", "40:5", "2:600", "4:5,2:4", ""):
         with pytest.raises(InputError):

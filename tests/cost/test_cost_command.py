@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vtc.app.cost_report import Prompt, check_report, load_shape, schedule_of, translated
+from vtc.app.cost_report import Prompt, check_report, load_shape, token_counts_of, translated
 from vtc.cli.main import app
 from vtc.cost.conventions import CONVENTIONS
 from vtc.cost.published import published
-from vtc.cost.schedule import constant
+from vtc.cost.token_counts import constant
 from vtc.errors import VTCError
 
 
@@ -153,5 +153,5 @@ def test_a_broken_configuration_is_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_without_pictures() -> None:
     shape = published("llava-1.5-7b")
-    work = Prompt(0, 10, constant(32, 0)).work(shape, schedule_of(32, 0))
+    work = Prompt(0, 10, constant(32, 0)).work(shape, token_counts_of(32, 0))
     assert work.encoded.crops == 0 and work.visual.mean == 0

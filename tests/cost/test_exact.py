@@ -13,7 +13,7 @@ from vtc import adapters
 from vtc.adapters.base import Adapter
 from vtc.app.costs import CostMeter
 from vtc.cost.exact import Work, cost
-from vtc.cost.schedule import constant
+from vtc.cost.token_counts import constant
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.everything import OPTIONS, runs
 from vtc.testing.models import TINY_MODELS

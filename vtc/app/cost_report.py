@@ -13,8 +13,8 @@ from vtc.cost.exact import Cost, Work, cost, decoding, operators
 from vtc.cost.published import PUBLISHED
 from vtc.cost.reference import rows
 from vtc.cost.roofline import Hardware, seconds, viewer_operators
-from vtc.cost.schedule import Schedule, constant, parse
 from vtc.cost.shapes import ModelShape
+from vtc.cost.token_counts import TokenCounts, constant, parse
 from vtc.errors import BudgetError, InputError, one_line, shown, unknown_name
 from vtc.method.budget import Budget
 
@@ -51,7 +51,7 @@ class Prompt:
 
     visual: int
     text: int
-    entering: Schedule
+    entering: TokenCounts
     crops: int | None = None
     new_tokens: int = 1
     batch: int = 1
@@ -68,15 +68,15 @@ class Prompt:
         if self.element not in (1, 2, 4):
             raise InputError(f"bytes={self.element} is no size of a number; write 1, 2 or 4")
 
-    def work(self, shape: ModelShape, entering: Schedule) -> Work:
+    def work(self, shape: ModelShape, entering: TokenCounts) -> Work:
         """The prompt as work with so many visual tokens in each layer."""
         encoded = shape.encoded(self.visual, self.crops)
         return Work(entering, self.text, encoded, new_tokens=self.new_tokens)
 
 
-def schedule_of(
+def token_counts_of(
     layers: int, visual: int, *, retention: float | None = None, keep: int | None = None, steps: str | None = None
-) -> Schedule:
+) -> TokenCounts:
     """The visual tokens of each layer from one of a retention, a number of tokens, or steps such as ``2:128``.
 
     Raises BudgetError or InputError for values outside their range, and for more than one of them.
@@ -116,7 +116,7 @@ def cost_report(shape: ModelShape, prompt: Prompt, hardware: Hardware) -> dict[s
 
 
 def _conventions(
-    shape: ModelShape, prompt: Prompt, full: Schedule, ours: Cost, plain: Cost
+    shape: ModelShape, prompt: Prompt, full: TokenCounts, ours: Cost, plain: Cost
 ) -> Iterator[dict[str, Any]]:
     for each in CONVENTIONS.values():
         here, there = (each.operations(shape.llm, spans, prompt.text) for spans in (prompt.entering, full))
@@ -145,7 +145,7 @@ def _scaled(one: Cost, batch: int) -> dict[str, float]:
     return {**parts, "prefill": batch * one.prefill, "total": batch * one.total}
 
 
-def _seconds(shape: ModelShape, prompt: Prompt, entering: Schedule, hardware: Hardware) -> dict[str, float | None]:
+def _seconds(shape: ModelShape, prompt: Prompt, entering: TokenCounts, hardware: Hardware) -> dict[str, float | None]:
     work = prompt.work(shape, entering)
     viewer = viewer_operators(shape.llm, entering.plus(prompt.text), prompt.element)
     return {

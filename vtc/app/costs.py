@@ -10,8 +10,8 @@ from typing import Any
 from vtc import adapters
 from vtc.batch.trace import CallStats, Spans
 from vtc.cost.exact import Cost, Work, cost, encoder_operations
-from vtc.cost.schedule import Schedule, constant
 from vtc.cost.shapes import ModelShape, TowerShape
+from vtc.cost.token_counts import TokenCounts, constant
 from vtc.engine.attach import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
@@ -65,8 +65,8 @@ class CostMeter:
             projected = work.encoded.crops * (rows if layer > last else rows - cut)
         work = replace(
             work,
-            visual=Schedule(entering),
-            cached=Schedule(left),
+            visual=TokenCounts(entering),
+            cached=TokenCounts(left),
             shortened=tuple((layer, rows) for layer, rows in call.encoder_rows if layer <= last),
             projected=projected,
         )
@@ -99,7 +99,7 @@ class CostMeter:
         return cost(self.shape, work, self.element)
 
 
-def encoder_flops(shape: TowerShape, plan: Plan | None, entering: Schedule) -> float:
+def encoder_flops(shape: TowerShape, plan: Plan | None, entering: TokenCounts) -> float:
     """Operations of an encoder without an LLM on one image: its own and those of a method's readings.
 
     entering: patches of each layer.

@@ -69,7 +69,7 @@ def cost(
         _json(data) if as_json else _print_translation(data)
         return
     tokens = shape.visual if visual is None else visual
-    entering = report.schedule_of(shape.llm.layers, tokens, retention=retention, keep=keep, steps=layers)
+    entering = report.token_counts_of(shape.llm.layers, tokens, retention=retention, keep=keep, steps=layers)
     prompt = report.Prompt(tokens, text, entering, crops, new_tokens, batch, element)
     data = report.cost_report(shape, prompt, device(hardware))
     _json(data) if as_json else _print_cost(data)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vtc.cost.roofline import viewer_operators
-from vtc.cost.schedule import Schedule
 from vtc.cost.shapes import LLMShape
+from vtc.cost.token_counts import TokenCounts
 from vtc.errors import unknown_name
 
 
@@ -28,16 +28,16 @@ class Convention:
     formula: str
     unit: str
     users: str
-    count: Callable[[LLMShape, Schedule], float]
+    count: Callable[[LLMShape, TokenCounts], float]
     text: int | None = None
 
-    def operations(self, llm: LLMShape, visual: Schedule, text: float) -> float:
+    def operations(self, llm: LLMShape, visual: TokenCounts, text: float) -> float:
         """What this convention calls the FLOPs of the prefill of one prompt with `text` text tokens."""
         return self.count(llm, visual.plus(text if self.text is None else self.text))
 
 
-def _dense(matrices: int, factor: int) -> Callable[[LLMShape, Schedule], float]:
-    def count(llm: LLMShape, entering: Schedule) -> float:
+def _dense(matrices: int, factor: int) -> Callable[[LLMShape, TokenCounts], float]:
+    def count(llm: LLMShape, entering: TokenCounts) -> float:
         d = llm.hidden
         layers = (4 * n * d**2 + 2 * n**2 * d + matrices * n * d * llm.ffn_width(layer) for layer, n in entering.each())
         return factor * sum(layers)
@@ -45,7 +45,7 @@ def _dense(matrices: int, factor: int) -> Callable[[LLMShape, Schedule], float]:
     return count
 
 
-def _viewer(llm: LLMShape, entering: Schedule) -> float:
+def _viewer(llm: LLMShape, entering: TokenCounts) -> float:
     return sum(operator.operations for operator in viewer_operators(llm, entering))
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from vtc.cost.roofline import Operator
-from vtc.cost.schedule import Schedule
 from vtc.cost.shapes import NOTHING, Encoded, LLMShape, ModelShape, TowerShape
+from vtc.cost.token_counts import TokenCounts
 
 Shortened = tuple[tuple[int, float], ...]
 """(layer, rows of each crop from there on, in the mean) of stages inside the tower, in order; one behind the last layer
@@ -30,12 +30,12 @@ class Work:
     prefill yields the first. logits: rows that the prefill computes logits of.
     """
 
-    visual: Schedule
+    visual: TokenCounts
     text: float
     encoded: Encoded = NOTHING
     shortened: Shortened = ()
     projected: float | None = None
-    cached: Schedule | None = None
+    cached: TokenCounts | None = None
     method: float = 0
     method_weights: int = 0
     new_tokens: int = 1
@@ -103,7 +103,7 @@ def tower_operations(tower: TowerShape, encoded: Encoded, shortened: Shortened =
     return total
 
 
-def encoder_operations(tower: TowerShape, patches: Schedule) -> float:
+def encoder_operations(tower: TowerShape, patches: TokenCounts) -> float:
     """Operations of a vision encoder alone on one image; patches: that enter each layer. Projections are left out."""
     first, last = patches.spans[0][1], patches.spans[-1][1]
     whole = tower_operations(replace(tower, layers=0), Encoded(crops=1, patches=first, rows=last + tower.prefix))
@@ -111,12 +111,12 @@ def encoder_operations(tower: TowerShape, patches: Schedule) -> float:
     return whole + sum(2 * count * tower.per_row + 4 * count**2 * tower.inner for count in rows)
 
 
-def llm_operations(llm: LLMShape, entering: Schedule) -> float:
+def llm_operations(llm: LLMShape, entering: TokenCounts) -> float:
     """Operations of the decoder layers in a prefill; entering: all tokens of each layer."""
     return sum(2 * tokens * llm.per_token(layer) + 4 * tokens**2 * llm.query_width for layer, tokens in entering.each())
 
 
-def decode_operations(llm: LLMShape, cached: Schedule, new_tokens: int) -> float:
+def decode_operations(llm: LLMShape, cached: TokenCounts, new_tokens: int) -> float:
     """Operations of the forward passes behind the prefill, one for each new token but the first.
 
     cached: rows that each layer's cache holds when the first of them begins. The pass of token t attends to t more.

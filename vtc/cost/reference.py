@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from vtc.cost.conventions import convention
 from vtc.cost.published import QWEN2_7B, VICUNA_7B, VICUNA_13B
 from vtc.cost.roofline import HARDWARE, seconds, viewer_operators
-from vtc.cost.schedule import Schedule, constant, from_steps
 from vtc.cost.shapes import LLMShape
+from vtc.cost.token_counts import TokenCounts, constant, from_steps
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ def rows() -> Iterator[Row]:
     yield from _sparsevlm()
 
 
-def _count(name: str, llm: LLMShape, visual: Schedule, text: float = 0) -> float:
+def _count(name: str, llm: LLMShape, visual: TokenCounts, text: float = 0) -> float:
     return convention(name).operations(llm, visual, text)
 
 
-def halving(visual: int, share: float, layers: int = 32, stages: int = 4) -> Schedule:
+def halving(visual: int, share: float, layers: int = 32, stages: int = 4) -> TokenCounts:
     """PyramidDrop's schedule: stages of equal length, each with `share` of the tokens of the one before, cut to whole.
 
     >>> halving(576, 0.5).spans
     ((8, 576), (8, 288), (8, 144), (8, 72))
     """
-    return Schedule(tuple((layers // stages, int(visual * share**stage)) for stage in range(stages)))
+    return TokenCounts(tuple((layers // stages, int(visual * share**stage)) for stage in range(stages)))
 
 
-def falling(visual: float, first: int, last: int, layers: int, text: int) -> Schedule:
+def falling(visual: float, first: int, last: int, layers: int, text: int) -> TokenCounts:
     """AIM's schedule, text included: all tokens before layer `first`, fewer by equal steps, none from `last` on."""
     shares = [1.0 if i < first else max(0.0, 1 - (i - first + 1) / (last - first)) for i in range(layers)]
-    return Schedule(tuple((1, int(visual * share + text)) for share in shares))
+    return TokenCounts(tuple((1, int(visual * share + text)) for share in shares))
 
 
 # --- DivPrune's tflops.py: mean over data sets
@@ -136,7 +136,7 @@ def _shortv() -> Iterator[Row]:
 
 
 def _viewer_rows(
-    source: str, what: str, llm: LLMShape, entering: Schedule, device: str, tera: float, ms: float, digits: int,
+    source: str, what: str, llm: LLMShape, entering: TokenCounts, device: str, tera: float, ms: float, digits: int,
     off: float = 0.0, note: str = "",
 ) -> Iterator[Row]:  # fmt: skip
     found = list(viewer_operators(llm, entering))
@@ -196,7 +196,7 @@ def _sparsevlm() -> Iterator[Row]:
     yield Row("SparseVLM, code", what, "tokens", "tokens", 192.03125, after.mean, 0)
 
 
-def sparsevlm(kept: tuple[int, int, int], visual: int = 576) -> tuple[Schedule, Schedule]:
+def sparsevlm(kept: tuple[int, int, int], visual: int = 576) -> tuple[TokenCounts, TokenCounts]:
     """Visual tokens entering each of 32 layers, and those left behind each, which that code calls the equal tokens.
 
     kept: behind layers 2, 6 and 15; the tokens merged from what is pruned there come on top.

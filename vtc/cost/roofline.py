@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vtc.cost.schedule import Schedule
 from vtc.cost.shapes import LLMShape
+from vtc.cost.token_counts import TokenCounts
 from vtc.errors import unknown_name
 
 
@@ -63,7 +63,7 @@ ONE_ADD = ("qwen2", "qwen2_vl", "qwen2_5_vl")
 """Model types whose file in LLM-Viewer lacks the second residual addition of a layer."""
 
 
-def viewer_operators(llm: LLMShape, entering: Schedule, element: int = 2) -> Iterator[Operator]:
+def viewer_operators(llm: LLMShape, entering: TokenCounts, element: int = 2) -> Iterator[Operator]:
     """A prefill as LLM-Viewer cuts it into operators: no fused attention, one logit row, no vision tower.
 
     entering: tokens of each layer, text included. element: bytes of a number.

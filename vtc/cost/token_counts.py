@@ -9,10 +9,10 @@ from vtc.errors import InputError, shown
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TokenCounts:
     """Spans of neighbouring layers and the visual tokens that enter each of their layers, from the first layer on.
 
-    >>> Schedule(((2, 576), (30, 128))).mean
+    >>> TokenCounts(((2, 576), (30, 128))).mean
     156.0
     """
 
@@ -33,18 +33,18 @@ class Schedule:
         counts = (tokens for layers, tokens in self.spans for _ in range(layers))
         return enumerate(counts)
 
-    def plus(self, tokens: float) -> Schedule:
+    def plus(self, tokens: float) -> TokenCounts:
         """The same with so many further tokens in every layer, such as text."""
-        return Schedule(tuple((layers, count + tokens) for layers, count in self.spans))
+        return TokenCounts(tuple((layers, count + tokens) for layers, count in self.spans))
 
 
-def constant(layers: int, tokens: float) -> Schedule:
+def constant(layers: int, tokens: float) -> TokenCounts:
     """The same tokens in all layers."""
-    return Schedule(((layers, tokens),))
+    return TokenCounts(((layers, tokens),))
 
 
-def from_steps(steps: Iterable[tuple[int, float]], layers: int) -> Schedule:
-    """A schedule from (first layer, tokens) pairs, the first of which begins at layer 0.
+def from_steps(steps: Iterable[tuple[int, float]], layers: int) -> TokenCounts:
+    """Counts from (first layer, tokens) pairs, the first of which begins at layer 0.
 
     >>> from_steps([(0, 576), (2, 128)], 32).spans
     ((2, 576), (30, 128))
@@ -56,11 +56,11 @@ def from_steps(steps: Iterable[tuple[int, float]], layers: int) -> Schedule:
             f"layers {shown(starts)} are no rising list from 0 to at most {layers - 1}; write for example 0:576,2:128"
         )
     ends = [*starts[1:], layers]
-    return Schedule(tuple((end - start, tokens) for (start, tokens), end in zip(pairs, ends, strict=True)))
+    return TokenCounts(tuple((end - start, tokens) for (start, tokens), end in zip(pairs, ends, strict=True)))
 
 
-def parse(text: str, layers: int, visual: int) -> Schedule:
-    """A schedule written as ``layer:tokens`` pairs; tokens may be a share of the `visual` ones in per cent.
+def parse(text: str, layers: int, visual: int) -> TokenCounts:
+    """Counts written as ``layer:tokens`` pairs; tokens may be a share of the `visual` ones in per cent.
 
     Layer 0 sees all of them unless it is named.
 
@@ -76,7 +76,7 @@ def parse(text: str, layers: int, visual: int) -> Schedule:
             steps.append((int(layer), count))
         except ValueError:
             raise InputError(
-                f"{part.strip()!r} is no part of a schedule; write layer:tokens, such as 2:128 or 2:50%"
+                f"{part.strip()!r} gives no layer its tokens; write layer:tokens, such as 2:128 or 2:50%"
             ) from None
         if not 0 <= count <= visual:
             raise InputError(f"{count} tokens from layer {layer} on, of {visual} visual tokens; write at most {visual}")
