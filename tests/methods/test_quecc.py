@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import vtc
 from vtc import adapters
 from vtc.errors import BudgetError, UnsupportedCall, VTCError
+from vtc.eval.training import quecc_report
+from vtc.eval.training.measure import measure
 from vtc.eval.training.settings import TrainingSettings
 from vtc.eval.training.trainer import train
 from vtc.method import learned, weights
@@ -322,3 +324,28 @@ def test_the_contract_of_weights_that_add_something(tmp_path: Path, name: str) -
     """The contract over all methods runs fresh weights, whose attention changes nothing."""
     check_method(stored(tmp_path, name), models=[name], retention=0.25, policies=["preserve"], generation=("greedy",),
                  steps=2)  # fmt: skip
+
+
+# --- the embedded weights
+@pytest.mark.parametrize("name", quecc_report.WEIGHTS)
+def test_embedded_weights_load_by_name(name: str) -> None:
+    method = learned.load(name)
+    assert isinstance(method, QueCC) and method.weights == name
+    assert weights.find(name).stat().st_size < 300_000
+
+
+def test_training_pays_on_scenes_never_seen() -> None:
+    """Right answers of 180 at sixteen tokens."""
+
+    def right(method: Any) -> int:
+        return sum(measure(quecc_report.MODEL, method, 1 / 9, 20, split="benchmark", first_seed=0).right)
+
+    assert right(learned.load(quecc_report.WEIGHTS[0])) >= right(vtc.create("pool")) + 15
+
+
+def test_the_page_holds_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quecc_report, "WEIGHTS", quecc_report.WEIGHTS[:1])
+    quecc_report.main(["--out", str(tmp_path / "page.md"), "--per-family", "1"])
+    text = (tmp_path / "page.md").read_text()
+    assert all(f"| {form} | " in text for form in (*quecc_report.FORMS, "untouched"))
+    assert "3 x 3 tokens become one, 16 of 144" in text and "vtc train --method quecc --out runs/quecc" in text

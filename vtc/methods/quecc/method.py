@@ -117,18 +117,18 @@ class QueCC(LearnedCompressor):
         counts = [len(each.centre) for each in found]
         there = torch.arange(centre.shape[1], device=device) < put(counts, device)[:, None]
         place, real = in_groups(owner, centre.shape[1], max(each.widest for each in found), owner >= 0)
-        rows = view.module(view.tokens.float(), self._features(view), self._question(view), taps, place, real)
+        rows = view.module(view.tokens.float(), self.features(view), self.question(view), taps, place, real)
         kept = put_rows(torch.zeros_like(items.mask), centre, there, there)
         mixed = there & ~put(whole, device)[:, None]  # alone, an item that stays whole would not reach the method
         tokens = put_rows(view.tokens, centre, mixed, rows.to(view.tokens.dtype))
         into = torch.where(owner < 0, -1, centre.gather(1, owner.clamp(min=0)))
         return Selection(kept, counts=counts, tokens=tokens, merged_into=into)
 
-    def _features(self, view: StageView) -> Tensor:
+    def features(self, view: StageView) -> Tensor:
         """[I, N, layers * C] what the encoder layers say of each token, side by side."""
         return torch.cat([view.vision_attention(layer).float() for layer in self.layers(view.model)], 2)
 
-    def _question(self, view: StageView) -> Tensor:
+    def question(self, view: StageView) -> Tensor:
         """[I, D] mean of the embedded text of the prompt that an item belongs to."""
         mean = total(view.hidden, view.text) / view.text.sum(1, keepdim=True).clamp(min=1)
         return mean[view.items.row]
