@@ -116,7 +116,7 @@ def choosing_page(results: Path = RESULTS) -> str:
     blind = [name for name, entry in entries.items() if not entry["needs"]]
     least = min(task.questions for _, task in shown)
     reading = READING.format(random=CONTROLS[0], questions=least, noise=100 * 1.96 * math.sqrt(0.25 / least))
-    trained = " and ".join(f"`{name}`" for name, entry in entries.items() if entry["trained"])
+    trained = ", ".join(f"`{name}`" for name, entry in entries.items() if entry["trained"])
     inside = ", ".join(f"`{name}`" for name, entry in entries.items() if "llm" in entry["stages"])
     cached = ", ".join(f"`{name}`" for name, entry in entries.items() if entry["stages"] == ["after prefill"])
     overhead = read_overhead((results / "overhead.md").read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ from vtc.testing import (
     tiny_model,
 )
 from vtc.testing.contract import LIMIT, MODES, modes, no_trace
-from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.everything import OPTIONS, limits, runs
 from vtc.testing.measures import right_padding
 from vtc.testing.probes import FixedHeads
 from vtc.testing.selections import false_counts
@@ -100,7 +100,7 @@ def test_every_method_keeps_the_contract_on_its_share_of_models(method: str, nam
     spec = adapters.of(model).spec
     if not runs(chosen, spec):
         assert spec.packed or not (spec.encoder_stages and spec.clip)
-        budget = {"retention": 0.7} if chosen.needs_budget else {}
+        budget: dict[str, Any] = limits(chosen)
         with pytest.raises(
             UnsupportedMethod,
             match=f"'{method}' .* (inside the vision encoder, which|the vision encoder of) this {spec.family}",
@@ -108,7 +108,7 @@ def test_every_method_keeps_the_contract_on_its_share_of_models(method: str, nam
             vtc.compress(model, chosen, **budget)
         return
     policy = chosen.plan(spec).positions
-    cells = check_method(chosen, models=[name], steps=2, retention=0.7, policies=[policy], generation=some)
+    cells = check_method(chosen, models=[name], steps=2, **limits(chosen), policies=[policy], generation=some)
     verify(cells, name, [policy], some)
     assert {cell.method for cell in cells} == {method}
 

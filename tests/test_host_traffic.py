@@ -20,7 +20,7 @@ from vtc.method.layout import VisualItem
 from vtc.method.pairs import PairFeatures
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
-from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.everything import OPTIONS, limits, runs
 from vtc.testing.pairs import with_tiny_pair
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
@@ -56,7 +56,7 @@ def views(method: Compressor, name: str, **told: Any) -> list[StageView]:
         return select(self, view)
 
     model = tiny_model(name)
-    budget = {"retention": 0.7} if method.needs_budget else {}
+    budget = limits(method)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(type(method), "select", noting)
         with vtc.compress(model, method, **budget, **told):
@@ -112,7 +112,7 @@ def test_no_stage_waits_for_the_gpu(registered: str, name: str, monkeypatch: pyt
 
     inputs = {key: value.cuda() for key, value in tiny_inputs(name, LAYOUT).items()}
     monkeypatch.setattr(type(method), "select", strict)
-    budget = {"retention": 0.7} if method.needs_budget else {}
+    budget = limits(method)
     with torch.no_grad(), vtc.compress(model, method, **budget, **told):
         model(**inputs)
 

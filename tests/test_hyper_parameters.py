@@ -454,7 +454,7 @@ def test_a_composite_of_nonsense_is_refused() -> None:
 SPEC = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32, width=8)
 
 
-@pytest.mark.parametrize("name", ["atp", "vqtoken"])
+@pytest.mark.parametrize("name", ["atp", "quecc", "vqtoken"])
 def test_weights_of_any_kind(name: str) -> None:
     for value in NONSENSE:
         for training in (False, True):

@@ -16,7 +16,7 @@ from vtc import adapters
 from vtc.method.base import Compressor, EncoderStage, Selection, Stage, StageView
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
-from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.everything import OPTIONS, limits, runs
 from vtc.testing.pairs import with_tiny_pair
 
 CLIP, QWEN = "llava-clip", "qwen2.5-vl"
@@ -87,7 +87,7 @@ def batches(name: str, model: Any, layouts: Any = LAYOUTS) -> list[dict[str, Ten
 
 def check(model: Any, name: str, method: Compressor, layouts: Any = LAYOUTS, **told: Any) -> vtc.Handle:
     """Three threads with other texts, pictures and, in LAYOUTS, numbers of pictures get what each gets alone."""
-    budget = {"retention": 0.7} if method.needs_budget else {}
+    budget = limits(method)
     inputs = batches(name, model, layouts)
     with vtc.compress(model, method, **budget, **told) as handle, torch.no_grad():
         alone = [model(**given).logits for given in inputs]

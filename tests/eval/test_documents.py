@@ -14,7 +14,7 @@ from vtc.app.pages import page, table
 from vtc.eval.documents import DOCUMENTS, main
 from vtc.eval.encoders import page as encoder_page
 from vtc.eval.tiny.tasks import TASKS
-from vtc.eval.training import atp_report, vqtoken_report
+from vtc.eval.training import atp_report, quecc_report, vqtoken_report
 from vtc.eval.training.measure import Measurement
 from vtc.testing import graphs, overhead, scaling, selecting, timing
 from vtc.testing.encoders import NAMES
@@ -56,6 +56,13 @@ def atp() -> str:
     return atp_report.report(found, 60)
 
 
+def quecc() -> str:
+    result = measured(vqtoken_report.FAMILIES, 540)
+    return quecc_report.report(
+        result, {name: dict.fromkeys(quecc_report.FORMS, result) for name in quecc_report.WEIGHTS}
+    )
+
+
 def encoders() -> str:
     recalls = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
     asked = {f"scenes_{name}": ["top1", "top5"] for name in ("colour", "form", "digit", "word")}
@@ -77,6 +84,7 @@ MEASURED: dict[str, Callable[[], str]] = {
     "encoder_contract": lambda: encoder_contract.report(*encoder_contract.tables([], NAMES), 7, 5e-5),
     "vqtoken": lambda: vqtoken_report.report([("none", "6", measured(vqtoken_report.FAMILIES, 720))], None),
     "atp": atp,
+    "quecc": quecc,
     "encoders": encoders,
 }
 """What each report says around its measurements, of which the committed one was made with more weights (`--plain`)."""
@@ -93,7 +101,7 @@ def words(text: str) -> list[str]:
 @pytest.mark.parametrize("name", MEASURED)
 def test_measured_documents_say_what_their_reports_say(name: str) -> None:
     committed, made = (words(text) for text in ((DOCS / "results" / f"{name}.md").read_text(), MEASURED[name]()))
-    if name == "atp":  # the order of the families is that of the questions
+    if name in ("atp", "quecc"):  # the order of the families is that of the questions
         committed, made = sorted(committed), sorted(made)
     assert committed[: len(made)] == made, f"run the command that docs/results/{name}.md names"
     assert committed[len(made) :][:6] in ([], vqtoken_report.PLAIN.split()[:6])

@@ -16,7 +16,8 @@ from vtc.testing.models import TINY_MODELS
 def report(by_method: Table, by_check: Table, count: int, limit: float) -> str:
     """The document around the two tables, of `count` comparisons that stay below `limit`."""
     about = f"""{count} comparisons on tiny random models of every family, float32, one CPU thread, retention
-    {RETENTION}, {STEPS} decode steps, images and videos; learned methods with fresh weights. Methods run with their
+    {RETENTION} or the only one a method takes, {STEPS} decode steps, images and videos; learned methods with fresh
+    weights. Methods run with their
     own position policy, greedy, with beams and without a cache; the probes `fixed_keep` and `last_row_top_k`, which
     act at every kind of stage, with all policies and modes. A cell above its limit makes the command fail."""
     return page(

@@ -16,8 +16,10 @@ from vtc.testing.probes import FixedKeep, LastRowTopK
 
 STEPS, RETENTION = 3, 0.7
 MODES = ("greedy", "beam 3", "no cache")
-OPTIONS: dict[str, dict[str, Any]] = {"vqtoken": {"resample": True}}
+OPTIONS: dict[str, dict[str, Any]] = {"quecc": {"stride": 2, "width": 32}, "vqtoken": {"resample": True}}
 """What methods need on rasters as small as those of the tiny models."""
+ONLY = {"quecc": 0.25}
+"""Retentions of methods that take no other, with these options."""
 PROBES = (FixedKeep(at=(0, 1, 3)), FixedKeep(at=(1, CacheStage(2))), LastRowTopK())
 """Methods that act at every kind of stage, for what no registered method does on some model."""
 
@@ -28,6 +30,15 @@ def runs(method: Compressor, spec: ModelSpec) -> bool:
         return bool(method.plan(spec).stages)
     except UnsupportedMethod:
         return False
+
+
+def limits(method: Compressor) -> dict[str, float]:
+    """`RETENTION`, or the only one that the method takes; nothing for methods without a budget.
+
+    >>> limits(create("pool")), limits(create("quecc", **OPTIONS["quecc"])), limits(create("atp"))
+    ({'retention': 0.7}, {'retention': 0.25}, {})
+    """
+    return {"retention": ONLY.get(method.name, RETENTION)} if method.needs_budget else {}
 
 
 def check(model: str) -> list[Deviation]:
@@ -41,7 +52,7 @@ def check(model: str) -> list[Deviation]:
             continue
         policies = [method.plan(spec).positions]
         cells += check_method(
-            method, models=[model], steps=STEPS, retention=RETENTION, policies=policies, generation=MODES
+            method, models=[model], steps=STEPS, **limits(method), policies=policies, generation=MODES
         )
     for probe in PROBES:
         cells += check_method(probe, models=[model], steps=STEPS, retention=RETENTION)
