@@ -90,6 +90,7 @@ class InternVLAdapter(Adapter):
             full_attention_layers=tuple(range(layers)),
             llm_layers=config.text_config.num_hidden_layers,
             width=config.text_config.hidden_size,
+            vision_width=config.vision_config.hidden_size,
             encoder_stages=index in (-1, layers),  # the output of inner layers is captured before it can be filled up
             joins=True,
         )

@@ -98,6 +98,7 @@ class LlavaAdapter(Adapter):
             single_crop=self.single_crop,
             clip=self._tower is CLIP,
             width=config.text_config.hidden_size,
+            vision_width=config.vision_config.hidden_size,
         )
 
     @classmethod

@@ -66,6 +66,7 @@ class QwenVLAdapter(Adapter):
             packed=True,
             joins=True,
             width=self.model.config.text_config.hidden_size,
+            vision_width=self.tower(self.model.config.vision_config).hidden,
         )
 
     @classmethod

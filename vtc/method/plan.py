@@ -111,7 +111,7 @@ class ModelSpec:
     encoder_stages: methods may act inside the encoder. packed: it runs all pictures as one sequence, in which keys
     cannot be told how much they count. joins: some tokens of the LLM are made of several patches. single_crop: an image
     is one crop. clip: the encoder is one half of a CLIP, which a method may name as its pair.
-    width: hidden size of the LLM, 0 where no model is loaded.
+    width: hidden size of the LLM, vision_width: of the encoder's layers; 0 where no model is loaded.
 
     >>> import vtc
     >>> spec = vtc.adapters.families()["llava"].references[0]
@@ -132,6 +132,7 @@ class ModelSpec:
     packed: bool = False
     joins: bool = False
     clip: bool = False
+    vision_width: int = 0
 
     @property
     def key_layer(self) -> int:
