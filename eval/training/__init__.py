@@ -11,4 +11,5 @@ The commands `vtc train` and `vtc calibrate` lie in `vtc.cli.train`. The modules
     attention_rank.py   rank of the attention maps of each layer, an analysis
     atp_report.py       the generated page docs/results/atp.md
     vqtoken_report.py   the same for VQToken
+    p_mod_report.py     and for p-MoD
 """

@@ -48,8 +48,8 @@ class PMoD(LearnedCompressor, RoutedCompressor):
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
     >>> vtc.create("p_mod").plan(llava).skips == tuple(range(1, 32))
     True
-    >>> vtc.create("p_mod", schedule=(1, 1, 1, 0.5)).needs_budget
-    False
+    >>> vtc.create("p_mod", weights="p_mod-tiny-llava").trained
+    True
     """
 
     name: ClassVar[str] = "p_mod"
