@@ -91,6 +91,7 @@ results: docs
 	$(BIN)/python -m vtc.eval.training.atp_report
 	$(BIN)/python -m vtc.eval.training.vqtoken_report
 	$(BIN)/python -m vtc.eval.training.quecc_report
+	$(BIN)/python -m vtc.eval.training.p_mod_report
 	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
 	$(BIN)/python tests/eval/faults.py
 	$(BIN)/python tests/eval/speed.py

@@ -52,6 +52,26 @@ class Looks(Compressor):
         return None
 
 
+@dataclass(frozen=True)
+class Weighs(Compressor):
+    """Every other token skips layer 1; before layer 2 looks at what the blocks of layer 1 made."""
+
+    gains: bool = True
+    seen: list[Any] = field(default_factory=list, compare=False)
+
+    needs_budget: ClassVar[bool] = False
+
+    def plan(self, model: ModelSpec) -> Plan:
+        return Plan((1, 2), Needs(llm={1: Changes()}), "preserve", skips=(1,), gains=self.gains)
+
+    def select(self, view: StageView) -> Selection | None:
+        if view.stage == 2:
+            self.seen.append(view.llm_attention(1, Changes()))
+            return None
+        gains = 0.5 + view.items.token / 16 if self.gains else None
+        return Selection(view.items.token % 2 == 0, gains=gains)
+
+
 def by_hand(model: Any, layers: tuple[int, ...]) -> tuple[dict[tuple[int, str], list[Tensor]], list[Any]]:
     """Hooks that note [before, after] of the blocks of some layers, and their handles."""
     seen: dict[tuple[int, str], list[Tensor]] = {}
@@ -164,6 +184,34 @@ def test_a_copy_goes_without() -> None:
         twin = copy.deepcopy(model)
         twin(**inputs)
     assert not method.seen
+
+
+@torch.no_grad()
+def test_readings_see_an_mlp_before_gains_do() -> None:
+    """A layer that tokens skip, with gains and a reading: what is read is what the block made."""
+    model, seen = tiny_model("llava-clip"), []
+    inputs = tiny_inputs("llava-clip", LAYOUT, seed=2, model=model)
+    for gains in (False, True):
+        method = Weighs(gains=gains)
+        with vtc.compress(model, method):
+            logits = model(**inputs).logits
+        seen.append((method.seen[0], logits))
+    assert torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@torch.no_grad()
+def test_compiled_layers_weigh() -> None:
+    model, method = tiny_model("llava-clip"), Weighs()
+    inputs = tiny_inputs("llava-clip", LAYOUT, seed=2, model=model)
+    with vtc.compress(model, method):
+        expected = model(**inputs).logits
+    for layer in model.model.language_model.layers:
+        layer.forward = torch.compile(layer.forward, backend="eager", dynamic=True)
+    with vtc.compress(model, method):
+        found = model(**inputs).logits
+    torch._dynamo.reset()
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -61,6 +61,17 @@ def test_a_method_that_learns_from_llm_layers_is_refused(clip: Any) -> None:
         clip(**inputs, use_cache=False)
 
 
+def test_gains_are_refused(clip: Any) -> None:
+    """The backward pass would run the MLPs without them."""
+    clip.train().gradient_checkpointing_enable()
+    inputs = tiny_inputs("llava-clip", [[4, "image", 7]])
+    with (
+        vtc.compress(clip, FixedKeep(at=(1,), skips=(1,), gains=True)),
+        pytest.raises(UnsupportedCall, match=r"weighs what the MLPs .*checkpointing_disable"),
+    ):
+        clip(**inputs, use_cache=False)
+
+
 def test_a_filled_cache_is_refused(clip: Any) -> None:
     inputs = tiny_inputs("llava-clip", [[4, "image", 7]])
     with vtc.compress(clip, FixedKeep()):

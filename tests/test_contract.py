@@ -56,6 +56,7 @@ PROBES = {
     "head by head after the prefill": FixedHeads(),
     "attention of the LLM": LastRowTopK(),
     "around single layers": FixedKeep(at=(0, 1, 2, 3), skips=(1, 3)),
+    "around single layers, with gains": FixedKeep(at=(0, 1, 2, 3), skips=(1, 3), gains=True),
 }
 
 

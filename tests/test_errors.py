@@ -117,6 +117,14 @@ class SoftSkip(Soft):
 
 
 @dataclass(frozen=True)
+class Weighed(Probe):
+    """Gains where no token skips a layer."""
+
+    def select(self, view: StageView) -> Selection | None:
+        return Selection(view.items.mask, view.items.counts, gains=torch.ones(view.items.mask.shape))
+
+
+@dataclass(frozen=True)
 class Half(Probe):
     """Keeps every other patch."""
 
@@ -876,6 +884,10 @@ CASES: dict[str, Case] = {
     "masks where tokens skip a layer": Case(
         lambda: run(SoftSkip((2,))),
         UnsupportedCall, "soft masks were given at stage 2", "masks hold from a layer on", "at another stage",
+    ),
+    "gains that the plan does not know": Case(
+        lambda: run(Weighed((2,))),
+        UnsupportedCall, "gains were given at stage 2", "the plan of 'probe' has none", "skips=(2,), gains=True",
     ),
     "windows under flash attention": Case(
         lambda: run("visual_window", flash_llm),

@@ -12,4 +12,5 @@ The commands `vtc train` and `vtc calibrate` lie in `vtc.cli.train`. The modules
     atp_report.py       the generated page docs/results/atp.md
     vqtoken_report.py   the same for VQToken
     quecc_report.py     and for QueCC
+    p_mod_report.py     and for p-MoD
 """

@@ -14,7 +14,7 @@ from vtc.app.pages import page, table
 from vtc.eval.documents import DOCUMENTS, main
 from vtc.eval.encoders import page as encoder_page
 from vtc.eval.tiny.tasks import TASKS
-from vtc.eval.training import atp_report, quecc_report, vqtoken_report
+from vtc.eval.training import atp_report, p_mod_report, quecc_report, vqtoken_report
 from vtc.eval.training.measure import Measurement
 from vtc.testing import graphs, overhead, scaling, selecting, timing
 from vtc.testing.encoders import NAMES
@@ -82,6 +82,7 @@ MEASURED: dict[str, Callable[[], str]] = {
     "graphs": lambda: graphs.report([]),
     "contract": lambda: contract.report((["method", *TINY_MODELS], []), (["check", *TINY_MODELS], []), 7, 5e-5),
     "encoder_contract": lambda: encoder_contract.report(*encoder_contract.tables([], NAMES), 7, 5e-5),
+    "p_mod": lambda: p_mod_report.report([("none", "1", measured(vqtoken_report.FAMILIES, 360))]),
     "vqtoken": lambda: vqtoken_report.report([("none", "6", measured(vqtoken_report.FAMILIES, 720))], None),
     "atp": atp,
     "quecc": quecc,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,21 +13,32 @@ from vtc.method.readings import BlockReading
 
 Record = Callable[[int, BlockReading, int, Tensor, Tensor], None]
 """Takes a layer, a reading, 0 for the attention or 1 for the MLP, and [B, L, D] rows in front of and behind it."""
+Weigh = Callable[[Tensor], Tensor]
+"""Takes [B, L, D] what an MLP answers, and gives what is added to the rows in its place."""
 
 
 class BlockHooks:
     """Hooks on the two blocks of the layers of `pairs`, (layer, reading) each, that pass on what goes in and out.
 
-    modules: those that carry hooks while these are installed.
+    weighed: layers whose MLP's answer goes through `weigh`, behind its readings. modules: those that carry hooks while
+    these are installed.
     """
 
-    def __init__(self, adapter: Adapter, pairs: Sequence[tuple[int, BlockReading]], record: Record) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        pairs: Sequence[tuple[int, BlockReading]],
+        record: Record,
+        weighed: Collection[int],
+        weigh: Weigh,
+    ) -> None:
         blocks: list[Sequence[nn.Module]] = [adapter.llm_attention, adapter.llm_mlp] if pairs else []
         self._places = [
             (modules[layer], Hook(_pass_on, record, layer, reading, block))
             for layer, reading in pairs
             for block, modules in enumerate(blocks)
         ]
+        self._places += [(adapter.llm_mlp[layer], Hook(_change, weigh)) for layer in weighed]
         self.modules = tuple(module for module, _ in self._places)
         self._handles: list[Any] = []
 
@@ -47,3 +58,7 @@ def _pass_on(
 ) -> None:
     before = args[0] if args else kwargs["hidden_states"]
     record(layer, reading, block, before, output[0] if isinstance(output, tuple) else output)
+
+
+def _change(weigh: Weigh, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    return (weigh(output[0]), *output[1:]) if isinstance(output, tuple) else weigh(output)

@@ -20,6 +20,8 @@ from vtc.ops.select import put_rows, take_last
 
 PLACE = "place"
 """Key in `RowTable.extra` of each row's place among all rows, while some of them skip a layer."""
+GAINS = "gains"
+"""The same of `Selection.gains` over the rows, 1 where nothing is said."""
 
 
 @dataclass(eq=False)
@@ -39,9 +41,9 @@ class LLMPass(Pass):
     it dropped something or not, so that renumbering does not depend on what else is in the batch; pruned: something was
     dropped. group: first layer of the current group of layers that hold the same rows; mask, rotary: what its layers
     take. left: the rows of each group so far, behind: those that leave its last layer. aside: while some rows skip a
-    layer, all of them: batch, hidden rows and rotary phases. spans: first layer, rows and visual tokens per batch row
-    of each group. evicted: visual tokens per batch row that stay in the caches of groups that lost some. seconds: host
-    time so far.
+    layer, all of them: batch, hidden rows as they go around it, rotary phases. spans: first layer, rows and visual
+    tokens per batch row of each group. evicted: visual tokens per batch row that stay in the caches of groups that lost
+    some. seconds: host time so far.
     """
 
     outermost: Any = None
@@ -111,13 +113,22 @@ class LLMPass(Pass):
                     "layer on; give them at another stage"
                 )
         full, hidden = self.now, states.all()
+        assert full.items is not None
         places = torch.arange(full.width, device=hidden.device).expand(full.size, -1)
-        self.batch = replace(full, rows=full.rows.note(PLACE, places))
-        self.aside = full, hidden, self.rotary
+        rows = full.rows.note(PLACE, places)
+        if selection.gains is not None:
+            gains = full.items.scatter(selection.gains, torch.ones_like(places, dtype=torch.float32))
+            rows, hidden = rows.note(GAINS, gains), hidden * gains[..., None].to(hidden)
+        self.batch, self.aside = replace(full, rows=rows), (full, hidden, self.rotary)
         return self.apply(stage, selection, states)
 
+    def weigh(self, added: Tensor) -> Tensor:
+        """[B, L', D] what the MLP of a layer adds to the rows, times their gains there."""
+        gains = self.now.rows.extra.get(GAINS)
+        return added if gains is None else added * gains[..., None].to(added)
+
     def put_back(self, through: Tensor) -> Tensor:
-        """[B, L', D] rows that went through a layer -> [B, L, D] with those that skipped it, as they were before it.
+        """[B, L', D] rows that went through a layer -> [B, L, D] with those that skipped it, as they were set aside.
 
         Of what was read in the layer, rows that skipped it have zeros.
         """
@@ -126,7 +137,7 @@ class LLMPass(Pass):
         rows, full = self.now.to(through.device).rows, full.to(through.device)
         place = torch.where(rows.held, rows.extra[PLACE], full.width)
         for key, values in rows.extra.items():
-            if key != PLACE and key not in full.rows.extra:
+            if key not in (PLACE, GAINS, *full.rows.extra):
                 zeros = values.new_zeros(*values.shape[:-1], full.width + 1)
                 read = zeros.scatter(-1, place.expand_as(values), values)[..., :-1]
                 full = replace(full, rows=full.rows.note(key, read))

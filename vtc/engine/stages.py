@@ -98,9 +98,10 @@ class StageRunner:
         )
 
     def hooks(self, passes: Passes[LLMPass]) -> BlockHooks:
-        """Hooks for what the plan needs of the blocks of LLM layers."""
+        """Hooks for what the plan needs of the blocks of LLM layers, and for gains of rows there."""
         pairs = [(layer, one) for layer, one in self.plan.needs.llm_pairs if isinstance(one, BlockReading)]
-        return BlockHooks(self.adapter, pairs, functools.partial(self._record_block, passes))
+        record, weigh = functools.partial(self._record_block, passes), functools.partial(_weigh, passes)
+        return BlockHooks(self.adapter, pairs, record, self.plan.skips if self.plan.gains else (), weigh)
 
     def _reader(self, passes: Passes[LLMPass], layer: int) -> LLMPass | None:
         """The pass that notes what layer `layer` does now, None where nobody does."""
@@ -150,13 +151,13 @@ class StageRunner:
         return _read(reading, attention, one.now, mask, graph=self.learns)
 
     def check_checkpointing(self) -> None:
-        """Raise UnsupportedCall where recomputed layers would lack the gradients of what was read of them."""
-        if not self.learns or not any(reading.differentiable for _, reading in self.plan.needs.llm_pairs):
-            return
-        if checkpoints(self.adapter.language_model):
+        """Raise UnsupportedCall where recomputed layers would lack gradients of what was read of them, or gains."""
+        trains = self.learns and any(reading.differentiable for _, reading in self.plan.needs.llm_pairs)
+        if (trains or self.plan.gains) and checkpoints(self.adapter.language_model):
+            what = "trains on what it reads of LLM layers" if trains else "weighs what the MLPs of LLM layers add"
             raise UnsupportedCall(
-                f"{self.method.name!r} trains on what it reads of LLM layers, and gradient checkpointing recomputes "
-                "these without it; switch checkpointing off: model.gradient_checkpointing_disable()"
+                f"{self.method.name!r} {what}, and gradient checkpointing recomputes these without it; switch "
+                "checkpointing off: model.gradient_checkpointing_disable()"
             )
 
     def keeps_all(self, batch: Batch, contexts: Sequence[VisionContext]) -> bool:
@@ -178,6 +179,11 @@ class StageRunner:
             selection = self.select(stage, one, states)
             one.staged = True
         if selection is not None:
+            if selection.gains is not None and not (self.plan.gains and stage in self.skips):
+                raise UnsupportedCall(
+                    f"gains were given at stage {stage}, where the plan of {self.method.name!r} has none; they are for "
+                    f"layers that tokens may skip: Plan(..., skips=({stage or 1},), gains=True)"
+                )
             carry_out = one.set_aside if stage in self.skips else one.apply
             states = States(carry_out(stage, selection, states))
         elif stage in self.noted:
@@ -284,6 +290,12 @@ def _queries(batch: Batch, mask: Tensor | None) -> QueryRows:
     prompt = rows.prompt & valid
     last = (torch.arange(batch.width, device=valid.device) * prompt).amax(1, keepdim=True)
     return QueryRows(prompt, rows.visual & valid, rows.text & valid, batch.text_count, last, mask)
+
+
+def _weigh(passes: Passes[LLMPass], added: Tensor) -> Tensor:
+    """What an MLP adds, times the gains of the rows of the running pass."""
+    one = passes.current
+    return added if one is None or not one.conducted else one.weigh(added)
 
 
 def _nothing(attention: AttentionCall) -> None:

@@ -12,6 +12,7 @@ _READERS: dict[str, tuple[str, tuple[type, ...]]] = {
     "hide": ("hidden tokens", (int,)),
     "weights": ("soft masks", (int,)),
     "near": ("windows", (int,)),
+    "gains": ("gains", (int,)),
     "sizes": ("sizes of tokens", (EncoderStage,)),
     "restored": ("restored rows", (EncoderStage,)),
     "entries": ("cache entries", (CacheStage,)),

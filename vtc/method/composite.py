@@ -121,7 +121,8 @@ class Composite(Compressor):
         inner = [plan for plan in plans if any(isinstance(stage, EncoderStage) for stage in plan.stages)]
         restores = bool(inner) and all(plan.restores for plan in inner)
         skips = tuple(sorted(layer for plan in plans for layer in plan.skips))
-        return Plan(stages, needs, _positions(plans), restores=restores, skips=skips)
+        gains = any(plan.gains for plan in plans)
+        return Plan(stages, needs, _positions(plans), restores=restores, skips=skips, gains=gains)
 
     def select(self, view: StageView) -> Selection | None:
         plans = [part.plan(view.model) for part in self.parts]

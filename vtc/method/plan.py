@@ -153,7 +153,8 @@ class Plan:
 
     restores: behind the encoder every patch has a row again (`Selection.restored`). skips: stages inside the LLM whose
     tokens that are not kept skip that one layer, and no more: they go around it as they are, have no entry in its KV
-    cache, and are back behind it.
+    cache, and are back behind it. gains: what is selected there may tell `Selection.gains`; the MLPs of these layers
+    then carry hooks.
 
     >>> import vtc
     >>> vtc.create("fastv", layer=3).plan(vtc.adapters.families()["llava"].references[0]).stages
@@ -165,3 +166,4 @@ class Plan:
     positions: Positions
     restores: bool = False
     skips: tuple[int, ...] = ()
+    gains: bool = False

@@ -41,7 +41,9 @@ class Selection:
     later layer, except for the token itself; multiplied over the stages. near: [I, N, C], limits what visual rows see
     of each other in every later layer: a token attends to text, to itself, and of the visual tokens in front of it to
     those of its own item that lie at most 1 away in each of C numbers; separators to no other visual token, text to
-    all (a mask; it saves nothing). What a later stage says takes its place. sizes: [I, N], at encoder stages: what
+    all (a mask; it saves nothing). What a later stage says takes its place. gains: [I, N], where tokens skip one layer
+    and the plan says so: the number that multiplies what the layer's MLP adds to the row of a token that goes through,
+    and the whole row of a token that goes around. sizes: [I, N], at encoder stages: what
     each token stands for. Later encoder layers attend to its key as often, softmax(Q K^T / sqrt(D) + log sizes); said
     anew at every stage that has it. restored: [I, P, D], at encoder stages: rows for all patches that entered the
     encoder, in the order of the picture; every patch has a row again, and of all else said here nothing is read.
@@ -61,6 +63,7 @@ class Selection:
     hide: Tensor | None = None
     weights: Tensor | None = None
     near: Tensor | None = None
+    gains: Tensor | None = None
     sizes: Tensor | None = None
     restored: Tensor | None = None
     entries: tuple[Tensor, Tensor] | None = None

@@ -35,9 +35,9 @@ class VisualWindow(Compressor):
 
     Departures from the paper and its code: both papers train models for their masks. Attention stays causal, where
     YOPO's code lets a token see its whole window; newline tokens see no other visual token and are seen by none; nobody
-    sees into another picture, but a picture in a later turn of a dialogue sees what earlier turns left in the cache. Of
-    SAISA, projectors that feed each layer, and of YOPO, cuts of heads and neurons, nothing is here; its cut of layers
-    is `withdraw`.
+    sees into another picture, but a picture in a later turn of a dialogue sees what earlier turns left in the cache.
+    SAISA, whose projectors feed each layer, is `saisa`. Of YOPO, cuts of heads and neurons are not here; its cut of
+    layers is `withdraw`.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers

@@ -28,7 +28,8 @@ class Oracle:
     that merge inside the LLM. entries: LLM layer -> which entries [B, H, S] of its cache become other keys and values
     [B, H, S, W] after the prefill.
     skips: LLM layer -> [B, S] bool over the input positions, True where a token goes through that one layer; the others
-    are not seen in it and leave it as they entered.
+    are not seen in it and leave it as they entered. gains: LLM layer -> [B, S] what multiplies there, of tokens that go
+    through, what the MLP adds, of the others the whole row.
     near: LLM layer -> [B, S, S] bool, which input positions each of them may attend to from that layer on, besides what
     the tables and causality say.
     """
@@ -45,6 +46,7 @@ class Oracle:
         replaced: dict[int, tuple[Tensor, Tensor]] | None = None,
         entries: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
         skips: dict[int, Tensor] | None = None,
+        gains: dict[int, Tensor] | None = None,
         near: dict[int, Tensor] | None = None,
     ) -> None:
         adapter = adapters.of(model)
@@ -53,7 +55,8 @@ class Oracle:
         self.tables, self.cached = self.queue[0], cached or {}
         self.positions, self.embeddings, self.deep, self.replaced = positions, embeddings, deep, replaced or {}
         self.entries = entries or {}
-        self.skips, self.near = skips or {}, near or {}
+        self.skips, self.gains, self.near = skips or {}, gains or {}, near or {}
+        self.mlps = adapter.llm_mlp
         self._mask: Tensor | None = None
         self._past = 0
         self._handles: list[Any] = []
@@ -65,8 +68,10 @@ class Oracle:
             hook = functools.partial(self._layer, index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if index in self.skips:
-                hook = functools.partial(self._around, self.skips[index])
+                hook = functools.partial(self._around, index)
                 self._handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        for index in self.gains:
+            self._handles.append(self.mlps[index].register_forward_hook(functools.partial(self._add, index)))
         return self
 
     def __exit__(
@@ -132,10 +137,24 @@ class Oracle:
             kwargs["position_embeddings"] = self.llm.rotary_emb(hidden, numbers)
         return args, kwargs
 
-    def _around(self, table: Tensor, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _add(self, index: int, module: Any, args: Any, output: Any) -> Any:
         if self._past:
             return output
-        before = args[0] if args else kwargs["hidden_states"]
+        rows = output[0] if isinstance(output, tuple) else output
+        rows = self._weighed(rows, index)
+        return (rows, *output[1:]) if isinstance(output, tuple) else rows
+
+    def _weighed(self, rows: Tensor, index: int) -> Tensor:
+        """[B, L, D] times the gains of the layer, of tokens behind the prompt as they are."""
+        if index not in self.gains:
+            return rows
+        gains = self.gains[index].repeat_interleave(rows.shape[0] // self.gains[index].shape[0], 0)
+        return rows * torch.nn.functional.pad(gains, (0, rows.shape[1] - gains.shape[1]), value=1)[..., None]
+
+    def _around(self, index: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self._past:
+            return output
+        table, before = self.skips[index], self._weighed(args[0] if args else kwargs["hidden_states"], index)
         rows = output[0] if isinstance(output, tuple) else output
         rows = self._replace(rows, ~table, before[:: before.shape[0] // table.shape[0], : table.shape[1]])
         return (rows, *output[1:]) if isinstance(output, tuple) else rows

@@ -30,7 +30,7 @@ class FixedKeep(Compressor):
     """Drop a random share of each item's tokens at every given stage, seeded by item, stage and token.
 
     static: give the counts to the engine; otherwise each token is drawn on its own and the counts stay data-dependent.
-    skips: the stages that drop tokens for one layer alone.
+    skips: the stages that drop tokens for one layer alone. gains: give the tokens numbers between 0.5 and 1.5 there.
     """
 
     at: tuple[Stage, ...] = (0,)
@@ -38,6 +38,7 @@ class FixedKeep(Compressor):
     seed: int = 0
     static: bool = True
     skips: tuple[int, ...] = ()
+    gains: bool = False
 
     name: ClassVar[str] = "fixed_keep"
 
@@ -48,16 +49,19 @@ class FixedKeep(Compressor):
     default_positions: ClassVar[Positions] = "preserve"
 
     def plan(self, model: ModelSpec) -> Plan:
-        return Plan(self.at, Needs(), self.default_positions, skips=self.skips)
+        return Plan(self.at, Needs(), self.default_positions, skips=self.skips, gains=self.gains)
 
     def select(self, view: StageView) -> Selection:
         salt = self.at.index(view.stage) + 17 * self.seed
         draw = uniform(view.fingerprint, view.items.token, salt)
+        gains = None
+        if self.gains and view.stage in self.skips:
+            gains = 0.5 + uniform(view.fingerprint, view.items.token, salt + 1000)
         if not self.static:
-            return Selection(draw < self.rate)
+            return Selection(draw < self.rate, gains=gains)
         counts = [round(count * self.rate) for count in view.items.counts]
         keep = torch.tensor(counts, device=draw.device)
-        return Selection(top_k(draw, keep, view.items.mask), counts=counts)
+        return Selection(top_k(draw, keep, view.items.mask), counts=counts, gains=gains)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,14 @@ from vtc.testing.oracle import Oracle
 @dataclass
 class Entered:
     """What a language model was first given: rows that enter layer 0 and those at which a method acts, by layer; deep:
-    visual rows that it adds behind its first layers, of all calls. entries: what replaced entries of caches at first,
-    by layer, and the items they belong to.
+    visual rows that it adds behind its first layers, of all calls. anew: stages that replace every row they keep.
+    gains: of tokens at first, by layer, behind the items they belong to; entries: likewise what replaced entries of
+    caches.
     """
 
     rows: dict[int, Tensor] = field(default_factory=dict)
+    anew: set[int] = field(default_factory=set)
+    gains: dict[int, tuple[ItemTable, Tensor]] = field(default_factory=dict)
     entries: dict[int, tuple[ItemTable, Selection]] = field(default_factory=dict)
     deep: list[Any] = field(default_factory=list)
 
@@ -47,6 +50,10 @@ def entering(model: Any, handle: Handle) -> Iterator[Entered]:
         selection = select(view)
         if isinstance(view.stage, CacheStage) and selection is not None and selection.entries is not None:
             seen.entries.setdefault(view.stage.from_layer, (view.items, selection))
+        if isinstance(view.stage, int) and selection is not None and selection.tokens is not None:
+            seen.anew |= {view.stage} if selection.merged_into is None else set()
+        if isinstance(view.stage, int) and selection is not None and selection.gains is not None:
+            seen.gains.setdefault(view.stage, (view.items, selection.gains))
         return selection
 
     stand_between(handle, noted)
@@ -72,7 +79,8 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
     first, embeddings, deep, replaced = handle.trace[0], None, None, {}
     cached = {k.from_layer: first.heads.get(k, v) for k, v in first.keep.items() if isinstance(k, CacheStage)}
     inside = any(isinstance(stage, EncoderStage) for stage in handle.plan.stages)
-    for stage, entered in ({} if seen is None else seen.rows).items():
+    seen = seen or Entered()
+    for stage, entered in seen.rows.items():
         if not (inside and stage == 0) and not any(stage in item.merged_into for item in first.items):
             continue
         keep = first.keep[stage]
@@ -83,15 +91,15 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
             embeddings = full
             continue
         merged = torch.zeros_like(keep)
-        for item in first.items:  # every token that absorbed another one
+        for item in first.items:  # every token that absorbed another one, or that is there
             into = item.merged_into.get(stage, item.positions[:0])
-            others = into[(into >= 0) & (into != torch.arange(len(into), device=into.device))]
+            other = stage in seen.anew or into != torch.arange(len(into), device=into.device)
+            others = into[(into >= 0) & other]
             merged[item.row, item.positions[others]] = True
         replaced[stage] = merged, full
-    if inside and seen is not None:
+    if inside and seen.deep:
         deep = seen.deep[0]
-    noted = {} if seen is None else seen.entries
-    entries = {layer: _over_input(*each, first.keep[CacheStage(layer)]) for layer, each in noted.items()}
+    entries = {layer: _over_input(*each, first.keep[CacheStage(layer)]) for layer, each in seen.entries.items()}
     return Oracle(
         model,
         tables,
@@ -102,6 +110,7 @@ def reference(model: Any, handle: Handle, seen: Entered | None = None) -> Oracle
         replaced=replaced,
         entries=entries,
         skips={layer: first.keep[layer] for layer in skips},
+        gains={layer: _gains(*each, first.keep[layer]) for layer, each in seen.gains.items()},
         near=_near(first),
     )
 
@@ -119,6 +128,14 @@ def _near(record: CallRecord) -> dict[int, Tensor]:
             near[item.row, at[:, None], at] |= close
         found[stage] = near | ~visual[:, :, None] | ~visual[:, None]
     return found
+
+
+def _gains(items: ItemTable, gains: Tensor, alive: Tensor) -> Tensor:
+    """[B, S] gains of the items' tokens, 1 elsewhere; alive: [B, S]."""
+    full = torch.ones(alive.shape)
+    for item, (row, count) in enumerate(zip(items.rows, items.counts, strict=True)):
+        full[row, items.positions[item, items.token[item, :count]]] = gains[item, :count].float()
+    return full
 
 
 def _over_input(items: ItemTable, selection: Selection, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
