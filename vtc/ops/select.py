@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,15 +57,16 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int
     >>> top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([2])).tolist()
     [[False, True, True, False]]
     """
-    length = scores.shape[1]
+    length, scores = scores.shape[1], scores.detach()
     if not length:
         return torch.zeros_like(scores, dtype=torch.bool)
-    lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
     if scores.is_floating_point():
-        # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true.
-        scores = numbers(scores, mask).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true. All that may be
+        # kept becomes finite, and lies above what may not.
+        scores = numbers(scores, mask).nan_to_num(torch.finfo(scores.dtype).max)
     if mask is not None:
-        scores = scores.masked_fill(~mask, lowest)
+        lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
+        scores = torch.where(mask, scores, lowest)
     held = length if most is None else min(length, most + TAIL)
     ordered = scores.topk(held, 1).values if held < length else scores.sort(1, descending=True).values
     # The best and the worst score of those that tie with the last one kept: nothing else depends on an index.
@@ -74,11 +75,18 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int
     best = ((apart & (place <= last)) * place).amax(1, keepdim=True)
     worst = held - 1 - ((apart & (place > last)) * (held - place)).amax(1, keepdim=True)
     bounds = ordered.gather(1, torch.cat([best, torch.minimum(worst, last + TAIL)], 1))
-    above = scores > bounds[:, :1]
-    tied = (scores >= bounds[:, 1:]) ^ above
-    if mask is not None:  # a real score may be the lowest as well
+    above = _compared(torch.gt, scores, bounds[:, :1])
+    tied = _compared(torch.ge, scores, bounds[:, 1:]) ^ above
+    if mask is not None and not scores.is_floating_point():  # a real score may be the lowest as well
         tied = tied & mask
-    return above | (tied & (tied.cumsum(1) <= keep[:, None] - above.sum(1, keepdim=True)))
+    place = tied.cumsum(1, dtype=torch.int32)
+    kept = above | (tied & _compared(torch.le, place, (keep[:, None] - best).int()))
+    return kept if mask is None else kept & mask
+
+
+def _compared(compare: Callable[..., Tensor], x: Tensor, bound: Tensor) -> Tensor:
+    """What ``compare(x, bound)`` says; on CPUs numbers of x's own type are written several at a time, bools are not."""
+    return compare(x, bound, out=torch.empty_like(x)).bool()
 
 
 def outliers(values: Tensor, mask: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ def _apart(ordered: Tensor, tie: float = TIE) -> Tensor:
     apart = torch.ones_like(ordered, dtype=torch.bool)
     higher, lower = ordered[:, :-1], ordered[:, 1:]
     if ordered.is_floating_point():
-        slack = tie * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0)
+        slack = tie * torch.maximum(higher, -lower).nan_to_num(0.0, 0.0, 0.0)
         apart[:, 1:] = ~(higher - lower <= slack)
     else:
         apart[:, 1:] = higher != lower
