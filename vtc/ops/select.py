@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ def first_best(scores: Tensor, slack: Tensor | float = TIE) -> Tensor:
     return (scores >= scores.amax(-1, keepdim=True) - slack).to(torch.uint8).argmax(-1)
 
 
+@torch.no_grad()
 def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int | None = None) -> Tensor:
     """Mark the `keep` best entries of each row; ties (see `settle`) go to the lower index.
 
@@ -57,36 +58,32 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int
     >>> top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), torch.tensor([2])).tolist()
     [[False, True, True, False]]
     """
-    length, scores = scores.shape[1], scores.detach()
+    length = scores.shape[1]
     if not length:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.is_floating_point():
-        # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true. All that may be
-        # kept becomes finite, and lies above what may not.
-        scores = numbers(scores, mask).nan_to_num(torch.finfo(scores.dtype).max)
+    floating = scores.is_floating_point()
+    # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true. All that may be kept
+    # becomes finite, and lies above what may not.
+    scores = numbers(scores, mask).nan_to_num(torch.finfo(scores.dtype).max) if floating else scores.clone()
     if mask is not None:
-        lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-        scores = torch.where(mask, scores, lowest)
+        scores = torch.where(mask, scores, -torch.inf if floating else torch.iinfo(scores.dtype).min)
     held = length if most is None else min(length, most + TAIL)
     ordered = scores.topk(held, 1).values if held < length else scores.sort(1, descending=True).values
     # The best and the worst score of those that tie with the last one kept: nothing else depends on an index.
     last = (keep - 1).clamp(0, held - 1)[:, None]
     apart, place = _apart(ordered), torch.arange(held, device=scores.device)
-    best = ((apart & (place <= last)) * place).amax(1, keepdim=True)
-    worst = held - 1 - ((apart & (place > last)) * (held - place)).amax(1, keepdim=True)
+    front = apart & (place <= last)
+    best = (front * place).amax(1, keepdim=True)
+    worst = held - 1 - ((apart ^ front) * (held - place)).amax(1, keepdim=True)
     bounds = ordered.gather(1, torch.cat([best, torch.minimum(worst, last + TAIL)], 1))
-    above = _compared(torch.gt, scores, bounds[:, :1])
-    tied = _compared(torch.ge, scores, bounds[:, 1:]) ^ above
-    if mask is not None and not scores.is_floating_point():  # a real score may be the lowest as well
-        tied = tied & mask
-    place = tied.cumsum(1, dtype=torch.int32)
-    kept = above | (tied & _compared(torch.le, place, (keep[:, None] - best).int()))
+    # Ones and zeros in the place of scores: a CPU writes several of them at a time, and bools one by one.
+    above = scores.clone().gt_(bounds[:, :1])
+    tied = scores.ge_(bounds[:, 1:]).sub_(above)
+    if mask is not None and not floating:  # a real score may be the lowest as well
+        tied.mul_(mask)
+    number = tied.cumsum(1, dtype=torch.promote_types(tied.dtype, torch.float32))
+    kept = number.le_(keep[:, None] - best).mul_(tied).add_(above).bool()
     return kept if mask is None else kept & mask
-
-
-def _compared(compare: Callable[..., Tensor], x: Tensor, bound: Tensor) -> Tensor:
-    """What ``compare(x, bound)`` says; on CPUs numbers of x's own type are written several at a time, bools are not."""
-    return compare(x, bound, out=torch.empty_like(x)).bool()
 
 
 def outliers(values: Tensor, mask: Tensor) -> Tensor:
