@@ -66,6 +66,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("pyramiddrop", ranking.last_row_batched, ranking.last_row_loop, 2),
         Case("pyramidkv", cache.snapkv_batched, cache.snapkv_loop, CACHE),
         Case("random", ranking.random_batched, ranking.random_loop, tolerance=None),
+        Case("ranked_routing", ranking.last_row_batched, ranking.last_row_loop, 1, share=1 / 2),
         Case("scope", pruned.scope_batched, pruned.scope_loop),
         Case("snapkv", cache.snapkv_batched, cache.snapkv_loop, CACHE),
         Case("sparsevlm", inside.sparsevlm_batched, inside.sparsevlm_loop, 3, wide=True, share=1 / 3,
