@@ -24,7 +24,7 @@ from vtc.eval.bench.clock import Clock
 from vtc.eval.bench.record import read_record
 from vtc.eval.bench.run import bench
 from vtc.eval.bench.spec import BenchSpec, Load
-from vtc.method.base import StageView
+from vtc.method.base import CacheStage, StageView
 from vtc.method.items import ItemTable
 from vtc.method.layout import VisualItem
 from vtc.method.states import States
@@ -32,7 +32,7 @@ from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.everything import runs
 from vtc.testing.released import SHAPES, SelectionCase, fresh
 from vtc.testing.released.cases import selection_cases
-from vtc.testing.views import Shape
+from vtc.testing.views import Entries, Shape
 
 COMMAND = "bash benchmarks/gpu.sh OUT"
 BATCH, REPEATS = 8, 15
@@ -60,7 +60,7 @@ def moved(value: Any, device: torch.device) -> Any:
         return tuple(moved(entry, device) for entry in value)
     if isinstance(value, States):
         return States(value.all().to(device))
-    if isinstance(value, StageView | ItemTable | VisualItem):
+    if isinstance(value, StageView | ItemTable | VisualItem | Entries):
         return type(value)(**{f.name: moved(getattr(value, f.name), device) for f in dataclasses.fields(value)})
     return value
 
@@ -108,8 +108,10 @@ def selection(case: SelectionCase, shape: Shape, device: torch.device, repeats: 
     """A line of the table."""
     method, view = case.seen(shape, BATCH)
     view = moved(view, device)
-    read = [view.tokens] if case.wide else []
-    read += [*view.vision_rows.values(), *view.llm_rows.values()]
+    read = [*(view.tokens,) * case.wide, *view.vision_rows.values(), *view.llm_rows.values()]
+    if isinstance(view.stage, CacheStage):  # readings of one layer, and its entries
+        rows = [rows for (layer, _), rows in view.llm_rows.items() if layer == view.stage.from_layer]
+        read = [*(view.entries if case.wide else ()), *rows]
     bytes_ = sum(value.numel() * value.element_size() for value in read)
 
     def call() -> Any:

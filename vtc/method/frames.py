@@ -63,5 +63,7 @@ class Frames:
     def mean(self, values: Tensor) -> Tensor:
         """[R, W, ...] one value per token of the frames -> [R, ...] their mean, in float32; 0 of empty frames."""
         mask = self.parts.mask
+        if self.parts.full:
+            return values.sum(1, dtype=torch.float32) / max(1, mask.shape[1])
         real = mask.reshape(*mask.shape, *(1,) * (values.ndim - 2))
         return torch.where(real, values, 0).sum(1, dtype=torch.float32) / real.sum(1).clamp(min=1)

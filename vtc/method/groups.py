@@ -79,13 +79,12 @@ class Parts:
         own: what a centre counts for, beside the mean of its cluster. alone: [R, W] bool, tokens that stay as they are.
         Returns tokens [I, N, D], rows of what did not stay meaning nothing, and places [I, N], -1 for nowhere.
         """
-        number, tokens = self.numbers, means(x, centre)
-        home = torch.where(centre < 0, -1, number.gather(1, centre.clamp(min=0)))
+        if alone is not None:  # each its own centre
+            centre = torch.where(alone, torch.arange(centre.shape[1], device=centre.device), centre)
+        tokens = means(x, centre)
         if own:
             tokens = torch.lerp(tokens, x, own)
-        if alone is not None:
-            home = torch.where(alone, number, home)
-            tokens = torch.where(alone[..., None], x, tokens)
+        home = torch.where(centre < 0, -1, self.numbers.gather(1, centre.clamp(min=0)))
         return self.give(tokens), torch.where(self.items, self.give(home), -1)
 
     def best(self, scores: Tensor, keep: Tensor, most: int | None = None) -> Tensor:

@@ -80,6 +80,11 @@ class ItemTable:
         values = pad_sequence([getattr(item, name) for item in self.layouts], batch_first=True)
         return torch.where(self.mask, values.to(self.token.device).gather(1, self.token), -1)
 
+    def take(self, rows: Tensor) -> Tensor:
+        """[..., B, L] numbers of the current rows -> [..., I, N] those of the items' tokens."""
+        rows = rows.index_select(-2, self.row)
+        return rows.gather(-1, self.index.expand(*rows.shape[:-1], -1))
+
     def split(self) -> tuple[ItemTable, ItemTable]:
         """The tables of the tokens alone and of the separators alone."""
         if not any(self.fixed):

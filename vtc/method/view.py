@@ -234,9 +234,7 @@ class StageView:
 
     def llm_attention(self, layer: int, reading: LLMReading | None = None) -> Tensor:
         """[..., I, N] what was recorded of LLM layer `layer`, at the items' tokens. reading: which of several."""
-        rows = self.llm_rows[layer, reading or _only(self.needs.llm[layer])]
-        rows = rows.index_select(-2, self.items.row)
-        return rows.gather(-1, self.items.index.expand(*rows.shape[:-1], -1))
+        return self.items.take(self.llm_rows[layer, reading or _only(self.needs.llm[layer])])
 
     @cached_property
     def entries(self) -> tuple[Tensor, Tensor]:

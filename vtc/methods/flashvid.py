@@ -115,7 +115,7 @@ class FlashVID(Compressor):
         spends = group_totals(share - first, segment)
         root = self._trees(view, frames, free, segment, spends)
         number = torch.arange(mask.shape[1], device=mask.device)
-        merged = torch.where(parts.give(free)[..., None], means(view.tokens, torch.where(mask, root, -1)), view.tokens)
+        merged = means(view.tokens, torch.where(mask, root, -1))
         ends = free & parts.take(root == number)
         member = segment[:, None] == number[: frames.most, None]
         size = (member * ends.sum(1).view_as(sizes)[:, None]).flatten(0, 1)
@@ -139,10 +139,10 @@ class FlashVID(Compressor):
         """
         parts, mask = frames.parts, view.items.mask
         same = torch.nn.functional.pad(segment[:, 1:] == segment[:, :-1], (1, 0)).flatten()
-        there = free.roll(1, 0) & same[:, None]
-        x = parts.take(view.tokens.detach())
-        found = parts.numbers.roll(1, 0).gather(1, nearest(x, x.roll(1, 0), there))
-        hangs = mask & parts.give(free & there.any(1, keepdim=True))
+        there = free[:-1] & same[1:, None]
+        x, pad = parts.take(view.tokens.detach()), torch.nn.functional.pad
+        found = pad(parts.numbers[:-1].gather(1, nearest(x[1:], x[:-1], there)), (0, 0, 1, 0))
+        hangs = mask & parts.give(free & pad(there.any(1), (1, 0))[:, None])
         other = torch.where(hangs, parts.give(found), -1)
         alike = likeness(view.tokens.detach(), other)
         near, own = alike > self.similarity, segment.gather(1, frames.number)

@@ -60,12 +60,12 @@ class SnapKV(EntryCompressor):
         rows = view.llm_rows[layer, self.reading]
         seen = rows.masked_fill(last_rows(view.prompt, self.window), 0)
         pooled = avg_pool1d(seen, self.kernel, stride=1, padding=self.kernel // 2)
-        return pooled[..., view.items.row[:, None], view.items.index]
+        return view.items.take(pooled)
 
     def first(self, view: StageView, counts: Sequence[int]) -> Tensor:
         """Entries inside the window, the latest of each item that fit."""
         items = view.items
-        inside = last_rows(view.prompt, self.window)[items.row[:, None], items.index] & items.mask
+        inside = items.take(last_rows(view.prompt, self.window)) & items.mask
         return inside & latest(items, counts)
 
 

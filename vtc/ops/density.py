@@ -32,14 +32,15 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near:
     [[0, 0, 0, 3, 3, 3]]
     """
     x = numbers(x.detach(), mask).float()
+    length = x.square().sum(2)
     steps = torch.arange(x.shape[1], device=x.device)
     there = torch.arange(min(most, x.shape[1]), device=x.device) < clusters[:, None]
     neighbours = clusters if near is None else mask.sum(1).clamp(max=near)
-    peak = peaks(x, clusters, neighbours, mask, most=most, nearest=near or most)
+    peak = _peaks(x, length, clusters, neighbours, mask, most=most, nearest=near or most)
     place = front_pack(peak, there.shape[1])
     nearest = [
         first_best(-squares.masked_fill(~there[:, None], torch.inf).sqrt())
-        for _, squares in _squares(x, take_rows(x, place))
+        for _, squares in _squares(x, length, take_rows(x, place), length.gather(1, place))
     ]
     centre = torch.where(peak, steps, place.gather(1, torch.cat(nearest, 1)))
     return torch.where(mask & (clusters > 0)[:, None], centre, -1)
@@ -57,9 +58,17 @@ def peaks(x: Tensor, count: Tensor, neighbours: Tensor, mask: Tensor, *, most: i
     [[1, 0, 0, 1, 0, 0]]
     """
     x = numbers(x.detach(), mask).float()
+    return _peaks(x, x.square().sum(2), count, neighbours, mask, most=most, nearest=nearest)
+
+
+def _peaks(
+    x: Tensor, length: Tensor, count: Tensor, neighbours: Tensor, mask: Tensor, *, most: int, nearest: int
+) -> Tensor:
+    """See `peaks`; length: [G, M] squared length of each token."""
     near = torch.arange(min(nearest, x.shape[1]), device=x.device) < neighbours[:, None]
     means, largest = [], x.new_zeros(len(x), 1)
-    for _, squares in _squares(x, x):
+    held = [*_squares(x, length, x, length)] if len(x) * x.shape[1] ** 2 <= BLOCK else None
+    for _, squares in held or _squares(x, length, x, length):
         squares = squares.masked_fill(~mask[:, None], torch.inf)
         lowest = squares.topk(near.shape[1], dim=2, largest=False, sorted=True).values
         means.append(torch.where(near[:, None], lowest, 0).sum(2) / neighbours[:, None].clamp(min=1))
@@ -68,18 +77,20 @@ def peaks(x: Tensor, count: Tensor, neighbours: Tensor, mask: Tensor, *, most: i
     rank = inverse(order_by(best=density))
     gaps = [
         squares.masked_fill(~(mask[:, None] & (rank[:, None] < rank[:, some, None])), torch.inf).amin(2)
-        for some, squares in _squares(x, x)
+        for some, squares in held or _squares(x, length, x, length)
     ]
     gap = torch.minimum(torch.cat(gaps, 1), largest).sqrt()
     return top_k(density.exp() * gap, count, mask, most=most)
 
 
-def _squares(x: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the tokens, and [G, m, n] squared distances of those to the others, divided by D."""
-    length = others.square().sum(2)
+def _squares(x: Tensor, length: Tensor, others: Tensor, away: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the tokens, and [G, m, n] squared distances of those to the others, divided by D.
+
+    length, away: [G, M] squared length of each token, and of the others.
+    """
     size = max(1, BLOCK // max(1, others.shape[0] * others.shape[1]))
     for first in range(0, x.shape[1], size):
         some = slice(first, first + size)
-        sums = x[:, some].square().sum(2)[..., None] + length[:, None]
+        sums = length[:, some, None] + away[:, None]
         squares = sums - 2 * torch.bmm(x[:, some], others.transpose(1, 2))
         yield some, torch.where(squares > TIE * sums, squares, 0) / x.shape[2]  # rounding is no distance

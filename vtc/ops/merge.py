@@ -173,13 +173,14 @@ def merge_rows(x: Tensor, target: Tensor, weight: Tensor, rows: int, *, dtype: t
     Streams over the channels.
     """
     groups, length, _ = x.shape
-    place = (target + (rows + 1) * torch.arange(groups, device=x.device)[:, None]).flatten()
+    spare = groups * rows  # one row behind all others
+    place = torch.where(target < rows, target + rows * torch.arange(groups, device=x.device)[:, None], spare).flatten()
     parts = []
     for part in torch.split(x, max(1, BLOCK // max(1, groups * length)), dim=2):
         scaled = (part.float() * weight[..., None]).flatten(0, 1)
-        sums = scaled.new_zeros(groups * (rows + 1), part.shape[2]).index_add(0, place, scaled)
-        parts.append(sums.view(groups, rows + 1, -1)[:, :rows].to(dtype or x.dtype))
-    return torch.cat(parts, dim=2)
+        sums = scaled.new_zeros(spare + 1, part.shape[2]).index_add(0, place, scaled)[:-1]
+        parts.append(sums.view(groups, rows, -1).to(dtype or x.dtype))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def unmerge(x: Tensor, target: Tensor) -> Tensor:

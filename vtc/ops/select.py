@@ -47,6 +47,7 @@ def first_best(scores: Tensor, slack: Tensor | float = TIE) -> Tensor:
     return (scores >= scores.amax(-1, keepdim=True) - slack).to(torch.uint8).argmax(-1)
 
 
+@torch.no_grad()
 def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int | None = None) -> Tensor:
     """Mark the `keep` best entries of each row; ties (see `settle`) go to the lower index.
 
@@ -60,25 +61,29 @@ def top_k(scores: Tensor, keep: Tensor, mask: Tensor | None = None, *, most: int
     length = scores.shape[1]
     if not length:
         return torch.zeros_like(scores, dtype=torch.bool)
-    lowest = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-    if scores.is_floating_point():
-        # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true.
-        scores = numbers(scores, mask).nan_to_num(torch.inf, torch.inf, -torch.inf)
+    floating = scores.is_floating_point()
+    # Comparisons with NaN are false; as the highest score it is kept, and the counts stay true. All that may be kept
+    # becomes finite, and lies above what may not.
+    scores = numbers(scores, mask).nan_to_num(torch.finfo(scores.dtype).max) if floating else scores.clone()
     if mask is not None:
-        scores = scores.masked_fill(~mask, lowest)
+        scores = torch.where(mask, scores, -torch.inf if floating else torch.iinfo(scores.dtype).min)
     held = length if most is None else min(length, most + TAIL)
     ordered = scores.topk(held, 1).values if held < length else scores.sort(1, descending=True).values
     # The best and the worst score of those that tie with the last one kept: nothing else depends on an index.
     last = (keep - 1).clamp(0, held - 1)[:, None]
     apart, place = _apart(ordered), torch.arange(held, device=scores.device)
-    best = ((apart & (place <= last)) * place).amax(1, keepdim=True)
-    worst = held - 1 - ((apart & (place > last)) * (held - place)).amax(1, keepdim=True)
+    front = apart & (place <= last)
+    best = (front * place).amax(1, keepdim=True)
+    worst = held - 1 - ((apart ^ front) * (held - place)).amax(1, keepdim=True)
     bounds = ordered.gather(1, torch.cat([best, torch.minimum(worst, last + TAIL)], 1))
-    above = scores > bounds[:, :1]
-    tied = (scores >= bounds[:, 1:]) ^ above
-    if mask is not None:  # a real score may be the lowest as well
-        tied = tied & mask
-    return above | (tied & (tied.cumsum(1) <= keep[:, None] - above.sum(1, keepdim=True)))
+    # Ones and zeros in the place of scores: a CPU writes several of them at a time, and bools one by one.
+    above = scores.clone().gt_(bounds[:, :1])
+    tied = scores.ge_(bounds[:, 1:]).sub_(above)
+    if mask is not None and not floating:  # a real score may be the lowest as well
+        tied.mul_(mask)
+    number = tied.cumsum(1, dtype=torch.promote_types(tied.dtype, torch.float32))
+    kept = number.le_(keep[:, None] - best).mul_(tied).add_(above).bool()
+    return kept if mask is None else kept & mask
 
 
 def outliers(values: Tensor, mask: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def _apart(ordered: Tensor, tie: float = TIE) -> Tensor:
     apart = torch.ones_like(ordered, dtype=torch.bool)
     higher, lower = ordered[:, :-1], ordered[:, 1:]
     if ordered.is_floating_point():
-        slack = tie * torch.maximum(higher.abs(), lower.abs()).nan_to_num(0.0, 0.0, 0.0)
+        slack = tie * torch.maximum(higher, -lower).nan_to_num(0.0, 0.0, 0.0)
         apart[:, 1:] = ~(higher - lower <= slack)
     else:
         apart[:, 1:] = higher != lower

@@ -67,7 +67,7 @@ def _keep(case: SelectionCase, crops: int, length: int) -> int:
         return STEPS * crops
     if case.name == "vispruner":
         return length - STEPS * crops  # as many leave in rounds of a few
-    if (case.tolerance is None and case.wide) or case.name in ("divprune", "todre (diversity)"):
+    if (case.tolerance is None and case.wide) or case.name in ("divprune", "flashvid", "todre (diversity)"):
         return STEPS  # each token is one step
     if case.wide:
         return length // 4  # the same share takes the same number of halvings

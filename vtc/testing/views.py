@@ -20,6 +20,17 @@ from vtc.method.states import States
 CLIP_L = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 
 
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """What the cache of a layer holds of the items, as `StageView.cached` gives it. keys, values: [I, H, N, W]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
 @dataclass(frozen=True)
 class Shape:
     """An item: rasters of (frames, rows, columns) one behind the other, after each row of the last a newline if asked.
@@ -82,12 +93,14 @@ def make_view(
     spec: ModelSpec = CLIP_L,
     seed: int = 0,
     width: int = 6,
+    entries: tuple[int, int] | None = None,
     **budget: Any,
 ) -> StageView:
     """Build the view of a batch that holds items of the given shapes, up to two in a row, text around them.
 
     shapes: (rows, columns) or Shape. vision: layer, or (layer, reading) -> one [n] or [n, C] tensor per item. llm:
-    (layer, reading) -> [..., B, L]. budget: retention= or keep=. width: random numbers of each hidden row.
+    (layer, reading) -> [..., B, L]. budget: retention= or keep=. width: random numbers of each hidden row. entries: KV
+    heads, and random numbers of each key and value in the layer's cache; None for no cache.
     """
     generator = torch.Generator().manual_seed(seed)
     items = [(each if isinstance(each, Shape) else raster(*each)).item() for each in shapes]
@@ -105,6 +118,11 @@ def make_view(
     default = Rows.CLS if spec.has_cls else Rows.RECEIVED
     recorded = {key if isinstance(key, tuple) else (key, default): v for key, v in (vision or {}).items()}
     pad = torch.nn.utils.rnn.pad_sequence
+    cached = None
+    if entries is not None:
+        heads, wide = entries
+        shape = len(items), heads, table.mask.shape[1], wide
+        cached = Entries(*(torch.randn(shape, generator=generator) for _ in range(2)))
     return StageView(
         stage=stage,
         model=spec,
@@ -120,4 +138,5 @@ def make_view(
         vision_rows={key: pad(list(values), batch_first=True) for key, values in recorded.items()},
         llm_rows=llm or {},
         needs=Needs(grouped(list(recorded)), grouped(list(llm or {}))),
+        cached=cached,
     )

@@ -1,8 +1,9 @@
 """Selections as the released implementations compute them, to time ours against: no raggedness, no ties, no trace.
 
 Every method has two forms. `batched` is the algorithm in plain batched torch for items of one shape, written from its
-description; `loop` treats image after image as the released code does. Both return what stays: marks [I, N], or the
-rows [I, K, D] of methods that merge.
+description; `loop` treats image after image as the released code does. Both return what stays: marks [I, N], or [I, H,
+N] where KV heads choose on their own; or the rows [I, K, D] of methods that merge, of a cache [I, H, K, 2 W], its
+keys and values side by side.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.method.base import ModelSpec, Rows, Selection, StageView
+from vtc.method.base import CacheStage, ModelSpec, Rows, Selection, StageView
+from vtc.method.readings import LLMReading
 from vtc.method.registry import create
 from vtc.method.states import States
 from vtc.methods.fitprune.method import SUMS
 from vtc.methods.mustdrop.method import TEXT
 from vtc.methods.prumerge import ONE_HEAD
 from vtc.methods.sparsevlm import TEXT as WORDS
+from vtc.methods.vlcache import PostVision
 from vtc.testing.views import CLIP_L, Shape, make_view
 
 TILED = Shape(((5, 24, 24),), tiling=(2, 2))
 SHAPES = {576: Shape(((1, 24, 24),)), 2880: TILED, 6272: Shape(((32, 14, 14),))}
 """An image, a thumbnail with four tiles, and a video of 32 frames."""
-NARROW, WIDE, KEYS = 6, 896, 64
-"""Width of the rows where nobody looks at them, of a small LLM, and of an encoder's keys."""
+NARROW, WIDE, KEYS, HEADS = 6, 896, 64, 4
+"""Width of the rows where nobody looks at them, of a small LLM, and of keys; KV heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +73,11 @@ Form = Callable[[Scene], Tensor]
 class SelectionCase:
     """One stage of one method with its released forms.
 
-    stage: where it acts. earlier: the stage whose rows it remembers there. wide: it looks at the tokens themselves.
-    share: of the tokens that stay, keep: instead, how many. tolerance: of rows, relative to the largest; None where
-    draws differ, so that only the number of tokens is the same. largest: items with more tokens are not timed. video:
-    it compares frames, so that only videos are timed, and their frames resemble each other.
+    stage: where it acts. earlier: the stage whose rows it remembers there. wide: it looks at the tokens themselves,
+    after the prefill at their keys and values. share: of the tokens that stay, keep: instead, how many. tolerance: of
+    rows, relative to the largest; None where draws differ, so that only the number of tokens is the same. largest:
+    items with more tokens are not timed. video: it compares frames, so that only videos are timed, and their frames
+    resemble each other.
     """
 
     name: str
@@ -107,11 +111,14 @@ class SelectionCase:
             shape = dataclasses.replace(shape, kind="video", tiling=None)
         length = crops * rows * columns
         method: Any = create(self.name.split(" ")[0], **self.options)
+        entries = None
+        if isinstance(self.stage, CacheStage):
+            entries, width = (HEADS, width or KEYS) if self.wide else None, NARROW
         width = width or (WIDE if self.wide else NARROW)
         spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1)
         wanted = keep or self.keep or max(1, int(length * self.share) // crops) * crops
         budget: dict[str, Any] = {"keep": wanted} if method.needs_budget else {}
-        view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, **budget)
+        view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, entries=entries, **budget)
         if self.video:
             view = dataclasses.replace(view, states=States(moving(view, crops)))
         view = recorded(view, method, spec)
@@ -128,7 +135,8 @@ class SelectionCase:
         ours = method.select(fresh(view))
         ((crops, rows, columns),) = shape.regions
         values = _values(view)
-        return Scene(method, view, (crops, rows, columns), view.tokens, values, int(ours.keep[0].sum()), ours, before)
+        kept = int(ours.by_head[0, 0].sum())
+        return Scene(method, view, (crops, rows, columns), view.tokens, values, kept, ours, before)
 
 
 def moving(view: StageView, frames: int) -> Tensor:
@@ -155,13 +163,24 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
     said = (view.text & (view.visual.cumsum(1) > 0)).sum(1)
     for at, asked in plan.needs.llm.items():
         for each in asked if isinstance(asked, tuple) else (asked,):
-            lead = (2,) if each in PAIRS else (int(said.max()),) if each == WORDS else ()
+            lead = _lead(each, int(said.max()))
             llm[at, each] = torch.rand(*lead, *view.hidden.shape[:2], generator=generator)
             if each == WORDS:  # a row of fewer words has nothing behind them
                 llm[at, each] *= (torch.arange(*lead)[:, None] < said)[..., None]
+            elif isinstance(each, PostVision):  # a density between a quarter and three quarters, at every key the same
+                llm[at, each][0] = llm[at, each][0, :, :1] / 2 + 1 / 4
     torch.manual_seed(0)
     module = method.build(spec).eval() if method.trained else None
     return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, needs=plan.needs, module=module)
+
+
+def _lead(reading: LLMReading, words: int) -> tuple[int, ...]:
+    """How many numbers a reading has of every token."""
+    if reading == WORDS:
+        return (words,)
+    if isinstance(reading, PostVision):
+        return (1 + HEADS,)
+    return (HEADS,) if getattr(reading, "per_head", False) else (2,) if reading in PAIRS else ()
 
 
 FLAT = (Rows.CLS, Rows.RECEIVED, Rows.CLS_LOGITS, Rows.CLS_PATCHES, ONE_HEAD)
@@ -170,6 +189,8 @@ PAIRS = (Rows.GROUP_SUMS, Rows.TRANSITION, SUMS, TEXT)
 
 def _values(view: StageView) -> tuple[Tensor, ...]:
     seen = [key for key in view.vision_rows]
+    if isinstance(view.stage, CacheStage):
+        return tuple(view.llm_attention(*key) for key in view.llm_rows if key[0] == view.stage.from_layer)
     if isinstance(view.stage, int) and view.stage > 0:
         now = [key for key in view.llm_rows if key[0] in (view.stage - 1, view.stage)]
         return tuple(view.llm_attention(*key) for key in now[:1]) + tuple(view.vision_attention(*key) for key in seen)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from vtc.method.base import CacheStage
 from vtc.testing.released import (
     Form,
     SelectionCase,
+    cache,
     clusters,
     diverse,
     frames,
@@ -42,26 +44,34 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("fastv", ranking.last_row_batched, ranking.last_row_loop, 2),
         Case("fastvid", *_both(segments.fastvid), options=CUT, wide=True, tolerance=1e-5, video=True),
         Case("fitprune", inside.fitprune_batched, inside.fitprune_loop, 1),
+        Case("flashvid", *_both(segments.flashvid), options=TREES, wide=True, tolerance=1e-5, video=True),
         Case("fopru", ranking.vtc_cls_batched, ranking.vtc_cls_loop),
         Case("framefusion", frames.framefusion_batched, frames.framefusion_loop, wide=True, share=3 / 4,
              tolerance=1e-5, video=True),
         Case("globalcom2", tiles.globalcom2_batched, tiles.globalcom2_loop, options={"exact_total": False}),
         Case("gprune", redundancy.gprune_batched, redundancy.gprune_loop, options={"threshold": 0.1}, wide=True),
+        Case("h2o", cache.h2o_batched, cache.h2o_loop, CACHE),
         Case("hiprune", tiles.hiprune_batched, tiles.hiprune_loop),
         Case("holitom", *_both(segments.holitom), options={"later": 1.0}, wide=True, tolerance=1e-5, video=True),
         Case("holov", pruned.holov_batched, pruned.holov_loop, wide=True),
         Case("longvlm", *_both(merging.longvlm), options={"clips": 2}, wide=True, tolerance=1e-5, video=True),
+        Case("lookm", cache.lookm_batched, cache.lookm_loop, CACHE, wide=True, tolerance=1e-5),
         Case("mustdrop (filter)", ranking.mustdrop_batched, ranking.mustdrop_loop, 3, THRESHOLD),
         Case("mustdrop (windows)", *_both(merging.mustdrop_windows), options=WINDOWS, wide=True, tolerance=1e-5,
              largest=576),
+        Case("pitome", *_both(merging.pitome), wide=True, tolerance=1e-5),
         Case("pool", *_both(merging.pool), wide=True, tolerance=1e-5),
         Case("prumerge", *_both(pruned.prumerge), wide=True, tolerance=1e-5),
         Case("prumerge_plus", *_both(pruned.prumerge), wide=True, tolerance=1e-5),
         Case("pyramiddrop", ranking.last_row_batched, ranking.last_row_loop, 2),
+        Case("pyramidkv", cache.snapkv_batched, cache.snapkv_loop, CACHE),
         Case("random", ranking.random_batched, ranking.random_loop, tolerance=None),
+        Case("ranked_routing", ranking.last_row_batched, ranking.last_row_loop, 1, share=1 / 2),
         Case("scope", pruned.scope_batched, pruned.scope_loop),
+        Case("snapkv", cache.snapkv_batched, cache.snapkv_loop, CACHE),
         Case("sparsevlm", inside.sparsevlm_batched, inside.sparsevlm_loop, 3, wide=True, share=1 / 3,
              tolerance=1e-5, earlier=0),
+        Case("streaming_kv", cache.streaming_batched, cache.streaming_loop, CacheStage()),
         Case("stride", ranking.stride_batched, ranking.stride_loop, tolerance=None),
         Case("todre (diversity)", diverse.todre_batched, diverse.todre_loop, options=DIVERSE, wide=True),
         Case("todre (relevance)", ranking.parted_batched, ranking.parted_loop, 29, {"diversity": False}),
@@ -72,6 +82,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("vidcom2", frames.vidcom2_batched, frames.vidcom2_loop, wide=True, video=True),
         Case("visionzip", *_both(merging.visionzip), wide=True, tolerance=1e-5),
         Case("vispruner", pruned.vispruner_batched, pruned.vispruner_loop),
+        Case("vlcache", cache.vlcache_batched, cache.vlcache_loop, CACHE),
         Case("vqtoken", clusters.vqtoken_batched, clusters.vqtoken_loop, options=RESAMPLED, wide=True, keep=64,
              tolerance=None, largest=2880),
         Case("vqtoken_codebook", clusters.vqtoken_batched, clusters.vqtoken_loop, wide=True, keep=64, tolerance=None,
@@ -85,7 +96,9 @@ def selection_cases() -> dict[str, SelectionCase]:
 WINDOWS = {"merge": "count", "retain": 320, "filter": "off", "cache": False}
 REPEATED = {"threshold": 0.8}
 THRESHOLD = {"filter": "threshold", "merge": "off"}
+CACHE = CacheStage(8)
 CUT = {"segments": 2, "threshold": 0.5}
+TREES = {"segments": 2, "threshold": 0.5, "later": 1.0}
 DIVERSE = {"relevance": False}
 RESAMPLED = {"resample": True, "weights": "vqtoken-tiny-llava"}
 

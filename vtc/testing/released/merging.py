@@ -1,4 +1,4 @@
-"""Methods that make new rows: pooling, ToMe, LongVLM, AIM, VisionZip, VScan, MustDrop's windows; [I, K, D]."""
+"""Methods that make new rows: pooling, ToMe, PiToMe, LongVLM, AIM, VisionZip, VScan, MustDrop's windows; [I, K, D]."""
 
 from __future__ import annotations
 
@@ -72,6 +72,30 @@ def tome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
             even, odd = values[:, ::2], values[:, 1::2]
             merged.append(torch.cat([_pick(even, stay), _added(odd, _pick(even, gone), into)], 1))
         place = torch.cat([place[:, ::2].gather(1, stay), place[:, 1::2]], 1)
+        size = merged[2]
+        x, metric = merged[0] / size, merged[1] / size
+    return _pick(x, place.argsort(1)).view(items, -1, width)
+
+
+def pitome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
+    """Of the tokens that many others resemble every other one joins one of the rest; means weighted by sizes."""
+    items, crops, length, width = tokens.shape
+    model = scene.view.model
+    margin = 0.9 - 0.9 * model.key_layer / (model.feature_layer + 1)
+    x, metric = tokens.flatten(0, 1), keys.flatten(0, 1)
+    size = torch.ones(len(x), length, 1)
+    place = torch.arange(length).expand(len(x), -1)
+    for r in merge_plan(length, scene.keep // crops):
+        direction = unit(metric, dim=-1)
+        energy = torch.nn.functional.elu(direction @ direction.transpose(1, 2) - margin).mean(2)
+        order = energy.argsort(dim=1, descending=True)
+        gone, into, alone = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
+        partner = (_pick(direction, gone) @ _pick(direction, into).transpose(1, 2)).argmax(2)
+        merged = []
+        for values in (x * size, metric * size, size):
+            joined = _added(_pick(values, into), _pick(values, gone), partner)
+            merged.append(torch.cat([_pick(values, alone), joined], 1))
+        place = torch.cat([place.gather(1, alone), place.gather(1, into)], 1)
         size = merged[2]
         x, metric = merged[0] / size, merged[1] / size
     return _pick(x, place.argsort(1)).view(items, -1, width)

@@ -1,6 +1,8 @@
-"""FastVID and HoliTom: videos cut where they change; both merge, and return rows [I, K, D]."""
+"""FastVID, FlashVID and HoliTom: videos cut where they change; all merge, and return rows [I, K, D]."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -50,6 +52,80 @@ def _segments(features: Tensor, count: int, threshold: float) -> tuple[Tensor, T
     frame = torch.arange(features.shape[1])
     last = torch.where(segment[:, :, None] == segment[:, None], frame, 0).amax(2)
     return segment, last - frame
+
+
+# --- FlashVID
+def flashvid(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
+    """Attended tokens of every frame that differ; trees of the others along the frames, clusters of these trees."""
+    items, frames, size, width = tokens.shape
+    method, share = scene.method, scene.keep // frames
+    first = math.ceil(method.diverse * share - 1e-9)
+    middle = tokens.mean(2)
+    segment, _ = _segments(middle, method.segments, method.threshold)
+    member = (segment[:, :, None] == segment[:, None]).float()
+    towards = member @ middle / member.sum(2, keepdim=True)
+    weight = score * (tokens @ towards[..., None])[..., 0].clamp(min=0)
+    diverse = _diverse(tokens.flatten(0, 1), weight.flatten(0, 1), first).view(items, frames, size)
+    place = (~diverse).nonzero()[:, 2].view(items, frames, -1)
+    free = tokens.gather(2, place[..., None].expand(-1, -1, -1, width))
+    spends = member.sum(2).long() * (share - first)
+    linked, parent = _links(free, segment, spends, method.similarity)
+    sums, count = free.clone(), torch.ones(free.shape[:3])
+    for frame in range(frames - 1, 0, -1):  # what hangs on another token goes on with it
+        hangs, into = linked[:, frame].float(), parent[:, frame]
+        gone = sums[:, frame] * hangs[..., None]
+        sums[:, frame - 1].scatter_add_(1, into[..., None].expand_as(gone), gone)
+        count[:, frame - 1].scatter_add_(1, into, count[:, frame] * hangs)
+    mean = sums / count[..., None]
+    root = ~linked
+    quota = _quota(root.sum(2), spends, member.long())
+    flat, real = mean.flatten(0, 1), root.flatten(0, 1)
+    centre, into = density_peaks(flat, quota.flatten(), 7, real)
+    rows = torch.where(centre[..., None], means(flat, into, real), flat).view(free.shape)
+    merged = tokens.scatter(2, place[..., None].expand_as(rows), rows)
+    kept = diverse.scatter(2, place, centre.view(place.shape))
+    return merged[kept].view(items, scene.keep, width)
+
+
+def _diverse(x: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Marks [G, n] of the tokens farthest from those chosen before, a distance counting by the new one's weight."""
+    direction, group = unit(x, dim=2), torch.arange(len(x))
+    distance = (1 - direction @ direction.transpose(1, 2)) * weight[:, None]
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    token = distance.amin(1).argmax(1)
+    nearest = torch.full_like(weight, torch.inf)
+    marks = torch.zeros_like(weight, dtype=torch.bool)
+    for _ in range(count):
+        marks[group, token] = True
+        nearest = torch.minimum(nearest, distance[group, token])
+        token = nearest.masked_fill(marks, -1).argmax(1)
+    return marks
+
+
+def _links(free: Tensor, segment: Tensor, spends: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """[I, F, m] which tokens hang on one of the frame before, and on which: the most similar links of each segment.
+
+    spends: [I, F] roots that its segment is to have at least.
+    """
+    size, direction = free.shape[2], unit(free, dim=3)
+    alike, parent = (direction[:, 1:] @ direction[:, :-1].transpose(2, 3)).max(3)
+    same = (segment[:, 1:] == segment[:, :-1])[..., None]
+    alike = torch.nn.functional.pad(alike.masked_fill(~same | (alike <= threshold), -2), (0, 0, 1, 0), value=-2)
+    order = (alike.double() - 4 * segment[..., None]).flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(1).view(alike.shape)
+    member = segment[:, :, None] == segment[:, None]
+    begin = member.long().argmax(2) * size
+    most = member.sum(2) * size - spends
+    return (alike > -2) & (rank - begin[..., None] < most[..., None]), torch.nn.functional.pad(parent, (0, 0, 1, 0))
+
+
+def _quota(roots: Tensor, spends: Tensor, member: Tensor) -> Tensor:
+    """[I, F] clusters of each frame: what its segment spends by numbers of roots, the largest remainders rounded up."""
+    total = (member * roots[:, None]).sum(2)
+    whole, rest = spends * roots // total, spends * roots % total
+    frame = torch.arange(roots.shape[1])
+    before = (rest[:, None] > rest[..., None]) | ((rest[:, None] == rest[..., None]) & (frame < frame[:, None]))
+    return whole + ((before * member).sum(2) < spends - (member * whole[:, None]).sum(2))
 
 
 # --- HoliTom
