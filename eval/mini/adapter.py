@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -112,6 +112,15 @@ def write_file(path: Path, projector: Projector, low_rank: Mapping[str, Tensor],
     halves = {name: value.detach().cpu().half().contiguous() for name, value in tensors.items()}
     save_file(halves, partial, about)
     os.replace(partial, path)
+
+
+def about(path: Path) -> dict[str, str]:
+    """Stage and step of the run that a file of `write_file` comes from, and the seconds it took."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--adapter {path} cannot be read: {one_line(error)}") from error
 
 
 def merge_file(model: Any, path: Path) -> None:

@@ -13,31 +13,33 @@ from typing import Any
 
 import torch
 
+from vtc.embedded import MINI_ADAPTER
 from vtc.errors import InputError
 from vtc.eval.mini import language, sources, tower
-from vtc.eval.mini.adapter import merge_file
+from vtc.eval.mini.adapter import about, merge_file
 from vtc.method.checkpoint import user_cache
 
 NAME = "mini-llava"
+UNTRAINED = f"{NAME}-untrained"
 ORIGIN = "origin.json"
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRID = tower.SIDE // tower.PATCH
 _NEEDED = ("onnx", "gguf")
 
 
-def cache_folder() -> Path:
-    """Where the checkpoint lies unless another folder is named."""
-    return user_cache() / "vtc" / NAME
+def cache_folder(*, trained: bool = True) -> Path:
+    """Where the checkpoint lies unless another folder is named; trainings begin with the one without an adapter."""
+    return user_cache() / "vtc" / (NAME if trained else UNTRAINED)
 
 
 def build(
-    out: Path, downloads: Path, adapter: Path | None = None, say: Callable[[str], None] = lambda text: None
+    out: Path, downloads: Path, adapter: Path | None = MINI_ADAPTER, say: Callable[[str], None] = lambda text: None
 ) -> Path:
     """Fetch both parts, convert and join them, and write the checkpoint folder `out`, which is replaced as a whole.
 
-    downloads: folder of the fetched files. adapter: a trained projector and low-rank changes to merge in; without one
-    the projector is random. say: told of each step. Raises InputError where a package is missing, nothing can be
-    fetched, or a file is not what it should be.
+    downloads: folder of the fetched files. adapter: a trained projector and low-rank changes to merge in; None leaves
+    the language model as it is and the projector random. say: told of each step. Raises InputError where a package is
+    missing, nothing can be fetched, or a file is not what it should be.
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
@@ -121,7 +123,7 @@ def save(model: Any, processor: Any, out: Path, adapter: Path | None) -> None:
             "tower": asdict(sources.TOWER),
             "language_model": asdict(sources.LANGUAGE),
             "projector": "random" if adapter is None else "trained, see adapter",
-            "adapter": None if adapter is None else adapter.name,
+            "adapter": None if adapter is None else {"file": adapter.name, **about(adapter)},
             "image_token": f"{language.IMAGE} takes the place of {language.SPARE}",
         }
         (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")

@@ -21,8 +21,8 @@ class Settings:
     """
 
     steps_align: int = 800
-    steps_coarse: int = 4000
-    steps_joint: int = 2000
+    steps_coarse: int = 2000
+    steps_joint: int = 400
     batch_align: int = 16
     batch_joint: int = 2
     pictures: int = 8000

@@ -8,6 +8,7 @@ language model does not run. Stage "coarse" answers packed questions from the me
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from vtc.errors import InputError
 from vtc.eval.mini.adapter import LowRank, Projector, write_file
-from vtc.eval.mini.build import GRID
+from vtc.eval.mini.build import GRID, ORIGIN
 from vtc.eval.mini.features import MIX, Features, encoder
 from vtc.eval.mini.naming import Naming
 from vtc.eval.mini.settings import COARSE, Settings
@@ -71,7 +72,14 @@ class MiniTrainer:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
         if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} holds no checkpoint; write one with vtc mini build, and name it with --model")
+            raise InputError(
+                f"{folder} holds no checkpoint; write one with vtc mini build --adapter none, and name it with --model"
+            )
+        if json.loads((folder / ORIGIN).read_text())["adapter"] if (folder / ORIGIN).is_file() else None:
+            raise InputError(
+                f"{folder} holds a trained mini-llava, and what training writes is merged into an untrained one; write "
+                "that with vtc mini build --adapter none"
+            )
         processor = AutoProcessor.from_pretrained(folder)
         model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=loop.products(device))
         model.set_attn_implementation(TRAINING_ATTENTION)
@@ -191,7 +199,8 @@ def train(
 ) -> Path:
     """Train into `out`, or go on with the run that `out` holds; returns the file that `vtc mini build` merges.
 
-    folder: a checkpoint that `vtc mini build` wrote. The other arguments are those of `vtc.eval.tiny.train.train`.
+    folder: a checkpoint that `vtc mini build --adapter none` wrote. The other arguments are those of
+    `vtc.eval.tiny.train.train`.
     """
     settings, chosen = settings or Settings(), loop.pick_device(device)
     if threads > 0:

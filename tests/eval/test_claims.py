@@ -11,9 +11,11 @@ from vtc.eval import ranking
 from vtc.eval.answers import answers
 from vtc.eval.claims import UNTOUCHED, Claim, differences, document, judged, losses, read_claims
 from vtc.eval.comparisons import retained
+from vtc.eval.mini import report
 from vtc.eval.results import Results
 from vtc.eval.spec import make_spec
 from vtc.eval.sweep import run_sweep
+from vtc.eval.tiny.tasks import TASKS
 from vtc.method.registry import METHODS
 from vtc.method.text import parse
 
@@ -91,6 +93,18 @@ def test_several_models_are_ranked_together(results: Results) -> None:
     assert [(name, mean) for name, mean, *_ in rows] == expected
     assert all(mean == one == other for _, mean, one, other in rows)
     assert text.count("## tiny-llava at 0.33\n") == 2
+
+
+def test_the_page_of_mini_llava_begins_with_what_the_model_knows(results: Results) -> None:
+    text = report.document(results, {"stage": "joint", "step": "7", "seconds": "5400"})
+    assert 'step 7 of stage "joint" after 1.5 hours' in " ".join(text.split())
+    known = text.partition("## What the untouched model knows\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in known.strip().splitlines()[2:]]
+    assert [row[1] for row in rows] == list(TASKS["tiny_image"].graded)
+    for _, family, guess, value in rows:
+        (line,) = [each for each in results.select("tiny_image", family) if each["method"] == "none"]
+        assert value.startswith(f"{100 * line['value']:.1f} (") and 5 < float(guess) <= 60
+    assert text.endswith(ranking.document([results]).partition("\n## ")[2])
 
 
 def test_shipped_claims_name_methods_that_exist() -> None:

@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
+from typer.testing import CliRunner
 
+from vtc.cli.main import app
+from vtc.embedded import MINI_ADAPTER
 from vtc.errors import InputError
 from vtc.eval.mini import build, language, sources, tower
 
@@ -93,6 +96,28 @@ def test_missing_packages_and_foreign_folders_are_refused(tmp_path: Path, monkey
 def test_the_cache_follows_the_users_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert build.cache_folder() == Path("/somewhere/vtc/mini-llava")
+    assert build.cache_folder(trained=False) == Path("/somewhere/vtc/mini-llava-untrained")
+
+
+@pytest.mark.parametrize(
+    ("given", "adapter", "folder"),
+    [
+        ((), MINI_ADAPTER, "mini-llava"),
+        (("--adapter", "none"), None, "mini-llava-untrained"),
+        (("--adapter", "a.safetensors"), Path("a.safetensors"), "mini-llava"),
+    ],
+)
+def test_the_command_merges_what_ships_unless_told_otherwise(
+    given: tuple[str, ...], adapter: Path | None, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    built: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(build, "build", lambda *args: built.append(args) or args[0])
+    result = CliRunner().invoke(app, ["mini", "build", *given])
+    assert result.exit_code == 0, result.output
+    ((out, downloads, chosen, _),) = built
+    assert (out, chosen) == (Path("/somewhere/vtc") / folder, adapter)
+    assert downloads == Path("/somewhere/vtc/mini-llava-downloads")
 
 
 # --- the tower

@@ -196,6 +196,11 @@ def test_a_file_is_merged(made: tuple[Any, Any], tmp_path: Path) -> None:
     for name, value in wanted.state_dict().items():
         assert float((model.model.language_model.state_dict()[name] - value).abs().max()) < 1e-2, name
     assert float((model.model.multi_modal_projector.linear_1.weight - projector.linear_1.weight).abs().max()) < 1e-3
+    build.save(model, made[1], tmp_path / "trained", file)
+    origin = json.loads((tmp_path / "trained" / build.ORIGIN).read_text())
+    assert origin["adapter"] == {"file": "adapter.safetensors", "stage": "joint"}
+    with pytest.raises(InputError, match=r"holds a trained mini-llava.*write that with vtc mini build --adapter none"):
+        MiniTrainer.create(SETTINGS, tmp_path, torch.device("cpu"), tmp_path / "trained")
     save_file({"projector.linear_1.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     for name, match in (("other", r"belongs to another model"), ("missing", r"cannot be read")):
         with pytest.raises(InputError, match=match):

@@ -18,29 +18,34 @@ app = typer.Typer(
 @app.command()
 def build(
     out: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Folder of the checkpoint; vtc/mini-llava in the user's cache.")
+        str | None,
+        typer.Option(metavar="PATH", help="Folder; vtc/mini-llava or vtc/mini-llava-untrained in the user's cache."),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Trained projector and low-rank changes to merge in.")
-    ] = None,
+        str,
+        typer.Option(metavar="FILE", help="Trained parts to merge in; embedded: those that ship; none: none of them."),
+    ] = "embedded",
     downloads: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Folder of the fetched files; beside the checkpoint.")
+        str | None, typer.Option(metavar="PATH", help="Folder of the fetched files; in the user's cache.")
     ] = None,
 ) -> None:
     """Fetch DINOv2-S/14 and SmolLM2-135M, join them, and write a checkpoint folder that transformers loads."""
+    from vtc.embedded import MINI_ADAPTER
     from vtc.eval.mini.build import build as run
     from vtc.eval.mini.build import cache_folder
 
-    folder = output_path(out) if out else cache_folder()
-    fetched = output_path(downloads) if downloads else folder.with_name(f"{folder.name}-downloads")
-    typer.echo(str(run(folder, fetched, adapter, LOG.info)))
+    chosen = {"embedded": MINI_ADAPTER, "none": None}.get(adapter, Path(adapter))
+    folder = output_path(out) if out else cache_folder(trained=chosen is not None)
+    fetched = output_path(downloads) if downloads else cache_folder().with_name("mini-llava-downloads")
+    typer.echo(str(run(folder, fetched, chosen, LOG.info)))
 
 
 @app.command()
 def train(
     out: Annotated[str, typer.Option(metavar="PATH", help="Folder of the run: features, checkpoint, log, adapter.")],
     model: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Checkpoint of `vtc mini build`; the one in the user's cache.")
+        Path | None,
+        typer.Option(metavar="PATH", help="What `vtc mini build --adapter none` wrote; in the user's cache."),
     ] = None,
     steps_align: Annotated[int | None, typer.Option(help="Steps of the projector alone.")] = None,
     steps_coarse: Annotated[int | None, typer.Option(help="Steps of both that read a quarter of the rows.")] = None,
@@ -59,7 +64,8 @@ def train(
     given: dict[str, Any] = {"steps_align": steps_align, "steps_coarse": steps_coarse, "steps_joint": steps_joint}
     given |= {"batch_joint": batch_joint, "pictures": pictures}
     settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
-    typer.echo(str(run(output_path(out), model or cache_folder(), settings, device=device, threads=threads)))
+    base = model or cache_folder(trained=False)
+    typer.echo(str(run(output_path(out), base, settings, device=device, threads=threads)))
 
 
 @app.command()

@@ -15,6 +15,8 @@ ENCODERS = ("tiny-clip",)
 """Image and text towers without an LLM, which open_clip loads."""
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 """Folder of the learned weights."""
+MINI_ADAPTER = Path(__file__).resolve().parent / "adapters" / "mini-llava.safetensors"
+"""What `vtc mini train` made of mini-llava, the rest of which `vtc mini build` fetches."""
 
 
 def model_path(name: str) -> Path:
