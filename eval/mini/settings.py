@@ -22,7 +22,7 @@ class Settings:
 
     steps_align: int = 800
     steps_coarse: int = 2000
-    steps_joint: int = 400
+    steps_joint: int = 260
     batch_align: int = 16
     batch_joint: int = 2
     pictures: int = 8000

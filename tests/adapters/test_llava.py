@@ -87,6 +87,7 @@ def test_facts_about_the_model(tower: str, settings: Any, feature_layer: int) ->
         "encoder_stages": isinstance(settings.get("vision_feature_layer", -2), int),
         "single_crop": True,
         "width": 64,
+        "vision_width": 32,
         "packed": False,
         "joins": False,
     }
