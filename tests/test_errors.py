@@ -593,6 +593,10 @@ CASES: dict[str, Case] = {
         VTCError, "'whole'", "has no default for share", "write for example vtc.create('whole', share=...)",
     ),
     # encoder stages
+    "patches beside an encoder stage": Case(
+        lambda: vtc.compress(tiny_model("llava-onevision"), Probe((EncoderStage(1), 0), Needs(unpooled=True))),
+        UnsupportedMethod, "projector of this llava-onevision model", "beside a method that removes", "attach one of",
+    ),
     "several feature layers": Case(
         lambda: vtc.compress(several_layers(), Probe((EncoderStage(1),))),
         UnsupportedMethod, "'probe'", "several layers or of an inner one", "Choose a method that acts before or inside",

@@ -69,7 +69,7 @@ def test_a_video_shows_the_patches_ahead_of_its_pooling_and_a_picture_its_tokens
     assert torch.equal(patches.rows[image][: len(own)][own], view.tokens[image][own])
     assert patches.regions[image] == view.items.layouts[image].regions
     # the middle of a token's patches is one that its mean was taken over
-    layout, middle = view.items.layouts[video], patches.of_token[video]
+    layout, middle = view.items.layouts[video], patches.middle[video]
     row, col = middle % per_frame // side, middle % side
     held = slice(0, view.items.counts[video])
     assert torch.equal((middle // per_frame)[held], layout.crop[held])
@@ -88,7 +88,7 @@ def test_every_row_is_the_mean_of_the_patches_of_its_cluster(model: Any) -> None
     means = torch.stack([rows[labels[0] == number].mean(0) for number in first])
     assert selection.keep[0].nonzero()[:, 0].tolist() == list(range(5))
     assert torch.allclose(selection.tokens[0, :5], means, atol=1e-5)
-    into = [first.index(int(labels[0, patch])) for patch in view.patches.of_token[0]]
+    into = [first.index(int(labels[0, patch])) for patch in view.patches.middle[0]]
     assert selection.merged_into[0].tolist() == into
 
 

@@ -8,7 +8,7 @@ from vtc.method.base import CacheStage, EncoderStage, Selection, Stage
 _KINDS = {EncoderStage: "encoder stages", int: "stages in front of LLM layers", CacheStage: "stages after the prefill"}
 _READERS: dict[str, tuple[str, tuple[type, ...]]] = {
     "tokens": ("replacement rows", (EncoderStage, int)),
-    "separators": ("kept separators", (int,)),
+    "separators": ("kept separators", (EncoderStage, int)),  # inside an encoder there are none to say it of
     "hide": ("hidden tokens", (int,)),
     "weights": ("soft masks", (int,)),
     "near": ("windows", (int,)),

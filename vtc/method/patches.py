@@ -17,8 +17,8 @@ from vtc.ops.host import put
 
 class Patches(NamedTuple):
     """rows: [I, P, D]. mask: [I, P]. number: [I, P] of each in its item. regions: the full rasters of each item, in the
-    order of its patches. pooled: whether an item's patches are others than its tokens; then of_token: [I, N] is the
-    patch in the middle of each token.
+    order of its patches. pooled: whether an item's patches are others than its tokens. middle: [I, N] the patch in the
+    middle of each token, None where all patches are tokens.
     """
 
     rows: Tensor
@@ -26,14 +26,18 @@ class Patches(NamedTuple):
     number: Tensor
     regions: tuple[tuple[Grid, ...], ...]
     pooled: tuple[bool, ...]
-    of_token: Tensor
+    middle: Tensor | None
 
     def anchors(self, marks: Tensor, mask: Tensor) -> Tensor:
         """[I, N] bool: for marked patches [I, P] as many tokens, where there is a choice the first; mask: [I, N]."""
-        if not any(self.pooled):
+        if self.middle is None:
             return marks
         first = mask & (torch.arange(mask.shape[1], device=mask.device) < marks.sum(1, keepdim=True))
         return torch.where(put(self.pooled, mask.device)[:, None], first, marks[:, : mask.shape[1]])
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """[I, P] a value of each patch -> [I, N] that of the patch in the middle of each token."""
+        return values if self.middle is None else values.gather(1, self.middle)
 
 
 def patches(tokens: Tensor, items: ItemTable, unpooled: tuple[Tensor, tuple[int, ...]] | None) -> Patches:
@@ -44,9 +48,9 @@ def patches(tokens: Tensor, items: ItemTable, unpooled: tuple[Tensor, tuple[int,
     device, layouts = tokens.device, items.layouts
     held = [0 if unpooled is None else unpooled[1][source] for source in items.sources]
     regions = tuple(_raster(each) if n else each.regions for each, n in zip(layouts, held, strict=True))
-    pooled, steps = tuple(n > 0 for n in held), torch.arange(tokens.shape[1], device=device).expand_as(items.mask)
+    pooled = tuple(n > 0 for n in held)
     if unpooled is None or not any(pooled):
-        return Patches(tokens, items.mask, items.token, regions, pooled, steps)
+        return Patches(tokens, items.mask, items.token, regions, pooled, None)
     rows = unpooled[0][items.source].to(tokens)
     width = max(rows.shape[1], tokens.shape[1])
     limit, number = put(held, device)[:, None], torch.arange(width, device=device).expand(len(held), -1)
@@ -56,6 +60,7 @@ def patches(tokens: Tensor, items: ItemTable, unpooled: tuple[Tensor, tuple[int,
         wide = [torch.cat([x, x.new_zeros(len(x), width - x.shape[1], *x.shape[2:])], dim=1) for x in (one, other)]
         return torch.where((limit > 0).view(-1, *(1,) * (one.ndim - 1)), wide[0], wide[1])
 
+    own = number[:, : tokens.shape[1]]
     middles = pad_sequence(
         [
             _middles(rasters[0], each.regions[0]) if n else torch.zeros(1, dtype=torch.long)
@@ -69,7 +74,7 @@ def patches(tokens: Tensor, items: ItemTable, unpooled: tuple[Tensor, tuple[int,
         chosen(number, items.token),
         regions,
         pooled,
-        torch.where(limit > 0, middles.gather(1, items.token.clamp(max=middles.shape[1] - 1)), steps),
+        torch.where(limit > 0, middles.gather(1, items.token.clamp(max=middles.shape[1] - 1)), own),
     )
 
 

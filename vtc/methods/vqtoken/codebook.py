@@ -98,7 +98,7 @@ def lay(view: StageView, marks: Tensor, rows: Tensor, owner: Tensor, counts: Seq
     """Put `rows` [I, K, D] in their order on tokens; marks: [I, P] patches that stand for them, owner: [I, P] row that
     each patch went into.
     """
-    kept, owner = view.patches.anchors(marks, view.items.mask), owner.gather(1, view.patches.of_token)
+    kept, owner = view.patches.anchors(marks, view.items.mask), view.patches.of_tokens(owner)
     slots = front_pack(kept, min(rows.shape[1], kept.shape[1]))
     item = torch.arange(len(kept), device=kept.device)[:, None]
     base = torch.zeros_like(view.tokens)
