@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vtc.errors import InputError, one_line
@@ -114,21 +114,23 @@ def write_file(path: Path, projector: Projector, low_rank: Mapping[str, Tensor],
     os.replace(partial, path)
 
 
-def about(path: Path) -> dict[str, str]:
-    """Stage and step of the run that a file of `write_file` comes from, and the seconds it took."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; raises InputError where it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"--adapter {path} cannot be read: {one_line(error)}") from error
+
+
+def about(path: Path) -> dict[str, str]:
+    """Stage and step of the run that a file of `write_file` comes from, and the seconds it took."""
+    return _read(path)[1]
 
 
 def merge_file(model: Any, path: Path) -> None:
     """Merge a file of `write_file` into a LLaVA; raises InputError where it is unreadable or of another model."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--adapter {path} cannot be read: {one_line(error)}") from error
+    tensors, _ = _read(path)
     parts: dict[str, dict[str, Tensor]] = {"projector": {}, "low_rank": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")

@@ -75,7 +75,8 @@ class MiniTrainer:
             raise InputError(
                 f"{folder} holds no checkpoint; write one with vtc mini build --adapter none, and name it with --model"
             )
-        if json.loads((folder / ORIGIN).read_text())["adapter"] if (folder / ORIGIN).is_file() else None:
+        origin = folder / ORIGIN
+        if origin.is_file() and json.loads(origin.read_text())["adapter"]:
             raise InputError(
                 f"{folder} holds a trained mini-llava, and what training writes is merged into an untrained one; write "
                 "that with vtc mini build --adapter none"

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,11 @@ class Measurement:
         total, right = Counter(self.families), Counter(f for f, r in zip(self.families, self.right, strict=True) if r)
         shares = {family: right[family] / count for family, count in total.items()}
         return shares | {"mean": sum(shares.values()) / len(shares)}
+
+    def percents(self, columns: Iterable[str]) -> list[str]:
+        """Accuracies of families and "mean" in percent, as tables show them."""
+        accuracy = self.accuracy
+        return [f"{100 * accuracy[column]:.1f}" for column in columns]
 
     def kept_by_family(self) -> dict[str, float]:
         """Share of the visual tokens kept, per family."""

@@ -72,7 +72,7 @@ def section(name: str, found: Mapping[str, Measurement]) -> str:
 
 def row(form: str, result: Measurement) -> list[str]:
     """A line of a table: right answers in percent."""
-    return [form, *(f"{100 * share:.1f}" for share in result.accuracy.values())]
+    return [form, *result.percents(result.accuracy)]
 
 
 ABOUT = """right answers in percent to {questions} questions of tiny_image about held-out scenes, "mean" over the

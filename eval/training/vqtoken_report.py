@@ -101,10 +101,7 @@ def report(found: Sequence[tuple[str, str, Measurement]], plain: str | None) -> 
     _, about = weights.read(EMBEDDED)
     settings = json.loads(about["training"])
     columns = ("mean", *FAMILIES)
-    cells = [
-        [name, tokens, *(f"{100 * result.accuracy[column]:.1f}" for column in columns)]
-        for name, tokens, result in found
-    ]
+    cells = [[name, tokens, *result.percents(columns)] for name, tokens, result in found]
     trained_at = round(VISUAL_TOKENS * settings["retention"])
     origin = ORIGIN.format(name=EMBEDDED, **{**settings, "tokens": trained_at, "seconds": about["seconds"]})
     parts = [wrapped(origin), _code(command(settings)), *map(wrapped, REMARKS)]

@@ -38,7 +38,8 @@ class BlockHooks:
             for layer, reading in pairs
             for block, modules in enumerate(blocks)
         ]
-        self._places += [(adapter.llm_mlp[layer], Hook(_change, weigh)) for layer in weighed]
+        mlps = adapter.llm_mlp if weighed else []
+        self._places += [(mlps[layer], Hook(_change, weigh)) for layer in weighed]
         self.modules = tuple(module for module, _ in self._places)
         self._handles: list[Any] = []
 

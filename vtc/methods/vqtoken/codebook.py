@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Selection, StageView
+from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.registry import register
 from vtc.methods.vqtoken import cluster
 from vtc.methods.vqtoken.cluster import Members
@@ -60,7 +60,8 @@ class Clustering(Compressor):
         return self.clusters == "budget"
 
     def plan(self, model: ModelSpec) -> Plan:
-        return Plan((PRE_LLM,), Needs(unpooled=not self.pooled), "compact")
+        needs = Needs(unpooled=not self.pooled)
+        return dataclasses.replace(super().plan(model), needs=needs, positions="compact")
 
     @torch.no_grad()
     def assign(self, view: StageView) -> tuple[Tensor, Tensor, int]:
