@@ -163,7 +163,7 @@ class ItemRecord:
         picture. Newlines are left out. Raises VTCError where some token lies in no raster.
         """
         sizes = [frames * rows * columns for frames, rows, columns in self.layout.regions]
-        if sum(sizes) != self.layout.n_tokens - self.layout.newlines:
+        if sum(sizes) != self.layout.selectable:
             raise VTCError(
                 f"some tokens of this {self.kind} lie in no raster, such as a class token; use `kept` and `layout`"
             )

@@ -310,7 +310,7 @@ def _drop_encoded(one: LLMPass, states: States) -> States:
     marks: list[Tensor] = []
     counts: list[int] = []
     for context in one.contexts:
-        sizes = tuple(item.n_tokens - item.newlines for item in context.items)
+        sizes = tuple(item.selectable for item in context.items)
         width = max(item.n_tokens for item in context.items)
         mark, kept = context.alive or (torch.ones(len(sizes), width, dtype=torch.bool), sizes)
         marks.append(mark.to(states.device))

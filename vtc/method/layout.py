@@ -53,15 +53,26 @@ class VisualItem:
             object.__setattr__(self, "crop_sizes", self._sizes())
 
     @property
+    def selectable(self) -> int:
+        """Tokens without the newlines, those that a method may drop.
+
+        >>> import torch
+        >>> places = torch.zeros(3)
+        >>> VisualItem("image", 3, places, places, places, torch.tensor([False, False, True]), 1, (1, 2), 1).selectable
+        2
+        """
+        return self.n_tokens - self.newlines
+
+    @property
     def framed(self) -> bool:
         """Whether the crops are the frames of the rasters, one behind the other."""
         return sum(frames for frames, _, _ in self.regions) == self.n_crops and (
-            sum(map(math.prod, self.regions)) == self.n_tokens - self.newlines
+            sum(map(math.prod, self.regions)) == self.selectable
         )
 
     def _sizes(self) -> tuple[int, ...]:
         """From the rasters where every crop is one of their frames; otherwise counted, which reads the tensor."""
-        real = self.n_tokens - self.newlines
+        real = self.selectable
         if self.n_crops == 1:
             return (real,)
         if self.framed:

@@ -166,7 +166,7 @@ class StageView:
     def framed(self) -> bool:
         """Whether every crop of every item is a raster of its own and no token has left it; known on the host."""
         columns = zip(self.items.layouts, self.items.counts, strict=True)
-        return all(layout.framed and count == layout.n_tokens - layout.newlines for layout, count in columns)
+        return all(layout.framed and count == layout.selectable for layout, count in columns)
 
     @cached_property
     def crops(self) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class GlobalCom2(Compressor):
         if self.layout == "official":
             for item, layout in enumerate(view.items.layouts):
                 lines = _released_lines(layout)
-                whole = view.items.counts[item] == layout.n_tokens - layout.newlines
+                whole = view.items.counts[item] == layout.selectable
                 if 0 < lines < view.items.counts[item] and whole and view.keep[item] < view.items.counts[item]:
                     found[item] = lines
         return found
@@ -207,7 +207,7 @@ def _guidance(view: StageView, z: Tensor, groups: int) -> tuple[Tensor, Tensor, 
             sums[rows[:, None], others] = crops.cell_sums(picture, layout.tiling)
             seen = crops.stretch(picture, known.size).flatten(1)[:, known.place.to(z.device, non_blocking=True)]
         else:
-            picture = whole[:, : layout.n_tokens - layout.newlines].reshape(len(rows), layout.n_crops, -1)
+            picture = whole[:, : layout.selectable].reshape(len(rows), layout.n_crops, -1)
             sums[rows] = crops.group_sums(z[rows], view.crop[rows], groups, mask)
             seen = picture.mean(1).repeat(1, layout.n_crops)
         guided[rows[:, None], others] = guided.new_ones(())
@@ -231,7 +231,7 @@ def _line_up(view: StageView, selection: Selection, z: Tensor, newlines: dict[in
     laid, tokens = selection.keep.clone(), view.tokens.clone()
     into, separators = torch.full_like(view.items.token, -1), view.separators.mask.clone()
     for layout, rows in _alike(view, newlines):
-        grid, count = layout.regions[0][1:], layout.n_tokens - layout.newlines
+        grid, count = layout.regions[0][1:], layout.selectable
         assert layout.tiling is not None
         kept, lines = selection.keep[rows, :count], layout.tiling[0] * grid[0]
         order = crops.released_order(kept, z[rows, :count], view.crop[rows, :count], layout.tiling, grid)

@@ -188,10 +188,7 @@ def _separators(view: StageView, kept: Tensor, newlines: Newlines) -> Tensor | L
         slots = torch.arange(separators.mask.shape[1], device=device)
         return slots < put(spare, device)[:, None]
     # The rows that end in separators are those of an item's last raster.
-    begin = [
-        layout.n_tokens - layout.newlines - math.prod(layout.regions[-1]) if layout.regions else 0
-        for layout in items.layouts
-    ]
+    begin = [layout.selectable - math.prod(layout.regions[-1]) if layout.regions else 0 for layout in items.layouts]
     counted = kept & items.mask & (items.token >= put(begin, device)[:, None])
     longest = max(layout.n_tokens for layout in items.layouts)
     total = torch.zeros(len(items), longest, dtype=torch.long, device=device)

@@ -137,10 +137,10 @@ class QueCC(LearnedCompressor):
         """The blocks of every item; raises UnsupportedCall for items that are no full rasters."""
         items = view.items
         for item, held in zip(items.layouts, items.counts, strict=True):
-            if not item.regions or held != item.n_tokens - item.newlines:
+            if not item.regions or held != item.selectable:
                 raise UnsupportedCall(
                     f"{self.name!r} needs items whose tokens form full rasters, this {item.kind} has {held} of "
-                    f"{item.n_tokens - item.newlines} in {len(item.regions)} rasters; choose another method here"
+                    f"{item.selectable} in {len(item.regions)} rasters; choose another method here"
                 )
         pairs = zip(items.layouts, view.keep, strict=True)
         return [blocks(item.regions, keep, self.stride) for item, keep in pairs]

@@ -143,4 +143,4 @@ def longest(layout: VisualItem) -> int:
         return math.prod(layout.regions[0][1:])
     if len(layout.regions) == 2 and layout.tiling is not None:
         return math.prod(layout.regions[0])  # tiles are as large as the thumbnail and may be cut
-    return layout.n_tokens - layout.newlines
+    return layout.selectable

@@ -184,7 +184,7 @@ class VQToken(Clustering, LearnedCompressor):
         for item, held, regions, pooled in zip(
             items.layouts, items.counts, patches.regions, patches.pooled, strict=True
         ):
-            whole = regions and (pooled or held == item.n_tokens - item.newlines)
+            whole = regions and (pooled or held == item.selectable)
             if not whole or not (self.resample or all(region[1:] == self.grid for region in regions)):
                 shape = ", ".join("x".join(map(str, region)) for region in regions) if whole else "no full raster"
                 raise UnsupportedMethod(
