@@ -93,11 +93,6 @@ class EncoderAdapter(VisionSide):
         """Layers of the text tower trained with the encoder; none where there is no such tower."""
         return ()
 
-    @property
-    def text_length(self) -> int:
-        """Tokens that every text is padded or cut to."""
-        raise NotImplementedError
-
     def project(self, rows: Tensor) -> Tensor:
         """[..., D] rows that leave the layers -> [..., C] what texts are compared with, each as if it were pooled.
 

@@ -41,11 +41,6 @@ class TransformersEncoder(EncoderAdapter):
     def vision_attention(self) -> Sequence[nn.Module]:
         return self.tower.attention_of(self.encoder)
 
-    @property
-    def text_length(self) -> int:
-        length: int = self.model.config.get_text_config().max_position_embeddings
-        return length
-
 
 class ClipEncoder(TransformersEncoder):
     """CLIPModel and its vision models; the pooled output is the class token."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtc.adapters.encoder_base import EncoderAdapter
+from vtc.adapters.text_towers import text_layers
 from vtc.adapters.timm import TimmEncoder
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.readings import AttentionCall
@@ -75,12 +76,7 @@ class OpenClipEncoder(EncoderAdapter):
 
     @property
     def text_layers(self) -> Sequence[nn.Module]:
-        return list(getattr(self.model, "text", self.model).transformer.resblocks)
-
-    @property
-    def text_length(self) -> int:
-        length: int = self.model.context_length
-        return length
+        return text_layers(self.model)
 
     def project(self, rows: Tensor) -> Tensor:
         if self.pools_patches:

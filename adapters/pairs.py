@@ -60,6 +60,11 @@ class Encoder(ABC):
     """The method that encodes texts."""
 
     @property
+    @abstractmethod
+    def text_length(self) -> int:
+        """Tokens that every text is padded or cut to."""
+
+    @property
     def weight(self) -> Tensor:
         """One of its weights, which tells device and type."""
         weight: Tensor = self.adapter.patch_embedding.weight
@@ -108,6 +113,11 @@ class OpenClip(Encoder):
         super().__init__(name, model, source)
         self._preprocess, self._tokenizer = preprocess, tokenizer
 
+    @property
+    def text_length(self) -> int:
+        length: int = self._tokenizer.context_length
+        return length
+
     def prepare(self, picture: Image.Image) -> Tensor:
         pixels: Tensor = self._preprocess(picture)
         return pixels
@@ -130,6 +140,11 @@ class Transformers(Encoder):
         super().__init__(name, model, source)
         self._processor = processor
 
+    @property
+    def text_length(self) -> int:
+        length: int = self.model.config.get_text_config().max_position_embeddings
+        return length
+
     def prepare(self, picture: Image.Image) -> Tensor:
         pixels: Tensor = self._processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
         return pixels[0]
@@ -139,7 +154,7 @@ class Transformers(Encoder):
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         words = self._processor.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.adapter.text_length, return_tensors="pt"
+            list(texts), padding="max_length", truncation=True, max_length=self.text_length, return_tensors="pt"
         )
         return _features(self.model.get_text_features(**words.to(self.weight.device)))
 

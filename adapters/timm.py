@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.encoder_base import EncoderAdapter
+from vtc.adapters.text_towers import text_layers
 from vtc.errors import UnsupportedCall, UnsupportedModel
 from vtc.method.readings import AttentionCall
 
@@ -115,14 +116,7 @@ class TimmEncoder(EncoderAdapter):
     # --- the text tower of open_clip
     @property
     def text_layers(self) -> Sequence[nn.Module]:
-        if not hasattr(self.model, "visual"):
-            return ()
-        return list(getattr(self.model, "text", self.model).transformer.resblocks)
-
-    @property
-    def text_length(self) -> int:
-        length: int = self.model.context_length
-        return length
+        return text_layers(self.model)
 
     def project(self, rows: Tensor) -> Tensor:
         if self.pools_patches or not hasattr(self.model, "visual"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,16 +216,55 @@ def test_the_pair_is_counted(clip: Any) -> None:
 
 
 # --- open_clip, and everything together
-def test_the_embedded_pair_answers() -> None:
-    """tiny-clip is open_clip's; its first blocks are tiny-llava's tower. A sweep says the question by itself."""
-    loaded = load("tiny-llava", device="cpu")
-    answerer = Answerer(loaded)
+def kept(pair: str, length: int) -> int | None:
+    """Tokens kept of a picture of 144 by an answer with that pair, whose texts have `length` tokens."""
+    answerer = Answerer(load("tiny-llava", device="cpu"))
     part = {"type": "image", "image": Image.new("RGB", (168, 168), "red")}
-    chat = [{"role": "user", "content": [part, {"type": "text", "text": "What color is it?"}]}]
-    batch = answerer.prepare([chat])
+    batch = answerer.prepare([[{"role": "user", "content": [part, {"type": "text", "text": "What color is it?"}]}]])
     assert batch.questions == ("What color is it?",)
-    with answerer.compressed("trim", retention=0.25, pair="tiny-clip") as handle:
+    with answerer.compressed("trim", retention=0.25, pair=pair) as handle:
         (reply,) = answerer.generate(batch, {"max_new_tokens": 2, "do_sample": False}, handle)
         assert handle.questions == batch.questions
-        assert handle.pairs[0].length == 48
-    assert reply.visual_tokens_kept == 36
+        assert handle.pairs[0].length == length
+    return reply.visual_tokens_kept
+
+
+def test_the_embedded_pair_answers() -> None:
+    """tiny-clip is open_clip's; its first blocks are tiny-llava's tower. A sweep says the question by itself."""
+    assert kept("tiny-clip", length=48) == 36
+
+
+def with_a_tower_of_transformers(folder: Path) -> Path:
+    """The embedded CLIP in `folder` with a random RoBERTa for its texts."""
+    open_clip: Any = importlib.import_module("open_clip")  # an extra
+    shutil.copytree(vtc.embedded.model_path("tiny-clip"), folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    text = {"hf_model_name": str(folder / "text"), "context_length": 16}
+    text |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear", "hf_tokenizer_name": str(folder)}
+    config["model_cfg"] |= {"text_cfg": text, "custom_text": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    roberta = transformers.RobertaConfig(
+        **sizes, vocab_size=len(words), max_position_embeddings=40, pad_token_id=words.pad_token_id
+    )
+    transformers.RobertaModel(roberta, add_pooling_layer=False).save_pretrained(folder / "text")
+    weights, own = folder / "open_clip_model.safetensors", Path(vtc.embedded.model_path("tiny-clip"))
+    torch.manual_seed(5)
+    made = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    made.load_state_dict(load_file(own / weights.name), strict=False)
+    save_file({name: tensor.contiguous() for name, tensor in made.state_dict().items()}, weights)
+    return folder
+
+
+def test_the_text_tower_may_be_one_of_transformers(tmp_path: Path) -> None:
+    """open_clip's models with a RoBERTa: their layers are found, texts are as long as the tokenizer makes them."""
+    folder = with_a_tower_of_transformers(tmp_path / "pair")
+    model = load("tiny-llava", device="cpu").model
+    pair = Pair(str(folder), "trim", adapters.of(model))
+    assert (pair.shape.layers, pair.shape.hidden, pair.shape.length) == (3, 32, 16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pair._encoder.encode_texts(["what?"])
+        pair._project(torch.randn(16, 128))
+    assert counter.get_total_flops() == pair.shape.operations(16)
+    assert kept(str(folder), length=16) == 36

@@ -34,6 +34,7 @@ class CostMeter:
             self.shape = self.adapter.shape(self.adapter.model.config)
         except UnsupportedModel:
             self.shape = None
+        self._last = self.adapter.spec.feature_layer
 
     def untouched(
         self, inputs: Mapping[str, Any], visual: Sequence[int], text: Sequence[int]
@@ -52,13 +53,13 @@ class CostMeter:
         repeats = max(1, call.batch // len(full))  # beams repeat prompts
         rows = range(0, repeats * len(full), repeats)
         alike = zip(full, _of_rows(call.entering, rows), _of_rows(call.left, rows), strict=True)
-        made = functools.cache(functools.partial(self._compressed, handle, call, self.adapter.spec.feature_layer))
+        made = functools.cache(functools.partial(self._compressed, handle, call))
         return tuple(made(*each) for each in alike)
 
-    def _compressed(self, handle: Handle, call: CallStats, last: int, work: Work, entering: Row, left: Row) -> Work:
+    def _compressed(self, handle: Handle, call: CallStats, work: Work, entering: Row, left: Row) -> Work:
         """What a call did to one question; entering, left: of its row alone."""
         assert self.shape is not None
-        cut, tokens = self.shape.projector.cut, work.visual.mean
+        cut, last, tokens = self.shape.projector.cut, self._last, work.visual.mean
         projected = None
         if call.encoder_rows:
             layer, rows = call.encoder_rows[-1]

@@ -235,12 +235,13 @@ def compress(
     adapter = adapters.of(model)
     if processor is not None:
         adapter.learn(processor)
-    plan = method.plan(adapter.spec)
+    spec = adapter.spec
+    plan = method.plan(spec)
     if isinstance(method, Composite):
         for part, own in zip(method.parts, method.budgets, strict=True):
-            _check_reach(part, own, adapter.spec)
+            _check_reach(part, own, spec)
     else:
-        _check_reach(method, budget, adapter.spec)
+        _check_reach(method, budget, spec)
     engine = Engine(
         adapter, method, plan, budget, positions or plan.positions, pad_output=pad_output, trace=trace,
         bounds=Bounds(prompt_length, system_length, pixel_sizes(image_sizes), texts(questions)), processor=processor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from types import FunctionType, NoneType
+from types import FunctionType, MethodType, NoneType
 from typing import Any
 
 from torch import nn
@@ -28,18 +28,27 @@ PLAIN = frozenset((dict, OrderedDict, set, bool, int, float, str, tuple, NoneTyp
 """Types of what most attributes of a module are, so that marking a large model takes no time."""
 
 
+WRAPPERS = (functools.partial, FunctionType, MethodType)
+"""Types of what may be a hook; of everything else the type alone tells whose it is."""
+
+
 def _ours(value: Any) -> bool:
     """True for a hook, a wrapper or an object of this library."""
-    if type(value) in PLAIN:
+    kind = type(value)
+    if kind in PLAIN:
         return False
+    if not issubclass(kind, WRAPPERS):
+        return _own_name(kind.__module__)
     while True:
-        inner = getattr(value, "func", None) if isinstance(value, functools.partial) else None
-        inner = getattr(value, "__func__", None) if inner is None else inner
+        inner = value.func if isinstance(value, functools.partial) else getattr(value, "__func__", None)
         if inner is None:
             break
         value = inner
     # A wrapper takes over the name and module of what it wraps, but not its globals.
-    home = value.__globals__.get("__name__") if isinstance(value, FunctionType) else type(value).__module__
+    return _own_name(value.__globals__.get("__name__") if isinstance(value, FunctionType) else type(value).__module__)
+
+
+def _own_name(home: Any) -> bool:
     return isinstance(home, str) and home.split(".")[0] == PACKAGE
 
 

@@ -70,7 +70,7 @@ class Pair:
             layers=len(layers),
             hidden=width,
             per_row=sum(weight.numel() for weight in layers[0].parameters() if weight.ndim == 2),
-            length=pair.text_length,
+            length=self._encoder.text_length,
             inputs=theirs.shape[0],
             outputs=projected.shape[-1],
             weights=sum(weight.numel() for weight in pair.model.parameters()),
