@@ -144,7 +144,7 @@ def test_moved_schedules_stay_what_they_were(
     entered: int, granted: int, layers: int, bounds: tuple[int, int], counts: list[int]
 ) -> None:
     """Where several layers change at once, rounding must not part them."""
-    assert moved_tokens(entered, granted * layers, layers, *bounds) == counts
+    assert list(moved_tokens(entered, granted * layers, layers, *bounds)) == counts
 
 
 @pytest.mark.parametrize(

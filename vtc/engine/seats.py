@@ -185,7 +185,7 @@ class Crops(Seats):
         prefix = values.shape[1] - places.shape[1]
         full = values.new_zeros(values.shape[0], prefix + self.patches + 1, *values.shape[2:])
         crop = torch.arange(values.shape[0], device=values.device)[:, None]
-        full = full.index_put((crop, places + prefix), values[:, prefix:])[:, :-1]
+        full = full.index_put_((crop, places + prefix), values[:, prefix:])[:, :-1]
         return torch.cat([values[:, :prefix], full[:, prefix:]], dim=1) if prefix else full
 
     def members(self, values: Tensor, part: Part) -> Tensor:

@@ -64,7 +64,7 @@ class Parts:
             return out_of_groups(values, place, real, length)
         item = torch.arange(items, device=values.device).repeat_interleave(len(self.place) // items)
         slot = torch.where(self.mask, self.place, length) + (length + 1) * item[:, None]
-        flat = values.new_zeros(items * (length + 1), *values.shape[2:]).index_put((slot,), values)
+        flat = values.new_zeros(items * (length + 1), *values.shape[2:]).index_put_((slot,), values)
         return flat.unflatten(0, (items, -1))[:, :length]  # type: ignore[no-untyped-call, no-any-return]
 
     @property

@@ -106,7 +106,7 @@ class ItemTable:
         # Everything else goes to one spare row that is cut off again, so no mask has to be resolved on the host.
         place = torch.where(written, self.row[:, None] * length + self.index, batch * length)
         flat = torch.cat([background.flatten(0, 1), background.new_zeros(1, *background.shape[2:])])
-        flat = flat.index_put((place,), values.to(flat.dtype))
+        flat.index_put_((place,), values.to(flat.dtype))
         return flat[:-1].reshape(background.shape)
 
     def kept(self, keep: Tensor, counts: Sequence[int], moved: Tensor) -> ItemTable:

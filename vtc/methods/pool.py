@@ -36,7 +36,7 @@ class Pool(Compressor):
     def select(self, view: StageView) -> Selection:
         items, tokens = view.items, view.tokens
         device = tokens.device
-        kept, pooled = torch.zeros_like(items.mask), torch.zeros_like(tokens)
+        kept, pooled = torch.zeros_like(items.mask), torch.empty_like(tokens)  # rows of tokens that go are not read
         into = torch.full_like(items.token, -1)
         counts = [0] * len(items)
         wanted = [(layout.regions, count) for layout, count in zip(items.layouts, view.keep, strict=True)]

@@ -228,11 +228,11 @@ def lay_out(
     last = merge.target.shape[1]
     seat = merge.anchor if raster else torch.where(left, merge.anchor, last).sort(dim=1).values.clamp(max=last - 1)
     seat = torch.where(left, places.gather(1, seat), slots)  # everything else goes to a spare slot that is cut off
-    kept = torch.zeros(slots + 1, dtype=torch.bool, device=device).index_put((seat,), left)
-    tokens = rows.new_zeros(slots + 1, rows.shape[2]).index_put((seat,), rows)
+    kept = torch.zeros(slots + 1, dtype=torch.bool, device=device).index_put_((seat,), left)
+    tokens = rows.new_zeros(slots + 1, rows.shape[2]).index_put_((seat,), rows)
     present = merge.target < left.shape[1]
     into = torch.nn.functional.pad(seat, (0, 1), value=slots).gather(1, merge.target) % width
-    absorbed = torch.full((slots + 1,), -1, device=device).index_put((torch.where(present, places, slots),), into)
+    absorbed = torch.full((slots + 1,), -1, device=device).index_put_((torch.where(present, places, slots),), into)
     return kept[:-1].view(shape), tokens[:-1].view(items, width, -1), absorbed[:-1].view(shape)
 
 

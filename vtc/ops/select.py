@@ -230,4 +230,4 @@ def put_rows(background: Tensor, index: Tensor, where: Tensor, rows: Tensor) -> 
     length = background.shape[1]
     full = torch.cat([background, background.new_zeros(background.shape[0], 1, *background.shape[2:])], dim=1)
     row = torch.arange(background.shape[0], device=background.device)[:, None]
-    return full.index_put((row, torch.where(where, index, length)), rows)[:, :length]
+    return full.index_put_((row, torch.where(where, index, length)), rows)[:, :length]

@@ -219,7 +219,7 @@ class AIM(Compressor):
         total = granted * model.llm_layers
         if self.merge and sum(counts) >= total - model.llm_layers / 2:
             return counts
-        return moved_tokens(entered, total, model.llm_layers, *self.bounds(model))
+        return list(moved_tokens(entered, total, model.llm_layers, *self.bounds(model)))
 
     def merged_count(self, model: ModelSpec, count: int, fixed: int, granted: int) -> int:
         """Tokens to which merging brings an item of `count` tokens and `fixed` separators, granted a mean."""

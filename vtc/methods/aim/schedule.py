@@ -27,21 +27,22 @@ def layer_tokens(entered: int, shares: Sequence[float]) -> list[int]:
     return [math.floor(entered * share + NOISE) for share in shares]
 
 
-def moved_tokens(entered: int, total: int, layers: int, start: int, end: int) -> list[int]:
+@functools.lru_cache(CACHED)
+def moved_tokens(entered: int, total: int, layers: int, start: int, end: int) -> tuple[int, ...]:
     """Tokens that every layer sees when the schedule from `start` to `end` moves, so that they sum up to `total`.
 
     It moves by fractions of a layer. Moved to before layer 0 it begins there and gets steeper; layer 0 sees everything.
     Raises BudgetError where that alone is more than a token per layer too many.
 
     >>> moved_tokens(100, 600, 8, 2, 6), moved_tokens(100, 150, 8, 2, 6)
-    ([100, 100, 100, 100, 87, 62, 37, 12], [100, 50, 0, 0, 0, 0, 0, 0])
+    ((100, 100, 100, 100, 87, 62, 37, 12), (100, 50, 0, 0, 0, 0, 0, 0))
     """
 
     def curve(shift: float) -> list[int]:
         first = max(start + shift, 0.0)
         return layer_tokens(entered, falling_shares(layers, first, max(end + shift, first + 1e-6)))
 
-    return spend(total, [1] * layers, curve, between=(-float(end), float(layers)), slack=layers, of=entered)
+    return tuple(spend(total, [1] * layers, curve, between=(-float(end), float(layers)), slack=layers, of=entered))
 
 
 @functools.lru_cache(CACHED)

@@ -102,8 +102,8 @@ def lay(view: StageView, marks: Tensor, rows: Tensor, owner: Tensor, counts: Seq
     kept, owner = view.patches.anchors(marks, view.items.mask), view.patches.of_tokens(owner)
     slots = front_pack(kept, min(rows.shape[1], kept.shape[1]))
     item = torch.arange(len(kept), device=kept.device)[:, None]
-    base = torch.zeros_like(view.tokens)
-    tokens = base.index_put((item, slots), rows[:, : slots.shape[1]].to(base.dtype))
+    tokens = torch.empty_like(view.tokens)  # rows of tokens that go are not read
+    tokens.index_put_((item, slots), rows[:, : slots.shape[1]].to(tokens.dtype))
     return Selection(kept, counts, tokens=tokens, merged_into=slots.gather(1, owner.clamp(max=slots.shape[1] - 1)))
 
 
