@@ -182,11 +182,13 @@ def clips(view: StageView, count: int) -> tuple[Tensor, Sizes]:
     return crop // put(long, crop.device)[:, None], cut
 
 
-def reordered(kept: Tensor, tokens: Tensor, into: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def reordered(
+    kept: Tensor, tokens: Tensor, into: Tensor, order: Tensor, most: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The kept rows of each item in another order, on the same places; with what the others were merged into.
 
     kept: [I, N] bool. tokens: [I, N, D], read where `kept` is set. into: [I, N] places, -1 for none. order: [I, N]
-    places, the kept ones first. Returns tokens and `into` as `Selection` takes them.
+    places, the kept ones first. most: no item keeps more. Returns tokens and `into` as `Selection` takes them.
 
     >>> order = torch.tensor([[2, 0, 1]])
     >>> kept, rows = torch.tensor([[True, False, True]]), torch.tensor([[[5.0], [6.0], [7.0]]])
@@ -196,7 +198,9 @@ def reordered(kept: Tensor, tokens: Tensor, into: Tensor, order: Tensor) -> tupl
     """
     seats = order_by(~kept)
     moved = torch.empty_like(order).scatter_(1, order, seats)
-    placed = torch.empty_like(tokens).scatter(1, seats[..., None].expand_as(tokens), take_rows(tokens, order))
+    item = torch.arange(len(order), device=order.device)[:, None]
+    placed = torch.empty_like(tokens)  # rows of tokens that go are not read
+    placed.index_put_((item, seats[:, :most]), take_rows(tokens, order[:, :most]))
     return placed, torch.where(into >= 0, moved.gather(1, into.clamp(min=0)), -1)
 
 

@@ -138,11 +138,11 @@ class PruMerge(Compressor):
         into = torch.where(kept | ~extra.any(1, keepdim=True), number, number.gather(1, last[:, None]))
         stays, tokens = parts.give(kept | extra), parts.give(rows)
         into = torch.where(view.items.mask & parts.give(mask & (keep > 0)[:, None]), parts.give(into), -1)
+        counts = view.keep if self.needs_budget else None
         if self.layout == "official":
             kind = parts.give(torch.where(best, 0, 1) + extra)
             order = order_by(~stays, view.crop, kind, best=score * parts.give(best))
-            tokens, into = reordered(stays, tokens, into, order)
-        counts = view.keep if self.needs_budget else None
+            tokens, into = reordered(stays, tokens, into, order, max(counts, default=0) if counts else None)
         return Selection(stays, counts=counts, tokens=tokens, merged_into=into, scores=score)
 
 

@@ -74,12 +74,13 @@ class TRIM(PairedCompressor):
         extra = dropped & (place == last)
         x = parts.take(view.tokens)
         share = dropped / dropped.sum(1, keepdim=True).clamp(min=1)
-        mean = torch.bmm(share[:, None], torch.where(dropped[..., None], x, 0).float()).to(x.dtype)
+        mean = torch.bmm(share[:, None], x.float()).to(x.dtype)
         number = torch.arange(score.shape[1], device=mask.device).expand_as(score).contiguous()
         number = parts.take(number)
         into = torch.where(dropped, number.gather(1, last), torch.where(best, number, -1))
         stays, into = parts.give(best | extra), torch.where(parts.give(mask), parts.give(into), -1)
         rows = parts.give(torch.where(extra[..., None], mean, x))
-        rows, into = reordered(stays, rows, into, order_by(~stays, view.crop, parts.give(extra)))
         counts = view.keep if self.needs_budget else None
+        most = max(counts, default=0) if counts else None
+        rows, into = reordered(stays, rows, into, order_by(~stays, view.crop, parts.give(extra)), most)
         return Selection(stays, counts=counts, tokens=rows, merged_into=into, scores=score)

@@ -56,7 +56,7 @@ def report(rows: Iterable[Sequence[str]]) -> str:
     last = f"""Median over the rows: {medians[0]:.2f} of the batched form, {medians[1]:.2f} of the loop. What ranks
     recorded numbers takes milliseconds at most in every form; ours pays there for items of several sizes and for ties
     that do not depend on the batch."""
-    gpu = """No Triton kernel is built: that is a question for a profile on a GPU, and none has been taken."""
+    gpu = """On a GPU the greedy walks run as a Triton kernel: docs/results/h200/selections.md."""
     title, command = "Selections against their released forms", "python -m vtc.testing.selecting"
     return page(title, command, about, (head, rows), " ".join(last.split()), gpu, packages=("torch",))
 

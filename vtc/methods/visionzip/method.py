@@ -103,7 +103,7 @@ class VisionZip(Compressor):
         if not official:
             return Selection(kept, counts=keep, tokens=tokens, merged_into=into, scores=score)
         order = order_by(torch.where(kept, self._block(view, target), 8))  # block by block
-        tokens, into = reordered(kept, tokens, into, order)
+        tokens, into = reordered(kept, tokens, into, order, max(keep, default=0))
         return Selection(kept, counts=keep, tokens=tokens, merged_into=into, separators=False, scores=score)
 
     @staticmethod

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vtc.method.base import CacheStage, ModelSpec, Rows, Selection, StageView
+from vtc.method.pairs import PairFeatures
 from vtc.method.readings import LLMReading
 from vtc.method.registry import create
 from vtc.method.states import States
@@ -115,7 +116,7 @@ class SelectionCase:
         if isinstance(self.stage, CacheStage):
             entries, width = (HEADS, width or KEYS) if self.wide else None, NARROW
         width = width or (WIDE if self.wide else NARROW)
-        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1)
+        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1, clip=True)
         wanted = keep or self.keep or max(1, int(length * self.share) // crops) * crops
         budget: dict[str, Any] = {"keep": wanted} if method.needs_budget else {}
         view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, entries=entries, **budget)
@@ -150,7 +151,7 @@ def moving(view: StageView, frames: int) -> Tensor:
 
 
 def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
-    """The view with random readings for all that the method plans, and with its learned parts."""
+    """The view with random readings for all that the method plans, its CLIP pairs and its learned parts."""
     generator = torch.Generator().manual_seed(3)
     plan, items = method.plan(spec), view.items
     longest = max(layout.n_tokens for layout in items.layouts)
@@ -169,9 +170,11 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
                 llm[at, each] *= (torch.arange(*lead)[:, None] < said)[..., None]
             elif isinstance(each, PostVision):  # a density between a quarter and three quarters, at every key the same
                 llm[at, each][0] = llm[at, each][0, :, :1] / 2 + 1 / 4
+    said = torch.randn(1, KEYS, generator=generator).expand(len(view.text), -1)
+    pairs = {name: PairFeatures(said, lambda rows: rows) for name in plan.needs.pairs}  # one question for all
     torch.manual_seed(0)
     module = method.build(spec).eval() if method.trained else None
-    return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, needs=plan.needs, module=module)
+    return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, pairs=pairs, needs=plan.needs, module=module)
 
 
 def _lead(reading: LLMReading, words: int) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("todre (relevance)", ranking.parted_batched, ranking.parted_loop, 29, {"diversity": False}),
         Case("token_correlation", redundancy.correlation_batched, redundancy.correlation_loop, options=REPEATED),
         Case("tome", *_both(merging.tome), wide=True, tolerance=1e-5),
+        Case("trim", *_both(merging.trim), options={"pair": "tiny-clip"}, wide=True, tolerance=1e-5),
         Case("transprune", inside.transprune_batched, inside.transprune_loop, 7, share=1 / 2),
         Case("v2drop", inside.v2drop_batched, inside.v2drop_loop, 3, wide=True, share=1 / 3, earlier=2),
         Case("vidcom2", frames.vidcom2_batched, frames.vidcom2_loop, wide=True, video=True),

@@ -1,4 +1,4 @@
-"""Methods that make new rows: pooling, ToMe, PiToMe, LongVLM, AIM, VisionZip, VScan, MustDrop's windows; [I, K, D]."""
+"""Methods that make new rows: pooling, TRIM, ToMe, PiToMe, LongVLM, AIM, VisionZip, VScan, MustDrop; [I, K, D]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.ops.grid import output_raster
 from vtc.ops.merge import merge_plan
 from vtc.testing.released import Scene
-from vtc.testing.released.ranking import tiles
+from vtc.testing.released.ranking import best, tiles
 
 unit = torch.nn.functional.normalize
 
@@ -41,6 +41,14 @@ def pool(scene: Scene, tokens: Tensor) -> Tensor:
         return pooled.flatten(2).transpose(1, 2).reshape(items, -1, width)
     whole = flat.reshape(items, crops, width, *scene.shape[1:]).transpose(1, 2)
     return torch.nn.functional.adaptive_avg_pool3d(whole, output).flatten(2).transpose(1, 2)
+
+
+def trim(scene: Scene, tokens: Tensor, compared: Tensor) -> Tensor:
+    """Of every crop the patches least like the question, and the mean of the others behind them."""
+    x, (question, *_) = tokens.flatten(0, 1), scene.view.pair(scene.method.pair).texts
+    marks = best(-(compared.flatten(0, 1) @ question), scene.keep // scene.shape[0] - 1)
+    mean = torch.where(marks[..., None], 0, x).sum(1, keepdim=True) / (~marks).sum(1)[:, None, None]
+    return torch.cat([x[marks].view(len(x), -1, x.shape[2]), mean], 1).view(len(tokens), -1, x.shape[2])
 
 
 def _match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
