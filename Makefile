@@ -74,8 +74,11 @@ results: docs
 	cp results/full/tiny-onevision/table.md docs/results/tiny_onevision.md
 	cp results/full/tiny-onevision/figure.png docs/results/tiny_onevision.png
 	cp results/full/tiny-qwen/table.md docs/results/tiny_qwen.md
+	$(BIN)/vtc mini build
+	$(BIN)/vtc sweep mini
+	$(BIN)/python -m vtc.eval.mini.report results/mini > docs/results/mini_llava.md
 	$(BIN)/vtc sweep claims --limit 200
-	$(BIN)/python -m vtc.eval.claims results/claims/* > docs/results/claims.md
+	$(BIN)/python -m vtc.eval.claims results/claims/* results/mini > docs/results/claims.md
 	$(BIN)/vtc sweep ranking --limit 200
 	$(BIN)/python -m vtc.eval.ranking results/ranking/* > docs/results/ranking.md
 	$(BIN)/vtc sweep parts

@@ -38,7 +38,7 @@ class Claim:
     better: str = ""
     than: str = ""
     within: float = 0.0
-    retentions: tuple[float, ...] = ()
+    retentions: tuple[Asked, ...] = ()
     why: str = ""
     note: str = ""
 
@@ -128,8 +128,8 @@ def document(several: Sequence[Results], claims: Sequence[Claim]) -> str:
     words = """differences are in points of the task's main metric, paired over questions, with 95 % intervals
     (clustered by picture). "supported": the interval lies above zero (or above the line that the claim draws), "not
     supported": below, "open": it holds the line. Methods that lose to a control are listed behind the claims: a control
-    knows nothing of the picture, and only differences whose interval lies below zero count. The embedded models are
-    small and their tasks synthetic: a verdict is about the mechanism on them, not about published benchmarks."""
+    knows nothing of the picture, and only differences whose interval lies below zero count. The models are small and
+    the tasks synthetic: a verdict is about the mechanism on them, not about published benchmarks."""
     head = ["method", "claim", "measured as", "at retention: difference and verdict"]
     lost = ["task", "method", "loses to", "at retention (points)"]
     parts: list[str | Table] = []
@@ -138,7 +138,7 @@ def document(several: Sequence[Results], claims: Sequence[Claim]) -> str:
         counts = ", ".join(f"{task} {results.run['tasks'][task]['documents']}" for task in results.tasks)
         parts += [f"## {name}", f"Questions of each task: {counts}.", (head, judged(claims, results))]
         parts += [f"### Methods that lose to a control on {name}", (lost, losses(results))]
-    title, command = "Claims of the methods, measured", "python -m vtc.eval.claims results/claims/*"
+    title, command = "Claims of the methods, measured", "python -m vtc.eval.claims results/claims/* results/mini"
     return page(title, command, words, *parts, packages=("torch", "transformers", "lmms-eval"))
 
 

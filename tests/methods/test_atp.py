@@ -337,7 +337,7 @@ def test_the_answer_sets_no_score(clip: Any, stored: Any) -> None:
 # --- exact counts
 @given(st.integers(1, 3000), st.integers(0, 40), st.floats(0.05, 1), st.integers(2, 60), st.data())
 def test_the_schedule_meets_the_mean(tokens: int, fixed: int, share: float, depth: int, data: st.DataObject) -> None:
-    layers = sorted(data.draw(st.sets(st.integers(0, depth - 2), min_size=1, max_size=4)))
+    layers = tuple(sorted(data.draw(st.sets(st.integers(0, depth - 2), min_size=1, max_size=4))))
     granted = vtc.tokens_to_keep(tokens + fixed, share)
     target = granted - fixed
     if depth * target < tokens * (layers[0] + 1):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable
 
 from vtc.errors import UnsupportedMethod
-from vtc.method.budget import spend
+from vtc.method.budget import CACHED, spend
 from vtc.method.plan import PRE_LLM, ModelSpec
 from vtc.method.view import StageView
 
@@ -35,21 +36,24 @@ def schedule(view: StageView, layer: int, later: float) -> list[tuple[int, int]]
     >>> schedule(make_view([(24, 24)], keep=64), 16, 1 / 3)  # of 32 layers
     [(96, 32)]
     """
-    items, layers = view.items, view.model.llm_layers
-    spans = layer, layers - layer
-    found = []
-    for now, granted, fixed in zip(items.counts, view.granted, items.fixed, strict=True):
+    items, spans = view.items, (layer, view.model.llm_layers - layer)
+    columns = zip(items.counts, view.granted, items.fixed, strict=True)
+    return [_both(*each, spans, later) for each in columns]
 
-        def curve(x: float, now: int = now) -> list[int]:
-            second = min(1, x) * later + max(0, x - 1) * (1 - later)
-            return [max(1, math.floor(now * share + 0.5)) for share in (min(1, x), second)]
 
-        if granted >= now + fixed or not now:
-            found.append((now, now))
-            continue
-        first, second = spend(layers * granted, spans, curve, between=(0, 2), fixed=fixed, slack=layers / 2, of=now)
-        found.append((min(now, first), min(now, second)))
-    return found
+@functools.lru_cache(CACHED)
+def _both(now: int, granted: int, fixed: int, spans: tuple[int, int], later: float) -> tuple[int, int]:
+    """The same of one item of `now` tokens."""
+    if granted >= now + fixed or not now:
+        return now, now
+
+    def curve(x: float) -> list[int]:
+        second = min(1, x) * later + max(0, x - 1) * (1 - later)
+        return [max(1, math.floor(now * share + 0.5)) for share in (min(1, x), second)]
+
+    layers = sum(spans)
+    first, second = spend(layers * granted, spans, curve, between=(0, 2), fixed=fixed, slack=layers / 2, of=now)
+    return min(now, first), min(now, second)
 
 
 def left(view: StageView, method: Hashable, layer: int, later: float) -> tuple[int, ...]:

@@ -5,13 +5,14 @@ Shapes: [I, N] values of I items with at most N tokens, `mask` [I, N] False behi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vtc.method.budget import NOISE, spend
+from vtc.method.budget import CACHED, NOISE, spend
 from vtc.ops.host import put
 from vtc.ops.select import front_pack, top_k
 
@@ -152,9 +153,10 @@ def target_loss(mean: Tensor, target: float) -> Tensor:
 
 
 # --- budgets
+@functools.lru_cache(CACHED)
 def decay(
-    tokens: float, granted: float, layers: Sequence[int], depth: int, *, fixed: float = 0, of: int | None = None
-) -> list[float]:
+    tokens: float, granted: float, layers: tuple[int, ...], depth: int, *, fixed: float = 0, of: int | None = None
+) -> tuple[float, ...]:
     """``tokens * alpha^m`` behind modules m = 1..M, unrounded, with the alpha in [0, 1] that meets the budget.
 
     granted: mean over the LLM's `depth` layers, `fixed` separators included, of the `of` tokens in the input. Raises
@@ -169,11 +171,11 @@ def decay(
     def curve(alpha: float) -> list[float]:
         return [tokens * alpha**module for module in range(len(spans))]
 
-    return spend(depth * min(granted, tokens + fixed), spans, curve, fixed=fixed, of=of)[1:]
+    return tuple(spend(depth * min(granted, tokens + fixed), spans, curve, fixed=fixed, of=of)[1:])
 
 
 def decay_counts(
-    tokens: int, granted: int, layers: Sequence[int], depth: int, *, fixed: float = 0, of: int | None = None
+    tokens: int, granted: int, layers: tuple[int, ...], depth: int, *, fixed: float = 0, of: int | None = None
 ) -> list[int]:
     """``max(1, floor(tokens * alpha^m))`` for m = 1..M; arguments as in `decay`.
 

@@ -131,7 +131,7 @@ class FitPrune(Compressor):
         tensors, metadata = store.read(self.weights)
         check_settings(str(self.weights), metadata, self.settings(model))
         load_tensors(str(self.weights), recipe, tensors)
-        recipe.rows = recipe.left.tolist()
+        recipe.rows = tuple(map(tuple, recipe.left.tolist()))
         return recipe
 
     @torch.no_grad()

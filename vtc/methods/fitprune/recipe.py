@@ -5,15 +5,17 @@ Letters: A shares, L layers, I items, N tokens.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from vtc.method.budget import spend
+from vtc.method.budget import CACHED, spend
 
+Rows = tuple[tuple[float, ...], ...]
+"""The shares of a recipe on the host, row by row."""
 STEPS = 100
 """Shares of the mass that are tried lie so many to 1 apart."""
 ROUNDING = 1e-9
@@ -29,7 +31,7 @@ class Recipe(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.left = nn.Parameter(torch.ones(STEPS + 1, layers - 1), requires_grad=False)
-        self.rows: list[list[float]] = []
+        self.rows: Rows = ()
 
 
 def left_behind(own: Tensor, cross: Tensor, mask: Tensor, steps: int = STEPS) -> Tensor:
@@ -73,13 +75,14 @@ def recipe(counts: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(mean[:1]), mean[1:]])
 
 
-def spread(rows: Sequence[Sequence[float]], tokens: int, granted: int, fixed: int, given: int) -> tuple[int, ...]:
+@functools.lru_cache(CACHED)
+def spread(rows: Rows, tokens: int, granted: int, fixed: int, given: int) -> tuple[int, ...]:
     """Tokens of an item left behind each layer but the last by the `rows` of a recipe, so that the budget is met.
 
     tokens: that entered the LLM, beside `fixed` separators. granted: mean over the layers, separators included, of the
     `given` tokens in the input. Between the rows lies a straight line, and one token always stays.
 
-    >>> spread([[1.0, 1.0], [0.5, 0.25], [0.0, 0.0]], 100, 60, 0, 100)
+    >>> spread(((1.0, 1.0), (0.5, 0.25), (0.0, 0.0)), 100, 60, 0, 100)
     (52, 28)
     """
     ahead = pairwise(reversed(rows))  # from the row that leaves nothing to the one that leaves all
