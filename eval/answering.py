@@ -1,8 +1,9 @@
-"""What answers items with one model: read ahead, prepared once, encoded once, answered cell by cell."""
+"""What answers items with one model: preprocessed ahead and once, encoded once, answered cell by cell."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,8 +20,6 @@ from vtc.eval.store import Record
 
 Chats = Mapping[int, Chat]
 """Conversations by document."""
-Readings = Mapping[int, Chat | BaseException]
-"""The same, with what went wrong in the place of those that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,19 @@ class Outcome:
     failure: Record | None = None
 
 
+@dataclass(frozen=True)
+class Ready:
+    """An item's documents in batches on the CPU, and a failure for each that cannot be read or prepared."""
+
+    batches: list[tuple[Chats, Batch]]
+    failures: list[Record]
+
+
 class Worker:
     """Answers items with one model, each batch encoded once for all cells (but those that act inside the encoder).
 
-    Pictures and videos are read once per document, in a thread that is one item ahead where the next one is known.
+    Pictures and videos are read and preprocessed once per document, in a thread that is one item ahead where the next
+    one is known. What it makes stays in the memory of the host until its turn comes.
     """
 
     def __init__(
@@ -48,73 +56,93 @@ class Worker:
         self.tasks = {task.name: task for task in tasks}
         self.cells: Mapping[str, Cell] = {cell.key(): cell for cell in cells}
         self.reading = reading
-        self._ahead: tuple[Item, Future[Readings]] | None = None
+        self._ahead: tuple[Item, Future[Ready]] | None = None
         self._thread = ThreadPoolExecutor(1, "read-ahead")
 
     def close(self) -> None:
-        """End the thread; what it still reads is thrown away."""
+        """End the thread; what it still makes is thrown away."""
         self._thread.shutdown(cancel_futures=True)
 
     def run(self, item: Item, following: Item | None = None) -> Iterator[Outcome]:
         """Outcomes of every cell of `item`, each as soon as it is known.
 
         A document that cannot be prepared is one failure of all cells, and the others are answered without it. A cell
-        that fails on a batch is asked about its documents one by one. following: what is run next, to be read ahead.
+        that fails on a batch is asked about its documents one by one. following: what is run next, to be made ready
+        ahead.
         """
         task = self.tasks[item.task]
-        chats = self._chats(item)
+        ready = self._ready(item)
         if following is not None:
-            self._ahead = following, self._thread.submit(self._read, following)
-        read: dict[int, Chat] = {}
-        for doc_id, chat in chats.items():
-            if isinstance(chat, Chat):
-                read[doc_id] = chat
-            else:
-                yield Outcome(item.cells, failure=failure_record("prepare", task.key, item.cells, (doc_id,), chat))
-        doc_ids = list(read)
-        for group in alike(list(read.values())):
-            batches, failures = self._prepared(task, item, {doc_ids[place]: read[doc_ids[place]] for place in group})
+            self._ahead = following, self._thread.submit(self._made, following)
+        for failure in ready.failures:
+            yield Outcome(item.cells, failure={**failure, "cells": list(item.cells)})  # fewer than when it was made
+        for chats, batch in ready.batches:
+            moved, failures = self._batches(
+                task, item, chats, functools.partial(self.runner.moved, batch), self.runner.prepare
+            )
             for failure in failures:
                 yield Outcome(item.cells, failure=failure)
-            for together, batch in batches:
-                yield from self._answered(task, item, {doc_id: read[doc_id] for doc_id in together}, batch)
+            for together, there in moved:
+                yield from self._answered(task, item, together, there)
 
-    def _chats(self, item: Item) -> Readings:
+    def _ready(self, item: Item) -> Ready:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and (ahead[0].task, ahead[0].doc_ids) == (item.task, item.doc_ids):
             return ahead[1].result()
-        return self._read(item)
+        return self._made(item)
 
-    def _read(self, item: Item) -> Readings:
-        """The conversation of each document, or what went wrong when it was read."""
-        clips = Clips(self.reading)
-        return {doc_id: self._conversation(self.tasks[item.task], doc_id, clips) for doc_id in item.doc_ids}
+    def _made(self, item: Item) -> Ready:
+        """Read and preprocess an item's documents, as many in a batch as go together."""
+        task, clips = self.tasks[item.task], Clips(self.reading)
+        read: dict[int, Chat] = {}
+        ready = Ready([], [])
+        for doc_id in item.doc_ids:
+            try:
+                read[doc_id] = task.conversation(doc_id, clips)
+            except FAULTS as error:
+                ready.failures.append(failure_record("prepare", task.key, item.cells, (doc_id,), error))
+        doc_ids = list(read)
+        for group in alike(list(read.values())):
+            chats = {doc_ids[place]: read[doc_ids[place]] for place in group}
+            whole = functools.partial(self.runner.preprocess, list(chats.values()))
+            batches, failures = self._batches(task, item, chats, whole, self.runner.preprocess)
+            ready.batches.extend(batches)
+            ready.failures.extend(failures)
+        return ready
 
-    def _conversation(self, task: SweepTask, doc_id: int, clips: Clips) -> Chat | BaseException:
-        try:
-            return task.conversation(doc_id, clips)
-        except FAULTS as error:
-            return error
-
-    def _prepared(
-        self, task: SweepTask, item: Item, chats: Chats
-    ) -> tuple[list[tuple[tuple[int, ...], Batch]], list[Record]]:
-        """`chats` as batches, one if possible, and a failure for each that cannot be prepared alone."""
-        whole = self._prepare(task, item, chats)
-        if isinstance(whole, Batch):
-            return [(tuple(chats), whole)], []
+    def _batches(
+        self,
+        task: SweepTask,
+        item: Item,
+        chats: Chats,
+        whole: Callable[[], Batch],
+        make: Callable[[Sequence[Chat]], Batch],
+    ) -> tuple[list[tuple[Chats, Batch]], list[Record]]:
+        """`chats` in one batch if `whole` makes it; if not, those that `make` can, and a failure for each other one."""
+        found = self._tried(task, item, chats, whole)
+        if isinstance(found, Batch):
+            return [(chats, found)], []
         if len(chats) == 1:
-            return [], [whole]
-        each = {doc_id: self._prepare(task, item, {doc_id: chat}) for doc_id, chat in chats.items()}
-        failures = [found for found in each.values() if not isinstance(found, Batch)]
-        good = {(doc_id,): found for doc_id, found in each.items() if isinstance(found, Batch)}
-        others = {doc_id: chats[doc_id] for (doc_id,) in good}
-        together = self._prepare(task, item, others) if failures and others else None
-        return [(tuple(others), together)] if isinstance(together, Batch) else list(good.items()), failures
+            return [], [found]
+        good: list[tuple[Chats, Batch]] = []
+        failures: list[Record] = []
+        for doc_id, chat in chats.items():
+            alone = {doc_id: chat}
+            found = self._tried(task, item, alone, functools.partial(make, [chat]))
+            if isinstance(found, Batch):
+                good.append((alone, found))
+            else:
+                failures.append(found)
+        if failures and good:
+            others = {doc_id: chat for alone, _ in good for doc_id, chat in alone.items()}
+            found = self._tried(task, item, others, functools.partial(make, list(others.values())))
+            if isinstance(found, Batch):
+                return [(others, found)], failures
+        return good, failures
 
-    def _prepare(self, task: SweepTask, item: Item, chats: Chats) -> Batch | Record:
+    def _tried(self, task: SweepTask, item: Item, chats: Chats, make: Callable[[], Batch]) -> Batch | Record:
         try:
-            return self.runner.prepare(list(chats.values()))
+            return make()
         except FAULTS as error:
             return failure_record("prepare", task.key, item.cells, tuple(chats), error)
 
@@ -136,7 +164,7 @@ class Worker:
         """The outcomes of every document of a batch that failed; just `failed` if none of them can be answered."""
         outcomes = []
         for doc_id, chat in chats.items() if len(chats) > 1 else ():
-            batch = self._prepare(task, item, {doc_id: chat})
+            batch = self._tried(task, item, {doc_id: chat}, functools.partial(self.runner.prepare, [chat]))
             if isinstance(batch, Batch):
                 outcomes.append(self._outcome(task, batch, cell, {doc_id: chat}))
         return outcomes if any(outcome.failure is None for outcome in outcomes) else [failed]

@@ -177,7 +177,13 @@ class FakeRunner:
     def __exit__(self, *_: object) -> None:
         self.inside = False
 
+    def moved(self, batch: Any) -> Any:
+        return batch
+
     def prepare(self, conversations: list[Any]) -> Any:
+        return self.preprocess(conversations)
+
+    def preprocess(self, conversations: list[Any]) -> Any:
         numbers = [int(chat.source) for chat in conversations]
         self.prepared.append(tuple(numbers))
         if self.unreadable & set(numbers):
@@ -230,8 +236,20 @@ def test_a_document_that_cannot_be_read_costs_no_other() -> None:
     assert sum(len(outcome.rows) for outcome in outcomes) == 9
 
 
-def test_the_next_item_is_read_ahead_and_once() -> None:
+def test_the_next_item_is_made_ready_ahead_and_once() -> None:
+    """Read and preprocessed in a thread, but moved to the device when its turn comes."""
     read: list[tuple[int, str]] = []
+    made: list[tuple[str, tuple[int, ...], str]] = []
+
+    class Noting(FakeRunner):
+        def preprocess(self, conversations: list[Any]) -> Any:
+            batch = super().preprocess(conversations)
+            made.append(("made", tuple(batch.inputs["ids"]), threading.current_thread().name.rpartition("_")[0]))
+            return batch
+
+        def moved(self, batch: Any) -> Any:
+            made.append(("moved", tuple(batch.inputs["ids"]), threading.current_thread().name.rpartition("_")[0]))
+            return batch
 
     def conversation(doc_id: int, clips: Any) -> Chat:
         read.append((doc_id, threading.current_thread().name))
@@ -239,7 +257,7 @@ def test_the_next_item_is_read_ahead_and_once() -> None:
 
     cells: list[Any] = [SimpleNamespace(key=lambda: "a", seed=0, generation={}, scales=None)]
     task: Any = SimpleNamespace(**vars(TASK), conversation=conversation, generation=lambda overrides: None)
-    worker = Worker(FakeRunner(), [task], cells)  # type: ignore[arg-type]
+    worker = Worker(Noting(), [task], cells)  # type: ignore[arg-type]
     items = [Item("t", (0, 1), ("a",)), Item("t", (2, 3), ("a",)), Item("t", (7,), ("a",))]
     assert [len(o.rows) for o in worker.run(items[0], items[1])] == [2]
     assert [len(o.rows) for o in worker.run(items[1])] == [2]
@@ -247,6 +265,17 @@ def test_the_next_item_is_read_ahead_and_once() -> None:
     worker.close()
     ahead = {doc_id for doc_id, thread in read if thread.startswith("read-ahead")}
     assert [doc_id for doc_id, _ in read] == [0, 1, 2, 3, 7] and ahead == {2, 3}
+    assert [ids for step, ids, thread in made if step == "made" and thread == "read-ahead"] == [(2, 3)]
+    assert [(ids, thread) for step, ids, thread in made if step == "moved"] == [((0, 1), ""), ((2, 3), ""), ((7,), "")]
+
+
+def test_what_finds_no_room_together_is_answered_alone() -> None:
+    class Small(FakeRunner):
+        def moved(self, batch: Any) -> Any:
+            raise MemoryError("no room")
+
+    outcomes = asked(Small(), (0, 1))
+    assert [[r["text"] for r in o.rows] for o in outcomes] == [[f"{cell}{n}"] for n in (0, 1) for cell in "abc"]
 
 
 def test_a_document_that_one_cell_cannot_answer_costs_no_other() -> None:

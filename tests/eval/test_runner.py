@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 import vtc
+from vtc.app import answer as answering
+from vtc.app import preparation
 from vtc.app.answer import answer
 from vtc.app.preparation import Chat
 from vtc.errors import InputError, UnsupportedModel
@@ -209,3 +212,24 @@ def test_the_head_of_the_template_is_no_question(runner: Any, blobs: Any, monkey
     (cell,) = [c for c in make_cells(make_spec({"methods": ["random"], "retentions": [0.5]}), {}) if c.compressor]
     runner.answer(batch, cell, make_generation({"max_new_tokens": 1}, source="test"))
     assert told[-1].system_length == (short, long)
+
+
+def test_the_processor_serves_one_thread_at_a_time(
+    runner: Runner, conversations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that pads in one thread and decodes in another fails now and then: each waits for the other."""
+    free: list[bool] = []
+
+    def watched(call: Any) -> Any:
+        def run(*given: Any, **more: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                free.append(pool.submit(runner.loaded.processing.acquire, timeout=0.01).result())
+            return call(*given, **more)
+
+        return run
+
+    monkeypatch.setattr(preparation, "_process", watched(preparation._process))
+    monkeypatch.setattr(answering, "system_lengths", watched(answering.system_lengths))
+    monkeypatch.setattr(type(runner.processor), "batch_decode", watched(type(runner.processor).batch_decode))
+    runner.generate(runner.prepare(conversations[:1]), GREEDY.arguments)
+    assert free == [False] * 3

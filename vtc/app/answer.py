@@ -23,7 +23,7 @@ from vtc.app.costs import CostMeter
 from vtc.app.images import open_image
 from vtc.app.loading import Loaded
 from vtc.app.nonsense import FiniteLogits, checking
-from vtc.app.preparation import Chat, asked, on_device, prepare
+from vtc.app.preparation import Chat, asked, moved, on_device, preprocess
 from vtc.app.template import system_lengths
 from vtc.cost.exact import Work
 from vtc.engine.attach import Handle, compress
@@ -38,7 +38,7 @@ __all__ = ["Answer", "Answerer", "Batch", "answer", "open_image"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of B prompts on the model's device, left-padded.
+    """Inputs of B prompts, left-padded, on the model's device unless it is told otherwise.
 
     `visual_tokens` (B) counts their placeholders, `system_lengths` (B) the tokens in front of the user's words. `works`
     (B) is what the untouched model does for each, None where its family tells no sizes; `full` (B) the same of the
@@ -108,10 +108,19 @@ class Answerer:
         Raises:
             InputError: what `vtc.app.preparation.prepare` refuses; the message names the conversation.
         """
-        inputs, sizes = prepare(self.loaded, conversations)
+        return self.moved(self.preprocess(conversations))
+
+    def moved(self, batch: Batch) -> Batch:
+        """The batch on the model's device; InputError where it finds no room there."""
+        return dataclasses.replace(batch, inputs=moved(self.model, batch.inputs))
+
+    def preprocess(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
+        """`prepare` but for the device: inputs on the CPU, made while another thread may use the model."""
+        inputs, sizes = preprocess(self.loaded, conversations)
         placeholders = torch.tensor(list(adapters.of(self.model).placeholders.values()), dtype=torch.long)
-        visual = torch.isin(inputs["input_ids"].cpu(), placeholders).sum(1)
-        heads = system_lengths(self.processor, conversations)
+        visual = torch.isin(inputs["input_ids"], placeholders).sum(1)
+        with self.loaded.processing:
+            heads = system_lengths(self.processor, conversations)
         tokens = tuple(visual.tolist())
         text = [length - n for length, n in zip(inputs["attention_mask"].sum(1).tolist(), tokens, strict=True)]
         works = self.meter.untouched(inputs, tokens, text)
@@ -164,7 +173,8 @@ class Answerer:
             call = handle.stats.calls[-1]
             kept = call.visual_tokens_kept[:: max(1, call.batch // len(batch))]  # beams repeat prompts
             engine_seconds = round(call.seconds / len(batch), 6)
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        with self.loaded.processing:
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
         prompt_lengths = batch.inputs["attention_mask"].sum(1).tolist()
         seconds = round((time.perf_counter() - start) / len(batch), 6)
         columns = zip(texts, prompt_lengths, self._lengths(new), batch.visual_tokens, kept, strict=True)

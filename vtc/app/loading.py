@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from vtc.method.checkpoint import digests
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model ready to generate, with its processor (left padding). name: as asked for; path: where it came from."""
+    """A model ready to generate, with its processor (left padding). name: as asked for; path: where it came from.
+
+    processing: held by whoever uses the processor, whose tokenizer is no good in two threads at once.
+    """
 
     name: str
     path: str
     model: Any
     processor: Any
+    processing: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the numbers this model produces, whatever its folder is called.

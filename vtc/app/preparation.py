@@ -73,7 +73,7 @@ class Rendered:
 
 
 class Prepared(NamedTuple):
-    """Inputs of `model.generate`, and height and width of every picture that they were made of."""
+    """Inputs of `model.generate`, on the CPU or the model's device, and height and width of every picture in them."""
 
     inputs: Any
     image_sizes: list[tuple[int, int]]
@@ -82,17 +82,32 @@ class Prepared(NamedTuple):
 def prepare(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Prepared:
     """Inputs of `model.generate` for `conversations`, as one left-padded batch on the model's device.
 
+    Raises InputError for what `preprocess` refuses, and where the device has no room.
+    """
+    inputs, sizes = preprocess(loaded, conversations)
+    return Prepared(moved(loaded.model, inputs), sizes)
+
+
+def preprocess(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Prepared:
+    """The same on the CPU, which touches no device: a thread may do it while another one uses the model.
+
     Messages are those of `processor.apply_chat_template`. A picture is whatever `vtc.app.images.open_image` takes,
     under "image"; a video is a `vtc.app.media.Video`, under "video". Without a chat template, placeholders and the text
-    are joined. Raises InputError for what cannot be rendered, read, processed or moved to the device.
+    are joined. Raises InputError for what cannot be rendered, read or processed.
     """
-    prompts = [_prompt(loaded, messages, number) for number, messages in enumerate(conversations)]
-    try:
-        inputs = _process(loaded.processor, prompts)
-    except Exception as error:  # processors raise whatever comes
-        raise _refusal(loaded, prompts, error) from error
+    with loaded.processing:
+        prompts = [_prompt(loaded, messages, number) for number, messages in enumerate(conversations)]
+        try:
+            inputs = _process(loaded.processor, prompts)
+        except Exception as error:  # processors raise whatever comes
+            raise _refusal(loaded, prompts, error) from error
     sizes = [(image.height, image.width) for prompt in prompts for image in prompt.images]
-    return Prepared(on_device(loaded.model, lambda: inputs.to(loaded.model.device, dtype=loaded.model.dtype)), sizes)
+    return Prepared(inputs, sizes)
+
+
+def moved(model: Any, inputs: Any) -> Any:
+    """`inputs` on the model's device, in its type of numbers; InputError where they find no room."""
+    return on_device(model, lambda: inputs.to(model.device, dtype=model.dtype))
 
 
 def on_device(model: Any, run: Callable[[], Any]) -> Any:
