@@ -20,6 +20,7 @@ TEMPORAL = (
     "while",
 )  # near chance for a model that sees the middle frame only
 
+CELL, LAST_CELL = 14, 5  # px of a column or a row, and the number of the last one
 _WHILE_WEIGHTS = {"yes": 1.0, "no": 3.0}  # where a clip offers both, as guests are rarely away all the time
 
 
@@ -96,6 +97,34 @@ def colour(facts: Facts, rng: random.Random) -> Question | None:
     return Question(f"What color is the {actor.name}?", actor.colour)
 
 
+def track(facts: Facts, rng: random.Random) -> Question | None:
+    """The column or the row in which a mover is, in every second frame: what its direction comes from."""
+    mover, axis = rng.choice(_movers(facts)), rng.randrange(2)
+    places = (min(int(place[axis] / CELL), LAST_CELL) for place in mover.path[::2])
+    way = ("left to right", "top to bottom")[axis]
+    return Question(f"Where is the {_name(mover)} in every frame from {way}?", " ".join(NUMBERS[n] for n in places))
+
+
+def moving(facts: Facts, rng: random.Random) -> Question | None:
+    """Whether a mover travels, in every second frame."""
+    mover = rng.choice(_movers(facts))
+    start, end = mover.moves
+    return Question(
+        f"Does the {_name(mover)} move in every frame?",
+        " ".join("yes" if start <= t < end else "no" for t in range(0, len(mover.path), 2)),
+    )
+
+
+def present(facts: Facts, rng: random.Random) -> Question | None:
+    """Whether a guest is shown in a frame or the next one, in every second frame."""
+    guests = _guests(facts)
+    if not guests:
+        return None
+    guest = rng.choice(guests)
+    pairs = zip(guest.shown[::2], guest.shown[1::2], strict=True)
+    return Question(f"Is the {_name(guest)} shown in every frame?", " ".join("yes" if any(p) else "no" for p in pairs))
+
+
 def _reading(kind: str, text: str) -> Callable[[Facts, random.Random], Question | None]:
     def ask(facts: Facts, rng: random.Random) -> Question | None:
         return next((Question(text, i.name) for items in facts.pictures for i in items if i.kind == kind), None)
@@ -117,6 +146,9 @@ TASK = Task(
         "colour": colour,
         "words": _reading("word", "What word is written?"),
         "digits": _reading("digit", "What digit is shown?"),
+        "track": track,
+        "moving": moving,
+        "present": present,
     },
     answers={
         "direction": tuple(clips.STEPS),
@@ -132,6 +164,8 @@ TASK = Task(
         *(("direction", 10), ("direction", 10), ("order", 12), ("order", 12), ("while", 14), ("while", 14)),
         *(("onset", 7), ("onset", 7), ("onset", 7), ("onset", 7), ("repeats", 11)),
         *(("colour", 8), ("words", 7), ("digits", 7)),
+        *(("track", 22), ("track", 22), ("moving", 18), ("present", 18)),
     ),
     fallbacks=("colour", "onset"),
+    fillers=("track", "moving", "present"),
 )

@@ -47,6 +47,9 @@ class Qwen:
     text_inner: int = 320
     heads: int = 4
     key_heads: int = 2
+    theta: float = 30.0
+    """Base of the rotary positions. The 6 slowest of a head's 16 frequencies are the columns'; with the usual 10,000
+    they turn by at most 0.04 between the first column and the last of 12, and no layer tells left from right."""
     grid = 0  # the tower knows relative positions only
     has_classes = False
     media = ("image", "images", "video")
@@ -77,7 +80,7 @@ class Qwen:
             },
             text_config={
                 **text,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections},
+                "rope_parameters": {"rope_type": "default", "rope_theta": self.theta, "mrope_section": sections},
             },
             image_token_id=TOKEN[IMAGE],
             video_token_id=TOKEN[VIDEO],

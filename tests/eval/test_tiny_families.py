@@ -116,6 +116,13 @@ def test_cells_are_where_the_views_say(trainer: MixTrainer) -> None:
             assert divmod(int(change.argmax()), view.columns) == (row, column), (stream.task.name, index)
 
 
+def test_positions_tell_columns_apart() -> None:
+    """The slowest frequencies of positions in three dimensions are the columns'; of 12 the first and last differ."""
+    model = Qwen().build()
+    columns = model.config.text_config.rope_parameters["mrope_section"][-1]
+    assert 11 * float(model.model.language_model.rotary_emb.inv_freq[-columns:].max()) > 1
+
+
 def test_streams_repeat_in_another_order(trainer: MixTrainer) -> None:
     stream = Stream(TASKS["tiny_multi"], 1, "train", trainer.out / "samples", 12)
     assert [stream.number(at, 0) for at in range(12)] == list(range(12))
