@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
-from vtc.embedded import model_path
+from vtc.app.loading import load
 from vtc.errors import InputError
 from vtc.eval.tiny.batches import PIXEL_MEAN, PIXEL_STD
 from vtc.eval.tiny.captions import MAX_WORDS
@@ -116,10 +115,9 @@ def take_over_tower(model: Any, start: str) -> list[str]:
     Blocks beyond those that it has begin as the identity. Returns the names of the tensors taken.
 
     Raises:
-        InputError: the tower is no CLIP of the same width, patches and at most as many layers.
+        InputError: nothing can be loaded, or its tower is no CLIP of that width and patch size, or has more layers.
     """
-    folder = start if Path(start).is_dir() else model_path(start)
-    tower = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.vision_tower
+    tower = load(start, device="cpu", dtype="float32").model.model.vision_tower
     found = _as_open_clip(tower.state_dict())
     own = model.visual.state_dict()
     misfit = [name for name, tensor in found.items() if name not in own or own[name].shape != tensor.shape]

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
 
-from vtc.embedded import model_path
+from vtc.app.loading import load
 from vtc.eval.tiny import loop, record
 from vtc.eval.tiny.export import export
 from vtc.eval.tiny.family import Family, media_inputs, prefix_ids
@@ -158,10 +157,10 @@ class MixTrainer:
 def take_over(model: nn.Module, start: str) -> list[str]:
     """Load every tensor that the embedded model `start`, or a folder, has under the same name and in the same shape.
 
-    Returns their names: of another class the language model, of the same class everything.
+    Returns their names: of another class the language model, of the same class everything. Raises InputError where
+    nothing can be loaded.
     """
-    folder = start if Path(start).is_dir() else model_path(start)
-    found = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+    found = load(start, device="cpu", dtype="float32").model.state_dict()
     own = model.state_dict()
     shared = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
     model.load_state_dict(shared, strict=False)

@@ -201,9 +201,14 @@ def test_another_class_starts_with_the_same_language_model() -> None:
         assert torch.equal(tensor, trained[name] if name in taken else before[name]), name
 
 
-def test_a_folder_of_the_same_class_gives_everything() -> None:
+def test_a_folder_of_the_same_class_gives_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RECIPES["tiny-onevision"].family().build()
     assert len(take_over(model, str(model_path("tiny-onevision")))) == len(model.state_dict())
+    (tmp_path / "tiny-onevision").mkdir()  # as a run may be called: the name is that of the embedded model all the same
+    monkeypatch.chdir(tmp_path)
+    assert len(take_over(model, "tiny-onevision")) == len(model.state_dict())
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        take_over(model, str(tmp_path / "tiny-onevision"))
 
 
 def test_products_are_in_bfloat16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
