@@ -20,8 +20,8 @@ BATCH = 20
 
 
 def draw(task: Task, facts: Facts, rng: random.Random) -> Question:
-    """A question of a random family that the sample has an unambiguous question of."""
-    for family in rng.sample(sorted(task.families), len(task.families)):
+    """A question of a random family of the benchmark that the sample has an unambiguous question of."""
+    for family in rng.sample(sorted(task.graded), len(task.graded)):
         question = task.families[family](facts, rng)
         if question is not None:
             return question
