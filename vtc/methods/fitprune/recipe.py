@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vtc.method.budget import CACHED, spend
 
-Rows = tuple[tuple[float, ...], ...]
+Shares = tuple[tuple[float, ...], ...]
 """The shares of a recipe on the host, row by row."""
 STEPS = 100
 """Shares of the mass that are tried lie so many to 1 apart."""
@@ -31,7 +31,7 @@ class Recipe(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.left = nn.Parameter(torch.ones(STEPS + 1, layers - 1), requires_grad=False)
-        self.rows: Rows = ()
+        self.rows: Shares = ()
 
 
 def left_behind(own: Tensor, cross: Tensor, mask: Tensor, steps: int = STEPS) -> Tensor:
@@ -76,7 +76,7 @@ def recipe(counts: Tensor, tokens: Tensor) -> Tensor:
 
 
 @functools.lru_cache(CACHED)
-def spread(rows: Rows, tokens: int, granted: int, fixed: int, given: int) -> tuple[int, ...]:
+def spread(rows: Shares, tokens: int, granted: int, fixed: int, given: int) -> tuple[int, ...]:
     """Tokens of an item left behind each layer but the last by the `rows` of a recipe, so that the budget is met.
 
     tokens: that entered the LLM, beside `fixed` separators. granted: mean over the layers, separators included, of the
