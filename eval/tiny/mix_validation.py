@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtc.eval.tiny import loop
-from vtc.eval.tiny.mixed_batches import MixedBatch, packed_hidden, streams
+from vtc.eval.tiny.mixed_batches import MixedBatch, streams
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.settings import Stage
@@ -50,7 +50,7 @@ def slot_hits(batch: MixedBatch, logits: Tensor) -> Iterator[tuple[str, int, int
 
 @torch.no_grad()
 def measure(trainer: MixTrainer, series: Sequence[Stream], stage: Stage) -> dict[str, float]:
-    """Accuracy per kind of cell content, and per task and family where the stage trains the language model."""
+    """Accuracy per kind of cell content; with the language model trained, also of motion and per task and family."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for stream in series:
@@ -62,8 +62,10 @@ def measure(trainer: MixTrainer, series: Sequence[Stream], stage: Stage) -> dict
                 counts = list(content_accuracy(trainer.heads, seen.cells, batch.targets).items())
                 found = [(name, good, every) for name, (good, every) in counts]
                 if stage.language:
-                    hidden = packed_hidden(trainer.family, trainer.model, batch, seen.tokens)
+                    hidden, visual = trainer.answered(batch, seen)
                     found += slot_hits(batch, trainer.model.lm_head(hidden))
+                    if batch.motion is not None:
+                        found.append(("token motion", *trainer.motion.hits(visual, batch.motion)))
             for name, good, every in found:
                 right[name] += good
                 total[name] += every

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.errors import InputError
 from vtc.eval.tiny import sequence
 from vtc.eval.tiny.family import Family
 from vtc.eval.tiny.recipes import Recipe
@@ -21,9 +22,17 @@ from vtc.eval.tiny.vocabulary import IMAGE, TOKEN, VIDEO
 
 
 def mixed(recipe: Recipe) -> list[tuple[Task, float]]:
-    """The tasks that a recipe mixes and its model can read, with their shares of the batches."""
+    """The tasks that a recipe mixes and its model can read, with their shares of the batches.
+
+    Raises:
+        InputError: the model reads none of them.
+    """
     media = recipe.family().media
-    return [(TASKS[name], share) for name, share in recipe.shares if share > 0 and TASKS[name].media in media]
+    found = [(TASKS[name], share) for name, share in recipe.shares if share > 0 and TASKS[name].media in media]
+    if not found:
+        names = ", ".join(dict(recipe.shares))
+        raise InputError(f"{recipe.model} reads {', '.join(media)} and none of {names}: give another task a share")
+    return found
 
 
 def streams(recipe: Recipe, folder: Path, split: str = "train") -> list[Stream]:
@@ -54,18 +63,25 @@ def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
 class MixedBatch:
     """Inputs of the tower and of the language model for B samples of one geometry.
 
-    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). prefix: the
-    prompt up to the question, (1, P). ids, labels: packed questions with answers, (B, T).
+    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). motion: what
+    the actors of clips do, where the visual tokens show them, (B, n). prefix: the prompt up to the question, (1, P).
+    ids, labels: packed questions with answers, (B, T).
     """
 
     task: Task
     inputs: dict[str, Tensor]
     targets: Tensor
     present: Tensor
+    motion: Tensor | None
     prefix: Tensor
     ids: Tensor
     labels: Tensor
     families: list[list[str]]
+
+
+def visual_places(ids: Tensor) -> Tensor:
+    """Where ids stand for visual tokens."""
+    return (ids == TOKEN[IMAGE]) | (ids == TOKEN[VIDEO])
 
 
 def packed_hidden(family: Family, model: Any, batch: MixedBatch, tokens: Tensor) -> Tensor:
@@ -73,8 +89,7 @@ def packed_hidden(family: Family, model: Any, batch: MixedBatch, tokens: Tensor)
     size, prefix = len(batch.ids), batch.prefix.shape[1]
     ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], dim=1)
     embedded = model.get_input_embeddings()(ids).to(tokens.dtype)
-    visual = ((ids == TOKEN[IMAGE]) | (ids == TOKEN[VIDEO])).unsqueeze(-1)
-    embedded = embedded.masked_scatter(visual, tokens)
+    embedded = embedded.masked_scatter(visual_places(ids).unsqueeze(-1), tokens)
     lengths = tuple(length for _, length in batch.task.slots)
     places = family.positions(model, batch.prefix, batch.task.media, batch.inputs, sequence.offsets(lengths))
     mask = sequence.additive_mask(prefix, lengths, tokens.dtype, ids.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from vtc.app.loading import load
 from vtc.eval.tiny import loop, record
 from vtc.eval.tiny.export import export
-from vtc.eval.tiny.family import Family, media_inputs, prefix_ids
+from vtc.eval.tiny.family import Family, Recorder, Seen, media_inputs, prefix_ids
 from vtc.eval.tiny.heads import CellHeads
 from vtc.eval.tiny.mix_validation import held_out, measure
-from vtc.eval.tiny.mixed_batches import MixedBatch, packed_hidden, plan, streams
+from vtc.eval.tiny.mixed_batches import MixedBatch, packed_hidden, plan, streams, visual_places
 from vtc.eval.tiny.model import TRAINING_ATTENTION
+from vtc.eval.tiny.motion import MotionHead, motion_targets
 from vtc.eval.tiny.packing import IGNORED
 from vtc.eval.tiny.progress import Reporter
 from vtc.eval.tiny.recipes import Recipe
@@ -42,6 +44,7 @@ class MixTrainer:
     processor: Any
     model: Any
     heads: CellHeads
+    motion: MotionHead
     series: list[Stream]
     batches: list[tuple[int, int]]
     checked: list[Stream]
@@ -58,21 +61,22 @@ class MixTrainer:
         model = model.to(device).train()
         family.speed_up(model)
         heads = CellHeads(family.width, family.grid, family.hidden if family.has_classes else 0).to(device)
+        motion = MotionHead(family.hidden).to(device)
         batches = plan(recipe, sum(stage.steps for stage in recipe.stages))
         samples = out / "samples"
         series, checked = streams(recipe, samples), held_out(recipe, samples)
-        return cls(recipe, out, device, family, family.processor(), model, heads, series, batches, checked)
+        return cls(recipe, out, device, family, family.processor(), model, heads, motion, series, batches, checked)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
-        return {"model": self.model, "heads": self.heads}
+        return {"model": self.model, "heads": self.heads, "motion": self.motion}
 
     def compile(self) -> None:
         """Compile the layers of tower and language model, for any length of the sequence."""
         torch._dynamo.config.recompile_limit = 64  # graphs of one layer: kinds of layers, with and without gradients
         for layer in (*self.family.layers(self.model), *self.model.model.language_model.layers):
-            layer.compile(dynamic=True)
+            layer.forward = torch.compile(layer.forward, dynamic=True)  # what reads the output of a layer stays outside
 
     def exported(self) -> Any:
         """A copy of the model without anything of the training."""
@@ -82,8 +86,10 @@ class MixTrainer:
 
     def trained(self, stage: Stage) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that a stage updates."""
-        source = self.model if stage.language else self.family.tower(self.model)
-        return [*source.named_parameters(), *((f"heads.{n}", p) for n, p in self.heads.named_parameters())]
+        sources = {"": self.model if stage.language else self.family.tower(self.model), "heads.": self.heads}
+        if stage.language:
+            sources["motion."] = self.motion
+        return [(prefix + n, p) for prefix, source in sources.items() for n, p in source.named_parameters()]
 
     def batch(self, index: int, step: int) -> MixedBatch:
         """Batch of a step of a stage."""
@@ -103,11 +109,13 @@ class MixTrainer:
             self.prefixes[key] = prefix_ids(self.processor, task.media, pictures[0]).to(self.device)
         inputs = media_inputs(self.processor, task.media, pictures)
         targets, present = self._targets(task, facts)
+        motion = self._motion_targets(facts, self.prefixes[key]) if task.media == "video" else None
         return MixedBatch(
             task,
             {name: value.to(self.device) for name, value in inputs.items()},
             targets.to(self.device),
             present.to(self.device),
+            None if motion is None else motion.to(self.device),
             self.prefixes[key],
             torch.tensor([text.ids for text in packed], device=self.device),
             torch.tensor([text.labels for text in packed], device=self.device),
@@ -123,6 +131,24 @@ class MixTrainer:
                 present.append(presence(legible_items(items, view.box, view.rows, view.columns)))
         return torch.from_numpy(np.stack(cells)), torch.from_numpy(np.stack(present))
 
+    def _motion_targets(self, facts: Sequence[Facts], prefix: Tensor) -> Tensor:
+        """Of the visual tokens of clips, (B, n); every view has as many rows as columns, and marks count as nothing."""
+        visual = int(visual_places(prefix).sum())
+        made = np.zeros((len(facts), visual), dtype=np.uint8)
+        for row, known in zip(made, facts, strict=True):
+            views = self.family.views("video", len(known.pictures), known.size)
+            side = math.isqrt(visual // len(views))
+            found = np.concatenate([motion_targets(known, view, side, side) for view in views])
+            row[: len(found)] = found
+        return torch.from_numpy(made)
+
+    def answered(self, batch: MixedBatch, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Last hidden states of the packed text, (B, T, hidden), and those of the visual tokens in the middle layer."""
+        layers = self.model.model.language_model.layers
+        with Recorder(layers[len(layers) // 2 - 1], output=True) as read:
+            hidden = packed_hidden(self.family, self.model, batch, seen.tokens)
+        return hidden, read.value[:, : batch.prefix.shape[1]][:, visual_places(batch.prefix)[0]]
+
     def measure(self, stage: Stage) -> dict[str, float]:
         """Accuracies on held-out samples."""
         return measure(self, self.checked, stage)
@@ -133,9 +159,11 @@ class MixTrainer:
             seen = self.family.see(self.model, batch.task.media, batch.inputs)
             losses: dict[str, Tensor] = self.heads(seen, batch.targets, batch.present)
             if stage.language:
-                hidden = packed_hidden(self.family, self.model, batch, seen.tokens)
+                hidden, visual = self.answered(batch, seen)
                 answer = self._answer_loss(hidden, batch.labels)
                 losses |= {"answer": answer, batch.task.name: answer.detach()}
+                if batch.motion is not None:
+                    losses["motion"] = self.motion.loss(visual, batch.motion)
         return losses
 
     def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -148,7 +176,7 @@ class MixTrainer:
 
     def total(self, losses: dict[str, Tensor], stage: Stage) -> Tensor:
         """Weighted sum to minimise."""
-        auxiliary = losses["content"] + losses.get("place", 0.0) + losses.get("presence", 0.0)
+        auxiliary = losses["content"] + sum(losses.get(name, 0.0) for name in ("place", "presence", "motion"))
         if not stage.language:
             return auxiliary
         return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary

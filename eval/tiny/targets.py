@@ -61,6 +61,21 @@ def legible_items(items: Sequence[Item], box: Box, rows: int, columns: int) -> l
     ]
 
 
+def coverage(item: Item, box: Box, rows: int, columns: int) -> tuple[NDArray[np.float64], tuple[float, float]]:
+    """The share of every cell of a view that a thing covers, (rows, columns), and its middle in cells (x, y).
+
+    `box` is the part of the picture that the view shows, in the pixels of the picture.
+    """
+    left, top, right, bottom = box
+    across, down = columns / (right - left), rows / (bottom - top)
+    x0, x1 = (item.box[0] - left) * across, (item.box[2] - left) * across
+    y0, y1 = (item.box[1] - top) * down, (item.box[3] - top) * down
+    x_edges, y_edges = np.arange(columns + 1), np.arange(rows + 1)
+    along_x = np.clip(np.minimum(x1, x_edges[1:]) - np.maximum(x0, x_edges[:-1]), 0, None)
+    along_y = np.clip(np.minimum(y1, y_edges[1:]) - np.maximum(y0, y_edges[:-1]), 0, None)
+    return along_y[:, None] * along_x[None], ((x0 + x1) / 2, (y0 + y1) / 2)
+
+
 def cell_targets(items: Sequence[Item], box: Box, rows: int, columns: int) -> NDArray[np.uint8]:
     """Classes of the cells of a view, (5, rows * columns), as `patch_targets` gives them for a whole scene.
 
@@ -69,20 +84,12 @@ def cell_targets(items: Sequence[Item], box: Box, rows: int, columns: int) -> ND
     """
     targets = np.zeros((len(PATCH_CLASSES), rows, columns), dtype=np.uint8)
     best = np.full((rows, columns), _MIN_OVERLAP)
-    left, top, right, bottom = box
-    across, down = columns / (right - left), rows / (bottom - top)
-    x_edges, y_edges = np.arange(columns + 1), np.arange(rows + 1)
     for item in legible_items(items, box, rows, columns):
-        x0, x1 = (item.box[0] - left) * across, (item.box[2] - left) * across
-        y0, y1 = (item.box[1] - top) * down, (item.box[3] - top) * down
-        along_x = np.clip(np.minimum(x1, x_edges[1:]) - np.maximum(x0, x_edges[:-1]), 0, None)
-        along_y = np.clip(np.minimum(y1, y_edges[1:]) - np.maximum(y0, y_edges[:-1]), 0, None)
-        overlap = along_y[:, None] * along_x[None]
+        overlap, (cx, cy) = coverage(item, box, rows, columns)
         wins = overlap > best
         best[wins] = overlap[wins]
         for row, value in enumerate(_content(item)):
             targets[row][wins] = value
-        cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
         if 0 <= cx < columns and 0 <= cy < rows:
             targets[4][int(cy), int(cx)] = 1 if item.kind == "shape" else 2
     return targets.reshape(len(PATCH_CLASSES), -1)

@@ -9,14 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtc.eval.tiny.family import Family, encoded, media_inputs
+from vtc.eval.tiny.canvas import Item
+from vtc.eval.tiny.family import Family, View, encoded, media_inputs
 from vtc.eval.tiny.internvl import InternVL
 from vtc.eval.tiny.mixed_batches import packed_hidden
 from vtc.eval.tiny.mixture import MixTrainer
 from vtc.eval.tiny.model import TRAINING_ATTENTION
+from vtc.eval.tiny.motion import WAYS, motion_targets
 from vtc.eval.tiny.onevision import OneVision
 from vtc.eval.tiny.qwen import Qwen
 from vtc.eval.tiny.recipes import Recipe
+from vtc.eval.tiny.sample import Actor, Facts
 from vtc.eval.tiny.stream import Stream
 from vtc.eval.tiny.tasks import TASKS
 from vtc.eval.tiny.vocabulary import ASSISTANT, EXTENDED, PAD, TOKEN
@@ -114,6 +117,43 @@ def test_cells_are_where_the_views_say(trainer: MixTrainer) -> None:
             after = family.see(model, media, media_inputs(trainer.processor, media, marked)).cells
             change = (after - before)[index].norm(dim=-1)
             assert divmod(int(change.argmax()), view.columns) == (row, column), (stream.task.name, index)
+
+
+@torch.no_grad()
+def test_visual_tokens_of_clips_are_told_what_their_actor_does(trainer: MixTrainer) -> None:
+    if "video" not in trainer.family.media:
+        pytest.skip("this class reads no clips here")
+    for stream in (s for s in trainer.series if s.task.media == "video"):
+        batch = trainer.make(stream, [0, 1], random.Random(0))
+        seen = trainer.family.see(trainer.model, "video", batch.inputs)
+        _, visual = trainer.answered(batch, seen)
+        assert batch.motion is not None and visual.shape == (*batch.motion.shape, trainer.family.hidden)
+        assert (batch.motion > 1).any() and (batch.motion == 1).any()
+
+
+def test_an_actor_moves_from_the_frame_behind_its_start_on() -> None:
+    """A circle that goes right from frame 1 to frame 3, a square that stays; six columns of 14 px."""
+    places = [(7.0, 7.0), (7.0, 7.0), (21.0, 7.0), (35.0, 7.0)]
+    circle = Actor("circle", "red", 7.0, (True,) * 4, tuple(places), "right", (1, 3))
+    square = Actor("square", "blue", 7.0, (True,) * 4, ((77.0, 77.0),) * 4)
+    frames = []
+    for x, y in places:
+        shapes = [("circle", "red", x, y), ("square", "blue", 77.0, 77.0)]
+        things = [Item("shape", name, colour, (x - 7, y - 7, x + 7, y + 7)) for name, colour, x, y in shapes]
+        frames.append((*things, Item("word", "cat", "", (30.0, 40.0, 60.0, 50.0))))
+    facts = Facts(tuple(frames), (84, 84), (circle, square))
+    box = (0.0, 0.0, 84.0, 84.0)
+    found = []
+    for pictures in [(0,), (1,), (2,), (3,), (0, 1), (1, 2)]:
+        ways = motion_targets(facts, View(pictures, box, 6, 6), 6, 6)
+        found.append({int(place): WAYS[ways[place]] for place in ways.nonzero()[0]})
+    assert [seen.pop(35) for seen in found] == ["still"] * 6
+    assert found == [
+        *({0: "still"}, {0: "still"}, {1: "right"}, {2: "right"}),
+        *({0: "still"}, {0: "right", 1: "right"}),
+    ]
+    coarse = motion_targets(facts, View((3,), box, 6, 6), 3, 3).reshape(3, 3)  # tokens of 28 px
+    assert WAYS[coarse[0, 1]] == "right" and WAYS[coarse[2, 2]] == "still" and (coarse > 0).sum() == 2
 
 
 def test_positions_tell_columns_apart() -> None:

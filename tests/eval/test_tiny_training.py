@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vtc.cli.tiny import app
 from vtc.embedded import NAMES, model_path
-from vtc.errors import InputError, UnknownName
+from vtc.errors import InputError, UnknownName, VTCError
 from vtc.eval.tiny import loop
 from vtc.eval.tiny.benchmark import task_rows
 from vtc.eval.tiny.checking import accuracy
@@ -237,3 +237,31 @@ def test_muon_is_orthogonal_in_the_type_that_is_asked_for() -> None:
 def test_tiny_llava_starts_from_nothing(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), "--start", "tiny-onevision"])
     assert isinstance(result.exception, InputError) and "leave --start away" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["tiny_vide=1"], "tiny_video"),
+        (["tiny_video=much"], "tiny_video=0.3"),
+        (["tiny_video=0"], "above 0"),
+        (["tiny_video=nan"], "above 0"),
+    ],
+)
+def test_shares_are_tasks_with_a_number_above_zero(given: list[str], said: str, tmp_path: Path) -> None:
+    command = ["train", "--model", "tiny-qwen", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*command, *(word for text in given for word in ("--share", text))])
+    assert isinstance(result.exception, VTCError) and said in str(result.exception)
+
+
+def test_shares_replace_those_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr("vtc.eval.tiny.mixture.train_mixture", lambda out, recipe, *a, **k: seen.append(recipe) or out)
+    command = ["train", "--model", "tiny-qwen", "--out", str(tmp_path), "--share", "tiny_video=3"]
+    result = CliRunner().invoke(app, [*command, "--share", "tiny_list=1"])
+    assert result.exit_code == 0, result.output
+    assert [(task.name, share) for task, share in mixed(seen[0])] == [("tiny_video", 3.0), ("tiny_list", 1.0)]
+    with pytest.raises(InputError, match="leave --share away"):
+        CliRunner().invoke(app, ["train", "--out", str(tmp_path), "--share", "tiny_video=1"], catch_exceptions=False)
+    with pytest.raises(InputError, match="reads image, images and none of tiny_video"):
+        mixed(Recipe("tiny-internvl", shares=(("tiny_video", 1.0),)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,15 +38,22 @@ def train(
         str | None,
         typer.Option(metavar="MODEL", help="Embedded model or folder whose tensors of same name and shape come first."),
     ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=SHARE", help="Share of a task in the steps, once per task; the others get none."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Compile the layers; not for tiny-llava.")] = True,
 ) -> None:
     """Train a model, from nothing or from another one; the same command goes on after an interruption."""
     from vtc.eval.tiny.mixture import train_mixture
+    from vtc.eval.tiny.recipes import RECIPES
     from vtc.eval.tiny.settings import Settings
     from vtc.eval.tiny.train import train as run
 
+    if share and model not in RECIPES:
+        raise InputError(f"{model} learns one task: leave --share away, or choose {', '.join(RECIPES)} by --model")
     if model in ENCODERS:
         if steps_tower is not None:
             raise InputError(f"{model} has no stage of the tower alone: leave --steps-tower away")
@@ -58,6 +66,7 @@ def train(
         "batch_size": batch_size,
         "different" if model != NAMES[0] else "scenes": scenes,
         "start": start,
+        "shares": _shares(share) if share else None,
     }
     if model != NAMES[0]:
         recipe = _recipe(model, seed=seed, **{name: value for name, value in given.items() if value is not None})
@@ -67,6 +76,23 @@ def train(
         raise InputError(f"{model} is trained from nothing: leave --start away, or choose another --model")
     settings = Settings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     typer.echo(str(run(output_path(out), settings, device=device, threads=threads)))
+
+
+def _shares(given: list[str]) -> tuple[tuple[str, float], ...]:
+    from vtc.eval.tiny.tasks import TASKS
+
+    shares = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in TASKS:
+            raise unknown_name("task", name, TASKS)
+        try:
+            shares[name] = float(number)
+        except ValueError as error:
+            raise InputError(f"--share {text!r}: write TASK=SHARE with a number, such as {name}=0.3") from error
+        if not 0 < shares[name] < math.inf:
+            raise InputError(f"--share {text!r}: a share is above 0; tasks without one get no steps")
+    return tuple(shares.items())
 
 
 def _train_clip(out: Path, given: dict[str, Any], device: str, threads: int) -> Path:
