@@ -101,10 +101,10 @@ def read_tables(text: str) -> Iterator[Task]:
 def read_overhead(text: str) -> dict[str, tuple[float, float]]:
     """Method -> time over the limit's and engine milliseconds in a batch of four, of `python -m vtc.testing.overhead`.
 
-    >>> read_overhead("| pool | 64 | 4 | 3618.4 | 634.6 | 594.8 | 1.07 | 22.05 |")
+    >>> read_overhead("| pool | 64 | 4 | 3618.4 | 634.6 | 594.8 | 1.07 | 1.03 | 22.05 |")
     {'pool': (1.07, 22.05)}
     """
-    rows = re.findall(r"^\| (\w+) \| \d+ \| 4 \|(?: [\d.]+ \|){3} ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    rows = re.findall(r"^\| (\w+) \| \d+ \| 4 \|(?: [\d.]+ \|){3} ([\d.]+) \| [\d.]+ \| ([\d.]+) \|$", text, re.M)
     return {name: (float(share), float(engine)) for name, share, engine in rows}
 
 

@@ -11,7 +11,8 @@ import importlib
 import typing
 
 from vtc.app.catalogue import list_methods
-from vtc.engine.attach import Handle, compress, share_encoder
+from vtc.engine.attach import compress, share_encoder
+from vtc.engine.handle import Handle
 from vtc.errors import VTCError
 from vtc.method.base import (
     AFTER_PREFILL,

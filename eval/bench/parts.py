@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.base import Adapter
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.engine.installed import MethodWrapper
 from vtc.eval.bench.clock import Clock, Mark
 

@@ -22,7 +22,7 @@ from vtc import adapters
 from vtc.app.answer import Answerer
 from vtc.app.images import open_image
 from vtc.app.preparation import Chat, on_device, prepare
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.engine.installed import MethodWrapper
 from vtc.eval.bench.arms import UNTOUCHED, Arm, limit
 from vtc.eval.bench.clock import Clock, Memory

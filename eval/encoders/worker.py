@@ -13,7 +13,7 @@ import vtc
 from vtc.adapters.pairs import Encoder
 from vtc.app.costs import encoder_flops
 from vtc.cost.token_counts import TokenCounts, constant
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.errors import VTCError
 from vtc.eval.answering import Outcome
 from vtc.eval.cells import Cell

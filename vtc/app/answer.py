@@ -26,7 +26,8 @@ from vtc.app.nonsense import FiniteLogits, checking
 from vtc.app.preparation import Chat, asked, moved, on_device, preprocess
 from vtc.app.template import system_lengths
 from vtc.cost.exact import Work
-from vtc.engine.attach import Handle, compress
+from vtc.engine.attach import compress
+from vtc.engine.handle import Handle
 from vtc.errors import InputError
 from vtc.method.base import Compressor
 

@@ -12,7 +12,7 @@ from vtc.batch.trace import CallStats, Spans
 from vtc.cost.exact import Cost, Work, cost, encoder_operations
 from vtc.cost.shapes import ModelShape, TowerShape
 from vtc.cost.token_counts import TokenCounts, constant
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.errors import UnsupportedModel
 from vtc.method.base import Plan
 

@@ -15,7 +15,7 @@ from vtc.errors import InputError, VTCError
 
 if TYPE_CHECKING:
     from vtc.app.answer import Answerer, Batch
-    from vtc.engine.attach import Handle
+    from vtc.engine.handle import Handle
 
 IGNORED = -100
 

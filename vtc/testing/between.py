@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.method.view import Selection, StageView
 
 Select = Callable[[StageView], Selection | None]

@@ -19,7 +19,8 @@ import torch
 
 from vtc import adapters
 from vtc.app.pages import Table
-from vtc.engine.attach import Handle, compress
+from vtc.engine.attach import compress
+from vtc.engine.handle import Handle
 from vtc.method.base import AFTER_PREFILL, CacheStage, Compressor, EncoderStage, ModelSpec, Positions
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import create

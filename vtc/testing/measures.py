@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtc import adapters
 from vtc.adapters.compat import expands_in_order
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.method.layout import Kind
 from vtc.testing.models import TINY_MODELS, Part, tiny_inputs
 from vtc.testing.reference import entering, reference

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtc import adapters
 from vtc.batch.trace import CallRecord
-from vtc.engine.attach import Handle
+from vtc.engine.handle import Handle
 from vtc.method.base import CacheStage, EncoderStage, Selection, StageView
 from vtc.method.items import ItemTable
 from vtc.testing.between import Select, stand_between

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vtc import adapters
 from vtc.app.catalogue import acting_inside
-from vtc.engine.attach import Handle, compress
+from vtc.engine.attach import compress
+from vtc.engine.handle import Handle
 from vtc.errors import UnsupportedMethod
 from vtc.method.base import Compressor
 from vtc.method.registry import create
