@@ -18,6 +18,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.utils import Collator
 
+from vtc.adapters.placement import device_of
 from vtc.app import loading
 from vtc.app.answer import Answer
 from vtc.app.images import pillow_defaults
@@ -107,7 +108,7 @@ class VTC(lmms):  # type: ignore[misc]
         budget = None if limits["retention"] is None and limits["keep"] is None else Budget(**limits)
         cell = make_cell(method, compressor, budget, positions, **common)
         self.cell = self.runner.check(cell)
-        self.device = loaded.model.device
+        self.device = device_of(loaded.model)
         self.answers: dict[tuple[str, int], Answer] = {}
 
     def clean(self) -> None:

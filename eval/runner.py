@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import vtc
+from vtc.adapters.placement import device_of
 from vtc.app.answer import Answer, Answerer, Batch
 from vtc.app.likelihood import Likelihood, likelihoods
 from vtc.app.preparation import Chat
@@ -71,7 +72,7 @@ class Runner(Answerer):
         the method cannot run, or not at this budget.
         """
         attached = contextlib.nullcontext() if cell.compressor is None else self._attached(cell.compressor, cell)
-        device = self.model.device
+        device = device_of(self.model)
         with attached as handle:
             if handle is not None:
                 batch.tell(handle)
@@ -128,7 +129,7 @@ def few_threads(model: torch.nn.Module) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-    if small and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+    if small and device_of(model).type == "cpu":
         torch.set_num_threads(1)
     try:
         yield

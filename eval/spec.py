@@ -55,7 +55,8 @@ class SweepSpec(BaseModel):
     share of: visual tokens, or the untouched model's prefill operations, bytes of KV cache or prefill time. `data_map`
     is a YAML file, or its content, that names local files in place of tasks' data sets (`vtc.eval.data_map`). `video`
     says how videos become frames, with the fields of `VideoReading`. `trackers` are names such as ``wandb`` and
-    ``tensorboard``, which the metrics are sent to in the end.
+    ``tensorboard``, which the metrics are sent to in the end. `max_memory` and `offload_folder` are for the device
+    ``balanced``, see `vtc.app.loading.load`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -79,6 +80,8 @@ class SweepSpec(BaseModel):
     prompt_profile: str = "default"
     video: VideoReading = Field(default_factory=VideoReading)
     device: str = "auto"
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: Path | None = None
     dtype: str = "auto"
     attn_implementation: str | None = None
     revision: str | None = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vtc.adapters.placement import device_of
 from vtc.app import loading
 from vtc.app.preparation import Chat, check_modalities
 from vtc.errors import BudgetError, InputError, VTCError, one_line
@@ -32,9 +33,6 @@ from vtc.eval.spec import SweepSpec
 from vtc.eval.store import Record
 from vtc.method.plugins import load_plugin
 
-BALANCED = "balanced"
-"""The device setting that spreads a model over all GPUs that its process sees."""
-
 
 class Station:
     """A loaded model with the tasks of a sweep; `facts` tells of it, `worker` answers."""
@@ -47,11 +45,11 @@ class Station:
         Raises:
             VTCError: no model, or a method that it cannot serve.
         """
-        spread = spec.device == BALANCED
         loaded = loading.load(
             spec.model,
-            device="auto" if spread else spec.device,
-            device_map=BALANCED if spread else None,
+            device=spec.device,
+            max_memory=spec.max_memory,
+            offload_folder=spec.offload_folder,
             dtype=spec.dtype,
             attn_implementation=spec.attn_implementation,
             revision=spec.revision,
@@ -69,7 +67,7 @@ class Station:
                 except BudgetError as error:
                     left_out.append(str(error))
         found = {task.name: task.fingerprint for task in tasks}
-        device = str(loaded.model.device)
+        device = str(device_of(loaded.model))
         self.facts = Facts(loaded.name, device, fingerprint, found, settled, tuple(left_out))
         self.worker = Worker(self._runner, tasks, self.facts.cells(spec), spec.video)
 

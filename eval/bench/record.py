@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vtc.adapters.placement import device_of
 from vtc.errors import InputError
 from vtc.eval.bench.models import Subject
 from vtc.eval.bench.scene import Facts, Scene, Values, facts
@@ -154,7 +155,7 @@ def machine(subject: Subject) -> dict[str, Any]:
         "weights": "random" if subject.random else "checkpoint",
         "layers": subject.layers,
         "of_layers": subject.of,
-        "device": _device_name(model.device),
+        "device": _device_name(device_of(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": {name: getattr(part, "_attn_implementation", None) or whole for name, part in parts.items()},
         "threads": torch.get_num_threads(),

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtc import adapters
+from vtc.adapters.placement import device_of
 from vtc.app.answer import Answerer
 from vtc.app.images import open_image
 from vtc.app.preparation import Chat, on_device, prepare
@@ -64,7 +65,8 @@ class Scene:
         self.adapter = adapters.of(self.model)
         self.answerer = Answerer(self.loaded)
         self.downsampler = Downsampler(self.loaded)
-        self.clock, self.memory = Clock(self.model.device), Memory(self.model.device)
+        device = device_of(self.model)
+        self.clock, self.memory = Clock(device), Memory(device)
         self.files = [[_file(load, row, number) for number in range(load.pictures)] for row in range(batch)]
         whole = self.answerer.prepare(self._chats(self._opened()))
         self.visual = fmean(whole.visual_tokens)

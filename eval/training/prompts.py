@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from vtc.adapters.placement import device_of
 from vtc.app.loading import Loaded
 from vtc.eval.tiny.batches import scene_numbers
 from vtc.eval.tiny.family import encoded
@@ -74,7 +75,7 @@ def plain_prompts(loaded: Loaded, task: Task, count: int, seed: int) -> Iterator
     for start in range(0, count, BATCH):
         samples = _made(task, range(start, min(start + BATCH, count)), start // BATCH)
         batch = asked(loaded, task, samples, [draw(task, sample.facts, rng) for sample in samples])
-        yield batch.to(loaded.model.device)
+        yield batch.to(device_of(loaded.model))
 
 
 def _made(task: Task, numbers: Sequence[int], kind: int) -> list[Sample]:

@@ -62,12 +62,25 @@ def section(name: str, found: Mapping[str, Measurement]) -> str:
     side = run["parameters"]["stride"]
     return "\n\n".join([
         f"## `{name}`: {side} x {side} tokens become one, {kept} of {VISUAL_TOKENS}",
-        wrapped(f"{run['steps']} updates of {run['batch_size']} questions, {about['seconds']} s on a busy CPU core:"),
-        f"```\n{command(run)}\n```",
+        wrapped(f"{origin(about)}, {about['seconds']} s on a busy CPU core for the last run:"),
+        f"```\n{commands(about)}\n```",
         table(["form", *trained.accuracy], [row(form, found[form]) for form in FORMS]),
         "The trained form against the others on the same questions, in points, with the 95 % interval:",
         table(["against", "points", "interval"], points),
     ])  # fmt: skip
+
+
+def origin(about: Mapping[str, str]) -> str:
+    """How many updates made the weights of this record."""
+    runs = [json.loads(about[name]) for name in ("start", "training") if name in about]
+    return ", then ".join(f"{run['steps']} updates of {run['batch_size']} questions" for run in runs)
+
+
+def commands(about: Mapping[str, str]) -> str:
+    """What trained weights with this record, the run that they began with first."""
+    run = json.loads(about["training"])
+    first = [command(json.loads(about["start"]), str(Path(run["start"]).parent))] if "start" in about else []
+    return "\n".join([*first, command(run)])
 
 
 def row(form: str, result: Measurement) -> list[str]:
@@ -81,6 +94,9 @@ EXPLAINED = """"pool" averages the same blocks, which is what the module does be
 trained module, which is shown with each picture the question of another prompt of the batch, while the language model
 reads the right one: what it loses is what the module gains by following the question; the rest is what it learned to
 say about blocks whatever is asked. Where both lines are equal, the gain is all the latter."""
+BEGUN = """A module that begins with blocks of its own size learns to say more of every block and lets the question be:
+the loss falls without it, and another question costs nothing. The four tokens of blocks of 6 x 6 cannot say everything,
+so that a first run on these learns what the question is for; the weights below begin with what it learned."""
 
 
 def report(untouched: Measurement, found: Mapping[str, Mapping[str, Measurement]]) -> str:
@@ -91,6 +107,7 @@ def report(untouched: Measurement, found: Mapping[str, Mapping[str, Measurement]
         ABOUT.format(questions=len(untouched.right), model=MODEL),
         (["form", *untouched.accuracy], [row("untouched", untouched)]),
         wrapped(EXPLAINED),
+        wrapped(BEGUN),
         *(section(name, measured) for name, measured in found.items()),
     )
 

@@ -23,7 +23,8 @@ class TrainingSettings:
     embedded model, or a folder whose tokenizer knows the words of the tasks. task: a generated one whose answers are
     single words. steps, batch_size: one question about one scene per row. rate, warmup, weight_decay, clip: AdamW
     with a linear warm-up and a cosine down to `floor` * rate. llm_rate: rate of the LLM, 0 leaves it frozen; tower and
-    projector always are. scenes: different training scenes. seed: of weights, order and questions.
+    projector always are. scenes: different training scenes. seed: of weights, order and questions. start: weights of
+    another run, whose tensors of the same name and shape this one begins with.
 
     >>> TrainingSettings("atp", {"layers": (0, 1, 2), "bins": 64}, steps=500).compressor().layers
     (0, 1, 2)
@@ -44,6 +45,7 @@ class TrainingSettings:
     llm_rate: float = 0.0
     scenes: int = 2000
     seed: int = 0
+    start: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "warmup", "scenes"):
@@ -97,11 +99,11 @@ def asked(name: str) -> Task:
     return found
 
 
-def command(run: dict[str, Any]) -> str:
-    """The command line of a training record."""
+def command(run: dict[str, Any], out: str | None = None) -> str:
+    """The command line of a training record; out: its folder, by default that of the method's name."""
     method, parameters = run["method"], run["parameters"]
     usual = {each.name: each.default for each in dataclasses.fields(TrainingSettings)}
-    words = ["vtc", "train", "--method", method, "--out", f"runs/{method}"]
+    words = ["vtc", "train", "--method", method, "--out", out or f"runs/{method}"]
     for name, value in run.items():
         if name not in ("method", "parameters") and value != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]

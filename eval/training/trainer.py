@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vtc
 from vtc import adapters
 from vtc.app.loading import Loaded, load
+from vtc.errors import InputError
 from vtc.eval.tiny import checkpoint, optim
 from vtc.eval.tiny.export import export
 from vtc.eval.tiny.loop import pick_device
@@ -23,6 +24,7 @@ from vtc.eval.tiny.progress import Reporter
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.prompts import training_batch
 from vtc.eval.training.settings import TrainingSettings, asked
+from vtc.method import weights as store
 from vtc.method.learned import LearnedCompressor
 
 WEIGHTS = "weights.safetensors"
@@ -48,6 +50,8 @@ class Trainer:
         model = loaded.model.requires_grad_(False)
         method = settings.compressor()
         handle = vtc.compress(model, method, retention=settings.retention, pad_output=True, trace=False)
+        if settings.start is not None:
+            begin_with(settings.start, handle.module)
         if settings.llm_rate:
             for part in (model.model.language_model, model.lm_head):
                 part.requires_grad_(True)
@@ -108,6 +112,8 @@ class Trainer:
             "data": f"{self.settings.scenes} samples of {self.settings.task}, split train, one question per row",
             "training": json.dumps(self.settings.as_dict(), sort_keys=True),
         }
+        if self.settings.start is not None:
+            about["start"] = store.read(self.settings.start)[1].get("training", "")
         return self.method.save(self.out / WEIGHTS, self.module, adapters.of(self.model).spec, about | notes)
 
     def check(self, per_family: int) -> Measurement:
@@ -117,6 +123,24 @@ class Trainer:
         changed = self.model.state_dict() if self.settings.llm_rate else None
         of = self.settings
         return measure(of.model, method, of.retention, per_family, task=of.task, state=changed, device=self.device.type)
+
+
+def begin_with(source: str, module: nn.Module | None) -> None:
+    """Fill what fits of `module` from stored weights. Raises InputError where nothing does.
+
+    >>> begin_with("atp-tiny-llava", nn.Linear(2, 2))
+    Traceback (most recent call last):
+        ...
+    vtc.errors.InputError: start='atp-tiny-llava' holds no tensor ...
+    """
+    tensors, own = store.read(source)[0], module.state_dict() if module is not None else {}
+    fitting = {name: each for name, each in tensors.items() if name in own and own[name].shape == each.shape}
+    if module is None or not fitting:
+        raise InputError(
+            f"start={source!r} holds no tensor whose name and shape are those of one in this module; give weights of "
+            "the same method and width"
+        )
+    module.load_state_dict(fitting, strict=False)
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from vtc.app import loading
 from vtc.errors import InputError, VTCError
 from vtc.eval.quiet import muted
 
@@ -48,6 +50,20 @@ def test_it_answers_what_a_sweep_answers(
     assert [sample["resps"][0][0] for sample in samples] == expected
     assert result["throughput"]["avg_visual_tokens_kept"] == 14.0
     assert samples[0]["token_counts"][0]["output_tokens"] >= 1
+
+
+def test_a_model_on_disk_is_asked_where_it_computes(
+    plugin: Any, model_folder: Path, blobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    given: dict[str, Any] = {"pretrained": str(model_folder), "method": "vtc_cls", "retention": 0.5}
+    whole = plugin(**given, device="cpu")
+    monkeypatch.setattr(loading, "load", functools.partial(loading.load, max_memory={"cpu": "100KB"}))
+    spread = plugin(**given, device="balanced")
+    assert any(weight.is_meta for weight in spread.runner.model.parameters()) and spread.device == whole.device
+    prompts = [blobs.conversation(doc_id) for doc_id in range(3)]
+    found = [lm._answered(prompts, blobs.generation({}), 0) for lm in (whole, spread)]
+    assert [answer.text for answer in found[0]] == [answer.text for answer in found[1]]
 
 
 def test_unknown_arguments_are_refused(plugin: Any, model_folder: Path) -> None:

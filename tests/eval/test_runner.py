@@ -151,6 +151,10 @@ def test_a_small_model_gets_one_thread_and_the_setting_comes_back() -> None:
     try:
         with few_threads(torch.nn.Linear(2, 2)):
             assert torch.get_num_threads() == 1
+        brought = torch.nn.Linear(2, 2, device="meta")
+        brought._hf_hook = SimpleNamespace(execution_device="cpu")  # type: ignore[assignment]
+        with few_threads(brought):
+            assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 import vtc
+from vtc.app import loading
 from vtc.errors import InputError, UnknownName, UnsupportedMethod
 from vtc.eval.progress import SilentProgress
 from vtc.eval.spec import make_spec
@@ -64,6 +65,22 @@ class Notes(SilentProgress):
 
     def note(self, text: str) -> None:
         self.lines.append(text)
+
+
+def test_a_model_that_is_partly_on_disk_answers_as_ever(
+    sweep: Callable[..., SweepResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`balanced` on a machine without a GPU: what finds no room in the memory that is granted stays in the files."""
+    pytest.importorskip("accelerate")
+    loaded: list[Any] = []
+    load = loading.load
+    monkeypatch.setattr(loading, "load", lambda *args, **given: loaded.append(load(*args, **given)) or loaded[-1])
+    whole = sweep(device="cpu", limit=4)
+    spread = sweep(device="balanced", max_memory={"cpu": "100KB"}, limit=4, out=tmp_path / "spread")
+    assert [any(weight.is_meta for weight in each.model.parameters()) for each in loaded] == [False, True]
+    assert answers(spread.folder) == answers(whole.folder) and not spread.failures
+    with pytest.raises(InputError, match="device='cpu' is one; write device='balanced'"):
+        sweep(device="cpu", max_memory={"cpu": "100KB"}, limit=4, out=tmp_path / "refused")
 
 
 def test_a_sweep_answers_scores_and_reports_every_cell(sweep: Callable[..., SweepResult]) -> None:

@@ -20,8 +20,8 @@ from vtc.eval.tiny.vocabulary import END, PAD, TOKEN, encode
 from vtc.eval.training import recipes
 from vtc.eval.training.measure import measure
 from vtc.eval.training.prompts import answered, asked, draw
-from vtc.eval.training.settings import TrainingSettings
-from vtc.eval.training.trainer import train
+from vtc.eval.training.settings import TrainingSettings, command
+from vtc.eval.training.trainer import Trainer, train
 from vtc.method import weights
 from vtc.method.learned import load
 from vtc.methods.fitprune.recipe import left_behind, recipe
@@ -101,6 +101,26 @@ def test_a_trained_llm_is_saved_too(tmp_path: Path) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert not any("vision_tower" in name or "projector" in name for name in changed)
+
+
+def test_a_run_begins_with_what_fits_of_another(tmp_path: Path) -> None:
+    """Blocks of another side: all but the kernel of the convolution is the same module."""
+
+    def settings(stride: int, start: str | None = None) -> TrainingSettings:
+        parameters = {"stride": stride, "width": 16, "heads": 2}
+        return TrainingSettings("quecc", parameters, retention=1 / stride**2, start=start, **FEW)
+
+    first = train(tmp_path / "first", settings(6), device="cpu", check_every=0, per_family=0)
+    following = settings(3, str(first))
+    with (trainer := Trainer.create(following, tmp_path / "second", torch.device("cpu"))).handle:
+        found, stored = trainer.module.state_dict(), weights.read(first)[0]
+        other = {name for name, tensor in found.items() if not torch.equal(tensor, stored[name].float())}
+        _, about = weights.read(trainer.save_weights({}))
+    assert other == {"conv.weight"}
+    assert json.loads(about["start"])["parameters"]["stride"] == 6
+    assert f"--start {first}" in command(json.loads(about["training"]))
+    with pytest.raises(InputError, match="start='atp-tiny-llava' holds no tensor"):
+        Trainer.create(settings(3, "atp-tiny-llava"), tmp_path / "third", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

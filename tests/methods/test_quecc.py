@@ -21,7 +21,7 @@ from vtc.eval.training.trainer import train
 from vtc.method import learned, weights
 from vtc.method.base import ModelSpec, Rows
 from vtc.methods.quecc import QueCC
-from vtc.methods.quecc.attention import BlockAttention
+from vtc.methods.quecc.attention import LOUD, BlockAttention
 from vtc.methods.quecc.blocks import blocks
 from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 
@@ -160,6 +160,16 @@ def test_a_fresh_module_pools(make_view: Any, shapes: Any) -> None:
     assert torch.equal(ours.keep, pooled.keep) and list(ours.counts or ()) == list(pooled.counts or ())
     assert torch.allclose(ours.tokens[ours.keep], pooled.tokens[pooled.keep], atol=1e-6)
     assert torch.equal(ours.merged_into, pooled.merged_into)
+
+
+@torch.no_grad()
+def test_a_fresh_module_tells_questions_apart() -> None:
+    """Means of embedded texts are short, so that a bias beside them would make all questions the same."""
+    texts = 0.02 * torch.randn(64, 128)
+    made = BlockAttention(128, 24, 16, 2, 3).text_projection(texts)
+    near = torch.cosine_similarity(made[:, None], made[None], dim=-1)
+    assert float((near - torch.eye(64)).abs().mean()) < 0.2
+    assert float(made.square().mean().sqrt()) == pytest.approx(LOUD, rel=1e-2)
 
 
 @torch.no_grad()
@@ -334,13 +344,17 @@ def test_embedded_weights_load_by_name(name: str) -> None:
     assert weights.find(name).stat().st_size < 300_000
 
 
-def test_training_pays_on_scenes_never_seen() -> None:
+def test_training_and_the_question_pay_on_scenes_never_seen() -> None:
     """Right answers of 180 at sixteen tokens."""
 
     def right(method: Any) -> int:
         return sum(measure(quecc_report.MODEL, method, 1 / 9, 20, split="benchmark", first_seed=0).right)
 
-    assert right(learned.load(quecc_report.WEIGHTS[0])) >= right(vtc.create("pool")) + 15
+    trained = learned.load(quecc_report.WEIGHTS[0])
+    given = {field.name: getattr(trained, field.name) for field in dataclasses.fields(trained)}
+    found = right(trained)
+    assert found >= right(vtc.create("pool")) + 15
+    assert found >= right(quecc_report.AnotherQuestion(**given)) + 4
 
 
 def test_the_page_holds_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,4 +362,6 @@ def test_the_page_holds_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     quecc_report.main(["--out", str(tmp_path / "page.md"), "--per-family", "1"])
     text = (tmp_path / "page.md").read_text()
     assert all(f"| {form} | " in text for form in (*quecc_report.FORMS, "untouched"))
-    assert "3 x 3 tokens become one, 16 of 144" in text and "vtc train --method quecc --out runs/quecc" in text
+    assert "3 x 3 tokens become one, 16 of 144" in text and "600 updates of 16 questions, then 400" in text
+    first, second = (f"vtc train --method quecc --out runs/{folder} " for folder in ("quecc-6", "quecc"))
+    assert text.index(first) < text.index(second) < text.index("--start runs/quecc-6/weights.safetensors")

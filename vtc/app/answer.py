@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtc import adapters
+from vtc.adapters.placement import device_of
 from vtc.app.costs import CostMeter
 from vtc.app.images import open_image
 from vtc.app.loading import Loaded
@@ -159,7 +160,7 @@ class Answerer:
         if handle is not None:
             batch.tell(handle)
         logits = FiniteLogits()
-        sampling = contextlib.nullcontext() if seed is None else _seeded(seed, self.model.device)
+        sampling = contextlib.nullcontext() if seed is None else _seeded(seed, device_of(self.model))
         with sampling, contextlib.nullcontext() if blame is None else checking(blame):
             output = on_device(
                 self.model, lambda: self.model.generate(**batch.inputs, **arguments, logits_processor=[logits])

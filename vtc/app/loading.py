@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from vtc.adapters.compat import without_bars
 from vtc.app.completeness import check_weights
 from vtc.errors import InputError, UnsupportedModel, VTCError, one_line
 from vtc.method.checkpoint import digests
+
+BALANCED = "balanced"
+"""The device that stands for all GPUs which the process sees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +58,33 @@ def load(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
     revision: str | None = None,
 ) -> Loaded:
     """Load `name`: one of `vtc.embedded.NAMES`, a checkpoint folder or a hub name.
 
-    device: "auto" takes the GPU if there is one. dtype: "auto" is the checkpoint's own on a GPU and float32 on the CPU.
-    Raises InputError when nothing can be loaded and UnsupportedModel when no adapter knows the class; the class is
-    checked from the configuration, before any weights are read.
+    device: "auto" takes the GPU if there is one, "balanced" spreads the model over all GPUs; device_map: the same in
+    transformers' words. max_memory: what a spread model may take of each device, in bytes or as text, ``{0: "20GiB",
+    "cpu": "60GiB"}``; devices that are not named get nothing, and layers without room stay on disk. offload_folder: for
+    these, where the checkpoint's own files do not hold them as the model needs them. dtype: "auto" is the checkpoint's
+    own on a GPU and float32 on the CPU. Raises InputError when nothing can be loaded and UnsupportedModel when no
+    adapter knows the class; the class is checked from the configuration, before any weights are read.
+
+    >>> load("tiny-llava", device="cpu", max_memory={"cpu": "4MB"})
+    Traceback (most recent call last):
+        ...
+    vtc.errors.InputError: max_memory is for a model that is spread, and device='cpu' is one; write device='balanced'
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     path = _resolve(name)
+    if device == BALANCED:
+        device, device_map = "auto", device_map or BALANCED
+    if max_memory is not None and device_map is None:
+        raise InputError(
+            f"max_memory is for a model that is spread, and device={device!r} is one; write device={BALANCED!r}"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device_map is None:
@@ -73,7 +93,10 @@ def load(
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         _check_class(name, config)
-        options: dict[str, Any] = {"dtype": torch_dtype, "revision": revision, "device_map": device_map}
+        options: dict[str, Any] = {"dtype": torch_dtype, "revision": revision}
+        if device_map is not None:
+            memory = None if max_memory is None else dict(max_memory)
+            options |= {"device_map": device_map, "max_memory": memory, "offload_folder": offload_folder}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         with warnings.catch_warnings(), without_bars():
@@ -90,8 +113,8 @@ def load(
         raise
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"model {name!r} does not fit on device {device!r} ({one_line(error)[:120]}); give another --device, or "
-            "--dtype bfloat16"
+            f"model {name!r} does not fit on device {device!r} ({one_line(error)[:120]}); give another --device, "
+            f"{BALANCED} for instance, or --dtype bfloat16"
         ) from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from vtc import adapters
+from vtc.adapters.placement import device_of
 from vtc.app.images import name_of, open_image
 from vtc.app.template import begins_itself
 from vtc.errors import InputError, one_line
@@ -107,7 +108,7 @@ def preprocess(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any
 
 def moved(model: Any, inputs: Any) -> Any:
     """`inputs` on the model's device, in its type of numbers; InputError where they find no room."""
-    return on_device(model, lambda: inputs.to(model.device, dtype=model.dtype))
+    return on_device(model, lambda: inputs.to(device_of(model), dtype=model.dtype))
 
 
 def on_device(model: Any, run: Callable[[], Any]) -> Any:
@@ -116,11 +117,12 @@ def on_device(model: Any, run: Callable[[], Any]) -> Any:
         return run()
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"device {str(model.device)!r} has not enough memory for this prompt ({one_line(error)[:120]}); give fewer "
-            "or smaller pictures, fewer frames, a smaller batch, --dtype bfloat16, or another --device"
+            f"device {str(device_of(model))!r} has not enough memory for this prompt ({one_line(error)[:120]}); give "
+            "fewer or smaller pictures, fewer frames, a smaller batch, --dtype bfloat16, or another --device"
         ) from error
     except torch.AcceleratorError as error:
-        raise InputError(f"device {str(model.device)!r} failed ({one_line(error)}); give another --device") from error
+        device = str(device_of(model))
+        raise InputError(f"device {device!r} failed ({one_line(error)}); give another --device") from error
 
 
 def _prompt(loaded: Loaded, messages: Sequence[Mapping[str, Any]], number: int) -> Rendered:

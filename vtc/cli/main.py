@@ -134,7 +134,7 @@ def generate(
     plugin: PluginOption = None,
     positions: Annotated[str | None, typer.Option(help="preserve, compact or compact_input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ..., balanced over all GPUs.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, flash_attention_2, ...")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,

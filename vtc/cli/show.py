@@ -31,7 +31,7 @@ def show(
     fps: Annotated[float | None, typer.Option(help="Frames per second, instead of even distances.")] = None,
     model: Annotated[str, typer.Option(help="Embedded model, checkpoint folder or hub name.")] = "tiny-llava",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answers.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ..., balanced over all GPUs.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     plugin: PluginOption = None,
 ) -> None:

@@ -30,6 +30,7 @@ def train(
     llm_rate: Annotated[float | None, typer.Option(help="Learning rate of the LLM; frozen if left out.")] = None,
     scenes: Annotated[int | None, typer.Option(help="Different training samples.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and questions.")] = None,
+    start: Annotated[str | None, typer.Option(help="Weights of another run to begin with, as far as they fit.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")] = 1,
     check_every: Annotated[int, typer.Option(help="Updates between checks on held-out scenes; 0 for none.")] = 200,
     per_family: Annotated[int, typer.Option(help="Questions per family of a check.")] = 40,
@@ -51,6 +52,7 @@ def train(
         "llm_rate": llm_rate,
         "scenes": scenes,
         "seed": seed,
+        "start": start,
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = TrainingSettings(method, pairs(set_ or [], "--set", method), model=model, task=task, **given)

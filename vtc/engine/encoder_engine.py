@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from vtc.adapters.placement import device_of
 from vtc.batch.prompt import Bounds
 from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.copies import CopyGuard
@@ -49,7 +50,7 @@ class EncoderEngine:
         self.stats, self.trace, self.errors = Stats(), list[CallRecord](), bounded()
         self.module: nn.Module | None = method.module(adapter.spec)
         if self.module is not None:
-            self.module.to(next(adapter.model.parameters()).device)
+            self.module.to(device_of(adapter.model))
         self.plan = plan
         self.stages = EncoderStages(adapter, method, plan, budget, self.module)
         self.passes = self.stages.passes

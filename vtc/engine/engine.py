@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.compat import check_checkpointing
+from vtc.adapters.placement import device_of
 from vtc.batch.context import VisionContext
 from vtc.batch.prompt import Bounds
 from vtc.batch.trace import CallRecord, Stats
@@ -98,7 +99,7 @@ class Engine:
         self._loss, self._noting = threading.local(), threading.Lock()
         self.module = method.module(self.spec)
         if self.module is not None:
-            self.module.to(adapter.model.device)
+            self.module.to(device_of(adapter.language_model))
         pairs = [Pair(name, method.name, adapter, processor) for name in plan.needs.pairs]
         self.pairs = tuple(pair.shape for pair in pairs)
         self.stages = StageRunner(adapter, method, plan, budget, self.module, pairs)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtc.adapters.base import Adapter
 from vtc.adapters.pairs import Encoder, open_pair
+from vtc.adapters.placement import device_of
 from vtc.cost.shapes import PairShape
 from vtc.engine.llm_pass import LLMPass
 from vtc.errors import UnsupportedCall, UnsupportedMethod, VTCError
@@ -43,7 +44,7 @@ class Pair:
                 "pair='ViT-L-14-336:openai'"
             )
         self.name, self._tokenizer = name, getattr(processor, "tokenizer", processor)
-        self._encoder = _loaded(name, tuple(pair_digests(name).items()), adapter.model.device)
+        self._encoder = _loaded(name, tuple(pair_digests(name).items()), device_of(adapter.language_model))
         self.shape = self._fitting(adapter)
 
     def _fitting(self, adapter: Adapter) -> PairShape:

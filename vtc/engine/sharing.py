@@ -73,11 +73,11 @@ def _state(modules: Iterable[nn.Module]) -> Any:
     for module in modules:
         state.append(module.training)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
+            if tensor is None or tensor.is_meta:  # accelerate makes another one for each call
                 continue
             plain = type(tensor.detach()) is Tensor
             state.append((id(tensor), tensor.data_ptr() if plain else 0, _version(tensor)))
-            if plain and tensor.device.type != "meta":
+            if plain:
                 sums.setdefault(tensor.device, []).append(checksum(tensor))
     return state, [torch.stack(found).tolist() for found in sums.values()]
 

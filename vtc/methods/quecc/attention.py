@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from vtc.ops.select import take_rows
 
 EPSILON = 1e-6
+LOUD, SHARP = 3.0, 2.0
+"""Of a fresh module: the size of an entry of the projected question, which would be small beside a token at 1, and how
+many times larger than usual the attention's weights of queries and keys begin, which would begin nearly flat."""
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
@@ -24,12 +27,17 @@ class BlockAttention(nn.Module):
 
     def __init__(self, hidden: int, features: int, width: int, heads: int, stride: int) -> None:
         super().__init__()
-        self.text_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.LayerNorm(hidden, eps=EPSILON))
+        linear, norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden, eps=EPSILON)
+        nn.init.zeros_(linear.bias)  # it would be most of what the norm sees, and all questions alike
+        nn.init.constant_(norm.weight, LOUD)
+        self.text_projection = nn.Sequential(linear, norm)
         self.q_proj = projection(hidden, width)
         self.k_proj, self.v_proj = projection(features, width), projection(features, width)
         self.conv = nn.Conv2d(width, width, stride, stride, groups=width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.out = nn.Linear(width, hidden)
+        with torch.no_grad():
+            self.attention.in_proj_weight[: 2 * width] *= SHARP
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
