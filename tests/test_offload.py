@@ -135,5 +135,7 @@ def test_a_model_larger_than_memory_answers_as_ever(name: str, placed: dict[str,
 def test_memory_is_given_to_what_is_spread() -> None:
     with pytest.raises(InputError, match="device='auto' is one; write device='balanced'"):
         loading.load("tiny-llava", max_memory={"cpu": "4MB"})
+    with pytest.raises(InputError, match="offload_folder is for a model that is spread, and device='cpu' is one"):
+        loading.load("tiny-llava", device="cpu", offload_folder="layers")
     with pytest.raises(InputError, match=r"cannot load model 'tiny-llava'.*`size` 4 apples"):
         loading.load("tiny-llava", device="balanced", max_memory={"cpu": "4 apples"})

@@ -81,10 +81,11 @@ def load(
     path = _resolve(name)
     if device == BALANCED:
         device, device_map = "auto", device_map or BALANCED
-    if max_memory is not None and device_map is None:
-        raise InputError(
-            f"max_memory is for a model that is spread, and device={device!r} is one; write device={BALANCED!r}"
-        )
+    for option, given in (("max_memory", max_memory), ("offload_folder", offload_folder)):
+        if given is not None and device_map is None:
+            raise InputError(
+                f"{option} is for a model that is spread, and device={device!r} is one; write device={BALANCED!r}"
+            )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device_map is None:
