@@ -103,7 +103,7 @@ class DART(Compressor):
         pivots = torch.cat([take_rows(tokens, place), text[items.row]], 1)
         cosine = alignments(tokens, torch.nn.functional.normalize(pivots.float(), dim=2))
         first = torch.zeros_like(items.mask).scatter(1, place, own)
-        kept = least_alike(cosine, torch.cat([own, said[items.row]], 1), first, keep, items.mask)
+        kept = least_alike(cosine, torch.cat([own, said[items.row]], 1), first, keep, items.mask, max(counts, default=0))
         return Selection(kept, counts=counts)
 
 
@@ -113,14 +113,16 @@ def largest(sizes: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, torch.arange(order.shape[1], device=order.device) < mask.sum(1, keepdim=True)
 
 
-def least_alike(cosine: Tensor, real: Tensor, kept: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
+def least_alike(
+    cosine: Tensor, real: Tensor, kept: Tensor, keep: Tensor, mask: Tensor, most: int | None = None
+) -> Tensor:
     """Add to `kept` what resembles the pivots least, pivot by pivot, until each item has `keep` tokens.
 
     cosine: [I, P, N] to the pivots. real: [I, P] bool, which of them there are. kept, mask: [I, N] bool. keep: [I].
-    Returns [I, N] bool.
+    most: no item keeps more, where the host knows. Returns [I, N] bool.
     """
     for pivot in range(real.shape[1]):
         waiting = real[:, pivot:].sum(1).clamp(min=1)
         share = -(-(keep - kept.sum(1)) // waiting) * real[:, pivot]
-        kept = kept | top_k(-cosine[:, pivot], share, mask & ~kept)
+        kept = kept | top_k(-cosine[:, pivot], share, mask & ~kept, most=most)
     return kept
