@@ -103,7 +103,9 @@ class DART(Compressor):
         pivots = torch.cat([take_rows(tokens, place), text[items.row]], 1)
         cosine = alignments(tokens, torch.nn.functional.normalize(pivots.float(), dim=2))
         first = torch.zeros_like(items.mask).scatter(1, place, own)
-        kept = least_alike(cosine, torch.cat([own, said[items.row]], 1), first, keep, items.mask, max(counts, default=0))
+        kept = least_alike(
+            cosine, torch.cat([own, said[items.row]], 1), first, keep, items.mask, max(counts, default=0)
+        )
         return Selection(kept, counts=counts)
 
 
