@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtc.ops
+from vtc.ops import blocks, nearest
 from vtc.ops.attention import attention_received, attention_rows, attention_sums
 from vtc.ops.checks import numbers
 from vtc.ops.grid import (
@@ -523,6 +524,7 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "fingerprint": lambda: fingerprint(example(2, 3, 5)),
     "joint_fingerprint": lambda: joint_fingerprint(example(5, high=3), [2, 3]),
     "uniform": lambda: uniform(example(2, high=9), example(2, 4, high=4), 3),
+    "blocks": lambda: torch.cat([torch.cat(pair, 2) for pair in blocks.blocks(example(2, 4, 3), example(2, 4, 1))]),
     "put": lambda: put([[3, 1], [0, 2]], torch.device("cpu")),
     "numbers": lambda: numbers(example(2, 4), MARKS),
     "settle": lambda: settle(example(2, 4), MARKS),
@@ -575,6 +577,23 @@ def same(found: Any, expected: Any, tolerance: float) -> bool:
 def test_every_function_has_an_example() -> None:
     known = {name.split(".")[1] for name in op_cases()} | set(EXAMPLES) | {"walk"}  # of kernels: test_triton.py
     assert known >= {name.split(".")[1] for name in public_functions()}
+
+
+@pytest.mark.parametrize("name", ["total", "alignments", "lengths", "distances", "likeness"])
+def test_small_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in op_cases().values() if case.op.__name__ == name)
+    assert case.plain is not None
+    given = case.make("small")
+    monkeypatch.setattr(blocks, "CACHED", 100)
+    assert same(case.op(**given), case.plain(**given), case.tolerance)
+
+
+def test_means_of_few_are_those_of_many() -> None:
+    """Told how many tokens stay, only their rows are made."""
+    given = op_cases()["nearest.means"].make("small")
+    stays = given["into"] == torch.arange(given["into"].shape[1])
+    found = nearest.means(**given, most=int(stays.sum(1).max()))
+    assert stays.any() and torch.allclose(found[stays], nearest.means(**given)[stays])
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -91,7 +91,7 @@ def test_without_text_the_visual_pivots_choose_alone(make_view: Any, kept: Any) 
 
 
 def test_equal_cosines_go_to_the_lower_index() -> None:
-    same, every = torch.zeros(1, 9, 2), torch.ones(1, 9, dtype=torch.bool)
+    same, every = torch.zeros(1, 2, 9), torch.ones(1, 9, dtype=torch.bool)
     first = torch.zeros(1, 9, dtype=torch.bool).index_fill(1, torch.tensor([5]), True)
     found = least_alike(same, torch.ones(1, 2, dtype=torch.bool), first, torch.tensor([6]), every)
     assert found[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]

@@ -101,10 +101,12 @@ def test_shares_are_exact_and_fit(runs: list[tuple[int, int]], data: st.DataObje
         assert found == plain_share(weights, keep, sizes)
 
 
-def test_blocks_change_nothing(make_view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("held", [40, 400])
+def test_blocks_change_nothing(held: int, make_view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some runs, and of some tokens of one run."""
     view = seen(make_view, keep=40)
     whole = vtc.create("holov").select(view).keep
-    monkeypatch.setattr(holov, "BLOCK", 5 * 16 * 7 * 2)
+    monkeypatch.setattr(holov, "BLOCKS", (held, held))
     assert torch.equal(vtc.create("holov").select(view).keep, whole)
 
 

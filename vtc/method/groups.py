@@ -72,16 +72,19 @@ class Parts:
         """[R, W] the place of each token in its item."""
         return self.take(torch.arange(self.items.shape[1], device=self.items.device).expand_as(self.items).contiguous())
 
-    def joined(self, x: Tensor, centre: Tensor, alone: Tensor | None = None, own: float = 0.0) -> tuple[Tensor, Tensor]:
+    def joined(
+        self, x: Tensor, centre: Tensor, alone: Tensor | None = None, own: float = 0.0, most: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Clusters as one token each: what every token is afterwards, and where it went; of the items.
 
         x: [R, W, D]. centre: [R, W] place of the one of its part that each token joins, centres their own, -1 for none.
         own: what a centre counts for, beside the mean of its cluster. alone: [R, W] bool, tokens that stay as they are.
+        most: no part has more centres, where the host knows.
         Returns tokens [I, N, D], rows of what did not stay meaning nothing, and places [I, N], -1 for nowhere.
         """
         if alone is not None:  # each its own centre
             centre = torch.where(alone, torch.arange(centre.shape[1], device=centre.device), centre)
-        tokens = means(x, centre)
+        tokens = means(x, centre, most)
         if own:
             tokens = torch.lerp(tokens, x, own)
         home = torch.where(centre < 0, -1, self.numbers.gather(1, centre.clamp(min=0)))

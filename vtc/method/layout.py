@@ -7,12 +7,15 @@ prompt, in prompt order. Adapters fill these values in; engine and methods read 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from vtc.ops.grid import Grid
+from vtc.ops.grid import Grid, frame_lines
+from vtc.ops.host import put
 
 Kind = Literal["image", "video"]
 
@@ -78,3 +81,21 @@ class VisualItem:
         if self.framed:
             return tuple(height * width for frames, height, width in self.regions for _ in range(frames))
         return tuple(self.crop[self.crop >= 0].bincount(minlength=self.n_crops).tolist())
+
+
+def item_lines(layouts: Sequence[VisualItem], device: torch.device) -> tuple[Tensor, ...]:
+    """Row and column of every token in its frame, and rows and columns of the frame; four [I, N], of `framed` items.
+
+    Tokens are numbered without the newlines; what lies behind an item's end is zero. Items of one shape share the work.
+
+    >>> places, lines = torch.zeros(4), torch.zeros(4, dtype=torch.bool)
+    >>> item = VisualItem("image", 4, places, places, places, lines, 1, (2, 2), grid=(1, 2, 2))
+    >>> [each.tolist() for each in item_lines([item], places.device)[:2]]
+    [[[0, 0, 1, 1]], [[0, 1, 0, 1]]]
+    """
+    shapes = {regions: number for number, regions in enumerate(dict.fromkeys(item.regions for item in layouts))}
+    known = [torch.stack(frame_lines(regions)) for regions in shapes]
+    longest = max((each.shape[1] for each in known), default=0)
+    table = torch.stack([torch.nn.functional.pad(each, (0, longest - each.shape[1])) for each in known])
+    shape = put([shapes[item.regions] for item in layouts], device)
+    return table.to(device, non_blocking=True)[shape].unbind(1)

@@ -196,11 +196,16 @@ def reordered(
     >>> tokens[0, [0, 2], 0].tolist(), into.tolist()
     ([7.0, 5.0], [[2, 0, 0]])
     """
+    return seated(kept, take_rows(tokens, order[:, :most]), into, order)
+
+
+def seated(kept: Tensor, rows: Tensor, into: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reordered`, of rows [I, K, D] that stand in the new order already, no item keeping more than K."""
     seats = order_by(~kept)
     moved = torch.empty_like(order).scatter_(1, order, seats)
     item = torch.arange(len(order), device=order.device)[:, None]
-    placed = torch.empty_like(tokens)  # rows of tokens that go are not read
-    placed.index_put_((item, seats[:, :most]), take_rows(tokens, order[:, :most]))
+    placed = rows.new_empty(*order.shape, rows.shape[2])  # rows of tokens that go are not read
+    placed.index_put_((item, seats[:, : rows.shape[1]]), rows)
     return placed, torch.where(into >= 0, moved.gather(1, into.clamp(min=0)), -1)
 
 

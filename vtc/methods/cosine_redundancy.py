@@ -10,6 +10,7 @@ from torch import Tensor
 from vtc.method.base import ScoringCompressor, StageView
 from vtc.method.groups import Parts
 from vtc.method.registry import register
+from vtc.ops.blocks import lengths
 from vtc.ops.similarity import alignment, total
 
 
@@ -37,6 +38,7 @@ class CosineRedundancy(ScoringCompressor):
     @torch.no_grad()
     def score(self, view: StageView) -> Tensor:
         parts = Parts.of(view, self.scope)
-        unit = torch.nn.functional.normalize(parts.take(view.tokens).float(), dim=2)
-        mean = total(unit, parts.mask) / parts.mask.sum(1, keepdim=True).clamp(min=1)
-        return parts.give(-alignment(unit, mean))
+        tokens = parts.take(view.tokens)
+        weight = parts.mask / lengths(tokens).clamp(min=1e-12)
+        mean = total(tokens, weight) / parts.mask.sum(1, keepdim=True).clamp(min=1)
+        return parts.give(-alignment(tokens, mean))

@@ -15,6 +15,7 @@ from vtc.method.registry import register
 from vtc.ops.host import put
 from vtc.ops.rank import order_by
 from vtc.ops.select import settle, take_rows, top_k
+from vtc.ops.similarity import alignments
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ class DART(Compressor):
         text = view.states.take(spoken)
         text = view.final_norm(text) if self.layer else text
         pivots = torch.cat([take_rows(tokens, place), text[items.row]], 1)
-        cosine = unit(tokens) @ unit(pivots).transpose(1, 2)
+        cosine = alignments(tokens, torch.nn.functional.normalize(pivots.float(), dim=2))
         first = torch.zeros_like(items.mask).scatter(1, place, own)
-        kept = least_alike(cosine, torch.cat([own, said[items.row]], 1), first, keep, items.mask)
+        kept = least_alike(
+            cosine, torch.cat([own, said[items.row]], 1), first, keep, items.mask, max(counts, default=0)
+        )
         return Selection(kept, counts=counts)
 
 
@@ -112,19 +115,16 @@ def largest(sizes: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, torch.arange(order.shape[1], device=order.device) < mask.sum(1, keepdim=True)
 
 
-def unit(rows: Tensor) -> Tensor:
-    """Rows scaled to unit length, float32."""
-    return torch.nn.functional.normalize(rows.float(), dim=-1)
-
-
-def least_alike(cosine: Tensor, real: Tensor, kept: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
+def least_alike(
+    cosine: Tensor, real: Tensor, kept: Tensor, keep: Tensor, mask: Tensor, most: int | None = None
+) -> Tensor:
     """Add to `kept` what resembles the pivots least, pivot by pivot, until each item has `keep` tokens.
 
-    cosine: [I, N, P] to the pivots. real: [I, P] bool, which of them there are. kept, mask: [I, N] bool. keep: [I].
-    Returns [I, N] bool.
+    cosine: [I, P, N] to the pivots. real: [I, P] bool, which of them there are. kept, mask: [I, N] bool. keep: [I].
+    most: no item keeps more, where the host knows. Returns [I, N] bool.
     """
     for pivot in range(real.shape[1]):
         waiting = real[:, pivot:].sum(1).clamp(min=1)
         share = -(-(keep - kept.sum(1)) // waiting) * real[:, pivot]
-        kept = kept | top_k(-cosine[..., pivot], share, mask & ~kept)
+        kept = kept | top_k(-cosine[:, pivot], share, mask & ~kept, most=most)
     return kept

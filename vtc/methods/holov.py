@@ -12,14 +12,15 @@ from torch import Tensor
 from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.registry import register
+from vtc.ops.blocks import lengths
 from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
-from vtc.ops.select import in_groups, out_of_groups, settle, take_rows, top_k
+from vtc.ops.select import in_groups, out_of_groups, settle, top_k
 
 ATTENTION, VARIATION = 1000.0, 0.09
 """Weights of what a token receives and of how unevenly it resembles its neighbours."""
-BLOCK = 1 << 24
-"""Similarities held at a time."""
+BLOCKS = 2**20, 2**25
+"""Similarities, or numbers of tokens, held at a time, on a CPU and elsewhere."""
 
 
 @register
@@ -70,8 +71,7 @@ class HoloV(Compressor):
         place, real = in_groups(run, max(number, default=1), width, items.mask)
         attention = view.vision_attention(view.model.key_layer).float()
         received = torch.where(real, attention.gather(1, place.flatten(1)).view(place.shape), 0)
-        tokens = take_rows(view.tokens, place.flatten(1)).unflatten(1, place.shape[1:])  # type: ignore[no-untyped-call]
-        varied = variation(tokens.flatten(0, 1), real.flatten(0, 1)).view(place.shape)
+        varied = variation(view.tokens, place, real)
         size = real.sum(2)
         keep = put(view.keep, device)
         quota = share(weight(received, varied, size), keep, size)
@@ -94,20 +94,27 @@ def runs_of(counts: Sequence[int], number: Sequence[int], mask: Tensor) -> tuple
     return torch.where(mask, run, 0), max((each + (rest > 0) for each, rest in cut), default=0)
 
 
-def variation(tokens: Tensor, real: Tensor) -> Tensor:
-    """How unevenly each token resembles the others of its run; [R, W, D], [R, W] -> [R, W], 0 where none is.
+def variation(tokens: Tensor, place: Tensor, real: Tensor) -> Tensor:
+    """How unevenly each token resembles the others of its run, 0 where none is; [I, N, D], [I, P, W] each -> [I, P, W].
 
-    Streams over the tokens, BLOCK similarities are held at a time.
+    Streams over runs and tokens.
     """
-    unit = torch.where(real[..., None], torch.nn.functional.normalize(tokens.float(), dim=2), 0)
-    others = (real.sum(1, keepdim=True) - 1).clamp(min=1)
-    found, spots = [], torch.arange(real.shape[1], device=real.device)
-    size = max(1, BLOCK // max(1, real.numel()))
-    for some, here in zip(torch.split(unit, size, 1), torch.split(spots, size), strict=True):
-        like = torch.bmm(some, unit.transpose(1, 2)).masked_fill(spots == here[:, None], 0)
-        mean = like.sum(2) / others
-        found.append(torch.where(real[:, None], (like - mean[..., None]).square(), 0).sum(2) / others)
-    return torch.where(real, torch.cat(found, 1), 0)
+    items, length, depth = tokens.shape
+    spot = (place + length * torch.arange(items, device=place.device)[:, None, None]).flatten(0, 1)
+    flat, inside, width = tokens.reshape(-1, depth), real.flatten(0, 1), place.shape[2]
+    scale = inside / lengths(tokens).clamp(min=1e-12).flatten()[spot]
+    found, held = torch.zeros_like(scale), BLOCKS[tokens.device.type != "cpu"]
+    several, size = max(1, held // max(1, width * max(width, depth))), max(1, min(width, held // max(1, width)))
+    for first in range(0, len(spot), several):
+        run = slice(first, first + several)
+        rows, others = flat[spot[run]].float(), (inside[run].sum(1, keepdim=True) - 1).clamp(min=1)
+        for at in range(0, width, size):
+            some = slice(at, at + size)
+            like = torch.bmm(rows[:, some], rows.transpose(1, 2)).mul_(scale[run, some, None]).mul_(scale[run, None])
+            like.diagonal(at, 1, 2).zero_()
+            like.sub_((like.sum(2) / others)[..., None]).mul_(inside[run, None])
+            found[run, some] = like.square_().sum(2) / others
+    return torch.where(real, found.view(real.shape), 0)
 
 
 def weight(received: Tensor, varied: Tensor, size: Tensor) -> Tensor:

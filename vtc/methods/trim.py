@@ -9,10 +9,10 @@ import torch
 from vtc.method.base import ModelSpec, Plan, Selection, StageView
 from vtc.method.groups import Groups, Parts
 from vtc.method.pairs import PairedCompressor
-from vtc.method.parts import reordered
+from vtc.method.parts import seated
 from vtc.method.registry import register
 from vtc.ops.rank import order_by
-from vtc.ops.select import outliers, top_k
+from vtc.ops.select import outliers, take_rows, top_k
 
 Count = Literal["budget", "outliers"]
 
@@ -72,15 +72,17 @@ class TRIM(PairedCompressor):
         place = torch.arange(mask.shape[1], device=mask.device)
         last = (dropped * place).amax(1, keepdim=True)  # where the mean lies until the order is made
         extra = dropped & (place == last)
-        x = parts.take(view.tokens)
         share = dropped / dropped.sum(1, keepdim=True).clamp(min=1)
-        mean = torch.bmm(share[:, None], x.float()).to(x.dtype)
+        mean = torch.bmm(share[:, None], parts.take(view.tokens).float()).to(view.tokens.dtype)
         number = torch.arange(score.shape[1], device=mask.device).expand_as(score).contiguous()
         number = parts.take(number)
         into = torch.where(dropped, number.gather(1, last), torch.where(best, number, -1))
         stays, into = parts.give(best | extra), torch.where(parts.give(mask), parts.give(into), -1)
-        rows = parts.give(torch.where(extra[..., None], mean, x))
+        extra = parts.give(extra)
+        order = order_by(torch.where(stays, 2 * view.crop + extra, 2 * view.most_crops))  # each mean behind its crop
         counts = view.keep if self.needs_budget else None
-        most = max(counts, default=0) if counts else None
-        rows, into = reordered(stays, rows, into, order_by(~stays, view.crop, parts.give(extra)), most)
+        first = order[:, : max(counts, default=0)] if counts else order
+        means = take_rows(mean.view(len(stays), -1, mean.shape[2]), view.crop.gather(1, first).clamp(min=0))
+        rows = torch.where(extra.gather(1, first)[..., None], means, take_rows(view.tokens, first))
+        rows, into = seated(stays, rows, into, order)
         return Selection(stays, counts=counts, tokens=rows, merged_into=into, scores=score)

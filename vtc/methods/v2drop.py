@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from vtc.method.base import ModelSpec, Needs, Plan, Selection, StageView
+from vtc.method.items import ItemTable
 from vtc.method.registry import register
 from vtc.method.schedule import DEPTH, scaled
 from vtc.method.staged import StagedCompressor
+from vtc.ops.blocks import distances
 from vtc.ops.host import put
-from vtc.ops.select import take_rows, top_k
+from vtc.ops.select import top_k
 
 
 @register
@@ -58,18 +60,18 @@ class V2Drop(StagedCompressor):
         if view.stage in starts:
             counts = self.left(view, view.stage)
             if counts != items.counts:
-                change = (tokens.float() - take_rows(view.memory[self], items.token).float()).norm(dim=2)
+                change = _change(view, *view.memory[self])
                 marks = top_k(change, put(counts, tokens.device), items.gaps, most=max(counts))
                 selection = Selection(marks, counts=counts, scores=change)
         if view.stage + 1 in starts:
-            view.memory[self] = _by_token(view)
+            view.memory[self] = items, tokens
         return selection
 
 
-def _by_token(view: StageView) -> Tensor:
-    """[I, n, D] rows of the tokens by their numbers in their items, whatever leaves in between."""
-    items, tokens = view.items, view.tokens
-    width = max(layout.n_tokens for layout in items.layouts)
-    slot = torch.where(items.mask, items.token, width)
-    table = tokens.new_zeros(len(items), width + 1, tokens.shape[2])
-    return table.scatter(1, slot[..., None].expand_as(tokens), tokens)
+def _change(view: StageView, before: ItemTable, then: Tensor) -> Tensor:
+    """[I, N] how far the tokens are from their rows `then` [I, M, D] where the table was `before`."""
+    items, place = view.items, None
+    if items.counts != before.counts:  # some have left since, and those that stay kept their order
+        numbers = torch.where(before.mask, before.token, max(layout.n_tokens for layout in items.layouts))
+        place = torch.searchsorted(numbers, items.token)
+    return distances(view.tokens, then, place)

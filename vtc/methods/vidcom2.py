@@ -11,9 +11,11 @@ from vtc.errors import VTCError
 from vtc.method.base import Compressor, Selection, StageView
 from vtc.method.frames import Frames
 from vtc.method.registry import register
+from vtc.ops.blocks import blocks
 from vtc.ops.frames import quotas
 from vtc.ops.host import put
 from vtc.ops.select import settle, top_k
+from vtc.ops.similarity import total
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 """Of the Gaussians whose sum says how near two tokens are."""
@@ -58,30 +60,44 @@ class VidCom2(Compressor):
     @torch.no_grad()
     def select(self, view: StageView) -> Selection:
         frames = Frames.of(view)
-        parts = frames.parts
-        x = unit(view)
-        rows = parts.take(x)
-        whole = view.mean(x).repeat_interleave(frames.most, 0)
-        like_video, like_frame = nearness(rows, whole), nearness(rows, frames.mean(rows))
-        weight = share(frames.mean(like_video).view_as(frames.sizes), frames.sizes > 0, self.temperature)
-        quota = quotas(weight * frames.sizes, put(view.keep, view.device), frames.sizes, least=1)
-        unlike = -(like_video + like_frame)
+        parts, sizes = frames.parts, frames.sizes
+        calm, scale = directions(view.tokens, view.items.mask)
+        calm, scale = calm.repeat_interleave(frames.most, 0), parts.take(scale) * parts.mask
+        rows = parts.take(view.tokens).float()
+        sums = torch.bmm(scale[:, None], rows)[:, 0] * calm
+        whole = sums.view(*sizes.shape, -1).sum(1) / sizes.sum(1, keepdim=True).clamp(min=1)
+        own = sums / sizes.view(-1, 1).clamp(min=1)
+        like = nearness(rows, scale, torch.stack([whole.repeat_interleave(frames.most, 0), own], 1))
+        weight = share(frames.mean(like[:, 0]).view_as(sizes), sizes > 0, self.temperature)
+        quota = quotas(weight * sizes, put(view.keep, view.device), sizes, least=1)
+        unlike = -like.sum(1)
         return Selection(
             parts.give(top_k(unlike, quota.flatten(), parts.mask)), counts=view.keep, scores=parts.give(unlike)
         )
 
 
-def unit(view: StageView) -> Tensor:
-    """[I, N, D] the tokens at unit length, channels of high variance set to zero."""
-    x = view.tokens.float()
-    variance = view.mean((x - view.mean(x)[:, None]).square())
-    half = torch.full_like(variance[:, 0], x.shape[2] // 2, dtype=torch.long)
-    return torch.nn.functional.normalize(x * top_k(-variance, half)[:, None], dim=2)
+def directions(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[I, D] bool, the half of the channels whose variance is lowest, and [I, N] what scales tokens to length 1 there.
+
+    tokens: [I, N, D]. mask: [I, N] bool, the tokens there are. Streams over the tokens.
+    """
+    mean = total(tokens, mask) / mask.sum(1, keepdim=True).clamp(min=1)
+    spread = torch.zeros_like(mean)[:, None]
+    for some, real in blocks(tokens, mask):
+        spread.baddbmm_(real[:, None].float(), (some.float() - mean[:, None]).square_())
+    half = torch.full_like(mask[:, 0], tokens.shape[2] // 2, dtype=torch.long)
+    calm = top_k(-spread[:, 0], half)
+    length = torch.cat([(some.float() * calm[:, None]).norm(dim=2) for (some,) in blocks(tokens)], 1)
+    return calm, 1 / length.clamp(min=1e-12)
 
 
-def nearness(x: Tensor, centre: Tensor) -> Tensor:
-    """Sum of Gaussians of the distances to a centre; [R, W, D] of unit length, [R, D] -> [R, W]."""
-    square = 1 + centre.square().sum(1, keepdim=True) - 2 * torch.bmm(x, centre[..., None]).squeeze(2)
+def nearness(x: Tensor, scale: Tensor, centres: Tensor) -> Tensor:
+    """Sums of Gaussians of the distances of scaled tokens to centres; [R, W, D], [R, W], [R, C, D] -> [R, C, W].
+
+    scale: what gives the tokens the length 1 in the channels that the centres have.
+    """
+    product = torch.bmm(centres, x.transpose(1, 2)).mul_(scale[:, None])
+    square = 1 + centres.square().sum(2, keepdim=True) - 2 * product
     return torch.stack([(-square.clamp(min=0) / (2 * width)).exp() for width in WIDTHS]).sum(0)
 
 

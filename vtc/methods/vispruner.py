@@ -14,13 +14,16 @@ from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Scope, Selection, StageView
 from vtc.method.parts import groups
 from vtc.method.registry import register
+from vtc.ops.checks import numbers
 from vtc.ops.host import put
-from vtc.ops.merge import group_places, merge_step
+from vtc.ops.merge import group_places
 from vtc.ops.rank import order_by
-from vtc.ops.select import apportion_host, settle, take_rows, top_k
+from vtc.ops.select import apportion_host, front_pack, settle, take_rows, top_k
 
 ROUND = 8
 """Duplicates that leave at once."""
+BLOCK = 2**25
+"""Similarities held at a time."""
 
 
 @register
@@ -80,7 +83,8 @@ class VisPruner(Compressor):
         kept = top_k(scores, first, real)
         if self.share < 1:
             falling = order_by(best=settle(scores, real & ~kept))
-            order = diverse(features.flatten(0, 1)[places], falling, rest, left)
+            rows = features.flatten(0, 1)[places].masked_fill_(~real[..., None], 0)
+            order = diverse(rows, falling, rest, left)
             listed = torch.arange(order.shape[1], device=order.device) < put(left, order.device)[:, None]
             kept = kept.scatter_add(1, order, listed)
         marks = torch.zeros(items.mask.numel(), dtype=torch.long, device=score.device)
@@ -99,10 +103,23 @@ def diverse(features: Tensor, order: Tensor, counts: Sequence[int], left: Sequen
     unit = torch.nn.functional.normalize(features.float(), dim=2)
     while now != list(left):
         gone = [min(size, n - wanted, n // 2) for n, wanted in zip(now, left, strict=True)]
-        _, stands = merge_step(take_rows(unit, order), now, gone)
-        order = order.gather(1, stands)
+        count, leave = put([now, gone], order.device)[..., None]
         now = [n - r for n, r in zip(now, gone, strict=True)]
+        first, second = order[:, ::2], order[:, 1::2]
+        place = torch.arange(first.shape[1], device=order.device)
+        compared, others = 2 * place < count, 2 * place[: second.shape[1]] + 1 < count
+        alike = highest(take_rows(unit, first), take_rows(unit, second), others)
+        falling = order_by(best=numbers(alike, compared).masked_fill(~compared, -torch.inf))
+        stays = torch.cat([(place >= leave) & compared, others], 1)
+        order = torch.cat([first.gather(1, falling), second], 1).gather(1, front_pack(stays, max(now)))
     return order
+
+
+def highest(rows: Tensor, others: Tensor, there: Tensor) -> Tensor:
+    """[G, m] the highest product of each row with the others there are; [G, m, C], [G, n, C], [G, n] bool."""
+    absent = there.float().log()[:, None]  # 0 or -inf: to add it is several times as fast as to fill in a mask
+    parts = torch.split(rows, max(1, BLOCK // max(1, others.shape[0] * others.shape[1])), 1)
+    return torch.cat([torch.bmm(part, others.transpose(1, 2)).add_(absent).amax(2) for part in parts], 1)
 
 
 def _split(keep: int, sizes: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.errors import VTCError
 from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
-from vtc.method.groups import Parts
+from vtc.method.groups import Parts, largest_share
 from vtc.method.registry import register
 from vtc.method.two_stages import layer_like, left
 from vtc.ops.host import put
@@ -92,8 +92,10 @@ class VScan(Compressor):
         kept, scores = self.scanned(view, counts)
         parts = Parts.of(view, "crop")
         x, stays = parts.take(view.tokens), parts.mask & (parts.take(kept.long()) > 0)
-        into = nearest_target(x, stays, parts.mask, min(max(counts), x.shape[1]))
-        tokens, home = parts.joined(x, into)
+        columns = zip(counts, view.items.counts, view.items.layouts, strict=True)
+        most = max(largest_share(k, n, layout.crop_sizes) for k, n, layout in columns)
+        into = nearest_target(x, stays, parts.mask, most)
+        tokens, home = parts.joined(x, into, most=most)
         return Selection(kept, counts=counts, tokens=tokens, merged_into=home, scores=scores)
 
     def scanned(self, view: StageView, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:

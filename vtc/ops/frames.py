@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.blocks import blocks, lengths
 from vtc.ops.checks import numbers
 from vtc.ops.rank import order_by, run_starts
 from vtc.ops.select import take_rows, top_k
-
-BLOCK = 2**25
-"""Numbers of gathered tokens held at once."""
 
 
 def places(row: Tensor, col: Tensor, mask: Tensor) -> Tensor:
@@ -69,14 +67,10 @@ def likeness(x: Tensor, other: Tensor) -> Tensor:
     >>> likeness(torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]), torch.tensor([[-1, 0]])).tolist()
     [[-inf, 0.6000000238418579]]
     """
-    unit = torch.nn.functional.normalize(x.float(), dim=2)
-    size = max(1, BLOCK // max(1, len(x) * x.shape[2]))
-    there = other.clamp(min=0)
-    found = [
-        (some * take_rows(unit, spots)).sum(2)
-        for some, spots in zip(torch.split(unit, size, 1), torch.split(there, size, 1), strict=True)
-    ]
-    return torch.where(other >= 0, numbers(torch.cat(found, 1), other >= 0), -torch.inf)
+    length, there = lengths(x).clamp(min=1e-12), other.clamp(min=0)
+    found = [(take_rows(x, spots).float() * some.float()).sum(2) for some, spots in blocks(x, there)]
+    cosine = torch.cat(found, 1) / length / length.gather(1, there)
+    return torch.where(other >= 0, numbers(cosine, other >= 0), -torch.inf)
 
 
 def segments(features: Tensor, real: Tensor, count: int, threshold: float) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vtc.ops.blocks import blocks, lengths
 from vtc.ops.checks import numbers
 from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
@@ -22,7 +23,7 @@ RowOrder = Literal["similarity", "index"]
 Step = Callable[[Tensor, Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
 """One step of a merge, as `merge_step` takes and gives it."""
 BLOCK = 2**25
-"""Numbers of a similarity block or of a channel slice held at once (128 MiB in float32)."""
+"""Numbers of a similarity block held at once (128 MiB in float32)."""
 
 
 class Merge(NamedTuple):
@@ -66,20 +67,16 @@ def best_match(metric: Tensor, counts: Tensor, *, protected: int = 0) -> tuple[T
     if length < 2:
         return places.expand(groups, -1), metric.new_full((groups, len(places)), -torch.inf, dtype=torch.float32)
     present = 2 * places[: targets.shape[1]] + 1 < counts[:, None]
-    directions = torch.where(present[..., None], _unit(targets), 0.0).transpose(1, 2)
-    absent = present.float().log()[:, None]  # 0 or -inf: to add it is several times as fast as to fill in a mask
+    scale = 1 / lengths(metric).clamp(min=1e-12)
     partner, similarity = [], []
     for part in torch.split(sources, max(1, BLOCK // max(1, groups * targets.shape[1])), dim=1):
-        value, index = torch.matmul(_unit(part), directions).add_(absent).max(-1)
+        like = torch.bmm(part.float(), targets.float().transpose(1, 2)).mul_(scale[:, None, 1::2])
+        value, index = like.masked_fill_(~present[:, None], -torch.inf).max(-1)
         partner.append(index)
         similarity.append(value)
     proposes = (2 * places < counts[:, None]) & (2 * places >= protected)
-    rated = numbers(torch.cat(similarity, 1), proposes).masked_fill(~proposes, -torch.inf)
-    return torch.cat(partner, 1), rated
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows.float(), dim=-1)
+    rated = torch.cat(similarity, 1) * scale[:, ::2]
+    return torch.cat(partner, 1), numbers(rated, proposes).masked_fill(~proposes, -torch.inf)
 
 
 def merge_step(
@@ -170,17 +167,15 @@ def merge_rows(x: Tensor, target: Tensor, weight: Tensor, rows: int, *, dtype: t
     """Weighted sums of the rows that merge: x [G, t, D] -> [G, rows, D], summed in float32.
 
     target: [G, t], tokens with target `rows` go nowhere. weight: [G, t]. dtype: of the result, x's own by default.
-    Streams over the channels.
+    Streams over the tokens.
     """
-    groups, length, _ = x.shape
+    groups, _, width = x.shape
     spare = groups * rows  # one row behind all others
     place = torch.where(target < rows, target + rows * torch.arange(groups, device=x.device)[:, None], spare).flatten()
-    parts = []
-    for part in torch.split(x, max(1, BLOCK // max(1, groups * length)), dim=2):
-        scaled = (part.float() * weight[..., None]).flatten(0, 1)
-        sums = scaled.new_zeros(spare + 1, part.shape[2]).index_add(0, place, scaled)[:-1]
-        parts.append(sums.view(groups, rows, -1).to(dtype or x.dtype))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    sums = torch.zeros(spare + 1, width, device=x.device)
+    for (some,), (share,), (row,) in blocks(x.flatten(0, 1)[None], weight.flatten()[None], place[None]):
+        sums.index_add_(0, row, some.float() * share[:, None])
+    return sums[:-1].view(groups, rows, width).to(dtype or x.dtype)
 
 
 def unmerge(x: Tensor, target: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ def nearest(x: Tensor, others: Tensor, there: Tensor, block: int = BLOCK) -> Ten
     chunk = max(1, block // max(1, groups * others.shape[1]))
     found = torch.zeros(groups, length, dtype=torch.long, device=x.device)
     for start in range(0, length, chunk):
-        cosine = torch.nn.functional.normalize(x[:, start : start + chunk].float(), dim=2) @ unit
-        found[:, start : start + chunk] = cosine.add_(absent).max(2).indices  # the first of equals
+        # A token's own length ranks nothing.
+        like = torch.bmm(x[:, start : start + chunk].float(), unit)
+        found[:, start : start + chunk] = like.add_(absent).max(2).indices  # the first of equals
     return found
 
 
@@ -49,15 +50,23 @@ def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, bloc
     return torch.where(left & target.any(1, keepdim=True), into, -1)
 
 
-def means(x: Tensor, into: Tensor) -> Tensor:
-    """Every token as the mean of those that join it, [G, S, D] like x; zero where none does.
+def means(x: Tensor, into: Tensor, most: int | None = None) -> Tensor:
+    """Every token that others join as the mean of these, [G, S, D] like x; rows of others mean nothing.
 
-    into: [G, S] the place each token goes to, its own where it stays, -1 for nowhere.
+    into: [G, S] the place each token goes to, its own where it stays, -1 for nowhere. most: no group has more tokens
+    that stay, where the host knows.
 
-    >>> means(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[0, 0, -1]])).flatten().tolist()
-    [3.0, 0.0, 0.0]
+    >>> means(torch.tensor([[[2.0], [4.0], [9.0]]]), torch.tensor([[0, 0, -1]]))[0, 0].tolist()
+    [3.0]
     """
     length, there = into.shape[1], into >= 0
     root = into.clamp(min=0)
     size = group_sizes(root, length, there)
-    return merge_rows(x, torch.where(there, root, length), 1 / size.gather(1, root).clamp(min=1), length)
+    weight = 1 / size.gather(1, root).clamp(min=1)
+    if most is None:
+        return merge_rows(x, torch.where(there, root, length), weight, length)
+    stays = into == torch.arange(length, device=into.device)
+    number, place = stays.cumsum(1) - 1, front_pack(stays, most)
+    rows = merge_rows(x, torch.where(there, number.gather(1, root), most), weight, most)
+    group = torch.arange(len(x), device=x.device)[:, None]
+    return torch.empty_like(x).index_put_((group, place), rows)

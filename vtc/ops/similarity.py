@@ -7,18 +7,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 4096
+from vtc.ops.blocks import blocks
+
 STORE = 2**26
 """Similarities held at once (256 MiB)."""
 PAYS = 16
 """A matrix product is so many times as fast as the products with single vectors, which wait for memory."""
 
 
-def total(features: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the unmasked tokens: [I, N, D], [I, N] -> float32 [I, D]. Streams over the tokens."""
+def total(features: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the tokens: [I, N, D], [I, N] or a mask -> float32 [I, D]. Streams over the tokens."""
     result = features.new_zeros(len(features), 1, features.shape[2], dtype=torch.float32)
-    for x, real in zip(torch.split(features.detach(), CHUNK, 1), torch.split(mask, CHUNK, 1), strict=True):
-        result += torch.bmm(real[:, None].float(), x.float())
+    for some, weight in blocks(features.detach(), weights):
+        result.baddbmm_(weight[:, None].float(), some.float())
     return result[:, 0]
 
 
@@ -27,11 +28,18 @@ def alignment(features: Tensor, direction: Tensor) -> Tensor:
 
     The cosine where the direction has unit length; the mean of several cosines where it is the mean of several units.
     """
-    result = features.new_empty(features.shape[:2], dtype=torch.float32)
-    for x, part in zip(torch.split(features.detach(), CHUNK, 1), torch.split(result, CHUNK, 1), strict=True):
-        x = x.float()
-        part.copy_(products(x, direction) / x.norm(dim=2).clamp(min=1e-12))
-    return result
+    return alignments(features, direction[:, None])[:, 0]
+
+
+def alignments(features: Tensor, directions: Tensor) -> Tensor:
+    """As `alignment` for several directions [I, P, D] of an item; float32 [I, P, N]. Streams over the tokens."""
+    found = []
+    for (some,) in blocks(features.detach()):
+        some = some.float()
+        # A row times a matrix: on CPUs several times as fast as the matrix times a column.
+        product = torch.bmm(directions, some.transpose(1, 2))
+        found.append(product.div_(some.norm(dim=2).clamp_(min=1e-12)[:, None]))
+    return torch.cat(found, 2)
 
 
 def cosine_to_mean(features: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.layout import item_lines
 from vtc.method.learned import LearnedCompressor
 from vtc.method.registry import register
 from vtc.method.schedule import scaled
@@ -99,17 +101,20 @@ class ATPScores(Compressor):
     def places(self, view: StageView) -> tuple[Tensor, Tensor]:
         """[I, N] row and column of each token on the grid that its crop or frame had in the input."""
         if (self.name, "grid") not in view.memory:
-            layouts, device = view.items.layouts, view.device
-            crop = pad_sequence([item.crop for item in layouts], batch_first=True, padding_value=-1).to(
-                device, non_blocking=True
-            )
-            axes = [
-                pad_sequence([getattr(item, axis) for item in layouts], batch_first=True).to(device, non_blocking=True)
-                for axis in ("row", "col")
-            ]
-            view.memory[self.name, "grid"] = [dense_rank(places, crop, LINE) for places in axes]
+            view.memory[self.name, "grid"] = self._lines(view)
         row, col = (line.to(view.device) for line in view.memory[self.name, "grid"])
         return row.gather(1, view.items.token), col.gather(1, view.items.token)
+
+    @staticmethod
+    def _lines(view: StageView) -> Sequence[Tensor]:
+        """Row and column of each token of the input, [I, Nin] each."""
+        layouts, device = view.items.layouts, view.device
+        if all(item.framed and not item.newlines for item in layouts):
+            return item_lines(layouts, device)[:2]
+        crop = pad_sequence([item.crop for item in layouts], batch_first=True, padding_value=-1)
+        axes = [pad_sequence([getattr(item, axis) for item in layouts], batch_first=True) for axis in ("row", "col")]
+        crop, row, col = (each.to(device, non_blocking=True) for each in (crop, *axes))
+        return dense_rank(row, crop, LINE), dense_rank(col, crop, LINE)
 
     @abstractmethod
     def select(self, view: StageView) -> Selection | None:

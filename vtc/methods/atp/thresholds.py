@@ -106,7 +106,7 @@ def hard_keep(redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Ten
     [[False, True, False]]
     """
     passed = mask & ((redundancy > theta_r[:, None]) | (spatial > theta_s[:, None]))
-    best = top_k(redundancy, mask.new_ones(len(mask), dtype=torch.long), mask)
+    best = top_k(redundancy, mask.new_ones(len(mask), dtype=torch.long), mask, most=1)
     return torch.where(passed.any(1, keepdim=True), passed, best)
 
 

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.groups import Parts, largest_share
+from vtc.method.layout import item_lines
 from vtc.method.registry import register
 from vtc.methods.hiprune.neighbours import Border, hierarchical, neighbours, tile_places
-from vtc.ops.grid import frame_lines
 from vtc.ops.host import put
 from vtc.ops.select import apportion, group_sizes
 
@@ -144,12 +144,7 @@ def anchors_of(share: Tensor, alpha: float) -> Tensor:
 def _places(view: StageView) -> tuple[Tensor, Tensor, Tensor]:
     """[I, N] place, columns and places of each token's tile, numbered over all tokens that the encoder emitted."""
     if view.framed:  # the rasters tell; nothing has to be numbered
-        layouts, device = view.items.layouts, view.device
-        known = {regions: torch.stack(frame_lines(regions)) for regions in {layout.regions for layout in layouts}}
-        rows = pad_sequence([known[layout.regions].T for layout in layouts], batch_first=True).to(
-            device, non_blocking=True
-        )
-        row, col, height, width = rows.unbind(2)
+        row, col, height, width = item_lines(view.items.layouts, view.device)
         return row * width + col, width, height * width
     geometry = [
         pad_sequence([getattr(item, name) for item in view.items.layouts], batch_first=True, padding_value=-1)

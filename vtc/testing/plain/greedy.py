@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.ops.greedy import best, chosen, greedy_map, k_center, max_sum, most_isolated
 from vtc.ops.select import in_groups
-from vtc.ops.similarity import alignment, cosine_to_mean, products, total
+from vtc.ops.similarity import alignment, alignments, cosine_to_mean, products, total
 from vtc.testing.plain import OpCase, Size
 
 
@@ -38,9 +38,10 @@ def plain_chosen(order: Tensor, keep: Tensor, mask: Tensor) -> Tensor:
     return kept
 
 
-def plain_total(features: Tensor, mask: Tensor) -> Tensor:
+def plain_total(features: Tensor, weights: Tensor) -> Tensor:
     """Token by token."""
-    return torch.stack([sum(features[i, p].double() for p in members(mask, i)) for i in range(len(mask))])  # type: ignore[misc]
+    columns = zip(features, weights.double(), strict=True)
+    return torch.stack([sum(w * x.double() for w, x in zip(row, item, strict=True)) for item, row in columns])
 
 
 def plain_alignment(features: Tensor, direction: Tensor) -> Tensor:
@@ -50,6 +51,11 @@ def plain_alignment(features: Tensor, direction: Tensor) -> Tensor:
         for item, d in zip(features, direction, strict=True)
     ]
     return torch.tensor(rows)
+
+
+def plain_alignments(features: Tensor, directions: Tensor) -> Tensor:
+    """Direction by direction."""
+    return torch.stack([plain_alignment(features, each) for each in directions.unbind(1)], 1)
 
 
 def plain_products(rows: Tensor, direction: Tensor) -> Tensor:
@@ -162,6 +168,17 @@ def make_alignment(size: Size) -> dict[str, Any]:
     return {"features": features, "direction": features[:, 1] / 2}
 
 
+def make_alignments(size: Size) -> dict[str, Any]:
+    features = make_tokens(size)["features"]
+    return {"features": features, "directions": features[:, :5] / 2}
+
+
+def make_total(size: Size) -> dict[str, Any]:
+    given = make_tokens(size)
+    weights = torch.rand(given["mask"].shape, generator=torch.Generator().manual_seed(2)) * given["mask"]
+    return {"features": given["features"], "weights": weights}
+
+
 def make_products(size: Size) -> dict[str, Any]:
     given = make_alignment(size)
     return {"rows": given["features"], "direction": given["direction"]}
@@ -189,8 +206,9 @@ def make_groups(size: Size) -> dict[str, Any]:
 CASES = (
     OpCase(best, plain_best, make_scores),
     OpCase(chosen, plain_chosen, make_chosen),
-    OpCase(total, plain_total, make_tokens, tolerance=1e-6),
+    OpCase(total, plain_total, make_total, tolerance=1e-6),
     OpCase(alignment, plain_alignment, make_alignment, tolerance=1e-6),
+    OpCase(alignments, plain_alignments, make_alignments, tolerance=1e-6),
     OpCase(products, plain_products, make_products, tolerance=1e-4),
     OpCase(cosine_to_mean, plain_cosine_to_mean, make_tokens, tolerance=1e-6),
     OpCase(max_sum, plain_max_sum, make_walk),
