@@ -75,7 +75,7 @@ def encoders() -> str:
 
 
 MEASURED: dict[str, Callable[[], str]] = {
-    "overhead": lambda: overhead.report([], 9),
+    "overhead": lambda: overhead.report([], 5),
     "ops": lambda: timing.report([]),
     "selections": lambda: selecting.report([]),
     "scaling": lambda: scaling.report([]),
