@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from vtc.app.loading import BALANCED
 from vtc.errors import InputError, VTCError
 from vtc.eval.answering import Outcome
 from vtc.eval.execute import Ended
@@ -216,7 +217,7 @@ class LocalEngine:
 
 def _devices(spec: SweepSpec, worker: int, present: int) -> str | None:
     """CUDA_VISIBLE_DEVICES of a worker; None leaves it as it is."""
-    if not present or spec.device not in ("auto", "cuda", "balanced"):
+    if not present or spec.device not in ("auto", "cuda", BALANCED):
         return None
     share = 1.0 if spec.gpus_per_worker is None else spec.gpus_per_worker
     if not share:
