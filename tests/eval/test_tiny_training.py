@@ -213,8 +213,9 @@ def test_a_folder_of_the_same_class_gives_everything(tmp_path: Path, monkeypatch
 
 def test_products_are_in_bfloat16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     left = torch.randn(4, 4)
-    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+    plain = {"avx512_f": True, "avx512_bw": True, "avx512_bf16": False, "amx_bf16": False}
+    for able, dtype in ((plain, torch.float32), (plain | {"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda answer=able: answer)
         with loop.mixed(torch.device("cpu")):
             assert (left @ left).dtype == dtype
     assert loop.products(torch.device("cuda")) == torch.bfloat16
