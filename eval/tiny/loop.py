@@ -83,9 +83,8 @@ def products(device: torch.device) -> torch.dtype:
 
     oneDNN multiplies it on every CPU with AVX-512, without instructions for it at a fifth of the speed of float32.
     """
-    able = torch.cpu.get_capabilities()
-    slow = device.type == "cpu" and not any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.float32 if slow else torch.bfloat16
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.float32 if device.type == "cpu" and not able else torch.bfloat16
 
 
 def mixed(device: torch.device) -> torch.autocast:
