@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtc.ops.blocks import at_once
 from vtc.ops.host import put
 
 CHUNK = 256
@@ -44,25 +45,21 @@ def attention_received(
     *,
     mask: Tensor | None = None,
     segments: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Mean attention each key receives over all queries and heads; shapes as in `attention_rows`, returns [B, K].
 
-    Streams over the queries: memory is [B, H, chunk, K], never [Q, K] at once. segments: [S + 1] ends of the sequences
-    packed along Q = K of a batch of one, starting with 0; a key then receives from its own sequence only.
-    Synchronises once.
+    Streams over the queries as `attention_sums`. segments: [S + 1] ends of the sequences packed along Q = K of a batch
+    of one, starting with 0; a key then receives from its own sequence only. Synchronises once then.
     """
     if segments is not None:
         return _received_in_segments(query, key, scaling, segments, chunk)
     batch, _, length, _ = query.shape
-    total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
-    for start in range(0, length, chunk):
-        rows = torch.arange(start, min(start + chunk, length), device=query.device).expand(batch, -1)
-        total = total + _rows(query, key, rows, scaling, mask, False).sum(1)
-    return total / length
+    share = query.new_full((1, batch, length), 1 / length, dtype=torch.float32)
+    return attention_sums(query, key, share, scaling, mask=mask, chunk=chunk)[0]
 
 
-def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: Tensor, chunk: int) -> Tensor:
+def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: Tensor, chunk: int | None) -> Tensor:
     ends: list[int] = segments.tolist()
     starts: dict[int, list[int]] = {}
     for start, end in pairwise(ends):
@@ -73,7 +70,7 @@ def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: 
             steps = torch.arange(length, device=query.device)
             place = put(same, query.device)[:, None] + steps
             q, k = query[0][:, place].transpose(0, 1), key[0][:, place].transpose(0, 1)
-            total[0, place] = attention_received(q, k, scaling, chunk=max(1, chunk // len(same)))
+            total[0, place] = attention_received(q, k, scaling, chunk=chunk)
     return total
 
 
@@ -86,22 +83,31 @@ def attention_sums(
     mask: Tensor | None = None,
     causal: bool = False,
     heads: Heads = "mean",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Weighted sums of attention rows: softmax attention, mean over heads, times weights, summed over the queries.
 
-    weights: [G, B, Q], one weight per query and sum. heads: see `Heads`. Other shapes as in `attention_rows`; returns
-    [G, B, K] float32, of groups [G, B, Hk, K]. Streams over the queries: memory is [B, H, chunk, K].
+    weights: [G, B, Q], one weight per query and sum, 0 of queries that see nothing. heads: see `Heads`. Other shapes as
+    in `attention_rows`; returns [G, B, K] float32, of groups [G, B, Hk, K]. Streams over the queries, `chunk` at a time
+    or as many as `blocks.at_once` allows: memory is [B, H, chunk, K], and keys that no query of a block sees are left
+    out of it.
     """
-    batch, length = query.shape[0], query.shape[2]
-    each = key.shape[1:2] if heads == "groups" else ()
-    total = query.new_zeros(weights.shape[0], batch, *each, key.shape[2], dtype=torch.float32)
+    (batch, every, length, _), (groups, keys) = query.shape, key.shape[1:3]
+    joined = {"mean": 1, "max": 1, "groups": groups}[heads]
+    total = query.new_zeros(batch, joined, len(weights), keys, dtype=torch.float32)
+    chunk = chunk or at_once(batch * every * keys, query.device)
     for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        rows = torch.arange(start, end, device=query.device).expand(batch, -1)
-        part = _rows(query, key, rows, scaling, mask, causal, heads)
-        total = total + torch.einsum("gbq,b...qk->gb...k", weights[..., start:end].float(), part)
-    return total
+        span = slice(start, min(start + chunk, length))
+        part = _span(query, key, span, scaling, mask, causal).softmax(-1)
+        part = part.amax(1, keepdim=True) if heads == "max" else part
+        # Rows of all heads that become one stand in one matrix: their sum is a product with the weights.
+        part = part.view(batch, joined, -1, part.shape[-1])
+        weight = (
+            weights[:, :, None, span].float().transpose(0, 1).expand(-1, -1, part.shape[2] // (span.stop - start), -1)
+        )
+        total[..., : part.shape[-1]] += torch.matmul(weight.flatten(2)[:, None], part)
+    total = total if heads == "max" else total / (every // joined)
+    return total.movedim(2, 0) if heads == "groups" else total[:, 0].transpose(0, 1)
 
 
 def attention_logits(
@@ -112,23 +118,48 @@ def attention_logits(
     Arguments as in `attention_rows`; what the mask or causality hides is the lowest float.
     """
     batch, heads, length, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    index = rows[:, None, :, None]
-    # The heads that share keys stand one behind the other, so that no key is repeated in memory.
-    q = query.gather(2, index.expand(batch, heads, -1, width)).reshape(batch, groups, -1, width)
-    logits = torch.matmul(q, key.transpose(-1, -2)).float() * scaling
-    logits = logits.view(batch, heads, -1, keys)
-    lowest = torch.finfo(torch.float32).min
+    keys, index = key.shape[2], rows[:, None, :, None]
+    logits = _products(query.gather(2, index.expand(batch, heads, -1, width)), key, scaling)
     if mask is not None and mask.ndim == 4:
         picked = mask.expand(batch, mask.shape[1], length, -1)[..., :keys]
-        picked = picked.gather(2, index.expand(batch, mask.shape[1], -1, keys))
-        logits = logits.masked_fill(~picked, lowest) if picked.dtype == torch.bool else logits + picked.float()
+        logits = _hide(logits, picked.gather(2, index.expand(batch, mask.shape[1], -1, keys)))
     elif mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None, -keys:].bool(), lowest)
+        logits = _hide(logits, mask[:, None, None, -keys:].bool())
     if causal:
-        visible = torch.arange(keys, device=query.device) <= index + (keys - length)
-        logits = logits.masked_fill(~visible, lowest)
+        logits = _hide(logits, torch.arange(keys, device=query.device) <= index + (keys - length))
     return logits
+
+
+def _span(query: Tensor, key: Tensor, rows: slice, scaling: float, mask: Tensor | None, causal: bool) -> Tensor:
+    """As `attention_logits`, of rows that follow one another and the keys up to the last one that they see."""
+    length, keys = query.shape[2], key.shape[2]
+    seen = rows.stop + keys - length if causal else keys
+    logits = _products(query[:, :, rows], key[:, :, :seen], scaling)
+    if mask is not None and mask.ndim == 4:
+        logits = _hide(logits, mask[:, :, rows if mask.shape[2] > 1 else slice(None), :seen])
+    elif mask is not None:
+        logits = _hide(logits, mask[:, None, None, -keys:][..., :seen].bool())
+    if causal:
+        count = rows.stop - rows.start
+        later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+        logits[..., seen - count :].masked_fill_(later, torch.finfo(torch.float32).min)
+    return logits
+
+
+def _products(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Of all rows of `query` with all keys, scaled, in float32; the heads that share keys stand one behind the other,
+    so that no key is repeated in memory."""
+    batch, heads, rows, width = query.shape
+    groups = key.shape[1]
+    logits = torch.matmul(query.reshape(batch, groups, -1, width), key.transpose(-1, -2)).float().mul_(scaling)
+    return logits.view(batch, heads, rows, key.shape[2])
+
+
+def _hide(logits: Tensor, mask: Tensor) -> Tensor:
+    """`logits`, of which nobody else knows, with the mask put on: False is not seen, or what is to be added."""
+    if mask.dtype == torch.bool:
+        return logits.masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return logits.add_(mask.float())
 
 
 def soft_mask(weights: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -15,14 +15,22 @@ LEAST = 16
 """No block has fewer tokens of each item."""
 
 
+def at_once(numbers: int, device: torch.device) -> int:
+    """How many rows of so many numbers are worked on together.
+
+    >>> at_once(2**10, torch.device("cpu")), at_once(2**20, torch.device("cpu"))
+    (256, 16)
+    """
+    return max(LEAST, (CACHED if device.type == "cpu" else HELD) // max(1, numbers))
+
+
 def blocks(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tokens of `rows` [I, N, D] block by block, with the same ones of `others` [I, N, ...].
 
     >>> [some.shape[1] for some, _ in blocks(torch.zeros(1, 40, 2**16), torch.arange(40)[None])]
     [16, 16, 8]
     """
-    numbers = CACHED if rows.device.type == "cpu" else HELD
-    size = max(LEAST, numbers // max(1, rows.shape[0] * rows.shape[2]))
+    size = at_once(rows.shape[0] * rows.shape[2], rows.device)
     return zip(*(torch.split(each, size, 1) for each in (rows, *others)), strict=True)
 
 
