@@ -43,13 +43,14 @@ from vtc.engine.inputs import (
     given_contexts,
 )
 from vtc.engine.llm_pass import LLMPass, row_ends
+from vtc.engine.llm_recorder import LLMRecorder
 from vtc.engine.lookup import Lookup
 from vtc.engine.maker import Maker
 from vtc.engine.masks import attention_of, first_mask, group_mask
 from vtc.engine.notes import bounded, without_frames
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
-from vtc.engine.stages import StageRunner
+from vtc.engine.stages import StageRunner, check_plan
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, Plan, Positions
 from vtc.method.budget import Budget, ItemBudgets
@@ -92,6 +93,7 @@ class Engine:
         bounds: Bounds | None = None,
         processor: Any = None,
     ) -> None:
+        check_plan(method, plan, adapter.spec)
         self.adapter, self.method, self.plan, self.budget = adapter, method, plan, budget
         self.positions, self.pad_output, self.tracing = positions, pad_output, trace
         self.spec = adapter.spec
@@ -102,10 +104,10 @@ class Engine:
             self.module.to(device_of(adapter.language_model))
         pairs = [Pair(name, method.name, adapter, processor) for name in plan.needs.pairs]
         self.pairs = tuple(pair.shape for pair in pairs)
-        self.stages = StageRunner(adapter, method, plan, budget, self.module, pairs)
-        self.recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
         self.passes = Passes[LLMPass]()
-        self.taps, self.block_hooks = self.stages.taps(self.passes), self.stages.hooks(self.passes)
+        self.llm_recorder = LLMRecorder(adapter, method, plan, self.module, self.passes)
+        self.stages = StageRunner(adapter, method, plan, budget, self.module, pairs, self.llm_recorder)
+        self.vision_recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
         self.lookup = Lookup(adapter, self.passes)
         self.entry = Entry(adapter, bounds or Bounds())
         self._warned = False
@@ -123,14 +125,13 @@ class Engine:
         # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
         flash = "flash" in attention_of(language_model.config)
         layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or flash]
-        inside = (*(layer for _, layer in layers), *self.block_hooks.modules)
+        inside = (*(layer for _, layer in layers), *self.llm_recorder.hooked)
         self._hooked = (adapter.model, adapter.backbone, language_model, *inside)
         check_compiled(self._hooked, language_model, inside=bool(inside))
         adapter.model.__dict__[OWNER] = self
         self.entry.watch.install()
-        self.recorder.install()
-        self.taps.install()
-        self.block_hooks.install()
+        self.vision_recorder.install()
+        self.llm_recorder.install()
         if 0 in self.stages.noted:
             self.lookup.install()
         handles = self._handles
@@ -164,9 +165,8 @@ class Engine:
             block.remove()
         if self.attached:
             self.entry.watch.remove()
-            self.recorder.remove()
-            self.taps.remove()
-            self.block_hooks.remove()
+            self.vision_recorder.remove()
+            self.llm_recorder.remove()
             self.lookup.remove()
             del self.adapter.model.__dict__[OWNER]
 
@@ -204,7 +204,7 @@ class Engine:
             one = self._begin(module)
         one.inside, given = True, by_name(module, args, kwargs)
         if carries_media(given):
-            one.given = given_contexts(given, self.recorder.recall)
+            one.given = given_contexts(given, self.vision_recorder.recall)
             self.entry.find(one, given)
             return args, self.lookup.begin(one, given, kwargs)
         self._warned = check_without_media(given, self.adapter.placeholders.values(), self._warned)
@@ -239,7 +239,7 @@ class Engine:
                     one.note(stage)
                 return args, {**kwargs, "inputs_embeds": states.all()}
             check_router(kwargs)
-        self.stages.check_checkpointing()
+        self.llm_recorder.check_checkpointing()
         config = self.adapter.language_model.config
         check_attentions(kwargs, config, self.pad_output and one.now.items is not None)
         self._conduct(one, kwargs)

@@ -81,7 +81,7 @@ def attention_mass(
                 logits = _masked(logits.flatten(1, 2), mask, tau, causal, first, before, keys)
                 if step == 0:
                     norms.append(logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min))
-                weights = (logits - norms[number]).exp_()
+                weights = logits.sub_(norms[number]).exp_()
                 if keep:
                     stored.append(weights)
             else:
