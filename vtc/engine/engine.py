@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +17,13 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.base import Adapter
-from vtc.adapters.compat import check_checkpointing
 from vtc.adapters.placement import device_of
 from vtc.batch.context import VisionContext
 from vtc.batch.prompt import Bounds
 from vtc.batch.trace import CallRecord, Stats
 from vtc.engine.cache import CompressedCache
 from vtc.engine.copies import CopyGuard
-from vtc.engine.deepstack import add_features, take_over
+from vtc.engine.deepstack import take_over
 from vtc.engine.encoder import VisionRecorder
 from vtc.engine.entry import Entry
 from vtc.engine.guards import BatchingBlock, check_without_media, refuse_skipped
@@ -42,39 +39,21 @@ from vtc.engine.inputs import (
     check_router,
     given_contexts,
 )
+from vtc.engine.layer_hooks import LayerHooks
 from vtc.engine.llm_pass import LLMPass, row_ends
 from vtc.engine.llm_recorder import LLMRecorder
 from vtc.engine.lookup import Lookup
 from vtc.engine.maker import Maker
-from vtc.engine.masks import attention_of, first_mask, group_mask
-from vtc.engine.notes import bounded, without_frames
+from vtc.engine.masks import first_mask
+from vtc.engine.notes import bounded, guarded
 from vtc.engine.pairs import Pair
 from vtc.engine.passes import Passes
 from vtc.engine.stages import StageRunner, check_plan
 from vtc.errors import UnsupportedCall, VTCError
 from vtc.method.base import Compressor, Plan, Positions
 from vtc.method.budget import Budget, ItemBudgets
-from vtc.method.states import States
 
 OWNER = "_vtc_engine"
-
-
-def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the hook's host time and remember what it raised, for callers that swallow exceptions."""
-
-    @functools.wraps(hook)
-    def guarded(self: Engine, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return hook(self, *args, **kwargs)
-        except Exception as error:
-            self.errors.append(without_frames(error))
-            raise
-        finally:
-            if (one := self.passes.current) is not None:
-                one.seconds += time.perf_counter() - start
-
-    return guarded
 
 
 class Engine:
@@ -108,6 +87,7 @@ class Engine:
         self.llm_recorder = LLMRecorder(adapter, method, plan, self.module, self.passes)
         self.stages = StageRunner(adapter, method, plan, budget, self.module, pairs, self.llm_recorder)
         self.vision_recorder = VisionRecorder(adapter, plan.needs, self.stages.encoder, encoded=self._encoded)
+        self.layers = LayerHooks(adapter, self.stages, self.passes, self.errors)
         self.lookup = Lookup(adapter, self.passes)
         self.entry = Entry(adapter, bounds or Bounds())
         self._warned = False
@@ -120,12 +100,8 @@ class Engine:
         adapter = self.adapter
         if OWNER in adapter.model.__dict__:
             raise VTCError("this model already has a method attached; detach it first (leave its `with` block)")
-        first = min([*self.stages.starts[1:], 1 if adapter.deepstack else len(adapter.layers)])
         language_model = adapter.language_model
-        # FlashAttention reads gapped position ids as packed sequences: there they are withheld from every layer.
-        flash = "flash" in attention_of(language_model.config)
-        layers = [(i, layer) for i, layer in enumerate(adapter.layers) if i >= first or flash]
-        inside = (*(layer for _, layer in layers), *self.llm_recorder.hooked)
+        inside = (*self.layers.find(), *self.llm_recorder.hooked)
         self._hooked = (adapter.model, adapter.backbone, language_model, *inside)
         check_compiled(self._hooked, language_model, inside=bool(inside))
         adapter.model.__dict__[OWNER] = self
@@ -141,11 +117,7 @@ class Engine:
         handles.append(adapter.backbone.register_forward_hook(self._leave_backbone, with_kwargs=True, always_call=True))
         handles.append(language_model.register_forward_pre_hook(self._enter_llm, with_kwargs=True))
         handles.append(language_model.register_forward_hook(self._leave_llm, with_kwargs=True, always_call=True))
-        for index, layer in layers:
-            hook = functools.partial(self._enter_layer, index)
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            if index in self.stages.skips:  # in front of hooks that look at what leaves the layer
-                handles.append(layer.register_forward_hook(self._leave_layer, prepend=True))
+        self.layers.install()
         for block in self._blocks:
             block.install()
 
@@ -159,6 +131,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.layers.remove()
         for one in self.passes:
             self._drop(one)
         for block in self._blocks:
@@ -185,7 +158,7 @@ class Engine:
         return getattr(self._loss, "value", None)
 
     # --- hooks
-    @_guarded
+    @guarded
     def _enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         one, given = self._begin(module), by_name(module, args, kwargs)
         one.labels, one.numbered, one.media = given.get("labels"), asks_rows(given), carries_media(given)
@@ -197,7 +170,7 @@ class Engine:
         if one.media:
             check_compiled(self._hooked, self.adapter.language_model, inside=False)
 
-    @_guarded
+    @guarded
     def _enter_backbone(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         one = self.passes.current
         if one is None or one.inside:
@@ -218,7 +191,7 @@ class Engine:
         one.contexts = (*one.contexts, context)
         return output if one.rows is None else one.rows.narrow(context.kind, output)
 
-    @_guarded
+    @guarded
     def _enter_llm(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         one = self.passes.current
         if one is None or one.batch is not None:
@@ -257,40 +230,7 @@ class Engine:
             one.cache.seen += one.now.length
         return args, kwargs
 
-    @_guarded
-    def _enter_layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        one = self.passes.current
-        if one is None or not one.conducted:
-            return None
-        check_checkpointing(module)
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        hidden = add_features(one.features, index, hidden, one.now.rows)
-        if index > 0 and index in self.stages.starts:
-            one.batch = one.now.to(hidden.device)
-            one.rotary = one.rotary if one.group else kwargs["position_embeddings"]
-            if one.now.items is not None:
-                hidden = self.stages.run(index, one, States(hidden))
-            positions, mask = one.enter(index, hidden.device)
-            one.mask = group_mask(self.adapter.language_model.config, one, index, mask, hidden)
-            one.rotary = self.adapter.language_model.rotary_emb(hidden, positions)
-        kwargs["position_ids"] = None  # rotary phases come from position_embeddings; ids only feed packing detection
-        if one.group > 0:
-            kwargs["attention_mask"], kwargs["position_embeddings"] = one.mask, one.rotary
-        if args:
-            return (hidden, *args[1:]), kwargs
-        kwargs["hidden_states"] = hidden
-        return args, kwargs
-
-    @_guarded
-    def _leave_layer(self, module: Any, args: Any, output: Any) -> Any:
-        one = self.passes.current
-        if one is None or not one.conducted or one.aside is None:
-            return output
-        if isinstance(output, tuple):
-            return (one.put_back(output[0]), *output[1:])
-        return one.put_back(output)
-
-    @_guarded
+    @guarded
     def _leave_llm(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         one = self.passes.current
         if one is None or one.batch is None:  # nothing was entered; of pixels that went in the model's hook knows
@@ -309,13 +249,13 @@ class Engine:
             self._leave(module)
         return output
 
-    @_guarded
+    @guarded
     def _leave_backbone(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if output is not None and (one := self.passes.current) is not None:
             self.lookup.restore(one, output)
         self._leave(module)
 
-    @_guarded
+    @guarded
     def _leave_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         one = self._leave(module)
         if one is not None and one.media and output is not None:

@@ -1,9 +1,15 @@
-"""What is kept of an exception: its type and message, without the frames and tensors that its traceback holds."""
+"""What is noted of hooks: how long they took, and of an exception its type and message, without frames and tensors."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vtc.engine.passes import Passes
 
 LIMIT = 100
 """Exceptions kept; older ones go."""
@@ -22,3 +28,28 @@ def without_frames(error: Exception) -> Exception:
 def bounded() -> deque[Exception]:
     """An empty list of the last exceptions."""
     return deque(maxlen=LIMIT)
+
+
+class Noting(Protocol):
+    """What has hooks."""
+
+    errors: deque[Exception]
+    passes: Passes[Any]
+
+
+def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the hook's host time and remember what it raised, for callers that swallow exceptions."""
+
+    @functools.wraps(hook)
+    def timed(self: Noting, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return hook(self, *args, **kwargs)
+        except Exception as error:
+            self.errors.append(without_frames(error))
+            raise
+        finally:
+            if (one := self.passes.current) is not None:
+                one.seconds += time.perf_counter() - start
+
+    return timed
