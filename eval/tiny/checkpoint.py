@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vtc.errors import InputError
@@ -58,3 +59,15 @@ def load(folder: Path, settings: dict[str, Any], device: torch.device) -> dict[s
         different = sorted(key for key in settings if state["settings"].get(key) != settings[key])
         raise InputError(f"{path} holds a run with other settings ({', '.join(different)}): choose another --out")
     return state
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Load those of `tensors` that the module has under the same name and in the same shape; returns their names.
+
+    >>> fill(nn.Linear(2, 3), {"weight": torch.zeros(3, 2), "bias": torch.zeros(4)})
+    ['weight']
+    """
+    own = module.state_dict()
+    fitting = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
+    module.load_state_dict(fitting, strict=False)
+    return list(fitting)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.app.loading import load
-from vtc.eval.tiny import loop, record
+from vtc.eval.tiny import checkpoint, loop, record
 from vtc.eval.tiny.export import export
 from vtc.eval.tiny.family import Family, Recorder, Seen, media_inputs, prefix_ids
 from vtc.eval.tiny.heads import CellHeads
@@ -188,11 +188,7 @@ def take_over(model: nn.Module, start: str) -> list[str]:
     Returns their names: of another class the language model, of the same class everything. Raises InputError where
     nothing can be loaded.
     """
-    found = load(start, device="cpu", dtype="float32").model.state_dict()
-    own = model.state_dict()
-    shared = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
-    model.load_state_dict(shared, strict=False)
-    return list(shared)
+    return checkpoint.fill(model, load(start, device="cpu", dtype="float32").model.state_dict())
 
 
 def train_mixture(

@@ -133,14 +133,11 @@ def begin_with(source: str, module: nn.Module | None) -> None:
         ...
     vtc.errors.InputError: start='atp-tiny-llava' holds no tensor ...
     """
-    tensors, own = store.read(source)[0], module.state_dict() if module is not None else {}
-    fitting = {name: each for name, each in tensors.items() if name in own and own[name].shape == each.shape}
-    if module is None or not fitting:
+    if module is None or not checkpoint.fill(module, store.read(source)[0]):
         raise InputError(
             f"start={source!r} holds no tensor whose name and shape are those of one in this module; give weights of "
             "the same method and width"
         )
-    module.load_state_dict(fitting, strict=False)
 
 
 def train(
