@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.blocks import at_once
 from vtc.ops.checks import numbers
 from vtc.ops.select import TIE, first_best
 
 STORE = 2**26
 """Similarities held at once (256 MiB); where one item has more, every step computes them again."""
-BLOCK = 2**22
-"""Numbers that a step works on at once."""
 
 
 def coverage(features: Tensor, worth: Tensor, steps: int, mask: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def coverage(features: Tensor, worth: Tensor, steps: int, mask: Tensor) -> Tenso
         return torch.cat([coverage(x, value, steps, real) for x, value, real in parts])
     unit = torch.nn.functional.normalize(numbers(features, mask).detach().float(), dim=2).nan_to_num(0.0)
     held = torch.bmm(unit, unit.transpose(1, 2)) if length * length <= STORE else None
-    item, size = torch.arange(items, device=mask.device), max(1, BLOCK // max(1, items * length))
+    item, size = torch.arange(items, device=mask.device), at_once(items * length, mask.device)
     covered = torch.where(mask, 0.0, torch.inf)  # what is not there cannot gain
     left, order = mask, item.new_zeros(items, steps)
     for step in range(steps):
