@@ -34,6 +34,7 @@ from vtc.ops.grid import (
 )
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
 from vtc.ops.host import put
+from vtc.ops.merge import merge_step
 from vtc.ops.pagerank import attention_mass
 from vtc.ops.select import (
     apportion,
@@ -619,3 +620,27 @@ def test_cases_equal_their_plain_reference(name: str) -> None:
     assert case.plain is not None
     given = case.make("small")
     assert same(case.op(**given), case.plain(**given), case.tolerance)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pairs_that_only_rounding_tells_apart_merge_in_the_order_of_their_places(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ones = torch.randn(1, 24, 96, generator=generator)
+    scaled = ones * (0.3 + 3 * torch.rand(1, 24, 1, generator=generator))
+    target, anchor = merge_step(torch.stack([ones, scaled], 2).view(1, 48, 96), [48], [8])
+    gone = set(range(48)) - set(anchor[0].tolist())
+    assert gone == set(range(0, 16, 2))
+    assert torch.equal(target[0, 0:16:2], target[0, 1:16:2])
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 5), (1, 4, 3), (3, 6, 2, 4)])
+def test_rows_are_taken_of_any_layout(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(shape, generator=generator)
+    index = torch.randint(shape[1], (shape[0], 7), generator=generator)
+    expected = torch.stack([row[at] for row, at in zip(rows, index, strict=True)])
+    for laid in (rows, rows.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(take_rows(laid, index), expected)
+    assert torch.equal(take_rows(rows[..., 0], index), expected[..., 0])
+    assert take_rows(rows[:0], index[:0]).shape == (0, 7, *shape[2:])
+    assert take_rows(rows[:, :0], index[:, :0]).shape == (shape[0], 0, *shape[2:])

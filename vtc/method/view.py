@@ -217,13 +217,10 @@ class StageView:
 
         reading: which of several.
         """
-        rows = self.vision_rows[layer, reading or _only(self.needs.vision[layer])][self.items.source]
-        index = self.items.token
-        if rows.ndim == 2:
-            return rows.gather(1, index)
-        if rows.ndim > 3:
-            return take_rows(rows, index)
-        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+        rows = self.vision_rows[layer, reading or _only(self.needs.vision[layer])]
+        if self.items.sources != tuple(range(len(rows))):
+            rows = rows[self.items.source]
+        return take_rows(rows, self.items.token)
 
     def vision_lead(self, layer: int, reading: VisionReading | None = None) -> Tensor:
         """[I, P, ...] what was recorded of the P rows in front of the patches, such as a class token.

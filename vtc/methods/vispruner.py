@@ -14,7 +14,6 @@ from vtc.errors import VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Scope, Selection, StageView
 from vtc.method.parts import groups
 from vtc.method.registry import register
-from vtc.ops.checks import numbers
 from vtc.ops.host import put
 from vtc.ops.merge import group_places
 from vtc.ops.rank import order_by
@@ -109,7 +108,7 @@ def diverse(features: Tensor, order: Tensor, counts: Sequence[int], left: Sequen
         place = torch.arange(first.shape[1], device=order.device)
         compared, others = 2 * place < count, 2 * place[: second.shape[1]] + 1 < count
         alike = highest(take_rows(unit, first), take_rows(unit, second), others)
-        falling = order_by(best=numbers(alike, compared).masked_fill(~compared, -torch.inf))
+        falling = order_by(best=settle(alike, compared))
         stays = torch.cat([(place >= leave) & compared, others], 1)
         order = torch.cat([first.gather(1, falling), second], 1).gather(1, front_pack(stays, max(now)))
     return order

@@ -18,6 +18,7 @@ from vtc.ops.blocks import blocks, lengths
 from vtc.ops.checks import numbers
 from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
+from vtc.ops.select import settle, take_rows
 
 RowOrder = Literal["similarity", "index"]
 Step = Callable[[Tensor, Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
@@ -93,7 +94,7 @@ def merge_step(
     width = max((n - r for n, r in zip(counts, merged, strict=True)), default=0)
     count, gone = put(counts, device), put(merged, device)[:, None]
     partner, similarity = best_match(metric, count, protected=protected)
-    rank = inverse(order_by(best=similarity))
+    rank = inverse(order_by(best=settle(similarity, similarity > -torch.inf)))
     slots = torch.arange(rank.shape[1], device=device).expand(groups, -1)
     unmerged = rank >= gone
     real = 2 * slots < count[:, None]
@@ -180,8 +181,7 @@ def merge_rows(x: Tensor, target: Tensor, weight: Tensor, rows: int, *, dtype: t
 
 def unmerge(x: Tensor, target: Tensor) -> Tensor:
     """Give every token the row it ended in: x [G, K, D], target [G, t] -> [G, t, D]; zeros where target is K."""
-    spare = torch.nn.functional.pad(x, (0, 0, 0, 1))
-    return spare.gather(1, target[..., None].expand(-1, -1, x.shape[2]))
+    return take_rows(torch.nn.functional.pad(x, (0, 0, 0, 1)), target)
 
 
 def group_places(group: Tensor, mask: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.rank import inverse, order_by, rank_in_group
-from vtc.ops.select import top_k
+from vtc.ops.select import settle, top_k
 
 CHUNK = 1024
 
@@ -118,7 +118,7 @@ def released_order(
     """
     rows, columns = tiling
     height, width = grid
-    rank, inside = inverse(order_by(best=scores)), rank_in_group(group)
+    rank, inside = inverse(order_by(best=settle(scores))), rank_in_group(group)
     tile = (group - 1).clamp(min=0)
     row = tile // columns * height + inside // width
     line = columns * width + 1

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.method.base import Selection, StageView
 from vtc.ops.checks import numbers
 from vtc.ops.rank import inverse, order_by
-from vtc.ops.select import in_groups, take_rows
+from vtc.ops.select import in_groups, settle, take_rows
 
 EPSILON = 1e-8
 BLOCK = 2**22
@@ -132,8 +132,7 @@ def merged_first(kept: Tensor, members: Tensor, chosen: Tensor, similarity: Tens
     items, length = kept.shape
     windows = chosen.shape[1]
     tokens = torch.arange(length, device=kept.device)
-    value = similarity.masked_fill(~chosen, -torch.inf)
-    rank = inverse(order_by(best=value))
+    rank = inverse(order_by(best=settle(similarity, chosen)))
     key = torch.where(kept, tokens + windows, tokens + windows + length)
     key = torch.cat([key, key.new_zeros(items, 1)], dim=1)
     key = key.scatter(1, torch.where(chosen, members[..., 0], length), rank)[:, :length]
