@@ -34,7 +34,7 @@ from vtc.ops.grid import (
 )
 from vtc.ops.hashing import fingerprint, joint_fingerprint, uniform
 from vtc.ops.host import put
-from vtc.ops.merge import merge_step
+from vtc.ops.merge import best_match, merge_step
 from vtc.ops.pagerank import attention_mass
 from vtc.ops.select import (
     apportion,
@@ -631,6 +631,16 @@ def test_pairs_that_only_rounding_tells_apart_merge_in_the_order_of_their_places
     gone = set(range(48)) - set(anchor[0].tolist())
     assert gone == set(range(0, 16, 2))
     assert torch.equal(target[0, 0:16:2], target[0, 1:16:2])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_partners_that_only_rounding_tells_apart_the_first_is_taken(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    one = torch.randn(1, 1, 96, generator=generator)
+    tokens = one * (0.3 + 3 * torch.rand(1, 41, 1, generator=generator))
+    partner, _ = best_match(tokens, torch.tensor([41]))
+    assert not partner.any()
+    assert not nearest.nearest(tokens, tokens[:, 1:], torch.ones(1, 40, dtype=torch.bool)).any()
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 5), (1, 4, 3), (3, 6, 2, 4)])

@@ -18,7 +18,7 @@ from vtc.ops.blocks import blocks, lengths
 from vtc.ops.checks import numbers
 from vtc.ops.host import put
 from vtc.ops.rank import inverse, order_by
-from vtc.ops.select import settle, take_rows
+from vtc.ops.select import TIE, first_best, settle, take_rows
 
 RowOrder = Literal["similarity", "index"]
 Step = Callable[[Tensor, Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
@@ -72,9 +72,10 @@ def best_match(metric: Tensor, counts: Tensor, *, protected: int = 0) -> tuple[T
     partner, similarity = [], []
     for part in torch.split(sources, max(1, BLOCK // max(1, groups * targets.shape[1])), dim=1):
         like = torch.bmm(part.float(), targets.float().transpose(1, 2)).mul_(scale[:, None, 1::2])
-        value, index = like.masked_fill_(~present[:, None], -torch.inf).max(-1)
-        partner.append(index)
-        similarity.append(value)
+        like.masked_fill_(~present[:, None], -torch.inf)
+        slack = TIE * torch.linalg.vector_norm(part, dim=2, keepdim=True, dtype=torch.float32)
+        partner.append(first_best(like, slack))
+        similarity.append(like.amax(-1))
     proposes = (2 * places < counts[:, None]) & (2 * places >= protected)
     rated = torch.cat(similarity, 1) * scale[:, ::2]
     return torch.cat(partner, 1), numbers(rated, proposes).masked_fill(~proposes, -torch.inf)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops.merge import merge_rows
-from vtc.ops.select import front_pack, group_sizes, take_rows
+from vtc.ops.select import TIE, first_best, front_pack, group_sizes, take_rows
 
 BLOCK = 1 << 24
 """Similarities held at a time."""
@@ -28,9 +28,9 @@ def nearest(x: Tensor, others: Tensor, there: Tensor, block: int = BLOCK) -> Ten
     chunk = max(1, block // max(1, groups * others.shape[1]))
     found = torch.zeros(groups, length, dtype=torch.long, device=x.device)
     for start in range(0, length, chunk):
-        # A token's own length ranks nothing.
-        like = torch.bmm(x[:, start : start + chunk].float(), unit)
-        found[:, start : start + chunk] = like.add_(absent).max(2).indices  # the first of equals
+        some = x[:, start : start + chunk].float()  # a token's own length ranks nothing
+        slack = TIE * some.norm(dim=2, keepdim=True)
+        found[:, start : start + chunk] = first_best(torch.bmm(some, unit).add_(absent), slack)
     return found
 
 
