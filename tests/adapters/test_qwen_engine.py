@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtc
-from vtc.engine import engine
+from vtc.engine import layer_hooks
 from vtc.errors import UnsupportedCall
 from vtc.method.base import Compressor, Positions
 from vtc.testing import FixedKeep, Oracle, snapshot, tiny_inputs, tiny_model
@@ -242,15 +242,15 @@ def test_deepstack_rows_are_added_where_the_model_adds_them(
     inputs = tiny_inputs("qwen3-vl", BOTH, seed=3, model=model)
     attach = lambda model: vtc.compress(model, method)  # noqa: E731
     assert against_oracle(model, inputs, attach, 2) <= limits.logits
-    add = engine.add_features
+    add = layer_hooks.add_features
     wrong: list[Any] = [  # none at all; one layer late
         lambda features, layer, hidden, rows: hidden,
         lambda features, layer, hidden, rows: add(features, layer - 1, hidden, rows),
     ]
     for fault in wrong:
-        monkeypatch.setattr(engine, "add_features", fault)
+        monkeypatch.setattr(layer_hooks, "add_features", fault)
         assert against_oracle(model, inputs, attach, 2) > limits.broken
-    monkeypatch.setattr(engine, "add_features", add)
+    monkeypatch.setattr(layer_hooks, "add_features", add)
     assert against_oracle(model, inputs, attach, 2) <= limits.logits
 
 

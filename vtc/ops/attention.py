@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
@@ -54,9 +55,10 @@ def attention_received(
     """
     if segments is not None:
         return _received_in_segments(query, key, scaling, segments, chunk)
-    batch, _, length, _ = query.shape
-    share = query.new_full((1, batch, length), 1 / length, dtype=torch.float32)
-    return attention_sums(query, key, share, scaling, mask=mask, chunk=chunk)[0]
+    total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
+    for _, part in _stream(query, key, scaling, mask, False, "mean", chunk):
+        total += part.sum((1, 2))
+    return total / (query.shape[1] * query.shape[2])
 
 
 def _received_in_segments(query: Tensor, key: Tensor, scaling: float, segments: Tensor, chunk: int | None) -> Tensor:
@@ -92,22 +94,41 @@ def attention_sums(
     or as many as `blocks.at_once` allows: memory is [B, H, chunk, K], and keys that no query of a block sees are left
     out of it.
     """
-    (batch, every, length, _), (groups, keys) = query.shape, key.shape[1:3]
-    joined = {"mean": 1, "max": 1, "groups": groups}[heads]
-    total = query.new_zeros(batch, joined, len(weights), keys, dtype=torch.float32)
-    chunk = chunk or at_once(batch * every * keys, query.device)
+    joined = _joined(key, heads)
+    total = query.new_zeros(len(key), joined, len(weights), key.shape[2], dtype=torch.float32)
+    for span, part in _stream(query, key, scaling, mask, causal, heads, chunk):
+        weight = weights[:, :, None, span].float().transpose(0, 1)
+        weight = weight.expand(-1, -1, part.shape[2] // weight.shape[3], -1).flatten(2)
+        total[..., : part.shape[3]] += torch.matmul(weight[:, None], part)
+    total = total if heads == "max" else total * (joined / query.shape[1])
+    return total.movedim(2, 0) if heads == "groups" else total[:, 0].transpose(0, 1)
+
+
+def _joined(key: Tensor, heads: Heads) -> int:
+    """How many rows of weights the heads of a query become."""
+    return key.shape[1] if heads == "groups" else 1
+
+
+def _stream(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    causal: bool,
+    heads: Heads,
+    chunk: int | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Queries that follow one another, with their attention [B, 1 or Hk, n, K'] to the K' keys that any of them sees.
+
+    n rows: those of all heads that become one, head by head, so that a sum over them is a product with the weights.
+    """
+    batch, every, length, _ = query.shape
+    chunk = chunk or at_once(batch * every * key.shape[2], query.device)
     for start in range(0, length, chunk):
         span = slice(start, min(start + chunk, length))
         part = _span(query, key, span, scaling, mask, causal).softmax(-1)
         part = part.amax(1, keepdim=True) if heads == "max" else part
-        # Rows of all heads that become one stand in one matrix: their sum is a product with the weights.
-        part = part.view(batch, joined, -1, part.shape[-1])
-        weight = (
-            weights[:, :, None, span].float().transpose(0, 1).expand(-1, -1, part.shape[2] // (span.stop - start), -1)
-        )
-        total[..., : part.shape[-1]] += torch.matmul(weight.flatten(2)[:, None], part)
-    total = total if heads == "max" else total / (every // joined)
-    return total.movedim(2, 0) if heads == "groups" else total[:, 0].transpose(0, 1)
+        yield span, part.view(batch, _joined(key, heads), -1, part.shape[-1])
 
 
 def attention_logits(
