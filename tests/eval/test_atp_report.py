@@ -57,7 +57,7 @@ def test_the_embedded_weights_load_by_name(name: str) -> None:
 
 @pytest.mark.slow
 def test_training_pays(tmp_path: Path) -> None:
-    found = compare(WEIGHTS[0], 30, tmp_path)
+    found = compare(WEIGHTS[0], 20, tmp_path)
     trained = found["trained"]
     for label in OTHERS:
         assert found[label].retention == pytest.approx(trained.retention, abs=0.02), label
