@@ -462,6 +462,11 @@ def test_attention_rows(queries: int, keys: int, groups: int, causal: bool, kind
     if not causal:
         received = attention_received(q, k, 0.7, mask=mask, chunk=2)
         assert float((received - weights.mean(1)).abs().max()) <= limits.attention
+    share = torch.rand(2, 2, queries, generator=g)
+    for chunk in (1, 2, None):
+        found = attention_sums(q, k, share, 0.7, mask=mask, causal=causal, chunk=chunk)
+        expected = torch.einsum("gbq,bqk->gbk", share, weights)
+        assert float((found - expected).abs().max()) <= limits.attention * queries
 
 
 @pytest.mark.parametrize("heads", ["mean", "max", "groups"])
@@ -489,6 +494,9 @@ def test_a_longer_mask_is_cut_to_the_keys(limits: Any) -> None:
     two = torch.nn.functional.pad(seen, (3, 0), value=True)
     assert float((attention_rows(q, k, rows, 0.5, mask=four) - expected).abs().max()) <= limits.attention
     assert float((attention_rows(q, k, rows, 0.5, mask=two) - expected).abs().max()) <= limits.attention
+    sums = [attention_sums(q, k, torch.ones(1, 1, 3), 0.5, mask=each, causal=True) for each in (seen, four, two)]
+    assert float((sums[1] - sums[0]).abs().max()) <= limits.attention
+    assert float((sums[2] - sums[0]).abs().max()) <= limits.attention
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 2], [1, 4, 1, 4, 7]])
