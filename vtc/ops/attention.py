@@ -124,6 +124,7 @@ def _stream(
     """
     batch, every, length, _ = query.shape
     chunk = chunk or at_once(batch * every * key.shape[2], query.device)
+    query, key = query.contiguous(), key.contiguous()  # else every product copies them
     for start in range(0, length, chunk):
         span = slice(start, min(start + chunk, length))
         part = _span(query, key, span, scaling, mask, causal).softmax(-1)
