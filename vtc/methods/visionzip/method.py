@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc.errors import UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, EncoderStage, ModelSpec, Needs, Order, Plan, Selection, StageView
 from vtc.method.layout import VisualItem
-from vtc.method.parts import reordered
+from vtc.method.parts import seated
 from vtc.method.registry import register
 from vtc.method.vision_readings import MeanKeys
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
@@ -97,14 +97,17 @@ class VisionZip(Compressor):
                 score[rows], metric[rows], view.crop[rows], items.mask[rows], shape, [keep[item] for item in same]
             )
             best[rows], target[rows], into[rows] = found
-        tokens = add_mean(view.tokens, into, target, max(keep, default=0))
         kept = best | target
+        rows = add_mean(view.tokens, into, kept, max(keep, default=0))
         into = torch.where(best, torch.arange(into.shape[1], device=into.device), into)
-        if not official:
-            return Selection(kept, counts=keep, tokens=tokens, merged_into=into, scores=score)
-        order = order_by(torch.where(kept, self._block(view, target), 8))  # block by block
-        tokens, into = reordered(kept, tokens, into, order, max(keep, default=0))
-        return Selection(kept, counts=keep, tokens=tokens, merged_into=into, separators=False, scores=score)
+        order = order_by(~kept)
+        if official:  # block by block
+            order = order_by(torch.where(kept, self._block(view, target), 8))
+            number = (kept.cumsum(1) - 1).clamp(min=0)
+            rows = take_rows(rows, number.gather(1, order[:, : rows.shape[1]]))
+        tokens, into = seated(kept, rows, into, order)
+        given = Selection(kept, counts=keep, tokens=tokens, merged_into=into, scores=score)
+        return dataclasses.replace(given, separators=False) if official else given
 
     @staticmethod
     def _block(view: StageView, target: Tensor) -> Tensor:

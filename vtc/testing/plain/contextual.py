@@ -62,12 +62,12 @@ def plain_means(x: Tensor, into: Tensor) -> Tensor:
     return found
 
 
-def plain_add_mean(tokens: Tensor, into: Tensor, target: Tensor) -> Tensor:
-    """x_t + mean of the assigned."""
+def plain_add_mean(tokens: Tensor, into: Tensor, kept: Tensor) -> Tensor:
+    """x_t + mean of the assigned, the kept ones first."""
     found = tokens.clone()
     for crop in range(len(tokens)):
         goes = into[crop].tolist()
-        marks = target[crop].tolist()
+        marks = kept[crop].tolist()
         members: dict[int, list[int]] = {}
         for j, t in enumerate(goes):
             if t >= 0 and not marks[j]:
@@ -75,6 +75,7 @@ def plain_add_mean(tokens: Tensor, into: Tensor, target: Tensor) -> Tensor:
         for t, given in members.items():
             mean = sum(tokens[crop, j].double() for j in given) / len(given)
             found[crop, t] = (tokens[crop, t].double() + mean).to(tokens.dtype)
+        found[crop] = found[crop, sorted(range(len(marks)), key=lambda j: not marks[j])]
     return found
 
 
@@ -119,7 +120,7 @@ def sum_arguments(size: Size) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "into": nearest_target(**given),
-        "target": given["target"],
+        "kept": given["target"],
     }
 
 
