@@ -95,11 +95,11 @@ def report(rows: Iterable[Sequence[str]]) -> str:
     about = f"""CPU, one thread, its processor time, one item of one raster, rows {WIDTH} numbers wide, {SHARE:.0%} of
     the tokens kept, where a method prunes between layers a share that its budget allows. Methods that choose token
     after token keep {STEPS} at every size, and so do those that cluster, with {ITERATIONS} rounds of k-means, so that
-    what grows is N alone. Methods that compare the frames of a video are left out. Medians of {ROUNDS} rounds in which
-    the sizes take turns; a size that takes more than {ENOUGH:.0f} s was measured once, together with its memory. The
-    slope is that of log time over log N between the last two sizes: 1 is linear, 2 quadratic, less than 1 is dominated
-    by what every call costs. Memory is the most that the call of the largest size held at once of what it allocated, as
-    the torch profiler counts; the limit is {LIMIT // 2**30} GiB."""
+    what grows is N alone. Medians of {ROUNDS} rounds in which the sizes take turns; a size that takes more than
+    {ENOUGH:.0f} s was measured once, together with its memory. The slope is that of log time over log N between the
+    last two sizes: 1 is linear, 2 quadratic, less than 1 is dominated by what every call costs. Memory is the most that
+    the call of the largest size held at once of what it allocated, as the torch profiler counts; the limit is
+    {LIMIT // 2**30} GiB."""
     head = "selection", *(f"{side * side} tokens, ms" for side in SIDES), "slope", "peak MiB", "under the limit"
     quadratic = """No selection holds N x N numbers once N is large. Those that compare a share of the tokens with all
     others (merging, the contextual tokens of visionzip, the most isolated token that divprune begins with) stream the
@@ -114,8 +114,6 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name, case in selection_cases().items():
-        if case.video:
-            continue
         rows.append(row(name, measure(case)))
         print(*rows[-1], file=sys.stderr, flush=True)
     sys.stdout.write(report(rows))
