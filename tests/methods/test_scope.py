@@ -64,7 +64,7 @@ def test_held_or_streamed_the_choice_is_the_same(monkeypatch: pytest.MonkeyPatch
     mask = torch.rand(5, 30, generator=generator) < 0.8
     whole = coverage(x, worth, 9, mask)
     assert torch.equal(whole, plain_coverage(x, worth, 9, mask))
-    monkeypatch.setattr(ops, "BLOCK", 5 * 30 * 7)
+    monkeypatch.setattr(ops, "at_once", lambda numbers, device: 7)
     for store in (10, 900, 2000):
         monkeypatch.setattr(ops, "STORE", store)
         assert torch.equal(coverage(x, worth, 9, mask), whole)
