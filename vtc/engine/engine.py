@@ -101,7 +101,8 @@ class Engine:
         if OWNER in adapter.model.__dict__:
             raise VTCError("this model already has a method attached; detach it first (leave its `with` block)")
         language_model = adapter.language_model
-        inside = (*self.layers.find(), *self.llm_recorder.hooked)
+        layers = self.layers.find()
+        inside = (*layers, *self.llm_recorder.hooked)
         self._hooked = (adapter.model, adapter.backbone, language_model, *inside)
         check_compiled(self._hooked, language_model, inside=bool(inside))
         adapter.model.__dict__[OWNER] = self
@@ -117,7 +118,7 @@ class Engine:
         handles.append(adapter.backbone.register_forward_hook(self._leave_backbone, with_kwargs=True, always_call=True))
         handles.append(language_model.register_forward_pre_hook(self._enter_llm, with_kwargs=True))
         handles.append(language_model.register_forward_hook(self._leave_llm, with_kwargs=True, always_call=True))
-        self.layers.install()
+        self.layers.install(layers)
         for block in self._blocks:
             block.install()
 

@@ -40,9 +40,9 @@ class LayerHooks:
         flash = "flash" in attention_of(adapter.language_model.config)
         return {layer: i for i, layer in enumerate(adapter.layers) if i >= first or flash}
 
-    def install(self) -> None:
-        """Place the hooks."""
-        for layer, index in self.find().items():
+    def install(self, layers: dict[nn.Module, int]) -> None:
+        """Place the hooks on what `find` found."""
+        for layer, index in layers.items():
             hook = functools.partial(self._enter_layer, index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if index in self._stages.skips:  # in front of hooks that look at what leaves the layer
