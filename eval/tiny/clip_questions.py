@@ -39,7 +39,8 @@ def _guests(facts: Facts) -> list[Actor]:
 def direction(facts: Facts, rng: random.Random) -> Question | None:
     """Left, right, up or down."""
     mover = rng.choice(_movers(facts))
-    return Question(f"Which way does the {_name(mover)} move?", mover.direction)
+    route = (*mover.path[0], *mover.path[-1])
+    return Question(f"Which way does the {_name(mover)} move?", mover.direction, route)
 
 
 def order(facts: Facts, rng: random.Random) -> Question | None:

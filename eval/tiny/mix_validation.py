@@ -50,7 +50,7 @@ def slot_hits(batch: MixedBatch, logits: Tensor) -> Iterator[tuple[str, int, int
 
 @torch.no_grad()
 def measure(trainer: MixTrainer, series: Sequence[Stream], stage: Stage) -> dict[str, float]:
-    """Accuracy per kind of cell content; with the language model trained, also of motion and per task and family."""
+    """Accuracy per kind of cell content; with the language model trained, also of places and per task and family."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for stream in series:
@@ -62,10 +62,10 @@ def measure(trainer: MixTrainer, series: Sequence[Stream], stage: Stage) -> dict
                 counts = list(content_accuracy(trainer.heads, seen.cells, batch.targets).items())
                 found = [(name, good, every) for name, (good, every) in counts]
                 if stage.language:
-                    hidden, visual = trainer.answered(batch, seen)
+                    hidden, read = trainer.answered(batch, seen)
                     found += slot_hits(batch, trainer.model.lm_head(hidden))
-                    if batch.motion is not None:
-                        found.append(("token motion", *trainer.motion.hits(visual, batch.motion)))
+                    if batch.places is not None:
+                        found += trainer.places.hits(read, batch.places, batch.routes)
             for name, good, every in found:
                 right[name] += good
                 total[name] += every

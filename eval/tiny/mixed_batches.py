@@ -63,16 +63,18 @@ def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
 class MixedBatch:
     """Inputs of the tower and of the language model for B samples of one geometry.
 
-    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). motion: what
-    the actors of clips do, where the visual tokens show them, (B, n). prefix: the prompt up to the question, (1, P).
-    ids, labels: packed questions with answers, (B, T).
+    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). places,
+    routes: where visual tokens of clips show an actor, (B, n, 2), and where movers that the text asks about begin and
+    end, (B, T, 4), see `vtc.eval.tiny.places`. prefix: the prompt up to the question, (1, P). ids, labels: packed
+    questions with answers, (B, T).
     """
 
     task: Task
     inputs: dict[str, Tensor]
     targets: Tensor
     present: Tensor
-    motion: Tensor | None
+    places: Tensor | None
+    routes: Tensor
     prefix: Tensor
     ids: Tensor
     labels: Tensor

@@ -22,8 +22,8 @@ from vtc.eval.tiny.heads import CellHeads
 from vtc.eval.tiny.mix_validation import held_out, measure
 from vtc.eval.tiny.mixed_batches import MixedBatch, packed_hidden, plan, streams, visual_places
 from vtc.eval.tiny.model import TRAINING_ATTENTION
-from vtc.eval.tiny.motion import MotionHead, motion_targets
-from vtc.eval.tiny.packing import IGNORED
+from vtc.eval.tiny.packing import IGNORED, Packed
+from vtc.eval.tiny.places import NOTHING, PlaceHeads, bins, place_targets
 from vtc.eval.tiny.progress import Reporter
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.sample import Facts, Task, pack
@@ -44,7 +44,7 @@ class MixTrainer:
     processor: Any
     model: Any
     heads: CellHeads
-    motion: MotionHead
+    places: PlaceHeads
     series: list[Stream]
     batches: list[tuple[int, int]]
     checked: list[Stream]
@@ -61,16 +61,16 @@ class MixTrainer:
         model = model.to(device).train()
         family.speed_up(model)
         heads = CellHeads(family.width, family.grid, family.hidden if family.has_classes else 0).to(device)
-        motion = MotionHead(family.hidden).to(device)
+        places = PlaceHeads(family.hidden).to(device)
         batches = plan(recipe, sum(stage.steps for stage in recipe.stages))
         samples = out / "samples"
         series, checked = streams(recipe, samples), held_out(recipe, samples)
-        return cls(recipe, out, device, family, family.processor(), model, heads, motion, series, batches, checked)
+        return cls(recipe, out, device, family, family.processor(), model, heads, places, series, batches, checked)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
-        return {"model": self.model, "heads": self.heads, "motion": self.motion}
+        return {"model": self.model, "heads": self.heads, "places": self.places}
 
     def compile(self) -> None:
         """Compile the layers of tower and language model, for any length of the sequence."""
@@ -88,7 +88,7 @@ class MixTrainer:
         """Names and parameters that a stage updates."""
         sources = {"": self.model if stage.language else self.family.tower(self.model), "heads.": self.heads}
         if stage.language:
-            sources["motion."] = self.motion
+            sources["places."] = self.places
         return [(prefix + n, p) for prefix, source in sources.items() for n, p in source.named_parameters()]
 
     def batch(self, index: int, step: int) -> MixedBatch:
@@ -109,13 +109,14 @@ class MixTrainer:
             self.prefixes[key] = prefix_ids(self.processor, task.media, pictures[0]).to(self.device)
         inputs = media_inputs(self.processor, task.media, pictures)
         targets, present = self._targets(task, facts)
-        motion = self._motion_targets(facts, self.prefixes[key]) if task.media == "video" else None
+        places = self._places(facts, self.prefixes[key]).to(self.device) if task.media == "video" else None
         return MixedBatch(
             task,
             {name: value.to(self.device) for name, value in inputs.items()},
             targets.to(self.device),
             present.to(self.device),
-            None if motion is None else motion.to(self.device),
+            places,
+            _routes(packed).to(self.device),
             self.prefixes[key],
             torch.tensor([text.ids for text in packed], device=self.device),
             torch.tensor([text.labels for text in packed], device=self.device),
@@ -131,23 +132,29 @@ class MixTrainer:
                 present.append(presence(legible_items(items, view.box, view.rows, view.columns)))
         return torch.from_numpy(np.stack(cells)), torch.from_numpy(np.stack(present))
 
-    def _motion_targets(self, facts: Sequence[Facts], prefix: Tensor) -> Tensor:
-        """Of the visual tokens of clips, (B, n); every view has as many rows as columns, and marks count as nothing."""
+    def _places(self, facts: Sequence[Facts], prefix: Tensor) -> Tensor:
+        """Of the visual tokens of clips, (B, n, 2): views have as many rows as columns, and marks show nothing."""
         visual = int(visual_places(prefix).sum())
-        made = np.zeros((len(facts), visual), dtype=np.uint8)
+        made = np.full((len(facts), visual, 2), NOTHING, dtype=np.uint8)
         for row, known in zip(made, facts, strict=True):
             views = self.family.views("video", len(known.pictures), known.size)
             side = math.isqrt(visual // len(views))
-            found = np.concatenate([motion_targets(known, view, side, side) for view in views])
+            found = np.concatenate([place_targets(known, view, side, side) for view in views])
             row[: len(found)] = found
         return torch.from_numpy(made)
 
-    def answered(self, batch: MixedBatch, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Last hidden states of the packed text, (B, T, hidden), and those of the visual tokens in the middle layer."""
+    def answered(self, batch: MixedBatch, seen: Seen) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Last hidden states of the packed text, (B, T, hidden), and what `places` reads.
+
+        That is visual tokens behind a quarter of the layers, and the text behind two thirds of them.
+        """
         layers = self.model.model.language_model.layers
-        with Recorder(layers[len(layers) // 2 - 1], output=True) as read:
+        depth = len(layers)
+        early, late = (Recorder(layers[max(1, n) - 1], output=True) for n in (depth // 4, 2 * depth // 3))
+        with early, late:
             hidden = packed_hidden(self.family, self.model, batch, seen.tokens)
-        return hidden, read.value[:, : batch.prefix.shape[1]][:, visual_places(batch.prefix)[0]]
+        visual = visual_places(batch.prefix)[0].nonzero()[:, 0]
+        return hidden, (early.value[:, visual], late.value[:, batch.prefix.shape[1] :])
 
     def measure(self, stage: Stage) -> dict[str, float]:
         """Accuracies on held-out samples."""
@@ -159,11 +166,11 @@ class MixTrainer:
             seen = self.family.see(self.model, batch.task.media, batch.inputs)
             losses: dict[str, Tensor] = self.heads(seen, batch.targets, batch.present)
             if stage.language:
-                hidden, visual = self.answered(batch, seen)
+                hidden, read = self.answered(batch, seen)
                 answer = self._answer_loss(hidden, batch.labels)
                 losses |= {"answer": answer, batch.task.name: answer.detach()}
-                if batch.motion is not None:
-                    losses["motion"] = self.motion.loss(visual, batch.motion)
+                if batch.places is not None:
+                    losses |= self.places(read, batch.places, batch.routes)
         return losses
 
     def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -176,10 +183,19 @@ class MixTrainer:
 
     def total(self, losses: dict[str, Tensor], stage: Stage) -> Tensor:
         """Weighted sum to minimise."""
-        auxiliary = losses["content"] + sum(losses.get(name, 0.0) for name in ("place", "presence", "motion"))
+        auxiliary = losses["content"] + sum(losses.get(name, 0.0) for name in ("place", "presence", "spot", "route"))
         if not stage.language:
             return auxiliary
         return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary
+
+
+def _routes(packed: Sequence[Packed]) -> Tensor:
+    """Bins of the routes that packed texts ask for, (B, T, 4), `NOTHING` at other tokens."""
+    made = torch.full((len(packed), len(packed[0].ids), 4), NOTHING)
+    for row, text in zip(made, packed, strict=True):
+        for place, route in text.routes.items():
+            row[place] = torch.tensor(bins(route))
+    return made
 
 
 def take_over(model: nn.Module, start: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vtc.eval.tiny.settings import Stage
 
-_NOT_HIDDEN = ("embed", "lm_head", "content", "place", "presence", "motion", "low_rank")
+_NOT_HIDDEN = ("embed", "lm_head", "content", "place", "presence", "low_rank")
 """Inputs and outputs of the network, and factors, of which only the product is a matrix between hidden layers."""
 
 

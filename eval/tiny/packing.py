@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vtc.eval.tiny.canvas import Item
 from vtc.eval.tiny.layout import SLOTS
@@ -17,11 +17,15 @@ _FALLBACKS = ("referring", "location", "existence")  # asked where a scene has n
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed text: ids and next-token labels, TEXT_TOKENS each, and the families really asked, one per slot."""
+    """One packed text: ids and next-token labels, TEXT_TOKENS each, and the families really asked, one per slot.
+
+    routes: those of questions that have one, by the place of the token from which their answer is predicted.
+    """
 
     ids: list[int]
     labels: list[int]
     families: list[str]
+    routes: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 def tokens(question: Question) -> list[int]:

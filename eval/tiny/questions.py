@@ -24,10 +24,14 @@ _BORDER_MARGIN = 6.0  # px to the lines between the quarters
 
 @dataclass(frozen=True)
 class Question:
-    """A question in plain English and its answer, one word of the vocabulary."""
+    """A question in plain English and its answer, one word of the vocabulary.
+
+    route: of what is asked about, (x, y, x, y) in pixels where it begins and ends, if it moves.
+    """
 
     text: str
     answer: str
+    route: tuple[float, ...] = ()
 
 
 Family = Callable[[Sequence[Item], random.Random], Question | None]

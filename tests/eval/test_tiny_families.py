@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from vtc.eval.tiny.canvas import Item
+from vtc.eval.tiny.clips import STEPS
 from vtc.eval.tiny.family import Family, View, encoded, media_inputs
 from vtc.eval.tiny.internvl import InternVL
 from vtc.eval.tiny.mixed_batches import packed_hidden
 from vtc.eval.tiny.mixture import MixTrainer
 from vtc.eval.tiny.model import TRAINING_ATTENTION
-from vtc.eval.tiny.motion import WAYS, motion_targets
 from vtc.eval.tiny.onevision import OneVision
+from vtc.eval.tiny.places import BINS, NOTHING, bins, place_targets
 from vtc.eval.tiny.qwen import Qwen
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.sample import Actor, Facts
@@ -120,40 +121,40 @@ def test_cells_are_where_the_views_say(trainer: MixTrainer) -> None:
 
 
 @torch.no_grad()
-def test_visual_tokens_of_clips_are_told_what_their_actor_does(trainer: MixTrainer) -> None:
+def test_clips_ask_for_places(trainer: MixTrainer) -> None:
+    """Every visual token where its actor is, the last token of "Which way does it move?" where its mover goes."""
     if "video" not in trainer.family.media:
         pytest.skip("this class reads no clips here")
     for stream in (s for s in trainer.series if s.task.media == "video"):
         batch = trainer.make(stream, [0, 1], random.Random(0))
-        seen = trainer.family.see(trainer.model, "video", batch.inputs)
-        _, visual = trainer.answered(batch, seen)
-        assert batch.motion is not None and visual.shape == (*batch.motion.shape, trainer.family.hidden)
-        assert (batch.motion > 1).any() and (batch.motion == 1).any()
+        visual, text = trainer.answered(batch, trainer.family.see(trainer.model, "video", batch.inputs))[1]
+        assert batch.places is not None
+        assert (
+            visual.shape[:2] == batch.places.shape[:2] and text.shape[:2] == batch.ids.shape == batch.routes.shape[:2]
+        )
+        shown = batch.places[..., 0] != NOTHING
+        assert shown.any() and (batch.places[shown] < BINS).all()
+        asked = batch.routes[..., 0] != NOTHING
+        assert asked.sum() == sum(names.count("direction") for names in batch.families) > 0
+        assert (batch.ids[asked] == TOKEN[ASSISTANT]).all()
+        _, facts = stream.read([0, 1])
+        for row, place in asked.nonzero().tolist():
+            way = next(word for word in STEPS if TOKEN[word] == batch.labels[row, place])
+            movers = [actor for actor in facts[row].actors if actor.direction == way]
+            assert batch.routes[row, place].tolist() in [bins([*m.path[0], *m.path[-1]]) for m in movers]
+        assert set(trainer.places((visual, text), batch.places, batch.routes)) == {"spot", "route"}
 
 
-def test_an_actor_moves_from_the_frame_behind_its_start_on() -> None:
-    """A circle that goes right from frame 1 to frame 3, a square that stays; six columns of 14 px."""
-    places = [(7.0, 7.0), (7.0, 7.0), (21.0, 7.0), (35.0, 7.0)]
-    circle = Actor("circle", "red", 7.0, (True,) * 4, tuple(places), "right", (1, 3))
-    square = Actor("square", "blue", 7.0, (True,) * 4, ((77.0, 77.0),) * 4)
-    frames = []
-    for x, y in places:
-        shapes = [("circle", "red", x, y), ("square", "blue", 77.0, 77.0)]
-        things = [Item("shape", name, colour, (x - 7, y - 7, x + 7, y + 7)) for name, colour, x, y in shapes]
-        frames.append((*things, Item("word", "cat", "", (30.0, 40.0, 60.0, 50.0))))
-    facts = Facts(tuple(frames), (84, 84), (circle, square))
-    box = (0.0, 0.0, 84.0, 84.0)
-    found = []
-    for pictures in [(0,), (1,), (2,), (3,), (0, 1), (1, 2)]:
-        ways = motion_targets(facts, View(pictures, box, 6, 6), 6, 6)
-        found.append({int(place): WAYS[ways[place]] for place in ways.nonzero()[0]})
-    assert [seen.pop(35) for seen in found] == ["still"] * 6
-    assert found == [
-        *({0: "still"}, {0: "still"}, {1: "right"}, {2: "right"}),
-        *({0: "still"}, {0: "right", 1: "right"}),
-    ]
-    coarse = motion_targets(facts, View((3,), box, 6, 6), 3, 3).reshape(3, 3)  # tokens of 28 px
-    assert WAYS[coarse[0, 1]] == "right" and WAYS[coarse[2, 2]] == "still" and (coarse > 0).sum() == 2
+def test_a_token_is_told_the_place_of_the_actor_that_covers_most_of_it() -> None:
+    """A circle and a square as actors and a word, which is none, on six columns of 14 px."""
+    shapes = [("circle", "red", 35.0, 7.0), ("square", "blue", 77.0, 77.0)]
+    things = [Item("shape", name, colour, (x - 7, y - 7, x + 7, y + 7)) for name, colour, x, y in shapes]
+    actors = tuple(Actor(name, colour, 7.0, (True,), ((x, y),)) for name, colour, x, y in shapes)
+    facts = Facts(((*things, Item("word", "cat", "", (30.0, 40.0, 60.0, 50.0))),), (84, 84), actors)
+    view = View((0,), (0.0, 0.0, 84.0, 84.0), 6, 6)
+    told = {tokens: place_targets(facts, view, tokens, tokens) for tokens in (6, 3)}
+    assert {int(n): told[6][n].tolist() for n in (told[6][:, 0] != NOTHING).nonzero()[0]} == {2: [8, 1], 35: [19, 19]}
+    assert {int(n): told[3][n].tolist() for n in (told[3][:, 0] != NOTHING).nonzero()[0]} == {1: [8, 1], 8: [19, 19]}
 
 
 def test_positions_tell_columns_apart() -> None:
