@@ -37,10 +37,10 @@ def _guests(facts: Facts) -> list[Actor]:
 
 
 def direction(facts: Facts, rng: random.Random) -> Question | None:
-    """Left, right, up or down."""
+    """Left, right, up or down; it follows from where the mover begins and ends."""
     mover = rng.choice(_movers(facts))
-    route = (*mover.path[0], *mover.path[-1])
-    return Question(f"Which way does the {_name(mover)} move?", mover.direction, route)
+    clues = clips.bins([*mover.path[0], *mover.path[-1]])
+    return Question(f"Which way does the {_name(mover)} move?", mover.direction, clues)
 
 
 def order(facts: Facts, rng: random.Random) -> Question | None:
@@ -74,7 +74,10 @@ def repeats(facts: Facts, rng: random.Random) -> Question | None:
 
 
 def meanwhile(facts: Facts, rng: random.Random) -> Question | None:
-    """Whether a mover travels while a guest is shown: all that time, or at no moment of it."""
+    """Whether a mover travels while a guest is shown: all that time, or at no moment of it.
+
+    It follows from the first and the last frame of both.
+    """
     cases: dict[str, list[tuple[Actor, Actor]]] = {"yes": [], "no": []}
     for mover in _movers(facts):
         start, end = mover.moves
@@ -89,7 +92,8 @@ def meanwhile(facts: Facts, rng: random.Random) -> Question | None:
         return None
     answer = rng.choices(answers, [_WHILE_WEIGHTS[answer] for answer in answers])[0]
     mover, guest = rng.choice(cases[answer])
-    return Question(f"Does the {_name(mover)} move while the {_name(guest)} is shown?", answer)
+    clues = (*mover.moves, guest.shown.index(True), len(guest.shown) - 1 - guest.shown[::-1].index(True))
+    return Question(f"Does the {_name(mover)} move while the {_name(guest)} is shown?", answer, clues)
 
 
 def colour(facts: Facts, rng: random.Random) -> Question | None:

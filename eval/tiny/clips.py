@@ -9,6 +9,7 @@ frame in the middle says nothing about the order. A word and a digit are each sh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ SIZE = 84  # pixels
 FRAMES = (8, 8, 8, 12, 16)  # of clip number n: FRAMES[n % 5]
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MAX_TIMES = 3
+BIN = 4  # px of the places that training tells apart; an actor that moves goes further from frame to frame
+BINS = SIZE // BIN
 _RADIUS = (7.5, 11.0)  # px
 _SPEED = (4.5, 9.0)  # px per frame
 
@@ -117,6 +120,15 @@ def make(seed: int, split: str) -> Sample:
 
 def _rounded(image: drawing.Array) -> NDArray[np.uint8]:
     return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def bins(places: Iterable[float]) -> tuple[int, ...]:
+    """Numbers of these places, what is outside the frame at its edge.
+
+    >>> bins([-3.0, 4.0, 83.9, 90.0])
+    (0, 1, 20, 20)
+    """
+    return tuple(min(max(int(place / BIN), 0), BINS - 1) for place in places)
 
 
 def travelled(actor: Actor) -> float:

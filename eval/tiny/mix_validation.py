@@ -65,7 +65,7 @@ def measure(trainer: MixTrainer, series: Sequence[Stream], stage: Stage) -> dict
                     hidden, read = trainer.answered(batch, seen)
                     found += slot_hits(batch, trainer.model.lm_head(hidden))
                     if batch.places is not None:
-                        found += trainer.places.hits(read, batch.places, batch.routes)
+                        found += trainer.places.hits(read, batch.places, batch.clues)
             for name, good, every in found:
                 right[name] += good
                 total[name] += every

@@ -63,10 +63,10 @@ def plan(recipe: Recipe, count: int) -> list[tuple[int, int]]:
 class MixedBatch:
     """Inputs of the tower and of the language model for B samples of one geometry.
 
-    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). places,
-    routes: where visual tokens of clips show an actor, (B, n, 2), and where movers that the text asks about begin and
-    end, (B, T, 4), see `vtc.eval.tiny.places`. prefix: the prompt up to the question, (1, P). ids, labels: packed
-    questions with answers, (B, T).
+    targets: classes of the cells, (views, 5, cells). present: what the views hold, (views, PRESENCE_BITS). places:
+    where visual tokens of clips show an actor, (B, n, 2), and clues: what answers follow from, (B, T, 4), both as in
+    `vtc.eval.tiny.places`. prefix: the prompt up to the question, (1, P). ids, labels: packed questions with answers,
+    (B, T).
     """
 
     task: Task
@@ -74,7 +74,7 @@ class MixedBatch:
     targets: Tensor
     present: Tensor
     places: Tensor | None
-    routes: Tensor
+    clues: Tensor
     prefix: Tensor
     ids: Tensor
     labels: Tensor

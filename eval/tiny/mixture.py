@@ -23,7 +23,7 @@ from vtc.eval.tiny.mix_validation import held_out, measure
 from vtc.eval.tiny.mixed_batches import MixedBatch, packed_hidden, plan, streams, visual_places
 from vtc.eval.tiny.model import TRAINING_ATTENTION
 from vtc.eval.tiny.packing import IGNORED, Packed
-from vtc.eval.tiny.places import NOTHING, PlaceHeads, bins, place_targets
+from vtc.eval.tiny.places import NOTHING, PlaceHeads, place_targets
 from vtc.eval.tiny.progress import Reporter
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.sample import Facts, Task, pack
@@ -116,7 +116,7 @@ class MixTrainer:
             targets.to(self.device),
             present.to(self.device),
             places,
-            _routes(packed).to(self.device),
+            _clues(packed).to(self.device),
             self.prefixes[key],
             torch.tensor([text.ids for text in packed], device=self.device),
             torch.tensor([text.labels for text in packed], device=self.device),
@@ -170,7 +170,7 @@ class MixTrainer:
                 answer = self._answer_loss(hidden, batch.labels)
                 losses |= {"answer": answer, batch.task.name: answer.detach()}
                 if batch.places is not None:
-                    losses |= self.places(read, batch.places, batch.routes)
+                    losses |= self.places(read, batch.places, batch.clues)
         return losses
 
     def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -183,18 +183,18 @@ class MixTrainer:
 
     def total(self, losses: dict[str, Tensor], stage: Stage) -> Tensor:
         """Weighted sum to minimise."""
-        auxiliary = losses["content"] + sum(losses.get(name, 0.0) for name in ("place", "presence", "spot", "route"))
+        auxiliary = losses["content"] + sum(losses.get(name, 0.0) for name in ("place", "presence", "spot", "clues"))
         if not stage.language:
             return auxiliary
         return self.settings.language_weight * losses["answer"] + self.settings.auxiliary_weight * auxiliary
 
 
-def _routes(packed: Sequence[Packed]) -> Tensor:
-    """Bins of the routes that packed texts ask for, (B, T, 4), `NOTHING` at other tokens."""
+def _clues(packed: Sequence[Packed]) -> Tensor:
+    """What answers of packed texts follow from, (B, T, 4), `NOTHING` at tokens from which none is predicted."""
     made = torch.full((len(packed), len(packed[0].ids), 4), NOTHING)
     for row, text in zip(made, packed, strict=True):
-        for place, route in text.routes.items():
-            row[place] = torch.tensor(bins(route))
+        for place, clues in text.clues.items():
+            row[place] = torch.tensor(clues)
     return made
 
 

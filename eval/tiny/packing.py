@@ -19,13 +19,13 @@ _FALLBACKS = ("referring", "location", "existence")  # asked where a scene has n
 class Packed:
     """One packed text: ids and next-token labels, TEXT_TOKENS each, and the families really asked, one per slot.
 
-    routes: those of questions that have one, by the place of the token from which their answer is predicted.
+    clues: those of questions that have any, by the place of the token from which their answer is predicted.
     """
 
     ids: list[int]
     labels: list[int]
     families: list[str]
-    routes: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    clues: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def tokens(question: Question) -> list[int]:

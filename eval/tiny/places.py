@@ -1,14 +1,13 @@
-"""What the language model is asked in training about clips besides the questions: where things are and where they go.
+"""What the language model is asked in training about clips besides the questions: where things are, and what answers
+follow from.
 
 The answers to "Which way does it move?" give next to no gradient before the model compares frames, which nothing else
-asks of it. Here it has to say, linearly and in places of `BIN` px, what there is to compare: behind the first layers
-every visual token where the actor is that it shows, and behind most of them the last token of such a question where its
-mover begins and ends.
+asks of it. Here it has to say, linearly, what there is to compare: behind the first layers every visual token where the
+actor is that it shows, and behind most of them the last token of such a question its four clues, in bins of 4 px or in
+frames.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -16,24 +15,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vtc.eval.tiny.clips import SIZE
+from vtc.eval.tiny.clips import BINS, bins
 from vtc.eval.tiny.family import View
 from vtc.eval.tiny.sample import Facts
 from vtc.eval.tiny.targets import coverage
 
-BIN = 4  # px; an actor that moves goes further from frame to frame
-BINS = SIZE // BIN
 NOTHING = 255
 _MIN_OVERLAP = 0.06  # share of a token's part of the frame that an actor must cover
-
-
-def bins(places: Iterable[float]) -> list[int]:
-    """Numbers of these places, what is outside the frame at its edge.
-
-    >>> bins([-3.0, 4.0, 83.9, 90.0])
-    [0, 1, 20, 20]
-    """
-    return [min(max(int(place / BIN), 0), BINS - 1) for place in places]
 
 
 def place_targets(facts: Facts, view: View, rows: int, columns: int) -> NDArray[np.uint8]:
@@ -59,20 +47,20 @@ class PlaceHeads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.place = nn.Linear(width, 2 * BINS)
-        self.route = nn.Linear(width, 4 * BINS)
+        self.clues = nn.Linear(width, 4 * BINS)
 
-    def forward(self, states: tuple[Tensor, Tensor], places: Tensor, routes: Tensor) -> dict[str, Tensor]:
-        """Losses "spot" of visual tokens and "route" of text, (B, n, width) each.
+    def forward(self, states: tuple[Tensor, Tensor], places: Tensor, clues: Tensor) -> dict[str, Tensor]:
+        """Losses "spot" of visual tokens and "clues" of text, (B, n, width) each.
 
         Targets are (B, n, 2) and (B, n, 4); where they are `NOTHING` nothing is asked.
         """
-        read = {"spot": (self.place(states[0]), places), "route": (self.route(states[1]), routes)}
+        read = {"spot": (self.place(states[0]), places), "clues": (self.clues(states[1]), clues)}
         return {name: _loss(*each) for name, each in read.items()}
 
     @torch.no_grad()
-    def hits(self, states: tuple[Tensor, Tensor], places: Tensor, routes: Tensor) -> list[tuple[str, int, int]]:
+    def hits(self, states: tuple[Tensor, Tensor], places: Tensor, clues: Tensor) -> list[tuple[str, int, int]]:
         """Names, right and all answers, where a neighbour counts as right."""
-        read = {"token place": (self.place(states[0]), places), "question route": (self.route(states[1]), routes)}
+        read = {"token place": (self.place(states[0]), places), "question clues": (self.clues(states[1]), clues)}
         return [(name, *_near(*each)) for name, each in read.items()]
 
 

@@ -26,12 +26,12 @@ _BORDER_MARGIN = 6.0  # px to the lines between the quarters
 class Question:
     """A question in plain English and its answer, one word of the vocabulary.
 
-    route: of what is asked about, (x, y, x, y) in pixels where it begins and ends, if it moves.
+    clues: four numbers that the answer follows from, for which training may ask too (`vtc.eval.tiny.places`).
     """
 
     text: str
     answer: str
-    route: tuple[float, ...] = ()
+    clues: tuple[int, ...] = ()
 
 
 Family = Callable[[Sequence[Item], random.Random], Question | None]

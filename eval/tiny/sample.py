@@ -131,16 +131,16 @@ def pack(task: Task, facts: Facts, rng: random.Random) -> Packed:
     ids: list[int] = []
     labels: list[int] = []
     families: list[str] = []
-    routes: dict[int, tuple[float, ...]] = {}
+    clues: dict[int, tuple[int, ...]] = {}
     for (family, question), (_, length) in zip(draw(task, facts, rng), task.slots, strict=True):
         asked = [] if question is None else tokens(question)
         padding = length - len(asked)
         answer = len(asked) - asked.index(TOKEN[ASSISTANT]) - 1 if asked else 0
-        if question is not None and question.route:
-            routes[len(ids) + len(asked) - answer - 1] = question.route
+        if question is not None and question.clues:
+            clues[len(ids) + len(asked) - answer - 1] = question.clues
         ids += asked + [TOKEN[PAD]] * padding
         if asked:
             labels += [IGNORED] * (len(asked) - answer - 1) + asked[-answer:] + [TOKEN[END]]
         labels += [IGNORED] * padding
         families.append(family)
-    return Packed(ids, labels, families, routes)
+    return Packed(ids, labels, families, clues)

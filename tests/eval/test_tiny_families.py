@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from vtc.eval.tiny.canvas import Item
-from vtc.eval.tiny.clips import STEPS
+from vtc.eval.tiny.clip_questions import direction, meanwhile
+from vtc.eval.tiny.clips import BINS, bins, make
 from vtc.eval.tiny.family import Family, View, encoded, media_inputs
 from vtc.eval.tiny.internvl import InternVL
 from vtc.eval.tiny.mixed_batches import packed_hidden
 from vtc.eval.tiny.mixture import MixTrainer
 from vtc.eval.tiny.model import TRAINING_ATTENTION
 from vtc.eval.tiny.onevision import OneVision
-from vtc.eval.tiny.places import BINS, NOTHING, bins, place_targets
+from vtc.eval.tiny.places import NOTHING, place_targets
 from vtc.eval.tiny.qwen import Qwen
 from vtc.eval.tiny.recipes import Recipe
 from vtc.eval.tiny.sample import Actor, Facts
@@ -121,28 +123,41 @@ def test_cells_are_where_the_views_say(trainer: MixTrainer) -> None:
 
 
 @torch.no_grad()
-def test_clips_ask_for_places(trainer: MixTrainer) -> None:
-    """Every visual token where its actor is, the last token of "Which way does it move?" where its mover goes."""
+def test_clips_ask_for_places_and_clues(trainer: MixTrainer) -> None:
+    """Every visual token where its actor is, the last token of a question about motion what its answer follows from."""
     if "video" not in trainer.family.media:
         pytest.skip("this class reads no clips here")
     for stream in (s for s in trainer.series if s.task.media == "video"):
         batch = trainer.make(stream, [0, 1], random.Random(0))
         visual, text = trainer.answered(batch, trainer.family.see(trainer.model, "video", batch.inputs))[1]
-        assert batch.places is not None
-        assert (
-            visual.shape[:2] == batch.places.shape[:2] and text.shape[:2] == batch.ids.shape == batch.routes.shape[:2]
-        )
+        assert batch.places is not None and visual.shape[:2] == batch.places.shape[:2]
+        assert text.shape[:2] == batch.ids.shape == batch.clues.shape[:2]
         shown = batch.places[..., 0] != NOTHING
         assert shown.any() and (batch.places[shown] < BINS).all()
-        asked = batch.routes[..., 0] != NOTHING
-        assert asked.sum() == sum(names.count("direction") for names in batch.families) > 0
-        assert (batch.ids[asked] == TOKEN[ASSISTANT]).all()
-        _, facts = stream.read([0, 1])
-        for row, place in asked.nonzero().tolist():
-            way = next(word for word in STEPS if TOKEN[word] == batch.labels[row, place])
-            movers = [actor for actor in facts[row].actors if actor.direction == way]
-            assert batch.routes[row, place].tolist() in [bins([*m.path[0], *m.path[-1]]) for m in movers]
-        assert set(trainer.places((visual, text), batch.places, batch.routes)) == {"spot", "route"}
+        asked = batch.clues[..., 0] != NOTHING
+        wanted = Counter(name for names in batch.families for name in names)
+        assert asked.sum() == wanted["direction"] + wanted["while"] > 0
+        assert (batch.ids[asked] == TOKEN[ASSISTANT]).all() and (batch.clues[asked] < BINS).all()
+        assert set(trainer.places((visual, text), batch.places, batch.clues)) == {"spot", "clues"}
+
+
+def test_answers_about_motion_follow_from_their_clues() -> None:
+    rng = random.Random(0)
+    told = 0
+    for seed in range(20):
+        facts = make(seed, "check").facts
+        question = direction(facts, rng)
+        assert question is not None
+        x, y, u, v = question.clues
+        (mover,) = [a for a in facts.actors if a.direction and f"the {a.colour} {a.name} " in question.text]
+        assert (x, y, u, v) == bins([*mover.path[0], *mover.path[-1]])
+        assert (x == u) == (question.answer in ("up", "down"))  # as far as it does not come back where it was
+        overlap = meanwhile(facts, rng)
+        if overlap is not None:
+            start, end, first, last = overlap.clues
+            told += 1
+            assert (start <= first and last <= end) if overlap.answer == "yes" else (last < start or end < first)
+    assert told > 5
 
 
 def test_a_token_is_told_the_place_of_the_actor_that_covers_most_of_it() -> None:
