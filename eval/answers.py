@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,10 +98,13 @@ def _scores(stored: Record) -> Floats:
     return np.array(list(stored["scores"].values()), dtype=np.float64) * float(stored["scale"])
 
 
+@lru_cache(maxsize=16)
 def draws(groups: int, seed: int = 0) -> Floats:
-    """How often each of G clusters is drawn in each bootstrap resample, [`RESAMPLES`, G].
+    """How often each of G clusters is drawn in each bootstrap resample, [`RESAMPLES`, G], read-only.
 
     One set of draws serves all series, so that differences and ratios of any two are paired.
     """
     rng = np.random.default_rng(seed)
-    return rng.multinomial(groups, np.full(groups, 1 / groups), RESAMPLES).astype(np.float64)
+    made = rng.multinomial(groups, np.full(groups, 1 / groups), RESAMPLES).astype(np.float64)
+    made.flags.writeable = False
+    return made

@@ -1,7 +1,7 @@
 """The document that helps to choose a method: what led in committed results, beside what the registry says of each.
 
-Nothing is measured here. `docs/results/tiny_onevision.md` holds a sweep's tables, `docs/results/overhead.md` times of
-prefills; what a method needs stands in its plan.
+Nothing is measured here. The scores are those of the packed sweep of tiny-onevision, the times those of
+`docs/results/overhead.md`; what a method needs stands in its plan.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vtc.app.catalogue import describe_methods
 from vtc.app.method_pages import overview
 from vtc.app.pages import page, table, wrapped
+from vtc.eval.cells import BASELINE
+from vtc.eval.claims import base_name
+from vtc.eval.ranking import WHOLE
+from vtc.eval.results import Asked, Results, asked
+from vtc.eval.seeds import pools
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 CONTROLS = ("random", "stride", "pool")
 """Methods that know nothing of the picture; whatever loses to them is of no use on that task."""
 BEST = 3
@@ -30,7 +33,10 @@ USES = {
 }
 """Tasks of the sweep -> what somebody may want to do."""
 
-ABOUT = """the sweep in [results/tiny_onevision.md](results/tiny_onevision.md), the times in
+SHOWN = (0.5, 0.25)
+"""Retentions of the tables."""
+
+ABOUT = """the sweep of tiny-onevision in [results/ranking.md](results/ranking.md), the times in
 [results/overhead.md](results/overhead.md), and the registry. The scores are those of an embedded model on synthetic
 pictures and clips: they rank mechanisms there and promise nothing about another model. Take from here two or three
 candidates, and let [a sweep on your own data](sweeps.md) decide."""
@@ -63,17 +69,17 @@ Everything else is training-free."""
 
 @dataclass(frozen=True)
 class Task:
-    """One table of a sweep: `scores` of each method in percent by retention, in the order of the columns."""
+    """One task of a sweep: `scores` of each method in percent by budget."""
 
     name: str
     questions: int
     untouched: float
-    scores: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, Mapping[Asked, float]]
 
-    def best(self, retention: str, among: Sequence[str]) -> list[str]:
+    def best(self, retention: Asked, among: Sequence[str]) -> list[str]:
         """Those of `among` with the highest scores at a retention, each with its score.
 
-        >>> Task("t", 9, 90.0, {"a": {"0.5": 50.0}, "b": {"0.5": 70.0}, "c": {}}).best("0.5", ["a", "b", "c"])
+        >>> Task("t", 9, 90.0, {"a": {0.5: 50.0}, "b": {0.5: 70.0}, "c": {}}).best(0.5, ["a", "b", "c"])
         ['`b` (70.0)', '`a` (50.0)']
         """
         there = [name for name in among if retention in self.scores.get(name, {})]
@@ -81,21 +87,16 @@ class Task:
         return [f"`{name}` ({self.scores[name][retention]:.1f})" for name in there[:BEST]]
 
 
-def read_tables(text: str) -> Iterator[Task]:
-    """The tables of a sweep's `table.md`.
-
-    >>> text = "easy, accuracy (%), 9 questions, m; *\\n\\n| method | 0.5 |\\n|---|---|\\n| untouched | 99.0 |\\n"
-    >>> [task.scores["a"] for task in read_tables(text + "| a | 8.5 +- 1 |")]
-    [{'0.5': 8.5}]
-    """
-    for name, questions, rows in re.findall(r"^(\w+), [^\n]*?(\d+) questions[^\n]*\n\n((?:\|[^\n]*\n?)+)", text, re.M):
-        head, _, *lines = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines())
-        scores: dict[str, dict[str, float]] = {}
-        for method, *cells in lines:
-            found = zip(head[1:], (re.match(r"[\d.]+", cell) for cell in cells), strict=True)
-            scores[method.split(",")[0]] = {retention: float(number[0]) for retention, number in found if number}
-        untouched = next(iter(scores.pop("untouched").values()))
-        yield Task(name, int(questions), untouched, scores)
+def tasks_of(results: Results) -> Iterator[Task]:
+    """The scores of a sweep's main metrics, seeds of a method as one, without methods that leave the prompt whole."""
+    for name in results.tasks:
+        scores: dict[str, dict[Asked, float]] = {}
+        for _, line in pools(results, name, results.main_metric(name)):
+            if line["method"] != BASELINE and 100 * line["visual_tokens_kept"] >= WHOLE * line["visual_tokens_in"]:
+                continue
+            scores.setdefault(base_name(line["method"]), {})[asked(line)] = 100 * line["value"]
+        (untouched,) = scores.pop(BASELINE).values()
+        yield Task(name, results.run["tasks"][name]["documents"], untouched, scores)
 
 
 def read_overhead(text: str) -> dict[str, tuple[float, float]]:
@@ -108,10 +109,10 @@ def read_overhead(text: str) -> dict[str, tuple[float, float]]:
     return {name: (float(share), float(engine)) for name, share, engine in rows}
 
 
-def choosing_page(results: Path = RESULTS) -> str:
-    """The document, made of the files in `results`."""
+def choosing_page(sweep: Results, overhead_text: str) -> str:
+    """The document, made of a sweep and of the text of `docs/results/overhead.md`."""
     entries = {entry["name"]: entry for entry in describe_methods() if entry["name"] not in CONTROLS}
-    tasks = {task.name: task for task in read_tables((results / "tiny_onevision.md").read_text(encoding="utf-8"))}
+    tasks = {task.name: task for task in tasks_of(sweep)}
     shown = [(use, tasks[name]) for name, use in USES.items()]
     blind = [name for name, entry in entries.items() if not entry["needs"]]
     least = min(task.questions for _, task in shown)
@@ -119,7 +120,7 @@ def choosing_page(results: Path = RESULTS) -> str:
     trained = ", ".join(f"`{name}`" for name, entry in entries.items() if entry["trained"])
     inside = ", ".join(f"`{name}`" for name, entry in entries.items() if "llm" in entry["stages"])
     cached = ", ".join(f"`{name}`" for name, entry in entries.items() if entry["stages"] == ["after prefill"])
-    overhead = read_overhead((results / "overhead.md").read_text(encoding="utf-8"))
+    overhead = read_overhead(overhead_text)
     return page(
         "Choosing a method",
         "python -m vtc.eval.documents",
@@ -143,13 +144,12 @@ def choosing_page(results: Path = RESULTS) -> str:
 
 
 def _leaders(shown: Sequence[tuple[str, Task]], among: Sequence[str]) -> str:
-    retentions = list(next(iter(shown[0][1].scores.values())))
     rows: list[list[str]] = []
     for use, task in shown:
-        rows.append([f"**{use}** ({task.name})", *(", ".join(task.best(r, among)) or "-" for r in retentions)])
+        rows.append([f"**{use}** ({task.name})", *(", ".join(task.best(r, among)) or "-" for r in SHOWN)])
         luck = task.scores[CONTROLS[0]]
-        rows.append([f"{CONTROLS[0]}; untouched {task.untouched:.1f}", *(f"{luck[r]:.1f}" for r in retentions)])
-    return table(["use (task)", *(f"at {retention}" for retention in retentions)], rows)
+        rows.append([f"{CONTROLS[0]}; untouched {task.untouched:.1f}", *(f"{luck[r]:.1f}" for r in SHOWN)])
+    return table(["use (task)", *(f"at {retention}" for retention in SHOWN)], rows)
 
 
 def _server(entries: Mapping[str, Mapping[str, Any]], overhead: Mapping[str, tuple[float, float]]) -> str:

@@ -1,10 +1,11 @@
-"""`python -m vtc.eval.documents` writes the documents that are made of the code alone; `make docs` runs it.
+"""`python -m vtc.eval.documents` writes the documents made of the code and of committed scores; `make docs` runs it.
 
-Those that hold measurements have a command each, which they name; `make results` runs all of them.
+Those that hold other measurements have a command each, which they name; `make results` runs all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,16 +13,34 @@ from pathlib import Path
 from vtc.app.catalogue import describe_methods
 from vtc.app.lines import lines_page
 from vtc.app.method_pages import method_pages, overview
+from vtc.eval import claims, parts, ranking
+from vtc.eval.archive import SUFFIX, read_scores
 from vtc.eval.choosing import choosing_page
 from vtc.eval.columns import column_page
 from vtc.eval.reference import core_page, eval_page, methods_page
+from vtc.eval.results import Results
 from vtc.eval.suite import task_page
 
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+SCORES = RESULTS / "scores"
+"""Sweeps that `vtc.eval.archive` packed; one that is measured again changes the pages that show it, and no other."""
+COMMAND = "python -m vtc.eval.documents"
+
+
+@functools.cache
+def scored(pattern: str) -> list[Results]:
+    """The packed sweeps of that name, in the order of their names."""
+    return [read_scores(path) for path in sorted(SCORES.glob(pattern + SUFFIX))]
+
+
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
-    "choosing.md": choosing_page,
+    "choosing.md": lambda: choosing_page(scored("tiny-onevision")[0], (RESULTS / "overhead.md").read_text("utf-8")),
     "methods.md": lambda: method_pages(describe_methods()),
     "columns.md": column_page,
     "results/lines.md": lines_page,
+    "results/ranking.md": lambda: ranking.document(scored("tiny-*"), COMMAND),
+    "results/claims.md": lambda: claims.document(scored("tiny-*"), claims.read_claims(), COMMAND),
+    "results/parts.md": lambda: parts.document(scored("parts")[0], COMMAND),
     "tasks.md": task_page,
     "api/vtc.md": core_page,
     "api/methods.md": methods_page,

@@ -1,6 +1,6 @@
-"""`python -m vtc.eval.parts FOLDER` writes what the stages of methods do, alone and together, as Markdown.
+"""`python -m vtc.eval.parts SWEEP` writes what the stages of methods do, alone and together, as Markdown.
 
-The folder is that of `vtc sweep parts`, or of any sweep with several forms of a method.
+The sweep is that of `vtc sweep parts`, or any with several forms of a method: its folder, or a packed one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from vtc.app.pages import Table, page
 from vtc.eval.answers import Answers, answers
+from vtc.eval.archive import read_scores
 from vtc.eval.cells import BASELINE
-from vtc.eval.results import Asked, Results, asked, read_results
+from vtc.eval.results import Asked, Results, asked
 from vtc.eval.store import Record
 
 HEAD = ["task", "form", "at", "score", "95 %", "tokens", "TokDense", "FLOPs", "KV", "fewer"]
@@ -54,7 +55,7 @@ def _fewer(data: Answers, number: int, first: int) -> str:
     return f"{(data.kept[number] < data.kept[other]).mean():.0%}"
 
 
-def document(results: Results) -> str:
+def document(results: Results, command: str) -> str:
     """The page."""
     counts = ", ".join(f"{task} {results.run['tasks'][task]['documents']}" for task in results.tasks)
     words = f"""{results.run["model"]["name"]}, questions of each task: {counts}. "at": the retention asked for, if any
@@ -65,15 +66,15 @@ def document(results: Results) -> str:
     tables: list[str | Table] = []
     for name in names:
         tables += [f"## {name}", (HEAD, rows(results, name))]
-    command = "python -m vtc.eval.parts results/parts"
     return page("Parts of the methods", command, words, *tables, packages=("torch", "transformers", "lmms-eval"))
 
 
 def main() -> None:
-    """Print the page of a folder."""
+    """Print the page of a sweep."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    sys.stdout.write(document(read_results(parser.parse_args().folder)))
+    parser.add_argument("sweep", type=Path)
+    path = parser.parse_args().sweep
+    sys.stdout.write(document(read_scores(path), f"python -m vtc.eval.parts {path}"))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""`python -m vtc.eval.ranking FOLDER...` ranks the methods of finished sweeps at each of their budgets, as Markdown."""
+"""`python -m vtc.eval.ranking SWEEP...` ranks the methods of finished sweeps at each of their budgets, as Markdown.
+
+A sweep is its folder, or the file that `vtc.eval.archive` made of it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vtc.app.pages import Table, page
 from vtc.eval.answers import Answers, answers
+from vtc.eval.archive import read_scores
 from vtc.eval.claims import CONTROLS, base_name, differences
 from vtc.eval.comparisons import Retained, ranked_tasks, retained
-from vtc.eval.results import Asked, Results, read_results
-from vtc.eval.series import overall
+from vtc.eval.results import Asked, Results
+from vtc.eval.series import Overall, overall
 from vtc.eval.tables import nominal
 
 WHOLE = 99.9
 """Percent of the visual tokens from which on nothing is missing in the prompt."""
+FEWEST = 2
+"""Methods that make a ranking; budgets of fewer are there for a single comparison."""
 HEAD = "method", "percent of untouched", "tokens, %"
 
 
@@ -27,11 +34,10 @@ def beaten(known: Mapping[str, Answers], names: Sequence[str]) -> dict[tuple[str
     """
     found: dict[tuple[str, Asked], dict[str, list[str]]] = {}
     for task, data in known.items():
-        for name in names:
-            for control in CONTROLS:
-                for pair in differences(data, name, control) if name not in CONTROLS else ():
-                    if pair.high < 0:
-                        found.setdefault((name, pair.retention), {}).setdefault(control, []).append(task)
+        for control in CONTROLS:
+            for pair in differences(data, [name for name in names if name not in CONTROLS], control):
+                if pair.high < 0:
+                    found.setdefault((base_name(pair.one), pair.retention), {}).setdefault(control, []).append(task)
     return found
 
 
@@ -59,7 +65,7 @@ def model_parts(results: Results) -> Iterator[str | Table]:
     known = {task: data for task, data in found.items() if data is not None}
     order = retained(results)
     lost = beaten(known, list(dict.fromkeys(base_name(each.method) for each in order)))
-    for budget in dict.fromkeys(each.retention for each in order):
+    for budget in _budgets(order):
         entries = [each for each in order if each.retention == budget]
         short = [each for each in entries if each.tokens is None or each.tokens < WHOLE]
         whole = [each for each in entries if each not in short]
@@ -74,7 +80,7 @@ def across(several: Sequence[Results]) -> Iterator[str | Table]:
     names = [results.run["model"]["name"] for results in several]
     single = [{(each.method, each.retention): each for each in retained(results)} for results in several]
     entries = overall(several)
-    for budget in dict.fromkeys(entry.retention for entry in entries):
+    for budget in _budgets(entries):
         lines: dict[str, list[list[str]]] = {"": [], ", with a whole prompt": []}
         for entry in (entry for entry in entries if entry.retention == budget):
             found = [one[entry.method, budget] for one in single]
@@ -87,7 +93,12 @@ def across(several: Sequence[Results]) -> Iterator[str | Table]:
                 yield ("method", "mean over tasks", *names), chosen
 
 
-def document(several: Sequence[Results]) -> str:
+def _budgets(entries: Sequence[Retained] | Sequence[Overall]) -> list[Asked]:
+    """Those that enough methods have, in their order."""
+    return [budget for budget, count in Counter(each.retention for each in entries).items() if count >= FEWEST]
+
+
+def document(several: Sequence[Results], command: str) -> str:
     """The page."""
     told = []
     for results in several:
@@ -100,15 +111,16 @@ def document(several: Sequence[Results]) -> str:
     behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The models are
     small and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
     parts = [*(across(several) if len(several) > 1 else ()), *(part for each in several for part in model_parts(each))]
-    title, command = "All methods, ranked", "python -m vtc.eval.ranking results/ranking/*"
-    return page(title, command, about, *parts, packages=("torch", "transformers", "lmms-eval"))
+    return page("All methods, ranked", command, about, *parts, packages=("torch", "transformers", "lmms-eval"))
 
 
 def main() -> None:
-    """Print the page of one or several folders."""
+    """Print the page of one or several sweeps."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="+")
-    sys.stdout.write(document([read_results(folder) for folder in parser.parse_args().folder]))
+    parser.add_argument("sweep", type=Path, nargs="+")
+    given = parser.parse_args().sweep
+    command = " ".join(["python -m vtc.eval.ranking", *map(str, given)])
+    sys.stdout.write(document([read_scores(path) for path in given], command))
 
 
 if __name__ == "__main__":

@@ -43,12 +43,12 @@ def test_a_stage_that_fires_has_fewer_tokens_than_the_untouched_model(results: R
 
 
 def test_every_method_has_its_table(results: Results) -> None:
-    text = document(results)
+    text = document(results, "make it")
     assert [line for line in text.split("\n") if line.startswith("## ")] == ["## todre", "## hiprune"]
     assert "tiny-llava, questions of each task: tiny_image 18" in text
 
 
 def test_the_committed_page_says_what_the_report_says(results: Results) -> None:
     page = (Path(__file__).parents[2] / "docs" / "results" / "parts.md").read_text(encoding="utf-8")
-    about = document(results).split("\n## ")[0].split('"at":')[1]
+    about = document(results, "make it").split("\n## ")[0].split('"at":')[1]
     assert " ".join(about.split()) in " ".join(page.split())

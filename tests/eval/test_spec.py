@@ -77,7 +77,7 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str, w
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match=r"no sweep file 'nope\.yaml'.*claims, .*full, mini, parts, quick, ranking"):
+    with pytest.raises(InputError, match=r"no sweep file 'nope\.yaml'.*default, .*full, mini, parts, quick, ranking"):
         read_settings(Path("nope.yaml"))
 
 
