@@ -71,9 +71,7 @@ results: $(READY)
 	$(BIN)/vtc sweep --out results/docs
 	cp results/docs/metrics.csv docs/results/tiny_image.csv
 	cp results/docs/figure.png docs/results/tiny_image.png
-	cp results/full/tiny-onevision/table.md docs/results/tiny_onevision.md
 	cp results/full/tiny-onevision/figure.png docs/results/tiny_onevision.png
-	cp results/full/tiny-qwen/table.md docs/results/tiny_qwen.md
 	$(BIN)/vtc mini build
 	$(BIN)/vtc sweep mini
 	$(BIN)/python -m vtc.eval.mini.report results/mini > docs/results/mini_llava.md

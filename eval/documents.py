@@ -17,6 +17,7 @@ from vtc.eval import claims, parts, ranking
 from vtc.eval.archive import SUFFIX, read_scores
 from vtc.eval.choosing import choosing_page
 from vtc.eval.columns import column_page
+from vtc.eval.files import markdown
 from vtc.eval.reference import core_page, eval_page, methods_page
 from vtc.eval.results import Results
 from vtc.eval.suite import task_page
@@ -40,6 +41,9 @@ DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "results/lines.md": lines_page,
     "results/ranking.md": lambda: ranking.document(scored("tiny-*"), COMMAND),
     "results/claims.md": lambda: claims.document(scored("tiny-*"), claims.read_claims(), COMMAND),
+    "results/tiny_onevision.md": lambda: markdown(scored("tiny-onevision")[0]),
+    "results/tiny_qwen.md": lambda: markdown(scored("tiny-qwen")[0]),
+    "results/tiny_internvl.md": lambda: markdown(scored("tiny-internvl")[0]),
     "results/parts.md": lambda: parts.document(scored("parts")[0], COMMAND),
     "tasks.md": task_page,
     "api/vtc.md": core_page,

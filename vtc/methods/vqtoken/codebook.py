@@ -128,8 +128,9 @@ class VQTokenCodebook(Clustering):
 
     Departures from the paper and its code: raw means of pooled tokens by default; images are clustered as videos of one
     frame; several crops or tiles of an image share one codebook; draws depend on pixels and seed, not on a global
-    generator; clusters that end empty are filled, so that the budget is exact; under multi-axis rotary positions rows
-    get consecutive positions, or keep those of their medoids with representative="medoid", order="place".
+    generator; clusters that end empty are filled, so that the budget is exact; under multi-axis rotary positions, which
+    say where a token lies in the picture, rows keep those of their anchors, unless their order is another than that of
+    the anchors or pooled=False: then, as everywhere else, they get consecutive ones.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
@@ -142,9 +143,11 @@ class VQTokenCodebook(Clustering):
     order: Literal["first", "cluster_id", "size", "place"] = "first"
 
     name: ClassVar[str] = "vqtoken_codebook"
+    version: ClassVar[int] = 2
 
     def plan(self, model: ModelSpec) -> Plan:
-        placed = model.mrope and self.pooled and (self.representative, self.order) == ("medoid", "place")
+        anchored = self.order == "place" or (self.order == "first" and self.representative == "mean")
+        placed = model.mrope and self.pooled and anchored
         return dataclasses.replace(super().plan(model), positions="preserve" if placed else "compact")
 
     def select(self, view: StageView) -> Selection | None:
