@@ -16,13 +16,11 @@ from vtc.app.catalogue import describe_methods
 from vtc.app.method_pages import overview
 from vtc.app.pages import page, table, wrapped
 from vtc.eval.cells import BASELINE
-from vtc.eval.claims import base_name
+from vtc.eval.claims import CONTROLS, base_name
 from vtc.eval.ranking import WHOLE
 from vtc.eval.results import Asked, Results, asked
 from vtc.eval.seeds import pools
 
-CONTROLS = ("random", "stride", "pool")
-"""Methods that know nothing of the picture; whatever loses to them is of no use on that task."""
 BEST = 3
 USES = {
     "tiny_detail": "documents, small details",
