@@ -333,11 +333,16 @@ def test_bad_values(name: str, options: Any, message: str) -> None:
 
 def test_plans_and_defaults() -> None:
     assert VQTokenCodebook().plan(LLAVA).stages == (0,)
-    placed: list[dict[str, Any]] = [{}, {"order": "place"}, {"representative": "medoid", "order": "place"}]
+    placed: list[dict[str, Any]] = [
+        {},
+        {"pooled": False},
+        {"order": "place"},
+        {"representative": "medoid", "order": "place"},
+    ]
     for options in placed:
         found = [VQTokenCodebook(**options).plan(spec).positions for spec in (LLAVA, QWEN)]
         assert found == ["compact", "preserve"], options
-    for options in ({"representative": "medoid"}, {"order": "size"}, {"pooled": False}):
+    for options in ({"representative": "medoid"}, {"order": "size"}):
         assert VQTokenCodebook(**options).plan(QWEN).positions == "compact", options
     assert VQTokenCodebook().codebook_space == "raw"
     assert not VQTokenCodebook().trained

@@ -130,7 +130,7 @@ class VQTokenCodebook(Clustering):
     frame; several crops or tiles of an image share one codebook; draws depend on pixels and seed, not on a global
     generator; clusters that end empty are filled, so that the budget is exact; under multi-axis rotary positions, which
     say where a token lies in the picture, rows keep those of their anchors, unless their order is another than that of
-    the anchors or pooled=False: then, as everywhere else, they get consecutive ones.
+    the anchors: then, as everywhere else, they get consecutive ones.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
@@ -147,8 +147,7 @@ class VQTokenCodebook(Clustering):
 
     def plan(self, model: ModelSpec) -> Plan:
         anchored = self.order == "place" or (self.order == "first" and self.representative == "mean")
-        placed = model.mrope and self.pooled and anchored
-        return dataclasses.replace(super().plan(model), positions="preserve" if placed else "compact")
+        return dataclasses.replace(super().plan(model), positions="preserve" if model.mrope and anchored else "compact")
 
     def select(self, view: StageView) -> Selection | None:
         if not any(view.items.counts):  # an earlier stage dropped everything
