@@ -157,7 +157,7 @@ def test_plans_and_refusals() -> None:
     for spec, layer, reading in ((CLIP_L, 22, Rows.CLS), (QWEN, 31, Rows.RECEIVED)):
         plan = vtc.create("fastvid").plan(spec)
         assert plan.needs == Needs(vision={layer: reading})
-        assert (plan.stages, plan.positions) == ((0,), "preserve" if spec.mrope else "compact")
+        assert (plan.stages, plan.positions) == ((0,), "preserve")
     for name in ("segments", "step"):
         with pytest.raises(VTCError, match=f"{name}=0 has to be at least 1; the paper uses"):
             vtc.create("fastvid", **{name: 0})

@@ -169,7 +169,7 @@ def test_plans_and_refusals() -> None:
     for spec, layer, reading, inner in ((CLIP_L, 22, Rows.CLS, 20), (QWEN, 31, Rows.RECEIVED, 25)):
         plan = vtc.create("flashvid").plan(spec)
         assert plan.needs == Needs({layer: reading}, {inner - 1: Rows.LAST})
-        assert (plan.stages, plan.positions) == ((0, inner), "preserve" if spec.mrope else "compact")
+        assert (plan.stages, plan.positions) == ((0, inner), "preserve" if spec.mrope else "compact_input")
     assert vtc.create("flashvid", later=1.0).plan(CLIP_L).stages == (0,)
     refused = {
         "segments": (0, "segments=0 has to be at least 1; the code has 8"),

@@ -71,7 +71,7 @@ def plain_rows(
         if not few:
             continue
         every = torch.ones(1, len(members), dtype=torch.bool)
-        goes = plain_density_peaks(x[members][None], torch.tensor([few]), every, near=7)[0].tolist()
+        goes = plain_density_peaks(x[members][None], torch.tensor([few]), every, near=7, capped=True)[0].tolist()
         home |= {j: members[centre] for j, centre in zip(members, goes, strict=True)}
         for centre in set(goes):
             mean = x[[j for j, each in zip(members, goes, strict=True) if each == centre]].mean(0)
@@ -144,7 +144,7 @@ def test_plans_and_refusals() -> None:
     for spec, layer, reading, inner in ((CLIP_L, 22, Rows.CLS, 18), (QWEN, 31, Rows.RECEIVED, 23)):
         plan = vtc.create("holitom").plan(spec)
         assert plan.needs == Needs({layer: reading}, {inner - 1: Rows.LAST})
-        assert (plan.stages, plan.positions) == ((0, inner), "preserve" if spec.mrope else "compact")
+        assert (plan.stages, plan.positions) == ((0, inner), "preserve" if spec.mrope else "compact_input")
     assert vtc.create("holitom", later=1.0).plan(CLIP_L).needs == Needs({22: Rows.CLS})
     refused = {
         "threshold": (1.5, r"threshold=1.5 is no cosine; pass a number in \[-1, 1\], the paper uses 0.8"),

@@ -23,11 +23,21 @@ def best(scores: list[float], among: list[int], count: int) -> list[int]:
     return sorted(among, key=lambda j: (-scores[j], j))[:count]
 
 
-def plain_choice(early: list[float], late: list[float], cells: list[tuple[int, int]], keep: int) -> list[int]:
-    """The tokens of one crop; cells: the window of each."""
+def plain_choice(
+    early: list[float], late: list[float], cells: list[tuple[int, int]], keep: int, *, shared: bool
+) -> list[int]:
+    """The tokens of one crop; cells: the window of each, which gets a share of its own or has a limit alone."""
     everything = range(len(cells))
     windows = {cell: [j for j in everything if cells[j] == cell] for cell in cells}
-    local = [j for members in windows.values() for j in best(early, members, (keep // 2) * len(members) // len(cells))]
+    if shared:
+        shares = {cell: (keep // 2) * len(members) // len(cells) for cell, members in windows.items()}
+        local = [j for cell, members in windows.items() for j in best(early, members, shares[cell])]
+    else:
+        local, room = [], dict.fromkeys(windows, -(-(keep // 2) // len(windows)))
+        for j in best(early, list(everything), len(cells)):
+            if len(local) < keep // 2 and room[cells[j]]:
+                local.append(j)
+                room[cells[j]] -= 1
     others = [j for j in everything if j not in local]
     return sorted(local + best(late, others, keep - len(local)))
 
@@ -67,7 +77,7 @@ def test_the_plain_choice_and_means(
         for part, few in zip(parts, shares(counts[item], [len(part) for part in parts]), strict=True):
             cells = [(int(row[item, p] // side), int(col[item, p] // side)) for p in part]
             values = ([scores[item, p].item() for p in part] for scores in (early, late))
-            own = [part[j] for j in plain_choice(*values, cells, few)]
+            own = [part[j] for j in plain_choice(*values, cells, few, shared=spec.has_cls)]
             chosen += own
             x = view.tokens[item].double()
             unit = x / x.norm(dim=1, keepdim=True)

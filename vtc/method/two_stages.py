@@ -8,7 +8,7 @@ from collections.abc import Hashable
 
 from vtc.errors import UnsupportedMethod
 from vtc.method.budget import CACHED, spend
-from vtc.method.plan import PRE_LLM, ModelSpec
+from vtc.method.plan import PRE_LLM, ModelSpec, Positions
 from vtc.method.view import StageView
 
 
@@ -24,6 +24,16 @@ def layer_like(model: ModelSpec, layer: int, depth: int) -> int:
     if model.llm_layers < 2:
         raise UnsupportedMethod(f"the LLM of this {model.family} model has one layer; nothing can be dropped inside")
     return max(1, model.llm_layers * layer // depth)
+
+
+def outer_positions(model: ModelSpec) -> Positions:
+    """Where only the stage before the LLM leaves no gap in the positions, as removing tokens from its input does.
+
+    >>> import vtc
+    >>> outer_positions(vtc.adapters.families()["llava-onevision"].references[0])
+    'compact_input'
+    """
+    return "preserve" if model.mrope else "compact_input"
 
 
 def schedule(view: StageView, layer: int, later: float) -> list[tuple[int, int]]:

@@ -60,6 +60,7 @@ class FastVID(Compressor):
     own: float = 0.6
 
     name: ClassVar[str] = "fastvid"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +73,7 @@ class FastVID(Compressor):
 
     def plan(self, model: ModelSpec) -> Plan:
         needs = Needs(vision={model.key_layer: model.patch_attention})
-        return dataclasses.replace(super().plan(model), needs=needs)
+        return dataclasses.replace(super().plan(model), needs=needs, positions="preserve")
 
     def select(self, view: StageView) -> Selection:
         frames, mask = Frames.of(view), view.items.mask

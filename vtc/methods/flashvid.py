@@ -14,7 +14,7 @@ from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Rows, S
 from vtc.method.frames import Frames
 from vtc.method.groups import largest_share
 from vtc.method.registry import register
-from vtc.method.two_stages import layer_like, left
+from vtc.method.two_stages import layer_like, left, outer_positions
 from vtc.ops.density import density_peaks
 from vtc.ops.frames import likeness, quotas, roots, segments
 from vtc.ops.greedy import chosen, k_center
@@ -67,6 +67,7 @@ class FlashVID(Compressor):
     later: float = 0.3
 
     name: ClassVar[str] = "flashvid"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +86,8 @@ class FlashVID(Compressor):
         if self.later == 1:
             return dataclasses.replace(plan, needs=Needs(seen))
         inner = layer_like(model, 20, 28)
-        return dataclasses.replace(plan, stages=(PRE_LLM, inner), needs=Needs(seen, {inner - 1: Rows.LAST}))
+        needs = Needs(seen, {inner - 1: Rows.LAST})
+        return dataclasses.replace(plan, stages=(PRE_LLM, inner), needs=needs, positions=outer_positions(model))
 
     def select(self, view: StageView) -> Selection | None:
         inner = view.model.llm_layers if self.later == 1 else layer_like(view.model, 20, 28)

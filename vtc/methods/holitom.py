@@ -12,7 +12,7 @@ from vtc.errors import VTCError
 from vtc.method.base import PRE_LLM, Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.frames import Frames
 from vtc.method.registry import register
-from vtc.method.two_stages import layer_like, left
+from vtc.method.two_stages import layer_like, left, outer_positions
 from vtc.ops.density import density_peaks
 from vtc.ops.frames import likeness, windows
 from vtc.ops.host import put
@@ -22,7 +22,7 @@ from vtc.ops.rank import rank_in_group
 from vtc.ops.select import apportion, top_k
 
 NEIGHBOURS = 7
-"""Tokens that a density looks at."""
+"""Most tokens that a density looks at."""
 
 
 @register
@@ -35,10 +35,11 @@ class HoliTom(Compressor):
     mean over the window, at its place in the first frame. The cut that saves most tokens, w - 1 for each still place,
     is found by dynamic programming. Then the still tokens of each window and the other ones of each frame keep the same
     share of theirs: of a frame those of largest attention, of a window the centres of clusters around density peaks (of
-    7 nearest tokens). A centre x whose cluster has the mean m becomes ``own x + (1 - own) m``. In front of layer
-    18 L / 28 of the L layers of the LLM, the share `later` stays: the tokens that the last prompt token attends to most
-    in the layer before, mean over heads. Each of the others goes to the kept token h of highest cosine, which becomes
-    ``(h + x) / 2``, one x after the other by index. Ties go to the lower index, kept tokens stay in raster order.
+    as many nearest tokens as clusters, at most 7). A centre x whose cluster has the mean m becomes ``own x + (1 - own)
+    m``. In front of layer 18 L / 28 of the L layers of the LLM, the share `later` stays: the tokens that the last
+    prompt token attends to most in the layer before, mean over heads. Each of the others goes to the kept token h of
+    highest cosine, which becomes ``(h + x) / 2``, one x after the other by index. Ties go to the lower index, kept
+    tokens stay in raster order.
 
     threshold: tau, 0.8 in the paper and 0.65 for a retention of 0.1. own: beta, 0.6. later: 0.5; with 1 nothing leaves
     inside the LLM ("w/o M"). The budget is the mean over the layers, where the paper's is what enters the first one.
@@ -62,6 +63,7 @@ class HoliTom(Compressor):
     later: float = 0.5
 
     name: ClassVar[str] = "holitom"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +80,8 @@ class HoliTom(Compressor):
         if self.later == 1:
             return dataclasses.replace(plan, needs=Needs(seen))
         inner = layer_like(model, 18, 28)
-        return dataclasses.replace(plan, stages=(PRE_LLM, inner), needs=Needs(seen, {inner - 1: Rows.LAST}))
+        needs = Needs(seen, {inner - 1: Rows.LAST})
+        return dataclasses.replace(plan, stages=(PRE_LLM, inner), needs=needs, positions=outer_positions(model))
 
     def select(self, view: StageView) -> Selection | None:
         inner = view.model.llm_layers if self.later == 1 else layer_like(view.model, 18, 28)
@@ -106,7 +109,7 @@ class HoliTom(Compressor):
         score = view.vision_attention(view.model.key_layer).detach()
         attended = top_k(parts.take(score).float(), best.flatten(), stays & ~first)
         most = min(frames.width, max(counts))
-        centre = density_peaks(x, clusters.flatten(), first, most=most, near=NEIGHBOURS)
+        centre = density_peaks(x, clusters.flatten(), first, most=most, near=NEIGHBOURS, capped=True)
         tokens, home = parts.joined(x, centre, attended, self.own)
         kept = home == torch.arange(mask.shape[1], device=view.device)
         into = torch.where(mask, home.gather(1, root), -1)

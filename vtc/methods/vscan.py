@@ -29,12 +29,13 @@ class VScan(Compressor):
 
     Training-free; the stage inside the LLM follows the question (arXiv:2505.22654). Before the LLM: of the k tokens of
     a crop, k // 2 are local, every window of w x w patches giving the same share of its tokens, rounded down: those
-    with the highest ``mean_h A_e[h, CLS, j]`` in an early encoder layer e; the others are global, those of the rest
-    with the highest value in the layer whose output is projected. Every token that is dropped goes into the kept one of
-    its crop with the highest cosine of projected features, which becomes the mean of all that went into it. In front of
-    layer L // 2 of the L layers of the LLM, a share of these tokens stays: those that the last prompt token attends to
-    most, by that layer's own projections, mean over heads. Ties go to the lower index, kept tokens stay in raster
-    order.
+    with the highest ``mean_h A_e[h, CLS, j]`` in an early encoder layer e (without a class token, as in Qwen2.5-VL, the
+    best of the crop, but of each of n windows no more than k // 2 / n, rounded up); the others are global, those of the
+    rest with the highest value in the layer whose output is projected. Every token that is dropped goes into the kept
+    one of its crop with the highest cosine of projected features, which becomes the mean of all that went into it. In
+    front of layer L // 2 of the L layers of the LLM, a share of these tokens stays: those that the last prompt token
+    attends to most, by that layer's own projections, mean over heads. Ties go to the lower index, kept tokens stay in
+    raster order.
 
     window: w in patches, by default 6 with a class token and 8 (4 merged tokens) without. later: the share that the
     second stage leaves, a third as published (96 and 32 tokens for "64"). The budget is the mean over the layers of the
@@ -55,6 +56,7 @@ class VScan(Compressor):
     later: float = 1 / 3
 
     name: ClassVar[str] = "vscan"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +115,13 @@ class VScan(Compressor):
         early, late = settle(early, mask), settle(late, mask)
         rank = rank_in_group(apart, best=early)
         held = rank_in_group(apart) + rank_in_group(apart.flip(1)).flip(1) + 1  # tokens of the window
-        local = mask & (rank < (share // 2).gather(1, at) * held // sizes.gather(1, at).clamp(min=1))
+        if model.has_cls:
+            local = mask & (rank < (share // 2).gather(1, at) * held // sizes.gather(1, at).clamp(min=1))
+        else:  # so many of the best, but no more of a window than its part
+            windows = group_sizes(crop, crops, mask & (rank == 0)).clamp(min=1)
+            leads = rank < (share // 2 + windows - 1).div(windows, rounding_mode="floor").gather(1, at)
+            ahead = rank_in_group(torch.where(mask, at, crops), ~leads, best=early)
+            local = mask & leads & (ahead < (share // 2).gather(1, at))
         rest = share - group_sizes(crop, crops, local)
         behind = torch.where(mask, at, crops)
         best = rank_in_group(behind, local, best=late) < rest.gather(1, at)

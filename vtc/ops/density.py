@@ -15,7 +15,9 @@ BLOCK = 2**24
 """Distances held at once."""
 
 
-def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near: int | None = None) -> Tensor:
+def density_peaks(
+    x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near: int | None = None, capped: bool = False
+) -> Tensor:
     """For every token the centre of its cluster, a place in its row; centres name themselves, -1 outside the mask.
 
     With ``d_ij = |x_i - x_j| / sqrt(D)``, the density of token i is ``rho_i = exp(-mean d_ij^2)`` over the c nearest
@@ -24,8 +26,8 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near:
     other token goes to the nearest of them. Of equals the lower index is denser, is a centre, is nearer.
 
     x: [G, M, D]. clusters: [G] counts, at most the row's tokens and at most `most`. mask: [G, M] bool. near: the
-    density is over so many tokens, or all of a row that has fewer, instead of c. Streams over the tokens. Returns
-    [G, M], -1 in rows that have no cluster.
+    density is over so many tokens, or all of a row that has fewer, instead of c. capped: and over c where c is less.
+    Streams over the tokens. Returns [G, M], -1 in rows that have no cluster.
 
     >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]])
     >>> density_peaks(x, torch.tensor([2]), torch.ones(1, 6, dtype=torch.bool), most=2).tolist()
@@ -35,7 +37,7 @@ def density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, *, most: int, near:
     length = x.square().sum(2)
     steps = torch.arange(x.shape[1], device=x.device)
     there = torch.arange(min(most, x.shape[1]), device=x.device) < clusters[:, None]
-    neighbours = clusters if near is None else mask.sum(1).clamp(max=near)
+    neighbours = clusters if near is None else (clusters if capped else mask.sum(1)).clamp(max=near)
     peak = _peaks(x, length, clusters, neighbours, mask, most=most, nearest=near or most)
     place = front_pack(peak, there.shape[1])
     nearest = [

@@ -12,19 +12,22 @@ from vtc.ops.density import density_peaks, peaks
 from vtc.testing.plain import OpCase, Size
 
 
-def plain_density_peaks(x: Tensor, clusters: Tensor, mask: Tensor, most: int = 0, near: int | None = None) -> Tensor:
+def plain_density_peaks(
+    x: Tensor, clusters: Tensor, mask: Tensor, most: int = 0, near: int | None = None, capped: bool = False
+) -> Tensor:
     """One row after the other."""
     found = torch.full(mask.shape, -1)
     for row, count in enumerate(clusters.tolist()):
         places = [place for place, real in enumerate(mask[row].tolist()) if real]
         if count:
-            for place, centre in _row(x[row].double(), places, count, near).items():
+            few = count if near is None else min(near, count if capped else len(places))
+            for place, centre in _row(x[row].double(), places, count, few).items():
                 found[row, place] = centre
     return found
 
 
-def _row(x: Tensor, places: list[int], count: int, near: int | None) -> dict[int, int]:
-    away, centres = _centres(x, places, count, count if near is None else min(near, len(places)))
+def _row(x: Tensor, places: list[int], count: int, near: int) -> dict[int, int]:
+    away, centres = _centres(x, places, count, near)
     return {i: i if i in centres else min(sorted(centres), key=lambda j: round(away[i, j], 6)) for i in places}
 
 
@@ -63,4 +66,12 @@ def _peaks(size: Size) -> dict[str, Any]:
     return {"count": given.pop("clusters"), "neighbours": neighbours, "nearest": 4, **given}
 
 
-CASES = (OpCase(density_peaks, plain_density_peaks, _drawn), OpCase(peaks, plain_peaks, _peaks))
+def _capped(size: Size) -> dict[str, Any]:
+    return {"near": 3, "capped": True, **_drawn(size)}
+
+
+CASES = (
+    OpCase(density_peaks, plain_density_peaks, _drawn),
+    OpCase(density_peaks, plain_density_peaks, _capped),
+    OpCase(peaks, plain_peaks, _peaks),
+)

@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 
-def prominence(x: Tensor, near: int, real: Tensor | None = None) -> Tensor:
+def prominence(x: Tensor, near: int | Tensor, real: Tensor | None = None) -> Tensor:
     """[G, M] density of the rows [G, M, D] times the distance to a denser one; over the `near` nearest, each included.
+
+    near: the same everywhere, or [G].
 
     real: [G, M] bool, the rows there are; the others get -inf.
     """
     distance = torch.cdist(x, x) / x.shape[2] ** 0.5
     if real is not None:
         distance = distance.masked_fill(~(real[:, None] & real[:, :, None]), torch.inf)
-    squares = distance.topk(min(near, x.shape[1]), dim=2, largest=False).values.square()
+    most = near if isinstance(near, int) else int(near.max())
+    squares = distance.topk(min(most, x.shape[1]), dim=2, largest=False).values.square()
+    if isinstance(near, Tensor):
+        squares = squares.masked_fill(torch.arange(squares.shape[2]) >= near[:, None, None], torch.inf)
     count = (squares < torch.inf).sum(2)
     density = (-squares.masked_fill(squares == torch.inf, 0).sum(2) / count.clamp(min=1)).exp()
     density = density.masked_fill(count == 0, -1)
@@ -25,7 +30,7 @@ def prominence(x: Tensor, near: int, real: Tensor | None = None) -> Tensor:
     return product
 
 
-def density_peaks(x: Tensor, count: Tensor, near: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def density_peaks(x: Tensor, count: Tensor, near: int | Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[G, M] bool, the `count` [G] centres of the clusters of [G, M, D], and [G, M] the place of each row's centre."""
     rank = prominence(x, near, real).argsort(dim=1, descending=True, stable=True).argsort(1)
     centre = rank < count[:, None]

@@ -146,7 +146,7 @@ def holitom(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
     rank = score.masked_fill(~single, -1).argsort(dim=2, descending=True, stable=True).argsort(2)
     kept = rank < attended[..., None]
     flat, real = merged.flatten(0, 1), leads.flatten(0, 1)
-    centre, into = density_peaks(flat, clusters.flatten(), 7, real)
+    centre, into = density_peaks(flat, clusters.flatten(), clusters.flatten().clamp(max=7), real)
     mixed = torch.lerp(means(flat, into, real), flat, scene.method.own)
     rows = torch.where(centre[..., None], mixed, flat).view(tokens.shape)
     return rows[kept | centre.view(kept.shape)].view(items, scene.keep, width)
