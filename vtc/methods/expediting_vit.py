@@ -118,16 +118,20 @@ class ExpeditingViT(Compressor):
             own = torch.arange(length, device=tokens.device) * cells // length
             lines.append((own[:, None] - torch.arange(cells, device=tokens.device)).abs() <= reach)
         near = (lines[0][:, None, :, None] & lines[1][None, :, None, :]).flatten(2).flatten(0, 1)
+        far = ~near
+        origin = tokens.mean(1, keepdim=True)  # what all share would only cost digits
+        tokens, centres = tokens - origin, centres - origin
         for _ in range(self.iterations):
-            share = (-self.temperature * _distances(tokens, centres)).masked_fill(~near, -torch.inf).softmax(-1)
+            share = (self.temperature * _nearness(tokens, centres)).masked_fill_(far, -torch.inf).softmax(-1)
             total = share.sum(1)[..., None].clamp(min=torch.finfo(torch.float32).tiny)
             centres = share.transpose(1, 2) @ tokens / total
-        return centres
+        return centres + origin
 
     def rebuilt(self, refined: Tensor, before: Tensor, centres: Tensor) -> Tensor:
         """[G, t, D] rows of all tokens `before` [G, t, D] from the `refined` clusters [G, K, D] that were `centres`."""
         count = min(self.neighbours, centres.shape[1])
-        near = -self.temperature * _distances(before.float(), centres)
+        origin = before.float().mean(1, keepdim=True)
+        near = self.temperature * _nearness(before.float() - origin, centres - origin)
         flat = near.flatten(0, 1)
         some = top_k(flat, torch.full((len(flat),), count, device=flat.device)).view_as(near)
         weight = (near - near.amax(-1, keepdim=True)).exp() * some
@@ -135,8 +139,6 @@ class ExpeditingViT(Compressor):
         return ((weight / total) @ refined.float()).to(refined.dtype)
 
 
-def _distances(tokens: Tensor, centres: Tensor) -> Tensor:
-    """[G, t, K] squared distances of tokens [G, t, D] to centres [G, K, D]."""
-    origin = tokens.mean(1, keepdim=True)  # what all share would only cost digits
-    tokens, centres = tokens - origin, centres - origin
-    return tokens.square().sum(-1)[..., None] + centres.square().sum(-1)[:, None] - 2 * tokens @ centres.transpose(1, 2)
+def _nearness(tokens: Tensor, centres: Tensor) -> Tensor:
+    """[G, t, K] how much nearer than the origin, in squares, a centre [G, K, D] is to a token [G, t, D]."""
+    return torch.baddbmm(centres.square().sum(-1)[:, None], tokens, centres.transpose(1, 2), beta=-1, alpha=2)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.method.base import CacheStage, ModelSpec, Rows, Selection, StageView
+from vtc.method.base import CacheStage, EncoderStage, ModelSpec, Rows, Selection, StageView
 from vtc.method.pairs import PairFeatures
 from vtc.method.readings import LLMReading
 from vtc.method.registry import create
@@ -27,6 +27,7 @@ from vtc.methods.mustdrop.method import TEXT
 from vtc.methods.prumerge import ONE_HEAD
 from vtc.methods.sparsevlm import TEXT as WORDS
 from vtc.methods.vlcache import PostVision
+from vtc.methods.zero_tprune import GRAPH
 from vtc.testing.views import CLIP_L, Shape, make_view
 
 TILED = Shape(((5, 24, 24),), tiling=(2, 2))
@@ -116,7 +117,7 @@ class SelectionCase:
         if isinstance(self.stage, CacheStage):
             entries, width = (HEADS, width or KEYS) if self.wide else None, NARROW
         width = width or (WIDE if self.wide else NARROW)
-        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1, clip=True)
+        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1, clip=True, encoder_stages=True)
         wanted = keep or self.keep or max(1, int(length * self.share) // crops) * crops
         budget: dict[str, Any] = {"keep": wanted} if method.needs_budget else {}
         view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, entries=entries, **budget)
@@ -151,7 +152,10 @@ def moving(view: StageView, frames: int) -> Tensor:
 
 
 def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
-    """The view with random readings for all that the method plans, its CLIP pairs and its learned parts."""
+    """The view with random readings for all that the method plans, its CLIP pairs and its learned parts.
+
+    One row stands in front of the patches inside the encoder, the same for all items.
+    """
     generator = torch.Generator().manual_seed(3)
     plan, items = method.plan(spec), view.items
     longest = max(layout.n_tokens for layout in items.layouts)
@@ -159,7 +163,7 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
     llm: dict[Any, Tensor] = {}
     for layer, readings in plan.needs.vision.items():
         for reading in readings if isinstance(readings, tuple) else (readings,):
-            wide = () if reading in FLAT else (KEYS,)
+            wide = () if reading in FLAT else (2, HEADS, KEYS) if reading == GRAPH else (KEYS,)
             vision[layer, reading] = torch.rand(len(items), longest, *wide, generator=generator)
     said = (view.text & (view.visual.cumsum(1) > 0)).sum(1)
     for at, asked in plan.needs.llm.items():
@@ -174,7 +178,10 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
     pairs = {name: PairFeatures(said, lambda rows: rows) for name in plan.needs.pairs}  # one question for all
     torch.manual_seed(0)
     module = method.build(spec).eval() if method.trained else None
-    return dataclasses.replace(view, vision_rows=vision, llm_rows=llm, pairs=pairs, needs=plan.needs, module=module)
+    front = {key: rows[:1, :1].expand(len(items), *rows[:1, :1].shape[1:]) for key, rows in vision.items()}
+    return dataclasses.replace(
+        view, vision_rows=vision, vision_prefix=front, llm_rows=llm, pairs=pairs, needs=plan.needs, module=module
+    )
 
 
 def _lead(reading: LLMReading, words: int) -> tuple[int, ...]:
@@ -191,7 +198,9 @@ PAIRS = (Rows.GROUP_SUMS, Rows.TRANSITION, SUMS, TEXT)
 
 
 def _values(view: StageView) -> tuple[Tensor, ...]:
-    seen = [key for key in view.vision_rows]
+    seen = list(view.vision_rows)
+    if isinstance(view.stage, EncoderStage):
+        seen = [key for key in seen if key[0] == view.stage.layer - 1]
     if isinstance(view.stage, CacheStage):
         return tuple(view.llm_attention(*key) for key in view.llm_rows if key[0] == view.stage.from_layer)
     if isinstance(view.stage, int) and view.stage > 0:

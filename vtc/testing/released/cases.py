@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from vtc.method.base import CacheStage
+from vtc.method.base import CacheStage, EncoderStage
 from vtc.testing.released import (
     Form,
     SelectionCase,
     cache,
     clusters,
     diverse,
+    encoder,
     frames,
     inside,
     merging,
@@ -37,9 +38,12 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("cdpruner", diverse.cdpruner_batched, diverse.cdpruner_loop, wide=True),
         Case("cosine_redundancy", redundancy.cosine_batched, redundancy.cosine_loop, wide=True),
         Case("dart", inside.dart_batched, inside.dart_loop, 2, wide=True),
+        Case("diffrate", *_both(encoder.diffrate), EncoderStage(1), wide=True, tolerance=1e-5, largest=576),
         Case("divprune", diverse.divprune_batched, diverse.divprune_loop, wide=True),
         Case("dycoke", frames.dycoke_batched, frames.dycoke_loop, wide=True, share=5 / 8, video=True),
         Case("evs", frames.evs_batched, frames.evs_loop, wide=True, share=1 / 2, video=True),
+        Case("expediting_vit", *_both(encoder.expediting_vit), EncoderStage(5), {"reconstruct": False}, wide=True,
+             tolerance=1e-5, largest=576),
         Case("fastervlm", ranking.vtc_cls_batched, ranking.vtc_cls_loop),
         Case("fastv", ranking.last_row_batched, ranking.last_row_loop, 2),
         Case("fastvid", *_both(segments.fastvid), options=CUT, wide=True, tolerance=1e-5, video=True),
@@ -60,6 +64,7 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("mustdrop (windows)", *_both(merging.mustdrop_windows), options=WINDOWS, wide=True, tolerance=1e-5,
              largest=576),
         Case("pitome", *_both(merging.pitome), wide=True, tolerance=1e-5),
+        Case("pixelprune", *_both(encoder.pixelprune), EncoderStage(0), {"tau": None}, largest=576),
         Case("pool", *_both(merging.pool), wide=True, tolerance=1e-5),
         Case("prumerge", *_both(pruned.prumerge), wide=True, tolerance=1e-5),
         Case("prumerge_plus", *_both(pruned.prumerge), wide=True, tolerance=1e-5),
@@ -76,6 +81,8 @@ def selection_cases() -> dict[str, SelectionCase]:
         Case("todre (diversity)", diverse.todre_batched, diverse.todre_loop, options=DIVERSE, wide=True),
         Case("todre (relevance)", ranking.parted_batched, ranking.parted_loop, 29, {"diversity": False}),
         Case("token_correlation", redundancy.correlation_batched, redundancy.correlation_loop, options=REPEATED),
+        Case("token_transforming", *_both(encoder.token_transforming), EncoderStage(5), wide=True, tolerance=1e-5,
+             largest=576),
         Case("tome", *_both(merging.tome), wide=True, tolerance=1e-5),
         Case("trim", *_both(merging.trim), options={"pair": "tiny-clip"}, wide=True, tolerance=1e-5),
         Case("transprune", inside.transprune_batched, inside.transprune_loop, 7, share=1 / 2),
@@ -90,6 +97,7 @@ def selection_cases() -> dict[str, SelectionCase]:
              largest=2880),
         Case("vscan", *_both(merging.vscan), options={"later": 1.0}, wide=True, tolerance=1e-5, largest=2880),
         vtc_cls,
+        Case("zero_tprune", *_both(encoder.zero_tprune), EncoderStage(2), largest=576),
     )  # fmt: skip
     return {case.name: case for case in cases}
 
