@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import ClassVar
 
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, StageView
-from vtc.method.schedule import DEPTH, Rates, Schedule, check
+from vtc.method.schedule import DEPTH, Profiles, Rates, Schedule, check, through
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class StagedCompressor(Compressor):
 
     layers: as the method numbers them; None for the published ones. ratios: the share of the tokens given to the LLM
     that each stage leaves; then no retention or keep is given. By default lambda, lambda^2, lambda^3, ... of the tokens
-    stay, with the lambda that meets the budget as the mean over all layers. schedule: instead of both, every layer may
-    drop tokens, see `vtc.method.schedule`. Subclasses say what the paper has, the first and the last number that a
-    layer may have, and what `Schedule.rounds` is for their ratios.
+    stay, with the lambda that meets the budget as the mean over all layers, and a method with `profiles` lies between
+    these. schedule: instead of both, every layer may drop tokens, see `vtc.method.schedule`. Subclasses say what the
+    paper has, the first and the last number that a layer may have, what `Schedule.rounds` is for their ratios, and
+    profiles: shares that the published layers leave at some budgets, from the largest to the smallest. Of layers that
+    fall together on a shallow model the last one's count.
 
     >>> from dataclasses import dataclass
     >>> import torch, vtc
@@ -49,6 +52,7 @@ class StagedCompressor(Compressor):
     first: ClassVar[int] = 1
     last: ClassVar[int | None] = None
     rounds: ClassVar[float] = 0.5
+    profiles: ClassVar[tuple[Rates, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +104,15 @@ class StagedCompressor(Compressor):
             )
         if self.ratios is not None:
             return (Schedule(lists[0], depth, self.ratios, self.rounds),)
+        if self.profiles and self.layers in (None, self.published):
+            return tuple(Schedule(layers, depth, self.between(model, layers)) for layers in lists)
         return tuple(Schedule(layers, depth) for layers in lists)
+
+    def between(self, model: ModelSpec, starts: tuple[int, ...]) -> Profiles:
+        """The profiles, of the stages there are on this model."""
+        each = [dataclasses.replace(self, layers=(layer,)).lists(model)[0] for layer in self.published]
+        columns = {start: column for column, found in enumerate(each) for start in found}
+        return through(tuple(tuple(row[columns[start]] for start in starts) for row in self.profiles))
 
     def starts(self, model: ModelSpec) -> tuple[int, ...]:
         """The LLM layers before which tokens may leave."""

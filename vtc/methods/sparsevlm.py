@@ -25,6 +25,8 @@ BLOCK = 1 << 24
 """Similarities held at a time."""
 SAME = 1e-5
 """Shares that differ by less are equal."""
+TABLES = (309, 204, 113), (312, 117, 39), (249, 55, 27), (82, 32, 18)
+"""What stages leave of 576 tokens by the released tables, with the tokens that what is recycled becomes."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,19 @@ class SparseVLM(StagedCompressor):
     r_m of at least the mean rate at all stages. Token j scores what the raters pay to it in the layer in front, mean
     over raters and heads; the best stay. Of the d others the best int(recycle * d) + 1, r of them, are clustered by
     density peaks (`vtc.ops.density`) into int(r / 10) + 1 groups, and each group becomes its mean, on its centre's
-    place. Stages leave tokens * x, x^2, x^3, merged ones included, with the one x for which the mean over all layers
-    meets the budget.
+    place. What stages leave, merged tokens included, lies on a straight line between two released tables, where the
+    mean over all layers meets the budget: of 576 tokens 309, 204, 113 (the table "192", a mean of 206.5), 312, 117, 39
+    ("128", 145.4), 249, 55, 27 ("96", 114.1) and 82, 32, 18 ("64", 82.3), of other numbers the same shares.
 
     layers: as above, scaled to the model's depth. ratios: what each stage keeps of the tokens that entered the LLM;
     then no retention or keep is given, and merged tokens come on top, as published: (300, 200, 110) of 576 for the
     label 192, (303, 110, 36) for 128, (66, 30, 17) for 64. schedule: instead of both, such as "sigmoid(8)", "cosine" or
     a rate for every layer. recycle: 0.3 as released; 0 merges nothing.
 
-    Departures from the paper and its code: exact counts by a budget, which the code has in tables for LLaVA alone and
-    the paper replaces by lambda times what the rank of the raters' attention lacks, a count that no budget can meet.
+    Departures from the paper and its code: exact counts by a budget, which the code has in four tables for LLaVA alone,
+    labelled as if layer 2 saw the pruned tokens; what lies between and beyond the tables is ours, and so are x, x^2,
+    x^3 of the tokens where other layers are given. The paper takes lambda times what the rank of the raters' attention
+    lacks instead, a count that no budget can meet.
     Raters are chosen row by row among the text behind its first visual token that is no system prompt, and a token that
     rates exactly the mean is one. Merged tokens stand on their centres' places instead of behind the kept ones. Ties go
     to the lower index instead of to noise. Batches, several images with shares of their own, newline tokens that stay.
@@ -87,6 +92,8 @@ class SparseVLM(StagedCompressor):
     recycle: float = 0.3
 
     name: ClassVar[str] = "sparsevlm"
+    version: ClassVar[int] = 2
+    profiles = tuple(tuple(count / 576 for count in table) for table in TABLES)
     published, published_ratios = (2, 6, 15), (0.52, 0.35, 0.19)
     first, last = 0, DEPTH - 2
 
