@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec
 from vtc.methods.sparsevlm import TEXT, SparseVLM
-from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
+from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 from vtc.testing.contract import LIMIT
 from vtc.testing.measures import generate
 from vtc.testing.plain.density import plain_density_peaks
@@ -185,7 +186,9 @@ def test_a_split_is_exact(recycle: float) -> None:
 
 
 def test_plans_and_refusals() -> None:
-    assert dataclasses.asdict(SparseVLM()) == {"layers": (2, 6, 15), "ratios": None, "schedule": None, "recycle": 0.3}
+    assert dataclasses.asdict(SparseVLM()) == {
+        "layers": (2, 6, 15), "ratios": None, "schedule": None, "recycle": None, "count": "budget", "scale": 0.5
+    }  # fmt: skip
     for spec, layers, positions in ((LLAMA, (2, 6, 15), "compact"), (QWEN, (2, 5, 13), "preserve")):
         plan = SparseVLM().plan(spec)
         assert plan.stages == (0, *(layer + 1 for layer in layers))
@@ -196,6 +199,10 @@ def test_plans_and_refusals() -> None:
         ({"layers": (2, 31)}, r"end at 30 at the latest; the paper uses \(2, 6, 15\) of 32"),
         ({"ratios": (0.5, 0.2)}, "one for each of 3 layers"),
         ({"ratios": (0.5, 0.2, 0.3)}, "must fall and lie between 0 and 1"),
+        ({"scale": 0.0}, "scale=0.0 is no share of what the rank lacks; pass a number above 0 up to 1"),
+        ({"count": "rank", "schedule": "cosine"}, "count='rank' says how many tokens leave; leave out ratios and"),
+        ({"count": "rank", "ratios": (0.5, 0.4, 0.3)}, "leave out ratios and schedule beside it"),
+        ({"count": "pivots"}, "unknown count 'pivots'"),
         ({"recycle": 1}, "recycle=1.0 is no share of what leaves; the code has 0.3, 0 merges nothing"),
     ):
         with pytest.raises(VTCError, match=message):
@@ -205,6 +212,102 @@ def test_plans_and_refusals() -> None:
         SparseVLM(ratios=(0.5, 0.4, 0.3)).plan(few)
     with pytest.raises(BudgetError, match="cannot be met by 'sparsevlm'"):
         vtc.compress(tiny_model("llava-clip"), "sparsevlm", retention=0.2)
+
+
+# --- as many as the rank lacks
+def plain_rank(rows: list[list[int]]) -> int:
+    """Of whole numbers, by elimination with fractions."""
+    left, rank = [[Fraction(number) for number in row] for row in rows], 0
+    for column in range(len(rows[0]) if rows else 0):
+        pivot = next((row for row in left if row[column]), None)
+        if pivot is not None:
+            left.remove(pivot)
+            left = [[a - b * row[column] / pivot[column] for a, b in zip(row, pivot, strict=True)] for row in left]
+            rank += 1
+    return rank
+
+
+@pytest.mark.parametrize("options", [{}, {"recycle": 0.0}, {"scale": 1.0}, {"scale": 0.2, "recycle": 0.9}], ids=str)
+@pytest.mark.parametrize("layer", [2, 15])
+def test_the_plain_count_and_choice_of_the_rank(make_view: Any, kept: Any, options: Any, layer: int) -> None:
+    """Whole numbers for attention, of which one row is the sum of two others and one is another's double."""
+    method = SparseVLM(count="rank", **options)
+    view = seen(make_view, method, layer)
+    rows = (view.llm_rows[layer, TEXT] * 1000).round()
+    rows[2], rows[4] = rows[0] + rows[1], 2 * rows[3]
+    rate = view.memory[method, "raters"].clone()
+    rate[0] = True
+    rate[-1] = False  # nobody asks
+    view = dataclasses.replace(view, llm_rows={(layer, TEXT): rows}, memory={(method, "raters"): rate})
+    selection = method.select(view)
+    assert selection.counts is None
+    scale, share = options.get("scale", 0.5), options.get("recycle", 0.5)
+    found, lacks = kept(view, selection), []
+    for item, count in enumerate(view.items.counts):
+        row = view.items.rows[item]
+        paid = rows[:, row, view.items.index[item, :count]]
+        voices = [m for m in range(5) if rate[row, m]]
+        rank = plain_rank([[int(number) for number in paid[m]] for m in voices])
+        lacks.append(len(voices) - rank)
+        dropped = min(count - 1, math.floor(scale * (count - rank) + 1e-6))
+        number = math.floor(share * dropped + 1e-6)
+        groups = number // 2
+        score = [round(sum(float(paid[m, j]) for m in voices) / max(1, len(voices)), 4) for j in range(count)]
+        best, joins = plain_recycling(view.tokens[item, :count], score, count - dropped, number * (groups > 0), groups)
+        assert found[item] == sorted({*best, *joins.values()})
+        assert len(found[item]) == count - dropped + groups
+        for centre in set(joins.values()):
+            members = [place for place, into in joins.items() if into == centre]
+            mean = view.tokens[item, members].double().mean(0)
+            assert torch.allclose(selection.tokens[item, centre].double(), mean, atol=1e-5)
+    assert max(lacks) == 2
+
+
+def test_items_have_ranks_of_their_own(make_view: Any, kept: Any) -> None:
+    """Of a batch as alone, to the count, though smaller items are padded."""
+    method = SparseVLM(count="rank")
+    view = seen(make_view, method, 2)
+    found = kept(view, method.select(view))
+    for item, shape in enumerate(SHAPES):
+        alone = seen(make_view, method, 2, [shape])
+        count, row = view.items.counts[item], view.items.rows[item]
+        rows = torch.zeros_like(alone.llm_rows[2, TEXT])
+        rows[:, 0, alone.items.index[0]] = view.llm_rows[2, TEXT][:, row, view.items.index[item, :count]]
+        states = {(2, TEXT): rows}
+        alone = dataclasses.replace(
+            alone, llm_rows=states, memory={(method, "raters"): view.memory[method, "raters"][row:][:1]}
+        )
+        assert len(kept(alone, method.select(alone))[0]) == len(found[item])
+
+
+@torch.no_grad()
+def test_the_rank_is_that_of_eager_attention() -> None:
+    """Behind layer 0 of 4, and of what is left behind layer 1."""
+    model = tiny_model("llava-next")
+    inputs = tiny_inputs("llava-next", [["image", 7]], seed=2, model=model)
+    with vtc.compress(model, "sparsevlm", count="rank", recycle=0.0) as handle:
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    rows, weights = output.hidden_states[0][0], output.attentions[0][0].mean(0)
+    (item,) = handle.trace[0].items
+    at, newlines = item.positions.tolist(), set(item.layout.newline.nonzero().flatten().tolist())
+    real = [j for j in range(len(at)) if j not in newlines]
+    words = list(range(at[-1] + 1, len(rows)))
+    rate = plain_raters(rows[[at[j] for j in real]], rows[words])
+    paid = weights[[word for word, one in zip(words, rate, strict=True) if one]][:, [at[j] for j in real]]
+    singular = torch.linalg.svdvals(paid.double())
+    rank = int((singular > max(paid.shape) * torch.finfo(torch.float32).eps * singular[0]).sum())
+    assert 0 < rank <= len(paid)
+    left = [j for j in item.kept[1].tolist() if j not in newlines]
+    assert len(left) == len(real) - (len(real) - rank) // 2
+    fewer = [len([j for j in item.kept[stage].tolist() if j not in newlines]) for stage in (1, 2, 3)]
+    assert fewer == sorted(fewer, reverse=True) and fewer[2] < fewer[1] < fewer[0]
+
+
+def test_counts_by_the_rank_keep_the_contract() -> None:
+    """Merged tokens and counts that differ from row to row included."""
+    check_method(vtc.create("sparsevlm", count="rank"), models=["llava-next"], generation=["greedy"], steps=2)
 
 
 # --- on models
