@@ -201,7 +201,7 @@ def identity(method: str) -> tuple[str, int, dict[str, str]]:
         InputError: it has no such hyper-parameter.
 
     >>> identity("fastv(ratio=0.5)")
-    ('fastv', 1, {'layer': '2.0', 'ratio': '0.5', 'scope': '"item"'})
+    ('fastv', 1, {'schedule': 'null', 'layer': '2.0', 'ratio': '0.5', 'scope': '"item"'})
     """
     ((given,),) = parse(method)
     if given.name == BASELINE:

@@ -23,6 +23,7 @@ from vtc.testing import make_view, tiny_inputs, tiny_model
 
 LLAMA = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
 STAGED = ("pyramiddrop", "sparsevlm", "v2drop")
+SCHEDULED = (*STAGED, "transprune", "fastv", "dart", "fitprune")
 
 
 @given(st.sets(st.integers(1, 31), min_size=1, max_size=5), st.integers(2, 96), st.integers(0, 1))
@@ -67,7 +68,7 @@ def test_cosine_is_the_published_decay() -> None:
 
 
 @pytest.mark.parametrize("written", ["sigmoid(8)", "sigmoid(0.5)", "sigmoid(60)", "cosine", "cosine(0.05)"])
-@pytest.mark.parametrize("method", STAGED)
+@pytest.mark.parametrize("method", SCHEDULED)
 def test_shapes_meet_the_budget(method: str, written: str) -> None:
     chosen: Any = vtc.create(method, schedule=written)
     assert chosen.needs_budget
@@ -103,7 +104,7 @@ def test_equal_neighbours_are_one_stage(some: list[float], layers: int) -> None:
     assert found.mean == pytest.approx(sum(each) / layers)
 
 
-@pytest.mark.parametrize("method", ["pyramiddrop", "v2drop"])
+@pytest.mark.parametrize("method", ["pyramiddrop", "v2drop", "transprune", "fastv", "dart", "fitprune"])
 @torch.no_grad()
 def test_every_layer_sees_its_rate(method: str) -> None:
     model = tiny_model("llava-clip")
@@ -118,10 +119,50 @@ def test_every_layer_sees_its_rate(method: str) -> None:
         assert seen == [max(1, math.floor(16 * rate + 0.5)) for rate in spread]
 
 
-def test_rates_keep_the_contract() -> None:
+@pytest.mark.parametrize("name", ["pyramiddrop", "fastv", "dart", "fitprune"])
+def test_rates_keep_the_contract(name: str) -> None:
     for written in ("sigmoid(6)", (1, 0.8, 0.4, 0.3)):
-        method = vtc.create("pyramiddrop", schedule=written)
+        method = vtc.create(name, schedule=written)
         vtc.testing.check_method(method, models=["llava-next"], generation=["greedy"], steps=2)
+
+
+@pytest.mark.parametrize("name", ["fastv", "dart"])
+@torch.no_grad()
+def test_each_stage_of_a_schedule_is_the_method_at_its_layer(name: str) -> None:
+    """The first stage keeps what the method alone keeps there, the second what it makes of the tokens that are left."""
+    model = tiny_model("llava-clip")
+    inputs = tiny_inputs("llava-clip", [[3, "image", 5], ["image", 9]], model=model)
+    chosen = vtc.create(name, schedule=(1, 1, 0.5, 0.25))
+    views: list[Any] = []
+    select = type(chosen).select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(chosen), "select", lambda self, view: views.append(view) or select(self, view))
+        with vtc.compress(model, chosen) as handle:
+            model(**inputs)
+    alone = vtc.create(name, layer=2)
+    with vtc.compress(model, alone, retention=0.75) as one:  # 2 layers of 16 tokens and 2 of 8
+        model(**inputs)
+    later = dataclasses.replace(views[1], budget=vtc.Budget(keep=13))
+    last_view = dataclasses.replace(
+        later, items=dataclasses.replace(later.items, input_counts=(16, 16), fixed=(0, 0))
+    )  # 3 layers of 16 tokens and one of 4
+    last = vtc.create(name, layer=3).select(last_view).keep
+    for number, (item, first) in enumerate(zip(handle.trace[0].items, one.trace[0].items, strict=True)):
+        assert item.kept[2].tolist() == first.kept[2].tolist()
+        assert len(item.kept[2]) == 8
+        assert item.kept[3].tolist() == item.kept[2][last[number, :8]].tolist()
+        assert len(item.kept[3]) == 4
+
+
+@pytest.mark.parametrize("name", ["fastv", "dart", "fitprune"])
+def test_schedules_stand_alone(name: str) -> None:
+    other = {"fastv": {"ratio": 0.5}, "dart": {"layer": 0}, "fitprune": {"weights": "some.safetensors"}}[name]
+    with pytest.raises(VTCError, match=f"schedule says where tokens leave .* leave out .*{next(iter(other))}"):
+        vtc.create(name, schedule="cosine", **other)
+    with pytest.raises(VTCError, match="is no schedule; write"):
+        vtc.create(name, schedule="linear")
+    assert not vtc.create(name, schedule=(1, 0.5)).needs_budget
+    assert vtc.create(name, schedule="cosine").needs_budget
 
 
 # --- as text

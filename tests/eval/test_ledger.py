@@ -210,7 +210,7 @@ def test_a_ledger_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: p
 
 # Against a sweep
 
-FASTV = {"layer": 3, "ratio": None, "scope": "item"}
+FASTV = {"schedule": None, "layer": 3, "ratio": None, "scope": "item"}
 Value = tuple[str, str, float]
 
 
@@ -355,7 +355,7 @@ def test_weights_and_seeds_are_no_part_of_a_method() -> None:
     assert identity("vqtoken(weights=a, resample=true)")[2] == {"resample": "true"}
     assert "seed" not in identity("random(seed=4)")[2]
     assert identity("fastv") == identity("fastv(layer=2, ratio=none)") != identity("fastv(layer=3)")
-    with pytest.raises(InputError, match="fastv has no 'depth'; it has layer, ratio, scope"):
+    with pytest.raises(InputError, match="fastv has no 'depth'; it has schedule, layer, ratio, scope"):
         identity("fastv(depth=3)")
 
 

@@ -113,7 +113,7 @@ def test_key_sizes_are_those_of_all_rotations() -> None:
 
 
 def test_plans_and_refusals() -> None:
-    assert dataclasses.asdict(vtc.create("dart")) == {"layer": 2, "pivots": (4, 4)}
+    assert dataclasses.asdict(vtc.create("dart")) == {"layer": 2, "pivots": (4, 4), "schedule": None}
     plan = vtc.create("dart", layer=3).plan(LLAMA)
     assert (plan.stages, plan.needs, plan.positions) == ((3,), vtc.Needs(llm={2: SIZES}), "preserve")
     plan = vtc.create("dart", layer=0).plan(LLAMA)

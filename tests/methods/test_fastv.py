@@ -96,7 +96,9 @@ def test_images_of_a_prompt_ranked_together(make_view: Any, kept: Any, data: st.
 
 
 def test_plan_defaults_and_refusals(make_view: Any) -> None:
-    assert dataclasses.asdict(vtc.create("fastv")) == {"layer": 2, "ratio": None, "scope": "item"}
+    assert dataclasses.asdict(vtc.create("fastv")) == {
+        "layer": 2, "ratio": None, "scope": "item", "schedule": None
+    }  # fmt: skip
     for spec in (LLAMA, QWEN):
         plan = vtc.create("fastv", layer=3).plan(spec)
         assert (plan.stages, plan.positions) == ((3,), "preserve")

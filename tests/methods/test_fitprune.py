@@ -15,8 +15,9 @@ from vtc import adapters
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method import weights as store
 from vtc.method.base import ModelSpec, Needs
+from vtc.method.schedule import Profiles, Schedule
 from vtc.methods.fitprune.method import SUMS
-from vtc.methods.fitprune.recipe import STEPS, left_behind, recipe, spread
+from vtc.methods.fitprune.recipe import STEPS, left_behind, recipe
 from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 LLAMA = ModelSpec("llava", 24, 22, True, tuple(range(24)), 32)
@@ -80,17 +81,18 @@ def test_what_leaves_lies_in_both_sets() -> None:
 def test_a_recipe_meets_every_budget(keep: int) -> None:
     own, cross, mask = sums(2, 31, [576] * 2)
     rows = tuple(map(tuple, recipe(left_behind(own, cross, mask), torch.tensor([576, 576])).tolist()))
-    counts = [576, *spread(rows, 576, keep, 0, 576)]
+    schedule = Schedule(tuple(range(1, 32)), 32, Profiles(rows))
+    counts = [576, *schedule.left(576, keep, 0, 576).values()] if keep < 576 else [576] * 32
     assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
     assert abs(sum(counts) / 32 - keep) <= 0.5
     with pytest.raises(BudgetError, match="1 of 32 LLM layers see 576 tokens"):
-        spread(rows, 576, 15, 0, 576)
+        schedule.left(576, 15, 0, 576)
 
 
 def test_the_least_leave(make_view: Any, kept: Any) -> None:
     """What both attend to most is kept; a release of another project keeps the others."""
     generator = torch.Generator().manual_seed(4)
-    method: Any = vtc.create("fitprune", rates=(*[1.0] * 2, *[0.3] * 29))
+    method: Any = vtc.create("fitprune", schedule=(*[1.0] * 3, *[0.3] * 29))
     view = make_view([(7, 9), (5, 5), (1, 1)], spec=LLAMA, stage=3)
     read = torch.rand(2, *view.hidden.shape[:2], generator=generator).mul(20).round()  # with ties
     view = dataclasses.replace(view, llm_rows={(2, SUMS): read}, needs=Needs(llm={2: SUMS}))
@@ -109,7 +111,7 @@ def test_the_kept_set_is_that_of_the_models_own_attention(name: str, llm_weights
     model = tiny_model(name)
     inputs = tiny_inputs(name, LAYOUT, seed=2, model=model)
     views: list[Any] = []
-    method: Any = vtc.create("fitprune", rates=(1.0, 0.4, 0.2))
+    method: Any = vtc.create("fitprune", schedule=(1.0, 1.0, 0.4, 0.2))
     select = type(method).select
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(method), "select", lambda self, view: views.append(view) or select(self, view))
@@ -121,7 +123,7 @@ def test_the_kept_set_is_that_of_the_models_own_attention(name: str, llm_weights
         visual = view.visual[row].nonzero()[:, 0].tolist()
         asking = [i for i in view.text[row].nonzero()[:, 0].tolist() if i > visual[0]]
         own, cross = (highest[row, some].sum(0)[places] for some in (visual, asking))
-        read = views[1].llm_attention(1, SUMS)[:, number, : len(places)]
+        read = view.llm_attention(1, SUMS)[:, number, : len(places)]
         assert float((read - torch.stack([own, cross])).abs().max()) <= 10 * limits.attention
         assert item.kept[2].tolist() == best((own * cross).tolist(), int(len(places) * 0.4 + 0.5))
         assert len(item.kept[3]) == max(1, int(len(places) * 0.2 + 0.5))
@@ -132,7 +134,7 @@ def test_the_kept_set_is_that_of_the_models_own_attention(name: str, llm_weights
 def test_without_a_question_the_image_ranks(llm_weights: Any) -> None:
     model = tiny_model("llava-clip")
     inputs = tiny_inputs("llava-clip", [[4, "image"]], seed=2)
-    with vtc.compress(model, vtc.create("fitprune", rates=(0.5, 0.5, 0.5))) as handle:
+    with vtc.compress(model, vtc.create("fitprune", schedule=(1.0, 0.5, 0.5, 0.5))) as handle:
         model(**inputs)
     (item,) = handle.trace[0].items
     places = item.positions.tolist()
@@ -152,7 +154,8 @@ def test_a_calibration_is_a_file(tmp_path: Path) -> None:
     with vtc.compress(model, method, retention=0.6) as handle:
         model(**inputs)
     (call,) = handle.stats.calls
-    expected = spread(tuple(map(tuple, left.float().tolist())), 16, 10, 0, 16)
+    schedule = Schedule((1, 2, 3), 4, Profiles(tuple(map(tuple, left.float().tolist()))))
+    expected = schedule.left(16, 10, 0, 16).values()
     assert [len(handle.trace[0].items[0].kept[stage]) for stage in (1, 2, 3)] == list(expected)
     assert call.visual_tokens_kept[1] == pytest.approx(10, abs=0.5)
     with vtc.compress(model, "fitprune", retention=0.6) as handle:
@@ -174,16 +177,13 @@ def test_the_budget_is_met_on_every_model(name: str, nears_budget: Any) -> None:
 
 def test_plans_and_refusals() -> None:
     method = vtc.create("fitprune")
-    assert dataclasses.asdict(method) == {"rates": None, "weights": None}
+    assert dataclasses.asdict(method) == {"schedule": None, "weights": None}
     plan = method.plan(LLAMA)
     assert plan == vtc.Plan(tuple(range(1, 32)), Needs(llm=dict.fromkeys(range(31), SUMS)), "preserve")
     assert method.least_retention(LLAMA) == 1 / 32
     with pytest.raises(UnsupportedMethod, match="has one layer; nothing can be dropped inside"):
         method.plan(dataclasses.replace(LLAMA, llm_layers=1))
-    with pytest.raises(UnsupportedMethod, match="3 rates were given, this llava model's LLM has 32 layers; give 31"):
-        vtc.create("fitprune", rates=(1.0, 0.5, 0.5)).plan(LLAMA)
-    for rates in ((), (0.5, 0.6), (1.5, 0.5), (0.5, 0.0)):
-        with pytest.raises(VTCError, match=r"must fall within \(0, 1\], one for each layer of the LLM but the last"):
-            vtc.create("fitprune", rates=rates)
-    with pytest.raises(VTCError, match="both say what layers leave"):
-        vtc.create("fitprune", rates=(0.5,), weights="some.safetensors")
+    fewer = vtc.create("fitprune", schedule=(1, 1, 0.5, 0.25)).plan(LLAMA)
+    assert fewer.needs == Needs(llm={15: SUMS, 25: SUMS}) and fewer.stages == (16, 26)
+    with pytest.raises(VTCError, match="schedule says where tokens leave and how many; leave out weights beside it"):
+        vtc.create("fitprune", schedule=(1, 0.5), weights="some.safetensors")

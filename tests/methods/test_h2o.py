@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vtc
+import vtc.testing
 from vtc.errors import VTCError
 from vtc.method.base import CacheStage
 from vtc.method.llm_readings import PromptSum
@@ -60,6 +61,37 @@ def test_the_kept_sets_are_those_of_the_models_own_attention(llm_weights: Any, l
     assert differ
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scores", ["mean", "text_rows"])
+@pytest.mark.parametrize("layout", [["image", 9], [4, "image", 3, "image", 40], [2, "image"]], ids=str)
+def test_other_scores_are_those_of_the_models_own_attention(llm_weights: Any, layout: Any, scores: Any) -> None:
+    """Entry by entry: the rows that see it are counted, or those of the text behind the first image summed alone."""
+    model = tiny_model("llava-clip")
+    inputs = tiny_inputs("llava-clip", [layout], seed=2, model=model)
+    with vtc.compress(model, "h2o", scores=scores, retention=0.4) as handle:
+        model(**inputs)
+    visual = sorted(place for item in handle.trace[0].items for place in item.positions.tolist())
+    for layer, weights in enumerate(llm_weights("llava-clip", inputs)):
+        length = weights.shape[-1]
+        text = [row for row in range(visual[0], length) if row not in visual] or list(range(length))
+        for item in handle.trace[0].items:
+            chosen = []
+            for heads in (weights[0, :2].mean(0), weights[0, 2:].mean(0)):
+                drawn = [float(heads[text if scores == "text_rows" else slice(None), j].sum()) for j in range(length)]
+                if scores == "mean":
+                    drawn = [each / (length - j) for j, each in enumerate(drawn)]
+                chosen.append(plain_choice([drawn[j] for j in item.positions.tolist()], 6, 0.5))
+            assert [sets.nonzero().flatten().tolist() for sets in item.heads[CacheStage(layer)]] == chosen
+
+
+def test_padding_sees_nothing_and_asks_nothing() -> None:
+    """A prompt of a padded batch is read as alone, with each of the scores, and so is a second turn."""
+    for scores in ("mean", "text_rows"):
+        vtc.testing.check_method(
+            vtc.create("h2o", scores=scores), models=["llava-clip"], retention=0.4, generation=["greedy"], steps=2
+        )
+
+
 @pytest.mark.parametrize("name", ["llava-clip", "llava-next", "qwen2.5-vl"])
 def test_the_budget_is_that_of_the_caches(name: str, keeps_entries: Any) -> None:
     keeps_entries(name, "h2o", 0.4)
@@ -69,3 +101,5 @@ def test_a_share_beyond_the_budget_is_refused() -> None:
     for recent in (-0.1, 1.5):
         with pytest.raises(VTCError, match=r"is no share of the budget; pass 0 to 1, the paper uses 0.5"):
             vtc.create("h2o", recent=recent)
+    with pytest.raises(VTCError, match="unknown scores 'median'"):
+        vtc.create("h2o", scores="median")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import vtc
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import ModelSpec
 from vtc.methods.sparsevlm import TEXT, SparseVLM
-from vtc.testing import TINY_MODELS, tiny_inputs, tiny_model
+from vtc.testing import TINY_MODELS, check_method, tiny_inputs, tiny_model
 from vtc.testing.contract import LIMIT
 from vtc.testing.measures import generate
 from vtc.testing.plain.density import plain_density_peaks
@@ -125,16 +126,50 @@ def test_published_counts(make_view: Any) -> None:
         assert method.parts(dataclasses.replace(view, items=items), layer + 1) == [expected]
 
 
+def behind(make_view: Any, budget: dict[str, float], **options: Any) -> list[tuple[int, int, int]]:
+    """Of 576 tokens what stays, is recycled, and the groups of that, stage by stage."""
+    method, now, found = SparseVLM(**options), 576, []
+    for layer in method.layers:
+        view = seen(make_view, method, layer, [(24, 24)], **budget)
+        items = dataclasses.replace(view.items, counts=(now,))
+        ((stay, number, groups),) = method.parts(dataclasses.replace(view, items=items), layer + 1)
+        now = stay + groups
+        found.append((stay, number, groups))
+    return found
+
+
+RELEASED = {
+    "192": (300, 200, 110), "128": (303, 110, 36), "96": (238, 48, 26), "64": (66, 30, 17)
+}  # fmt: skip
+"""Tokens that stay behind layers 2, 6 and 15 of 32, of 576, by label."""
+
+
+@pytest.mark.parametrize("label", RELEASED)
+def test_budgets_of_released_tables_are_those_tables(make_view: Any, label: str) -> None:
+    """Their means are no whole numbers, so that a token more or less of a stage may be nearer to the budget."""
+    now, left = 576, []
+    for stay in RELEASED[label]:
+        now = stay + (int(0.3 * (now - stay)) + 1) // 10 + 1
+        left.append(now)
+    mean = (3 * 576 + 4 * left[0] + 9 * left[1] + 16 * left[2]) / 32
+    assert {"192": 206.5, "128": 145.4, "96": 114.1, "64": 82.3}[label] == pytest.approx(mean, abs=0.06)
+    for budget in ({"keep": round(mean)}, {"retention": mean / 576}):
+        found = behind(make_view, budget)
+        assert [stay + groups for stay, _, groups in found] == pytest.approx(left, abs=1)
+        assert [stay for stay, _, _ in found] == pytest.approx(RELEASED[label], abs=1)
+
+
+def test_budgets_between_the_tables_lie_between_them(make_view: Any) -> None:
+    wanted = [(a + b) / 2 for a, b in zip((312, 117, 39), (249, 55, 27), strict=True)]
+    found = behind(make_view, {"keep": round((3 * 576 + 4 * wanted[0] + 9 * wanted[1] + 16 * wanted[2]) / 32)})
+    assert [stay + groups for stay, _, groups in found] == pytest.approx(wanted, abs=2)
+    other = [stay + groups for stay, _, groups in behind(make_view, {"keep": 200}, layers=(4, 8, 16))]
+    assert other[2] / other[1] == pytest.approx(other[1] / other[0], abs=0.02)
+
+
 @pytest.mark.parametrize("retention", [0.12, 0.25, 1 / 3, 0.6, 0.95])
 def test_the_mean_over_the_layers_meets_the_budget(make_view: Any, retention: float) -> None:
-    method = SparseVLM()
-    view = seen(make_view, method, 2, [(24, 24)], retention=retention)
-    left, now = [], 576
-    for layer in (2, 6, 15):
-        items = dataclasses.replace(view.items, counts=(now,))
-        ((stay, _, groups),) = method.parts(dataclasses.replace(view, items=items), layer + 1)
-        now = stay + groups
-        left.append(now)
+    left = [stay + groups for stay, _, groups in behind(make_view, {"retention": retention})]
     mean = (3 * 576 + 4 * left[0] + 9 * left[1] + 16 * left[2]) / 32
     assert abs(mean - vtc.tokens_to_keep(576, retention)) <= 0.5
     assert left == sorted(left, reverse=True)
@@ -151,7 +186,9 @@ def test_a_split_is_exact(recycle: float) -> None:
 
 
 def test_plans_and_refusals() -> None:
-    assert dataclasses.asdict(SparseVLM()) == {"layers": (2, 6, 15), "ratios": None, "schedule": None, "recycle": 0.3}
+    assert dataclasses.asdict(SparseVLM()) == {
+        "layers": (2, 6, 15), "ratios": None, "schedule": None, "recycle": None, "count": "budget", "scale": 0.5
+    }  # fmt: skip
     for spec, layers, positions in ((LLAMA, (2, 6, 15), "compact"), (QWEN, (2, 5, 13), "preserve")):
         plan = SparseVLM().plan(spec)
         assert plan.stages == (0, *(layer + 1 for layer in layers))
@@ -162,6 +199,10 @@ def test_plans_and_refusals() -> None:
         ({"layers": (2, 31)}, r"end at 30 at the latest; the paper uses \(2, 6, 15\) of 32"),
         ({"ratios": (0.5, 0.2)}, "one for each of 3 layers"),
         ({"ratios": (0.5, 0.2, 0.3)}, "must fall and lie between 0 and 1"),
+        ({"scale": 0.0}, "scale=0.0 is no share of what the rank lacks; pass a number above 0 up to 1"),
+        ({"count": "rank", "schedule": "cosine"}, "count='rank' says how many tokens leave; leave out ratios and"),
+        ({"count": "rank", "ratios": (0.5, 0.4, 0.3)}, "leave out ratios and schedule beside it"),
+        ({"count": "pivots"}, "unknown count 'pivots'"),
         ({"recycle": 1}, "recycle=1.0 is no share of what leaves; the code has 0.3, 0 merges nothing"),
     ):
         with pytest.raises(VTCError, match=message):
@@ -171,6 +212,102 @@ def test_plans_and_refusals() -> None:
         SparseVLM(ratios=(0.5, 0.4, 0.3)).plan(few)
     with pytest.raises(BudgetError, match="cannot be met by 'sparsevlm'"):
         vtc.compress(tiny_model("llava-clip"), "sparsevlm", retention=0.2)
+
+
+# --- as many as the rank lacks
+def plain_rank(rows: list[list[int]]) -> int:
+    """Of whole numbers, by elimination with fractions."""
+    left, rank = [[Fraction(number) for number in row] for row in rows], 0
+    for column in range(len(rows[0]) if rows else 0):
+        pivot = next((row for row in left if row[column]), None)
+        if pivot is not None:
+            left.remove(pivot)
+            left = [[a - b * row[column] / pivot[column] for a, b in zip(row, pivot, strict=True)] for row in left]
+            rank += 1
+    return rank
+
+
+@pytest.mark.parametrize("options", [{}, {"recycle": 0.0}, {"scale": 1.0}, {"scale": 0.2, "recycle": 0.9}], ids=str)
+@pytest.mark.parametrize("layer", [2, 15])
+def test_the_plain_count_and_choice_of_the_rank(make_view: Any, kept: Any, options: Any, layer: int) -> None:
+    """Whole numbers for attention, of which one row is the sum of two others and one is another's double."""
+    method = SparseVLM(count="rank", **options)
+    view = seen(make_view, method, layer)
+    rows = (view.llm_rows[layer, TEXT] * 1000).round()
+    rows[2], rows[4] = rows[0] + rows[1], 2 * rows[3]
+    rate = view.memory[method, "raters"].clone()
+    rate[0] = True
+    rate[-1] = False  # nobody asks
+    view = dataclasses.replace(view, llm_rows={(layer, TEXT): rows}, memory={(method, "raters"): rate})
+    selection = method.select(view)
+    assert selection.counts is None
+    scale, share = options.get("scale", 0.5), options.get("recycle", 0.5)
+    found, lacks = kept(view, selection), []
+    for item, count in enumerate(view.items.counts):
+        row = view.items.rows[item]
+        paid = rows[:, row, view.items.index[item, :count]]
+        voices = [m for m in range(5) if rate[row, m]]
+        rank = plain_rank([[int(number) for number in paid[m]] for m in voices])
+        lacks.append(len(voices) - rank)
+        dropped = min(count - 1, math.floor(scale * (count - rank) + 1e-6))
+        number = math.floor(share * dropped + 1e-6)
+        groups = number // 2
+        score = [round(sum(float(paid[m, j]) for m in voices) / max(1, len(voices)), 4) for j in range(count)]
+        best, joins = plain_recycling(view.tokens[item, :count], score, count - dropped, number * (groups > 0), groups)
+        assert found[item] == sorted({*best, *joins.values()})
+        assert len(found[item]) == count - dropped + groups
+        for centre in set(joins.values()):
+            members = [place for place, into in joins.items() if into == centre]
+            mean = view.tokens[item, members].double().mean(0)
+            assert torch.allclose(selection.tokens[item, centre].double(), mean, atol=1e-5)
+    assert max(lacks) == 2
+
+
+def test_items_have_ranks_of_their_own(make_view: Any, kept: Any) -> None:
+    """Of a batch as alone, to the count, though smaller items are padded."""
+    method = SparseVLM(count="rank")
+    view = seen(make_view, method, 2)
+    found = kept(view, method.select(view))
+    for item, shape in enumerate(SHAPES):
+        alone = seen(make_view, method, 2, [shape])
+        count, row = view.items.counts[item], view.items.rows[item]
+        rows = torch.zeros_like(alone.llm_rows[2, TEXT])
+        rows[:, 0, alone.items.index[0]] = view.llm_rows[2, TEXT][:, row, view.items.index[item, :count]]
+        states = {(2, TEXT): rows}
+        alone = dataclasses.replace(
+            alone, llm_rows=states, memory={(method, "raters"): view.memory[method, "raters"][row:][:1]}
+        )
+        assert len(kept(alone, method.select(alone))[0]) == len(found[item])
+
+
+@torch.no_grad()
+def test_the_rank_is_that_of_eager_attention() -> None:
+    """Behind layer 0 of 4, and of what is left behind layer 1."""
+    model = tiny_model("llava-next")
+    inputs = tiny_inputs("llava-next", [["image", 7]], seed=2, model=model)
+    with vtc.compress(model, "sparsevlm", count="rank", recycle=0.0) as handle:
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    rows, weights = output.hidden_states[0][0], output.attentions[0][0].mean(0)
+    (item,) = handle.trace[0].items
+    at, newlines = item.positions.tolist(), set(item.layout.newline.nonzero().flatten().tolist())
+    real = [j for j in range(len(at)) if j not in newlines]
+    words = list(range(at[-1] + 1, len(rows)))
+    rate = plain_raters(rows[[at[j] for j in real]], rows[words])
+    paid = weights[[word for word, one in zip(words, rate, strict=True) if one]][:, [at[j] for j in real]]
+    singular = torch.linalg.svdvals(paid.double())
+    rank = int((singular > max(paid.shape) * torch.finfo(torch.float32).eps * singular[0]).sum())
+    assert 0 < rank <= len(paid)
+    left = [j for j in item.kept[1].tolist() if j not in newlines]
+    assert len(left) == len(real) - (len(real) - rank) // 2
+    fewer = [len([j for j in item.kept[stage].tolist() if j not in newlines]) for stage in (1, 2, 3)]
+    assert fewer == sorted(fewer, reverse=True) and fewer[2] < fewer[1] < fewer[0]
+
+
+def test_counts_by_the_rank_keep_the_contract() -> None:
+    """Merged tokens and counts that differ from row to row included."""
+    check_method(vtc.create("sparsevlm", count="rank"), models=["llava-next"], generation=["greedy"], steps=2)
 
 
 # --- on models

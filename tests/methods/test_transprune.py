@@ -36,11 +36,35 @@ def test_the_published_setting_and_its_mean(make_view: Any) -> None:
     assert left(view, ratios=PUBLISHED) == [[576, 504, 360, 72], [1, 1, 1, 1]]
     mean = (7 * 576 + 2 * 504 + 3 * 360 + 20 * 72) / 32
     assert round(mean / 576, 2) == 0.41
-    (counts,) = left(make_view([(24, 24)], spec=LLAMA, keep=round(mean)))
-    assert counts == sorted(counts, reverse=True)
-    assert abs(sum(span * count for span, count in zip((7, 2, 3, 20), counts, strict=True)) / 32 - round(mean)) <= 0.5
+    for budget in ({"keep": 236}, {"retention": 0.41}):
+        assert left(make_view([(24, 24)], spec=LLAMA, **budget)) == [[576, 504, 360, 72]]
     with pytest.raises(BudgetError, match="7 of 32 LLM layers see 576 tokens"):
         left(make_view([(24, 24)], spec=LLAMA, retention=0.2))
+
+
+@pytest.mark.parametrize("keep", [575, 400, 300, 236, 200, 190, 180, 150, 130])
+def test_other_budgets_scale_what_leaves_and_then_what_stays(make_view: Any, keep: int) -> None:
+    """The last stage's share by bisection; where even none of it is too much, a factor of the two others."""
+    low, high = 0.0, 2.0
+    for _ in range(60):
+        x = (low + high) / 2
+        last = max(0.0, x - 1)
+        factor = min(1.0, x)
+        shares = [factor * (1 - (1 - last) / 7), factor * (1 - 3 * (1 - last) / 7), last]
+        mean = (7 + 2 * shares[0] + 3 * shares[1] + 20 * max(1 / 576, shares[2])) / 32
+        low, high = (x, high) if mean < keep / 576 else (low, x)
+    (counts,) = left(make_view([(24, 24)], spec=LLAMA, keep=keep))
+    assert counts[1:] == pytest.approx([576 * share for share in shares[:2]] + [max(1, 576 * last)], abs=2.5)
+    assert abs(sum(span * count for span, count in zip((7, 2, 3, 20), counts, strict=True)) / 32 - keep) <= 0.5
+
+
+def test_stages_that_fall_together_leave_what_the_last_of_them_does(make_view: Any) -> None:
+    """Layers 7 and 9 of 32 are layer 1 of 4; other layers than the published ones leave lambda, lambda^2, ...."""
+    shallow = dataclasses.replace(LLAMA, llm_layers=4)
+    (counts,) = left(make_view([(24, 24)], spec=shallow, retention=(1 + 5 / 8 + 2 / 8) / 4))
+    assert counts == [576, 360, 72]
+    (counts,) = left(make_view([(24, 24)], spec=LLAMA, retention=0.5), layers=(8, 16))
+    assert counts[2] / counts[1] == pytest.approx(counts[1] / 576, abs=0.01)
 
 
 def transitions(blocks: list[tuple[Tensor, Tensor]], prompt: list[int]) -> dict[int, float]:

@@ -77,8 +77,12 @@ class PromptSum(LLMReading):
     def operations(self, length: float, width: int, text: float = 0) -> float:
         return 2 * length**2 * width
 
+    def asking(self, rows: QueryRows) -> Tensor:
+        """[B, L] bool, the rows that count."""
+        return rows.prompt
+
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        weights, heads = rows.prompt[None].float(), _heads(self.per_head)
+        weights, heads = self.asking(rows)[None].float(), _heads(self.per_head)
         query, key = attention.query, attention.key
         found = attention_sums(query, key, weights, attention.scaling, mask=rows.mask, causal=True, heads=heads)[0]
         return found.transpose(0, 1) if self.per_head else found

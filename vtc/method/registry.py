@@ -140,6 +140,6 @@ def create(name: str, **hyper_parameters: Any) -> Compressor:
     Raises UnknownName for a name or a hyper-parameter that does not exist, and VTCError for a value that is refused.
 
     >>> create("fastv", layer=3)
-    FastV(layer=3, ratio=None, scope='item')
+    FastV(schedule=None, layer=3, ratio=None, scope='item')
     """
     return METHODS.create(name, **hyper_parameters)

@@ -7,6 +7,7 @@ c_0, c_1, ... of all layers, found by a search (`vtc.method.search`).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from vtc.errors import UnsupportedMethod, VTCError, shown
-from vtc.method.budget import NOISE, Shape, common_factor, left_by_stages, spend
+from vtc.method.budget import CACHED, NOISE, Shape, common_factor, left_by_stages, spend
 from vtc.method.plan import ModelSpec
 
 DEPTH = 32
@@ -121,6 +122,39 @@ class Cosine:
         """As for `Sigmoid`; the shift is 2 x - 1/2."""
         angles = [math.pi * start / (sum(spans) - 1) for start in accumulate(spans[:-1])]
         return [min(1.0, max(self.least, 2 * x - 0.5 + 0.5 * math.cos(angle))) for angle in angles]
+
+
+@dataclass(frozen=True, eq=False)
+class Profiles:
+    """Shares between those of several known profiles, a straight line from each to the next.
+
+    rows: the share that each stage leaves, one row a profile, from the one that leaves most to the one that leaves
+    least. Known by identity, since the profiles of a calibration are long.
+
+    >>> found = Profiles(((1.0, 1.0), (0.5, 0.25), (0.0, 0.0)))
+    >>> found(0.5, (1, 1, 1)), found(0.75, (1, 1, 1))
+    ([0.5, 0.25], [0.75, 0.625])
+    """
+
+    rows: tuple[Rates, ...]
+
+    def __call__(self, x: float, spans: Sequence[int]) -> list[float]:
+        """As for `Sigmoid`; the profiles divide [0, 1] into equal parts, the last row stands at 0."""
+        pieces = len(self.rows) - 1
+        piece = min(int(x * pieces), pieces - 1)
+        step = x * pieces - piece
+        return [a + step * (b - a) for a, b in zip(self.rows[-1 - piece], self.rows[-2 - piece], strict=True)]
+
+
+@functools.lru_cache(CACHED)
+def through(rows: tuple[Rates, ...]) -> Profiles:
+    """Profiles from one that leaves everything through `rows` to one that leaves nothing; one object for equal rows.
+
+    >>> through(((0.5, 0.25),)).rows
+    ((1.0, 1.0), (0.5, 0.25), (0.0, 0.0))
+    """
+    width = len(rows[0])
+    return Profiles(((1.0,) * width, *rows, (0.0,) * width))
 
 
 FORMS = re.compile(r"sigmoid\((\d+\.?\d*)\)|cosine(?:\((\d+\.?\d*)\))?")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Selection, StageView
+from vtc.method.base import ModelSpec, Needs, Plan, Selection, StageView
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.method.registry import register
+from vtc.method.staged import ScheduledCompressor
 from vtc.ops.host import put
 from vtc.ops.rank import order_by
 from vtc.ops.select import settle, take_rows, top_k
@@ -37,7 +38,7 @@ SIZES = KeySizes()
 
 
 @register
-class DART(Compressor):
+class DART(ScheduledCompressor):
     """Keep pivots, the tokens with the largest keys, and for each pivot the tokens that resemble it least.
 
     Acts inside the LLM, before layer K; training-free, reads no attention. Pivots of an image are the visual tokens and
@@ -48,7 +49,9 @@ class DART(Compressor):
     the lower index, kept tokens stay in their order and at their positions.
 
     layer: K, 2 in the paper. 0 acts before the LLM, on its input embeddings: their L1 norms choose the pivots, their
-    cosines the tokens. pivots: how many visual and how many text tokens.
+    cosines the tokens. schedule: instead of it, tokens leave before several layers, at each by new pivots; such as
+    "sigmoid(8)", "cosine" or a rate for every layer, which takes no budget. pivots: how many visual and how many text
+    tokens.
 
     Departures from the paper and its code: the code gives each of eight pivots floor(k / 8) tokens, so that it keeps 4
     more than it is asked for (68 for 64, 132 for 128, 196 for 192), and takes pivots in the order of a Python set,
@@ -79,19 +82,26 @@ class DART(Compressor):
                 f"pivots={self.pivots!r} has to name at least one visual pivot and no fewer than 0 text pivots; the "
                 "paper uses (4, 4)"
             )
+        self.alone("layer")
 
     def plan(self, model: ModelSpec) -> Plan:
-        needs = Needs(llm={self.layer - 1: SIZES}) if self.layer else Needs()
-        return Plan((self.layer,), needs, "preserve")
+        stages = self.starts(model) or (self.layer,)
+        return Plan(stages, Needs(llm={stage - 1: SIZES for stage in stages if stage}), "preserve")
 
     @torch.no_grad()
-    def select(self, view: StageView) -> Selection:
-        items = view.items
-        counts = view.keep_from_layer(self.layer) if self.layer else view.keep
+    def select(self, view: StageView) -> Selection | None:
+        assert isinstance(view.stage, int)
+        items, layer = view.items, view.stage
+        if self.schedule is not None:
+            counts = self.left(view, layer)
+            if counts == items.counts:
+                return None
+        else:
+            counts = view.keep_from_layer(layer) if layer else view.keep
         keep = put(counts, view.device)
-        if self.layer:
-            rows = view.llm_rows[self.layer - 1, SIZES]
-            tokens, sizes = view.final_norm(view.tokens), view.llm_attention(self.layer - 1, SIZES)
+        if layer:
+            rows = view.llm_rows[layer - 1, SIZES]
+            tokens, sizes = view.final_norm(view.tokens), view.llm_attention(layer - 1, SIZES)
         else:
             rows = view.hidden.float().abs().sum(2)
             tokens, sizes = view.tokens, view.tokens.float().abs().sum(2)
@@ -99,7 +109,7 @@ class DART(Compressor):
         own &= torch.arange(place.shape[1], device=place.device) < keep[:, None]
         spoken, said = largest(rows, view.text, self.pivots[1])
         text = view.states.take(spoken)
-        text = view.final_norm(text) if self.layer else text
+        text = view.final_norm(text) if layer else text
         pivots = torch.cat([take_rows(tokens, place), text[items.row]], 1)
         cosine = alignments(tokens, torch.nn.functional.normalize(pivots.float(), dim=2))
         first = torch.zeros_like(items.mask).scatter(1, place, own)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VTCError
-from vtc.method.base import Compressor, ModelSpec, Needs, Plan, Rows, Selection, StageView
+from vtc.method.base import ModelSpec, Needs, Plan, Rows, Selection, StageView
 from vtc.method.registry import register
+from vtc.method.staged import ScheduledCompressor
 from vtc.ops.host import put
 from vtc.ops.select import top_k
 
@@ -17,7 +18,7 @@ Ranked = Literal["item", "row"]
 
 
 @register
-class FastV(Compressor):
+class FastV(ScheduledCompressor):
     """Let the first K layers of the LLM see every visual token, the others those with the most attention.
 
     Acts inside the LLM; training-free, follows the question. Before layer K a token's score is what the last prompt
@@ -27,8 +28,10 @@ class FastV(Compressor):
     layer: K, 2 as in the paper. ratio: R, the fraction that is removed; then no retention or keep is given and
     round(N * (1 - R)) of N tokens stay (half rounds to even, at least one), as published (R = 0.5). By default the
     budget is the mean over all layers, as for every method here: retention 1/3 of 576 tokens leaves 166 of them from
-    layer 2 of 32 on. scope: "item" ranks every image or video by itself, "row" all of a prompt together, as released;
-    an image may then lose all its tokens to another.
+    layer 2 of 32 on. schedule: instead of both, tokens leave before several layers, each time by the layer in front;
+    such as "sigmoid(8)", "cosine" or a rate for every layer, which takes no budget. scope: "item" ranks every image or
+    video by itself, "row" all of a prompt together, as released, without a schedule; an image may then lose all its
+    tokens to another.
 
     Departures from the paper and its code: images of a prompt keep their own share by default; newline tokens stay (the
     release ranks the span of an image with its newlines); prompts are pruned once, at the prefill, as in the released
@@ -56,19 +59,27 @@ class FastV(Compressor):
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise VTCError(f"ratio={self.ratio!r} is no fraction to remove; pass a number between 0 and 1, as 0.5")
+        self.alone("layer", "ratio", "scope")
 
     @property
     def needs_budget(self) -> bool:
-        return self.ratio is None
+        return self.ratio is None and super().needs_budget
 
     def plan(self, model: ModelSpec) -> Plan:
-        return Plan((self.layer,), Needs(llm={self.layer - 1: Rows.LAST}), "preserve")
+        stages = self.starts(model) or (self.layer,)
+        return Plan(stages, Needs(llm={stage - 1: Rows.LAST for stage in stages}), "preserve")
 
-    def select(self, view: StageView) -> Selection:
+    def select(self, view: StageView) -> Selection | None:
+        assert isinstance(view.stage, int)
         items, device = view.items, view.device
-        counts = view.keep_from_layer(self.layer) if self.ratio is None else self._left(items.counts)
+        if self.schedule is not None:
+            counts = self.left(view, view.stage)
+            if counts == items.counts:
+                return None
+        else:
+            counts = view.keep_from_layer(self.layer) if self.ratio is None else self._left(items.counts)
         if self.scope == "item":
-            scores, keep = view.llm_attention(self.layer - 1, Rows.LAST), put(counts, device)
+            scores, keep = view.llm_attention(view.stage - 1, Rows.LAST), put(counts, device)
             kept = top_k(scores, keep, items.gaps, most=max(counts, default=0))
             return Selection(kept, counts=counts, scores=scores)
         rows = view.hidden.shape[0]

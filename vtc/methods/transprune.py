@@ -30,14 +30,15 @@ class TransPrune(StagedCompressor):
 
     layers: the list, of an LLM of 32 layers, scaled to the depth of others. ratios: what each stage leaves of the
     tokens given to the LLM; then no retention or keep is given and int(N * ratio) of N tokens stay, at least one.
-    Published: 0.875, 0.625, 0.125, which is a mean of 41 %. By default lambda, lambda^2, lambda^3 of the tokens stay,
-    with the lambda that meets the budget as the mean over all layers. schedule: instead of both, such as "sigmoid(8)",
-    "cosine" or a rate for every layer. question: False ranks by t alone and reads no
-    attention.
+    Published: 0.875, 0.625, 0.125, which is a mean of 41 %. By default the last stage leaves r of the tokens, the
+    others ``1 - (1 - r) / 7`` and ``1 - 3 (1 - r) / 7``, with the r that meets the budget as the mean over all layers,
+    which at 41 % are the published shares; below 33 % the last stage leaves one token, and both others fall by a common
+    factor. With other layers lambda, lambda^2, ... of the tokens stay. schedule: instead of both, such as "sigmoid(8)",
+    "cosine" or a rate for every layer. question: False ranks by t alone and reads no attention.
 
-    Departures from the paper and its code: the budget is solved for; the text is that behind a prompt's first image,
-    and where none stands there t alone ranks; every image has its own share and its own sums, where the release knows
-    one image and one prompt; newline tokens stay.
+    Departures from the paper and its code: the budget is solved for, by shares that are ours at other means than the
+    published; the text is that behind a prompt's first image, and where none stands there t alone ranks; every image
+    has its own share and its own sums, where the release knows one image and one prompt; newline tokens stay.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
@@ -51,7 +52,9 @@ class TransPrune(StagedCompressor):
     question: bool = True
 
     name: ClassVar[str] = "transprune"
+    version: ClassVar[int] = 2
     published, published_ratios = (7, 9, 12), (0.875, 0.625, 0.125)
+    profiles = ((6 / 7, 4 / 7, 0.0),)
     last, rounds = DEPTH - 1, 0.0
 
     def lists(self, model: ModelSpec) -> tuple[tuple[int, ...], ...]:

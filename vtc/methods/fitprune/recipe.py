@@ -5,17 +5,11 @@ Letters: A shares, L layers, I items, N tokens.
 
 from __future__ import annotations
 
-import functools
-import math
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
-from vtc.method.budget import CACHED, spend
+from vtc.method.schedule import Profiles
 
-Shares = tuple[tuple[float, ...], ...]
-"""The shares of a recipe on the host, row by row."""
 STEPS = 100
 """Shares of the mass that are tried lie so many to 1 apart."""
 ROUNDING = 1e-9
@@ -25,13 +19,14 @@ ROUNDING = 1e-9
 class Recipe(nn.Module):
     """The share of the tokens that is left behind every layer but the last, for each share of mass that may go.
 
-    left: [STEPS + 1, layers - 1], one row for 0, 1 / STEPS, ... 1; falls along both axes. rows: the same on the host.
+    left: [STEPS + 1, layers - 1], one row for 0, 1 / STEPS, ... 1; falls along both axes. profiles: the same on the
+    host.
     """
 
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.left = nn.Parameter(torch.ones(STEPS + 1, layers - 1), requires_grad=False)
-        self.rows: Shares = ()
+        self.profiles = Profiles(())
 
 
 def left_behind(own: Tensor, cross: Tensor, mask: Tensor, steps: int = STEPS) -> Tensor:
@@ -73,26 +68,3 @@ def recipe(counts: Tensor, tokens: Tensor) -> Tensor:
     """
     mean = (counts.double() / tokens).mean(2).cummin(0).values.cummin(1).values
     return torch.cat([torch.ones_like(mean[:1]), mean[1:]])
-
-
-@functools.lru_cache(CACHED)
-def spread(rows: Shares, tokens: int, granted: int, fixed: int, given: int) -> tuple[int, ...]:
-    """Tokens of an item left behind each layer but the last by the `rows` of a recipe, so that the budget is met.
-
-    tokens: that entered the LLM, beside `fixed` separators. granted: mean over the layers, separators included, of the
-    `given` tokens in the input. Between the rows lies a straight line, and one token always stays.
-
-    >>> spread(((1.0, 1.0), (0.5, 0.25), (0.0, 0.0)), 100, 60, 0, 100)
-    (52, 28)
-    """
-    ahead = pairwise(reversed(rows))  # from the row that leaves nothing to the one that leaves all
-    pieces, spans = list(ahead), [1] * (len(rows[0]) + 1)
-
-    def curve(x: float) -> list[int]:
-        piece = min(int(x * len(pieces)), len(pieces) - 1)
-        step = x * len(pieces) - piece
-        columns = zip(*pieces[piece], strict=True)
-        return [tokens, *(max(1, math.floor(tokens * (a + step * (b - a)) + 0.5)) for a, b in columns)]
-
-    total = len(spans) * granted
-    return tuple(spend(total, spans, curve, fixed=fixed, slack=len(rows[0]) / 2, of=given)[1:])

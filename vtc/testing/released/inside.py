@@ -109,7 +109,7 @@ def dart_loop(scene: Scene) -> Tensor:
 def _shares(scene: Scene) -> tuple[int, int, int]:
     """Tokens that stay, that are recycled, and the groups they become."""
     for dropped in range(scene.length - scene.keep, scene.length):
-        recycled = int(scene.method.recycle * dropped) + 1
+        recycled = int(scene.method.tau * dropped) + 1
         groups = int(recycled / 10) + 1
         if scene.length - dropped + groups <= scene.keep:
             return scene.length - dropped, recycled, groups
