@@ -161,7 +161,7 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
         for reading in readings if isinstance(readings, tuple) else (readings,):
             wide = () if reading in FLAT else (KEYS,)
             vision[layer, reading] = torch.rand(len(items), longest, *wide, generator=generator)
-    said = (view.text & (view.visual.cumsum(1) > 0)).sum(1)
+    said = view.asking.sum(1)
     for at, asked in plan.needs.llm.items():
         for each in asked if isinstance(asked, tuple) else (asked,):
             lead = _lead(each, int(said.max()))
