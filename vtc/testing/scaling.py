@@ -31,8 +31,6 @@ WIDTH, SHARE, STEPS, ITERATIONS = 64, 0.1, 64, 10
 ROUNDS, ENOUGH = 5, 1.0
 """Rounds, and the seconds from which on a size is measured once."""
 LIMIT = 2 * 2**30
-GREEDY = "cdpruner", "divprune", "scope", "todre (diversity)"
-"""Every token that they keep is one step."""
 
 
 def seen(case: SelectionCase, side: int) -> tuple[Any, StageView]:
@@ -40,9 +38,9 @@ def seen(case: SelectionCase, side: int) -> tuple[Any, StageView]:
     options, keep = dict(case.options), None
     if "retain" in options:
         options["retain"] = side * side // 2
-    if case.name.startswith("vqtoken"):
-        options["iterations"], keep = ITERATIONS, STEPS
-    elif case.name in GREEDY:
+    if "iterations" in options:
+        options["iterations"] = ITERATIONS
+    if case.steps == "kept":
         keep = STEPS
     share = SHARE if case.share == SelectionCase.share else case.share  # the others act behind layers that see all
     case = dataclasses.replace(case, options=options, share=share)

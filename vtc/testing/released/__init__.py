@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,8 +77,9 @@ class SelectionCase:
     stage: where it acts. earlier: the stage whose rows it remembers there. wide: it looks at the tokens themselves,
     after the prefill at their keys and values. share: of the tokens that stay, keep: instead, how many. tolerance: of
     rows, relative to the largest; None where draws differ, so that only the number of tokens is the same. largest:
-    items with more tokens are not timed. video: it compares frames, so that only videos are timed, and their frames
-    resemble each other.
+    items with more tokens are not timed. one_crop: nor are those of several crops. video: it compares frames, so that
+    only videos are timed, and their frames resemble each other. steps: what it goes step by step through, the tokens
+    that are "kept" or those that are "gone"; None where the number of its steps does not depend on the budget.
     """
 
     name: str
@@ -92,12 +93,20 @@ class SelectionCase:
     tolerance: float | None = 0.0
     largest: int = 6272
     earlier: int | None = None
+    one_crop: bool = False
     video: bool = False
+    steps: Literal["kept", "gone"] | None = None
+
+    @property
+    def method(self) -> Any:
+        """The method with the options of the case."""
+        return create(self.name.split(" ")[0], **self.options)
 
     def fits(self, shape: Shape) -> bool:
         """Whether items of a shape are timed."""
-        frames = shape.regions[0][0] > 1 and shape.tiling is None
-        return math.prod(shape.regions[0]) <= self.largest and (frames or not self.video)
+        crops = shape.regions[0][0]
+        few = math.prod(shape.regions[0]) <= self.largest and (crops == 1 or not self.one_crop)
+        return few and ((crops > 1 and shape.tiling is None) or not self.video)
 
     def seen(
         self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None
@@ -111,7 +120,7 @@ class SelectionCase:
         if self.video:
             shape = dataclasses.replace(shape, kind="video", tiling=None)
         length = crops * rows * columns
-        method: Any = create(self.name.split(" ")[0], **self.options)
+        method = self.method
         entries = None
         if isinstance(self.stage, CacheStage):
             entries, width = (HEADS, width or KEYS) if self.wide else None, NARROW
