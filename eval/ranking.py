@@ -108,8 +108,9 @@ def document(several: Sequence[Results], command: str) -> str:
     questions. Models and questions: {"; ".join(told)}. "tokens": visual tokens that enter an LLM layer, in the
     mean. "loses to": controls, which know nothing of the picture, that do better without doubt (the 95 % interval of
     the paired difference lies below zero). A method that leaves the prompt whole saves work in the encoder or memory
-    behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. The models are
-    small and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
+    behind the prefill; those are ranked apart. A method that cannot meet a budget has no row there. What does not
+    stand behind a method's name is its default: without a file of weights there, nothing was calibrated for it. The
+    models are small and the tasks are synthetic: an order of mechanisms, not of benchmarks."""
     parts = [*(across(several) if len(several) > 1 else ()), *(part for each in several for part in model_parts(each))]
     return page("All methods, ranked", command, about, *parts, packages=("torch", "transformers", "lmms-eval"))
 

@@ -41,7 +41,7 @@ from vtc.testing import (
     tiny_model,
 )
 from vtc.testing.contract import LIMIT, MODES, modes, no_trace
-from vtc.testing.everything import OPTIONS, limits, runs
+from vtc.testing.everything import limits, runs, small
 from vtc.testing.measures import right_padding
 from vtc.testing.probes import FixedHeads
 from vtc.testing.selections import false_counts
@@ -97,7 +97,7 @@ def test_every_method_keeps_the_contract_on_its_share_of_models(method: str, nam
     docs/results/contract.md is drawn from all pairs.
     """
     model, some = tiny_model(name), ("greedy", "beam 3")
-    chosen = vtc.create(method, **OPTIONS.get(method, {}))
+    chosen = small(method)
     spec = adapters.of(model).spec
     if not runs(chosen, spec):
         assert spec.packed or not (spec.encoder_stages and spec.clip)

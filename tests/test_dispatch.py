@@ -25,7 +25,7 @@ def test_the_table_has_every_case() -> None:
 def test_no_more_operations_than_pinned(name: str) -> None:
     most, more, reads = PINNED[name]
     redraw = f"where that has to be, `python -m vtc.testing.dispatch > tests/{TABLE.name}` draws the table again"
-    for shape in dispatch.shapes(name):
+    for shape in dispatch.shapes(CASES[name]):
         names = dispatch.dispatched(CASES[name], shape, 2)
         found, read = names.total(), dispatch.read_back(names)
         assert found <= most, f"{name} dispatches {found} operations, {most} are pinned; {redraw}"

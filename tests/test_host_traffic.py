@@ -20,7 +20,7 @@ from vtc.method.layout import VisualItem
 from vtc.method.pairs import PairFeatures
 from vtc.testing import tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
-from vtc.testing.everything import OPTIONS, limits, runs
+from vtc.testing.everything import limits, runs, small
 from vtc.testing.pairs import with_tiny_pair
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
@@ -67,7 +67,7 @@ def views(method: Compressor, name: str, **told: Any) -> list[StageView]:
 @pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl"])
 @pytest.mark.parametrize("registered", vtc.list_methods())
 def test_methods_read_nothing_back(registered: str, name: str) -> None:
-    method = vtc.create(registered, **OPTIONS.get(registered, {}))
+    method = small(registered)
     spec = vtc.adapters.of(tiny_model(name)).spec
     method = with_fresh_weights(method, spec)
     if not runs(method, spec):
@@ -97,7 +97,7 @@ def test_no_stage_waits_for_the_gpu(registered: str, name: str, monkeypatch: pyt
     """torch raises wherever the host waits inside a selection, copies of numbers from the host included."""
     model = tiny_model(name).cuda()
     spec = vtc.adapters.of(model).spec
-    method = with_fresh_weights(vtc.create(registered, **OPTIONS.get(registered, {})), spec)
+    method = with_fresh_weights(small(registered), spec)
     if not runs(method, spec):
         pytest.skip("does not run on this family")
     method, told = with_tiny_pair(method, name)

@@ -10,7 +10,7 @@ import torch
 import vtc
 from vtc import adapters
 from vtc.testing import tiny_inputs, tiny_model
-from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.everything import runs, small
 from vtc.testing.pairs import with_tiny_pair
 
 LAYOUT: list[list[Any]] = [[4, "image", 3, "image", 5], [2, "image", 12]]
@@ -21,7 +21,7 @@ METHODS = [name for name in vtc.list_methods(trained=False)]
 @pytest.mark.parametrize("registered", METHODS)
 def test_counts_are_those_of_the_cache(registered: str, name: str) -> None:
     """Row by row: text and visual tokens that are left are the rows of each layer's cache, padding apart."""
-    model, method = tiny_model(name), vtc.create(registered, **OPTIONS.get(registered, {}))
+    model, method = tiny_model(name), small(registered)
     if not runs(method, adapters.of(model).spec):
         pytest.skip("does not run on this family")
     method, told = with_tiny_pair(method, name)
@@ -56,7 +56,7 @@ def test_batches_tell_rows_apart() -> None:
 
 @pytest.mark.parametrize("registered", vtc.list_methods(stage="encoder", family="llava", trained=False))
 def test_rows_inside_the_encoder(registered: str) -> None:
-    model, method = tiny_model("llava-clip"), vtc.create(registered, **OPTIONS.get(registered, {}))
+    model, method = tiny_model("llava-clip"), small(registered)
     budget = {"retention": 0.7} if method.needs_budget else {}
     with vtc.compress(model, method, **budget) as handle, torch.no_grad():  # type: ignore[arg-type]
         model(**tiny_inputs("llava-clip", [[3, "image", 5]], model=model))

@@ -40,7 +40,7 @@ STANDS_FOR = {"llava-hf/llava-1.5-7b-hf": "tiny-llava", "Qwen/Qwen2.5-VL-3B-Inst
 LONG = (
     "vtc.eval.sweep.run_sweep", "vtc.eval.bench.run.bench", "vtc.eval.report.write_report", "vtc.eval.compare.compare",
     "vtc.eval.rescoring.rescore", "vtc.eval.ledger_check.check", "vtc.eval.training.trainer.train",
-    "vtc.eval.training.calibration.calibrate_embedded", "vtc.eval.tiny.train.train", "vtc.eval.tiny.checking.accuracy",
+    "vtc.eval.training.calibrations.calibrate_embedded", "vtc.eval.tiny.train.train", "vtc.eval.tiny.checking.accuracy",
     "vtc.eval.tiny.mixture.train_mixture", "vtc.eval.tiny.stream.render_ahead", "vtc.eval.tiny.benchmark.write_rows",
     "vtc.eval.tiny.benchmark.task_rows", "vtc.eval.mini.build.build", "vtc.eval.mini.train.train",
     "vtc.eval.mini.train.export", "vtc.eval.encoders.run.run_encoders",

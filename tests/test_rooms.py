@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+from vtc.method.registry import METHODS
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("errors", "ops", "embedded", "cost", "method", "methods", "batch", "adapters", "engine", "app", "eval", "cli")
 """From the ground up. `vtc.testing` stands beside the stairs: it may use everything below `eval`."""
@@ -125,3 +127,23 @@ def test_the_library_keeps_clear_of_what_it_does_not_need() -> None:
             assert "transformers" not in roots, module
         if room(module) not in ("eval", "cli"):
             assert not roots & {"lmms_eval", "datasets", "matplotlib", "pandas"}, module
+
+
+NAMED = {
+    ("cli/train.py", "atp_training_free"),  # the default of an option
+    ("testing/graphs.py", "vtc_cls"),  # one stands for all
+    ("testing/dispatch.py", "scope"),  # the hyper-parameter
+}
+
+
+def test_shared_code_names_no_method() -> None:
+    """Words of the language that are names too left out; released forms are those of one method each."""
+    methods, found = set(METHODS.names()) - {"pool", "random", "stride"}, set()
+    for path in sorted((ROOT / "vtc").rglob("*.py")):
+        place = path.relative_to(ROOT / "vtc")
+        if place.parts[0] == "methods" or place.parts[:2] == ("testing", "released"):
+            continue
+        texts = [node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant)]
+        names = {text.split(" (")[0] for text in texts if isinstance(text, str)}
+        found |= {(place.as_posix(), name) for name in names & methods}
+    assert found <= NAMED

@@ -63,6 +63,13 @@ def test_a_row_has_slope_and_limit() -> None:
     assert scaling.row("random", found) == ["random", "0.50", "1.00", "100.00", "2.00", "3072", "NO"]
 
 
+def test_what_compares_frames_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(scaling, "measure", lambda case: [(100, 1.0, 10)] * len(scaling.SIDES[:-1]) + [(1000, 2.0, 10)])
+    scaling.main()
+    named = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in CASES if name in named] == [name for name, case in CASES.items() if not case.video]
+
+
 def test_a_case_is_measured_at_every_size() -> None:
     found = scaling.measure(CASES["stride"], (8, 12))
     assert [tokens for tokens, _, _ in found] == [64, 144]

@@ -16,8 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtc
 from vtc import adapters
 from vtc.engine.taps import TapSet
+from vtc.errors import VTCError
 from vtc.testing import TINY_MODELS, Deviation, FixedKeep, Oracle, snapshot, tiny_inputs, tiny_model
 from vtc.testing.contract import generate
+from vtc.testing.overhead import _first
 
 NAME = "llava-clip"
 PAIR = [[3, "image", 5], [2, "image", 9]]
@@ -212,3 +214,13 @@ def test_no_test_reaches_the_network() -> None:
         opened.connect(("192.0.2.1", 80))
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert torch.get_num_threads() == 1
+
+
+# --- the cost of a compressed prefill
+@torch.no_grad()
+def test_methods_without_a_budget_are_measured_where_they_drop_something(clip: Any) -> None:
+    inputs = tiny_inputs(NAME, PAIR)
+    retention, kept, rows = _first(clip, "withdraw", inputs)
+    assert retention is None and 0 < kept < 16 and rows[0] > rows[-1]
+    with pytest.raises(VTCError, match="drops nothing here"):
+        _first(clip, "visual_window", inputs)

@@ -16,7 +16,7 @@ from vtc import adapters
 from vtc.method.base import Compressor, EncoderStage, Selection, Stage, StageView
 from vtc.testing import FixedKeep, tiny_inputs, tiny_model
 from vtc.testing.contract import with_fresh_weights
-from vtc.testing.everything import OPTIONS, limits, runs
+from vtc.testing.everything import limits, runs, small
 from vtc.testing.pairs import with_tiny_pair
 
 CLIP, QWEN = "llava-clip", "qwen2.5-vl"
@@ -103,7 +103,7 @@ def check(model: Any, name: str, method: Compressor, layouts: Any = LAYOUTS, **t
 @pytest.mark.parametrize("name", [CLIP, QWEN])
 @pytest.mark.parametrize("method", vtc.list_methods())
 def test_every_method(method: str, name: str) -> None:
-    model, chosen = tiny_model(name), vtc.create(method, **OPTIONS.get(method, {}))
+    model, chosen = tiny_model(name), small(method)
     if not runs(chosen, adapters.of(model).spec):
         pytest.skip("does not run on this family")
     chosen, told = with_tiny_pair(with_fresh_weights(chosen, adapters.of(model).spec), name)

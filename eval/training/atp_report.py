@@ -19,7 +19,7 @@ import vtc
 from vtc import adapters
 from vtc.app.loading import load
 from vtc.app.pages import page, table, wrapped
-from vtc.eval.training.calibration import calibrate_embedded
+from vtc.eval.training.calibrations import calibrate_embedded
 from vtc.eval.training.measure import Measurement, measure
 from vtc.eval.training.prompts import plain_prompts
 from vtc.eval.training.settings import asked, command
@@ -78,7 +78,7 @@ def forms(name: str, reached: Measurement, folder: Path) -> dict[str, tuple[Comp
     shared = {field: getattr(trained, field) for field in ("score_norm", "strides", "lambda_sample")}
     shared["layers"] = tuple(layers)
     file = folder / "constants.safetensors"
-    constants = str(calibrate_embedded(file, retention, shared, model, task, device="cpu"))
+    constants = calibrate_embedded(file, "atp_training_free", retention, shared, model, task, device="cpu")
     shares = tuple(max(1e-6, reached.layers[layer + 1] / reached.tokens) for layer in layers)
     return {
         "untouched": (None, None),
@@ -86,7 +86,7 @@ def forms(name: str, reached: Measurement, folder: Path) -> dict[str, tuple[Comp
         "same counts": (vtc.create("atp_training_free", **shared, shares=shares), None),
         "random modules": (random_form(trained, (model, task), retention, folder), None),
         "exact counts": (vtc.create("atp_training_free", **shared), retention),
-        "calibrated": (vtc.create("atp_training_free", **shared, mode="calibrated", weights=constants), None),
+        "calibrated": (vtc.create("atp_training_free", **shared, mode="calibrated", weights=str(constants)), None),
     }
 
 

@@ -17,7 +17,7 @@ from vtc.cli.train import app
 from vtc.errors import BudgetError, InputError, VTCError
 from vtc.eval.tiny.tasks import TASKS
 from vtc.eval.tiny.vocabulary import END, PAD, TOKEN, encode
-from vtc.eval.training import recipes
+from vtc.eval.training.calibrations import fitprune
 from vtc.eval.training.measure import measure
 from vtc.eval.training.prompts import answered, asked, draw
 from vtc.eval.training.settings import TrainingSettings, command
@@ -249,13 +249,13 @@ def test_impossible_calibrations_are_refused(given: list[str], message: str, tmp
 def test_prompts_without_pictures_calibrate_nothing() -> None:
     model = tiny_model("llava-clip")
     with pytest.raises(VTCError, match="hold no image or video; give prompts with pictures"):
-        recipes.calibrate(model, [tiny_inputs("llava-clip", [[4, 5]], model=model)])
+        fitprune.calibrate(model, [tiny_inputs("llava-clip", [[4, 5]], model=model)])
 
 
 def test_a_recipe_is_that_of_the_untouched_model() -> None:
     model = tiny_model("llava-clip")
     inputs = tiny_inputs("llava-clip", [[4, "image", 3, "image", 5], [2, "image", 12]], seed=2)
-    (left,) = recipes.calibrate(model, [inputs]).values()
+    (left,) = fitprune.calibrate(model, [inputs]).values()
     eager = tiny_model("llava-clip", attn_implementation="eager")
     seen: list[torch.Tensor] = []
     for layer in eager.model.language_model.layers[:3]:

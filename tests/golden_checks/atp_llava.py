@@ -130,7 +130,7 @@ def budget(case: dict[str, Any], tensors: dict[str, Tensor]) -> Outputs:
         view = asked(0, spec, 1, **granted)
         for stage in method.plan(spec).stages:
             rows = view.items.scatter(score[view.items.token], torch.zeros(*view.visual.shape))
-            counts = torch.stack([view.text & (view.visual.cumsum(1) > 0), view.visual]).sum(2, keepdim=True)
+            counts = torch.stack([view.asking, view.visual]).sum(2, keepdim=True)
             received = {(stage - 1, Rows.GROUP_SUMS): rows * counts}
             view = replace(view, stage=stage, llm_rows=received, needs=method.plan(spec).needs, memory=memory)
             answer = method.select(view)

@@ -17,7 +17,8 @@ from torch import Tensor
 import vtc
 from vtc import adapters
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
-from vtc.eval.training import calibration
+from vtc.eval.training.calibrations import atp_training_free as calibration
+from vtc.method import weights
 from vtc.method.base import ModelSpec, Rows, StageView
 from vtc.methods.atp.method import ATP, ThresholdModule, ThresholdModules
 from vtc.methods.atp.thresholds import decay_counts, sampling_grid
@@ -433,7 +434,8 @@ def test_a_calibration_meets_its_mean_on_its_own_prompts(clip: Any, tmp_path: Pa
     assert set(tensors) == {f"atp.layer{n}.theta_{kind}" for n in (0, 1) for kind in "rs"}
     assert all(value.shape == (1,) for value in tensors.values())
     spec = adapters.of(clip).spec
-    path = calibration.save(tmp_path / "a.safetensors", tensors, method, spec, {"prompts": "12"})  # type: ignore[arg-type]
+    notes = {"prompts": "12", **method.settings(spec)}  # type: ignore[attr-defined]
+    path = weights.save(tmp_path / "a.safetensors", tensors, notes)
     run = vtc.create("atp_training_free", layers=(0, 1), mode="calibrated", weights=str(path))
     assert not run.needs_budget
     with vtc.compress(clip, run) as handle, torch.no_grad():

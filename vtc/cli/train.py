@@ -85,25 +85,12 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure on an embedded model what a method needs to know: thresholds at one retention, or a recipe for all."""
-    from vtc.errors import VTCError, unknown_name
     from vtc.eval.progress import ConsoleProgress
-    from vtc.eval.training import calibration, recipes
+    from vtc.eval.training.calibrations import calibrate_embedded
     from vtc.method.text import pairs
 
-    if method not in ("atp_training_free", "fitprune"):
-        raise unknown_name("calibration", method, ("atp_training_free", "fitprune"))
     file, options = output_path(out), pairs(set_ or [], "--set", method)
-    if method == "fitprune" and (retention is not None or options):
-        raise VTCError(
-            "a recipe of fitprune serves every retention and has no options; leave --retention and --set out"
-        )
-    if method != "fitprune" and retention is None:
-        raise VTCError("thresholds of atp_training_free are made for one retention; write for example --retention 0.33")
     with free_stdout():
-        progress = ConsoleProgress()
-        if retention is None:
-            path = recipes.calibrate_embedded(file, model, task, prompts, seed, device, progress)
-        else:
-            given = (model, task, prompts, seed, device, progress)
-            path = calibration.calibrate_embedded(file, retention, options, *given)
+        given = model, task, prompts, seed, device, ConsoleProgress()
+        path = calibrate_embedded(file, method, retention, options, *given)
     print(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -62,7 +63,8 @@ class Compressor(ABC):
     (`vtc.method.hyper_parameters`); a subclass with a check of its own calls `super().__post_init__()` first.
 
     name: registered name, by default the class's in snake_case. version: raised whenever results change. trained: needs
-    learned weights. stages: where it acts on every model; override `plan` where that depends on the model.
+    learned weights. stages: where it acts on every model; override `plan` where that depends on the model. small:
+    hyper-parameters for pictures of a few tokens, such as those of the tiny models, where its own do not fit them.
 
     >>> import torch, vtc
     >>> class EveryOther(vtc.Compressor):
@@ -81,6 +83,7 @@ class Compressor(ABC):
     version: ClassVar[int] = 1
     trained: ClassVar[bool] = False
     stages: ClassVar[tuple[Stage, ...]] = (PRE_LLM,)
+    small: ClassVar[Mapping[str, Any]] = {}
     _named: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -112,6 +115,11 @@ class Compressor(ABC):
     def needs_budget(self) -> bool:
         """True when it takes retention or keep; override it where hyper-parameters can decide instead."""
         return True
+
+    @property
+    def only_retention(self) -> float | None:
+        """The one retention that it can meet; None where there are others."""
+        return None
 
     def keeps_all(self, budget: Budget | None, tokens: int) -> bool:
         """True when an item of so many tokens passes whole; where all do, the model runs untouched, bit for bit."""

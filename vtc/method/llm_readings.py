@@ -118,7 +118,7 @@ class QuestionAhead(LLMReading):
         return 2 * text * length * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        asking = rows.text & (rows.visual.cumsum(1) > 0)
+        asking = rows.asking
         index, number = front_pack(asking, rows.text_count), asking.sum(1, keepdim=True)
         real = torch.arange(index.shape[1], device=index.device) < number
         found = attention_rows(attention.query, attention.key, index, attention.scaling, mask=rows.mask, causal=True)

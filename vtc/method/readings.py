@@ -35,8 +35,20 @@ class AttentionCall:
     segments: Tensor | None = None
 
 
+class PromptRows:
+    """What follows from which rows of a prompt are visual and which are text, [B, L] bool."""
+
+    visual: Tensor
+    text: Tensor
+
+    @property
+    def asking(self) -> Tensor:
+        """[B, L] bool, the text behind each row's first visual token; text in front of every image sees none."""
+        return self.text & (self.visual.cumsum(1) > 0)
+
+
 @dataclass(frozen=True, eq=False)
-class QueryRows:
+class QueryRows(PromptRows):
     """The rows of the current chunk that an LLM reading may ask about.
 
     prompt, visual, text: [B, L] bool; the prompt is without padding and without whatever is an answer, separators count

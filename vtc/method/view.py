@@ -16,7 +16,7 @@ from vtc.method.budget import Budget, ItemBudgets
 from vtc.method.items import ItemTable
 from vtc.method.patches import Patches, patches
 from vtc.method.plan import ModelSpec, Needs, R, Stage, each
-from vtc.method.readings import LLMReading, VisionReading
+from vtc.method.readings import LLMReading, PromptRows, VisionReading
 from vtc.method.states import States
 from vtc.ops.host import put
 from vtc.ops.select import in_groups, take_rows
@@ -81,7 +81,7 @@ class Selection:
 
 
 @dataclass(frozen=True, eq=False)
-class StageView:
+class StageView(PromptRows):
     """What a method sees at one stage. I items, N their largest token count, B batch rows of length L.
 
     stage: the stage reached. model: facts about the model. budget: None for methods without one. items: the table of

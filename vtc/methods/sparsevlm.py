@@ -47,7 +47,7 @@ class TextRows(LLMReading):
         return 2 * text * length * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        asking = _asking(rows.text, rows.visual)
+        asking = rows.asking
         index = front_pack(asking, rows.text_count)
         real = torch.arange(index.shape[1], device=index.device) < asking.sum(1, keepdim=True)
         found = attention_rows(attention.query, attention.key, index, attention.scaling, mask=rows.mask, causal=True)
@@ -207,16 +207,11 @@ def _whole(number: Tensor) -> Tensor:
     return (number + WHOLE).floor().long()
 
 
-def _asking(text: Tensor, visual: Tensor) -> Tensor:
-    """[B, L] bool, the text behind each row's first visual token."""
-    return text & (visual.cumsum(1) > 0)
-
-
 def raters(view: StageView) -> Tensor:
     """[B, T] bool, which of each row's text tokens rate, in the order of `TextRows`."""
     items = view.items
     batch, length = view.text.shape
-    asking = _asking(view.text, view.visual)
+    asking = view.asking
     most = length - min(items.row_totals(batch))
     place = front_pack(asking, most)
     words = view.states.take(place).float()[items.row].transpose(1, 2)

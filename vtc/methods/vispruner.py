@@ -16,6 +16,7 @@ from vtc.method.parts import groups
 from vtc.method.registry import register
 from vtc.ops.host import put
 from vtc.ops.merge import group_places
+from vtc.ops.nearest import streamed
 from vtc.ops.rank import order_by
 from vtc.ops.select import apportion_host, front_pack, settle, take_rows, top_k
 
@@ -107,18 +108,13 @@ def diverse(features: Tensor, order: Tensor, counts: Sequence[int], left: Sequen
         first, second = order[:, ::2], order[:, 1::2]
         place = torch.arange(first.shape[1], device=order.device)
         compared, others = 2 * place < count, 2 * place[: second.shape[1]] + 1 < count
-        alike = highest(take_rows(unit, first), take_rows(unit, second), others)
+        alike = streamed(
+            take_rows(unit, first), take_rows(unit, second), others, lambda _, products: products.amax(2), BLOCK
+        )
         falling = order_by(best=settle(alike, compared))
         stays = torch.cat([(place >= leave) & compared, others], 1)
         order = torch.cat([first.gather(1, falling), second], 1).gather(1, front_pack(stays, max(now)))
     return order
-
-
-def highest(rows: Tensor, others: Tensor, there: Tensor) -> Tensor:
-    """[G, m] the highest product of each row with the others there are; [G, m, C], [G, n, C], [G, n] bool."""
-    absent = there.float().log()[:, None]  # 0 or -inf: to add it is several times as fast as to fill in a mask
-    parts = torch.split(rows, max(1, BLOCK // max(1, others.shape[0] * others.shape[1])), 1)
-    return torch.cat([torch.bmm(part, others.transpose(1, 2)).add_(absent).amax(2) for part in parts], 1)
 
 
 def _split(keep: int, sizes: Sequence[int]) -> list[int]:

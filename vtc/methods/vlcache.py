@@ -18,7 +18,7 @@ from vtc.method.entries import EntryCompressor
 from vtc.method.readings import AttentionCall, LLMReading, QueryRows
 from vtc.method.registry import register
 from vtc.ops.attention import CHUNK, attention_logits
-from vtc.ops.select import front_pack
+from vtc.ops.select import front_pack, rounded
 
 SCARCE = 1e-4
 """A layer is taken to be at least so dense."""
@@ -138,7 +138,5 @@ def shares(keep: int, have: int, density: tuple[float, ...], floor: float) -> tu
 
     exact = spend(keep * layers, [1] * layers, curve, between=(0.0, have / min(weights)), slack=layers)
     found = [math.floor(each + NOISE) for each in exact]
-    order = sorted(range(layers), key=lambda layer: (-round(exact[layer] - found[layer], 6), layer))
-    for layer in order[: keep * layers - sum(found)]:
-        found[layer] += 1
-    return tuple(found)
+    left = [round(each - low, 6) for each, low in zip(exact, found, strict=True)]
+    return tuple(rounded(found, left, keep * layers))

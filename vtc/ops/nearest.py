@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,16 +24,27 @@ def nearest(x: Tensor, others: Tensor, there: Tensor, block: int = BLOCK) -> Ten
     >>> nearest(x, others, torch.ones(1, 3, dtype=torch.bool)).tolist()
     [[1]]
     """
-    groups, length, _ = x.shape
-    unit = torch.nn.functional.normalize(others.float(), dim=2).nan_to_num_(0.0).transpose(1, 2)
+    unit = torch.nn.functional.normalize(others.float(), dim=2).nan_to_num_(0.0)
+
+    def best(some: Tensor, products: Tensor) -> Tensor:
+        return first_best(products, TIE * some.norm(dim=2, keepdim=True))  # a token's own length ranks nothing
+
+    return streamed(x, unit, there, best, block)
+
+
+def streamed(
+    x: Tensor, others: Tensor, there: Tensor, read: Callable[[Tensor, Tensor], Tensor], block: int = BLOCK
+) -> Tensor:
+    """[G, S] what `read` makes of tokens and their products with the others there are, -inf with those that are not.
+
+    x, others, there, block: as in `nearest`. read: x [G, s, C] and products [G, s, T] of some tokens -> [G, s].
+    """
     absent = there.float().log()[:, None]  # 0 or -inf: to add it is several times as fast as to fill in a mask
-    chunk = max(1, block // max(1, groups * others.shape[1]))
-    found = torch.zeros(groups, length, dtype=torch.long, device=x.device)
-    for start in range(0, length, chunk):
-        some = x[:, start : start + chunk].float()  # a token's own length ranks nothing
-        slack = TIE * some.norm(dim=2, keepdim=True)
-        found[:, start : start + chunk] = first_best(torch.bmm(some, unit).add_(absent), slack)
-    return found
+    found = []
+    for some in torch.split(x, max(1, block // max(1, there.numel())), 1):
+        some = some.float()
+        found.append(read(some, torch.bmm(some, others.transpose(1, 2)).add_(absent)))
+    return torch.cat(found, 1)
 
 
 def nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = BLOCK) -> Tensor:

@@ -153,11 +153,21 @@ def apportion_host(total: int, sizes: Sequence[int]) -> list[int]:
     ([4, 2, 1], [1, 1, 0])
     """
     whole = max(1, sum(sizes))
-    shares = [size * total // whole for size in sizes]
-    order = sorted(range(len(sizes)), key=lambda group: (-(sizes[group] * total % whole), group))
-    for group in order[: total - sum(shares)]:
-        shares[group] += 1
-    return shares
+    return rounded([size * total // whole for size in sizes], [size * total % whole for size in sizes], total)
+
+
+def rounded(shares: Sequence[int], left: Sequence[float], total: int) -> list[int]:
+    """Shares that were rounded down, those with the most `left` rounded up instead, until they are `total` together.
+
+    Of equal remainders the lower group's counts first.
+
+    >>> rounded([3, 1, 1], [0.2, 0.4, 0.4], 6)
+    [3, 2, 1]
+    """
+    found = list(shares)
+    for group in sorted(range(len(found)), key=lambda group: -left[group])[: total - sum(found)]:
+        found[group] += 1
+    return found
 
 
 def group_sizes(group: Tensor, groups: int, mask: Tensor) -> Tensor:

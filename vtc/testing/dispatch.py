@@ -42,8 +42,8 @@ def dispatched(case: SelectionCase, shape: Shape, batch: int) -> Counter[str]:
     ((crops, rows, columns),) = shape.regions
     length = crops * rows * columns
     options = dict(case.options)
-    if case.name.startswith("vqtoken"):
-        options |= {"iterations": 1}
+    if "iterations" in options:
+        options["iterations"] = 1
     if "retain" in options:
         options["retain"] = length // 2
     keep = _keep(case, crops, length)
@@ -63,20 +63,17 @@ def read_back(names: Counter[str]) -> int:
 
 
 def _keep(case: SelectionCase, crops: int, length: int) -> int:
-    if case.name in ("cdpruner", "scope"):
-        return STEPS * crops
-    if case.name == "vispruner":
-        return length - STEPS * crops  # as many leave in rounds of a few
-    if (case.tolerance is None and case.wide) or case.name in ("divprune", "flashvid", "todre (diversity)"):
-        return STEPS  # each token is one step
+    if case.steps:
+        number = STEPS * (crops if getattr(case.method, "scope", "item") == "crop" else 1)
+        return number if case.steps == "kept" else length - number
     if case.wide:
         return length // 4  # the same share takes the same number of halvings
-    return length // (6 if case.name == "pyramiddrop" else 2)
+    return int(length * case.share)
 
 
-def shapes(name: str) -> list[Shape]:
+def shapes(case: SelectionCase) -> list[Shape]:
     """What a case is counted on."""
-    return [SMALL] if name == "mustdrop (windows)" else [SMALL, TILES]  # released for one crop
+    return [SMALL] if case.one_crop else [SMALL, TILES]
 
 
 def per_item(case: SelectionCase) -> int:
@@ -89,7 +86,7 @@ def counts() -> dict[str, tuple[int, int, int]]:
     """Case -> operations for two items, of one crop or of tiles, those for one item more, and those that read back."""
     found = {}
     for name, case in selection_cases().items():
-        seen = [dispatched(case, shape, 2) for shape in shapes(name)]
+        seen = [dispatched(case, shape, 2) for shape in shapes(case)]
         found[name] = max(each.total() for each in seen), per_item(case), max(map(read_back, seen))
     return found
 

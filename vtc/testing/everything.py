@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from vtc import adapters
@@ -16,12 +14,13 @@ from vtc.testing.probes import FixedKeep, LastRowTopK
 
 STEPS, RETENTION = 3, 0.7
 MODES = ("greedy", "beam 3", "no cache")
-OPTIONS: dict[str, dict[str, Any]] = {"quecc": {"stride": 2, "width": 32}, "vqtoken": {"resample": True}}
-"""What methods need on rasters as small as those of the tiny models."""
-ONLY = {"quecc": 0.25}
-"""Retentions of methods that take no other, with these options."""
 PROBES = (FixedKeep(at=(0, 1, 3)), FixedKeep(at=(1, CacheStage(2))), LastRowTopK())
 """Methods that act at every kind of stage, for what no registered method does on some model."""
+
+
+def small(name: str) -> Compressor:
+    """The method as it runs on rasters as small as those of the tiny models."""
+    return create(name, **METHODS.get(name).small)
 
 
 def runs(method: Compressor, spec: ModelSpec) -> bool:
@@ -35,10 +34,10 @@ def runs(method: Compressor, spec: ModelSpec) -> bool:
 def limits(method: Compressor) -> dict[str, float]:
     """`RETENTION`, or the only one that the method takes; nothing for methods without a budget.
 
-    >>> limits(create("pool")), limits(create("quecc", **OPTIONS["quecc"])), limits(create("atp"))
+    >>> limits(small("pool")), limits(small("quecc")), limits(small("atp"))
     ({'retention': 0.7}, {'retention': 0.25}, {})
     """
-    return {"retention": ONLY.get(method.name, RETENTION)} if method.needs_budget else {}
+    return {"retention": method.only_retention or RETENTION} if method.needs_budget else {}
 
 
 def check(model: str) -> list[Deviation]:
@@ -47,7 +46,7 @@ def check(model: str) -> list[Deviation]:
     spec = adapters.of(tiny_model(model)).spec
     cells: list[Deviation] = []
     for name in METHODS.names():
-        method = create(name, **OPTIONS.get(name, {}))
+        method = small(name)
         if not runs(method, spec):
             continue
         policies = [method.plan(spec).positions]

@@ -22,7 +22,7 @@ from vtc.app.catalogue import list_methods
 from vtc.app.pages import Table, page
 from vtc.engine.attach import compress
 from vtc.errors import BudgetError, VTCError
-from vtc.method.registry import METHODS
+from vtc.method.registry import METHODS, create
 from vtc.testing.family import IMAGE, text_settings
 
 SIDE, PATCH, TEXT = 336, 14, 40
@@ -141,15 +141,21 @@ def _goal(before: bool, row: dict[str, float]) -> float:
     return GOALS[before] + (0 if before else row["engine"] / row["native"])
 
 
-def _first(model: Any, method: str, inputs: dict[str, Tensor]) -> tuple[float, int, tuple[int, ...]]:
-    """The first retention that a method can meet, the visual tokens of a layer then, in the mean, and all its rows."""
-    for retention in RETENTIONS:
+def _first(model: Any, method: str, inputs: dict[str, Tensor]) -> tuple[float | None, int, tuple[int, ...]]:
+    """The first retention that a method can meet, the visual tokens of a layer then, in the mean, and all its rows.
+
+    None for a method that takes none, which has to drop something as it is.
+    """
+    budgeted = create(method).needs_budget
+    for retention in RETENTIONS if budgeted else (None,):
         try:
             with compress(model, method, retention=retention, trace=False) as handle:
                 model(**inputs)
         except BudgetError as error:
             refused = error
             continue
+        if not budgeted and handle.stats.retention == 1:
+            raise VTCError(f"{method!r} drops nothing here")
         kept = round(handle.stats.visual_tokens_kept / len(inputs["input_ids"]))
         return retention, kept, handle.stats.calls[0].layer_rows
     raise refused
@@ -161,7 +167,8 @@ def report(rows: Sequence[Sequence[str]], repeats: int) -> str:
     tokens, CPU, one thread and its processor time, medians of {repeats} interleaved repetitions ({FULL} of the whole
     prompt), encoding, attach and detach included. The limit is the same model on a natively short sequence, as long in
     every layer as the compressed one, behind the same encoding; of methods on the KV cache, whose prompt stays whole,
-    it is the whole prompt. Ratios are taken round by round. The goal is {GOALS[True]} for methods that act before the
+    it is the whole prompt. Ratios are taken round by round. Methods that take no budget run with their defaults, where
+    these drop anything. The goal is {GOALS[True]} for methods that act before the
     LLM, and for others {GOALS[False]} and what the engine takes for their selection. Methods that need more than the
     model, such as learned weights or a CLIP pair, are left out."""
     times = "full ms", "compressed ms", "limit ms", "compressed / limit", "goal", "engine ms"
@@ -184,9 +191,8 @@ def main(repeats: int = 5) -> None:
     """Print the document; each line of its table goes to stderr as soon as it is measured."""
     torch.set_num_threads(1)
     rows = []
-    known = [METHODS.get(name) for name in METHODS.names() if not METHODS.get(name).trained]
     later = {name for stage in ("llm", "cache") for name in list_methods(stage=stage, family="llava")}
-    for method in [one.name for one in known if one.from_options().needs_budget]:
+    for method in [name for name in METHODS.names() if not METHODS.get(name).trained]:
         for batch, padding in ((1, 0), (4, 5)):
             try:
                 row = measure(method, batch, padding, repeats)

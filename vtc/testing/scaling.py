@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vtc.app.pages import page, wrapped
-from vtc.method.base import StageView
+from vtc.method.base import EncoderStage, StageView
 from vtc.testing.released import SelectionCase, fresh
 from vtc.testing.released.cases import selection_cases
 from vtc.testing.views import raster
@@ -31,8 +31,6 @@ WIDTH, SHARE, STEPS, ITERATIONS = 64, 0.1, 64, 10
 ROUNDS, ENOUGH = 5, 1.0
 """Rounds, and the seconds from which on a size is measured once."""
 LIMIT = 2 * 2**30
-GREEDY = "cdpruner", "divprune", "scope", "todre (diversity)"
-"""Every token that they keep is one step."""
 
 
 def seen(case: SelectionCase, side: int) -> tuple[Any, StageView]:
@@ -40,9 +38,9 @@ def seen(case: SelectionCase, side: int) -> tuple[Any, StageView]:
     options, keep = dict(case.options), None
     if "retain" in options:
         options["retain"] = side * side // 2
-    if case.name.startswith("vqtoken"):
-        options["iterations"], keep = ITERATIONS, STEPS
-    elif case.name in GREEDY:
+    if "iterations" in options:
+        options["iterations"] = ITERATIONS
+    if case.steps == "kept":
         keep = STEPS
     share = SHARE if case.share == SelectionCase.share else case.share  # the others act behind layers that see all
     case = dataclasses.replace(case, options=options, share=share)
@@ -99,7 +97,8 @@ def report(rows: Iterable[Sequence[str]]) -> str:
     {ENOUGH:.0f} s was measured once, together with its memory. The slope is that of log time over log N between the
     last two sizes: 1 is linear, 2 quadratic, less than 1 is dominated by what every call costs. Memory is the most that
     the call of the largest size held at once of what it allocated, as the torch profiler counts; the limit is
-    {LIMIT // 2**30} GiB."""
+    {LIMIT // 2**30} GiB. Methods that compare frames are left out,
+    one raster is one frame, and so are those inside the encoder, which sees a crop at a time."""
     head = "selection", *(f"{side * side} tokens, ms" for side in SIDES), "slope", "peak MiB", "under the limit"
     quadratic = """No selection holds N x N numbers once N is large. Those that compare a share of the tokens with all
     others (merging, the contextual tokens of visionzip, the most isolated token that divprune begins with) stream the
@@ -114,6 +113,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name, case in selection_cases().items():
+        if case.video or isinstance(case.stage, EncoderStage):
+            continue
         rows.append(row(name, measure(case)))
         print(*rows[-1], file=sys.stderr, flush=True)
     sys.stdout.write(report(rows))

@@ -87,8 +87,7 @@ class ATPScores(Compressor):
         assert isinstance(view.stage, int)
         from_text, from_visual = view.llm_attention(view.stage - 1)  # [I, N] each
         rows = view.items.row[:, None]
-        asking = view.text & (view.visual.cumsum(1) > 0)  # text in front of every image sees none
-        cross = from_text / asking.sum(1)[rows].clamp(min=1)
+        cross = from_text / view.asking.sum(1)[rows].clamp(min=1)
         seen_by = view.visual.sum(1)[rows]
         if self.causal_correction:
             seen_by = view.visual.flip(1).cumsum(1).flip(1)[rows, view.items.index]

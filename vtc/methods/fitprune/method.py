@@ -36,7 +36,7 @@ class HeadMaxSums(LLMReading):
         return 2 * length**2 * width
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        asking = rows.text & (rows.visual.cumsum(1) > 0)
+        asking = rows.asking
         weights = torch.stack([rows.visual, asking]).float()
         query, key, scaling = attention.query, attention.key, attention.scaling
         own, cross = attention_sums(query, key, weights, scaling, mask=rows.mask, causal=True, heads="max")

@@ -54,7 +54,7 @@ class TextAttention(LLMReading):
     name = "text sum and maximum"
 
     def read(self, attention: AttentionCall, rows: QueryRows) -> Tensor:
-        asking = rows.text & (rows.visual.cumsum(1) > 0)  # text in front of every image sees none
+        asking = rows.asking
         index = front_pack(asking, rows.text_count)
         real = torch.arange(rows.text_count, device=index.device) < asking.sum(1, keepdim=True)
         query, key = attention.query, attention.key

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class QueCC(LearnedCompressor):
     heads: int = 8
 
     name: ClassVar[str] = "quecc"
+    small: ClassVar[Mapping[str, Any]] = {"stride": 2, "width": 32}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +73,11 @@ class QueCC(LearnedCompressor):
             raise VTCError(
                 f"width={self.width} cannot be split over heads={self.heads}; write for example width=1024, heads=8"
             )
+
+    @property
+    def only_retention(self) -> float:
+        """One token of each block."""
+        return 1 / self.stride**2
 
     # --- the module and its weights
     def layers(self, model: ModelSpec) -> tuple[int, ...]:
@@ -147,7 +153,7 @@ class QueCC(LearnedCompressor):
 
     def _whole(self, view: StageView) -> list[bool]:
         """Which items stay whole; raises BudgetError where others get more or fewer than one token of s x s."""
-        share = 1 / self.stride**2
+        share = self.only_retention
         for granted, given in zip(view.granted, view.items.input_counts, strict=True):
             wanted = tokens_to_keep(given, share)
             if granted not in (given, wanted):

@@ -86,6 +86,7 @@ class VQToken(Clustering, LearnedCompressor):
     ablation: Literal["none", "random_map", "random_codebook"] = "none"
 
     name: ClassVar[str] = "vqtoken"
+    small: ClassVar[Mapping[str, Any]] = {"resample": True}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,8 +78,9 @@ class SelectionCase:
     stage: where it acts. earlier: the stage whose rows it remembers there. wide: it looks at the tokens themselves,
     after the prefill at their keys and values. share: of the tokens that stay, keep: instead, how many. tolerance: of
     rows, relative to the largest; None where draws differ, so that only the number of tokens is the same. largest:
-    items with more tokens are not timed. video: it compares frames, so that only videos are timed, and their frames
-    resemble each other.
+    items with more tokens are not timed. one_crop: nor are those of several crops. video: it compares frames, so that
+    only videos are timed, and their frames resemble each other. steps: what it goes step by step through, the tokens
+    that are "kept" or those that are "gone"; None where the number of its steps does not depend on the budget.
     """
 
     name: str
@@ -93,12 +94,20 @@ class SelectionCase:
     tolerance: float | None = 0.0
     largest: int = 6272
     earlier: int | None = None
+    one_crop: bool = False
     video: bool = False
+    steps: Literal["kept", "gone"] | None = None
+
+    @property
+    def method(self) -> Any:
+        """The method with the options of the case."""
+        return create(self.name.split(" ")[0], **self.options)
 
     def fits(self, shape: Shape) -> bool:
         """Whether items of a shape are timed."""
-        frames = shape.regions[0][0] > 1 and shape.tiling is None
-        return math.prod(shape.regions[0]) <= self.largest and (frames or not self.video)
+        crops = shape.regions[0][0]
+        few = math.prod(shape.regions[0]) <= self.largest and (crops == 1 or not self.one_crop)
+        return few and ((crops > 1 and shape.tiling is None) or not self.video)
 
     def seen(
         self, shape: Shape, batch: int, *, keep: int | None = None, width: int | None = None
@@ -112,12 +121,13 @@ class SelectionCase:
         if self.video:
             shape = dataclasses.replace(shape, kind="video", tiling=None)
         length = crops * rows * columns
-        method: Any = create(self.name.split(" ")[0], **self.options)
+        method = self.method
         entries = None
         if isinstance(self.stage, CacheStage):
             entries, width = (HEADS, width or KEYS) if self.wide else None, NARROW
         width = width or (WIDE if self.wide else NARROW)
-        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1, clip=True, encoder_stages=True)
+        inside = isinstance(self.stage, EncoderStage)
+        spec = dataclasses.replace(CLIP_L, width=width, single_crop=crops == 1, clip=True, encoder_stages=inside)
         wanted = keep or self.keep or max(1, int(length * self.share) // crops) * crops
         budget: dict[str, Any] = {"keep": wanted} if method.needs_budget else {}
         view = make_view([shape] * batch, stage=self.stage, spec=spec, width=width, entries=entries, **budget)
@@ -165,7 +175,7 @@ def recorded(view: StageView, method: Any, spec: ModelSpec) -> StageView:
         for reading in readings if isinstance(readings, tuple) else (readings,):
             wide = () if reading in FLAT else (2, HEADS, KEYS) if reading == GRAPH else (KEYS,)
             vision[layer, reading] = torch.rand(len(items), longest, *wide, generator=generator)
-    said = (view.text & (view.visual.cumsum(1) > 0)).sum(1)
+    said = view.asking.sum(1)
     for at, asked in plan.needs.llm.items():
         for each in asked if isinstance(asked, tuple) else (asked,):
             lead = _lead(each, int(said.max()))

@@ -13,11 +13,6 @@ from vtc.testing.released.ranking import best, each
 unit = torch.nn.functional.normalize
 
 
-def asking(scene: Scene) -> Tensor:
-    """[B, L] the text behind each row's first visual token."""
-    return scene.view.text & (scene.view.visual.cumsum(1) > 0)
-
-
 # --- V2Drop
 def v2drop_batched(scene: Scene) -> Tensor:
     """The tokens that the layer before moved furthest."""
@@ -132,7 +127,7 @@ def _recycled(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
 
 def sparsevlm_batched(scene: Scene) -> Tensor:
     """Raters among the words, by softmax over them; what they attend to stays."""
-    row, asks = scene.view.items.row, asking(scene)
+    row, asks = scene.view.items.row, scene.view.asking
     words = scene.before.hidden.masked_fill(~asks[..., None], 0)[row]
     like = (scene.before.tokens @ words.transpose(1, 2)).masked_fill(~asks[row][:, None], -torch.inf).softmax(2)
     total = torch.zeros(asks.shape).index_add(0, row, like.sum(1))
@@ -144,7 +139,7 @@ def sparsevlm_batched(scene: Scene) -> Tensor:
 
 
 def sparsevlm_loop(scene: Scene) -> Tensor:
-    found, asks = [], asking(scene)
+    found, asks = [], scene.view.asking
     for item, tokens in enumerate(scene.tokens):
         row = scene.view.items.rows[item]
         inside = torch.cat([scene.before.tokens[other] for other, at in enumerate(scene.view.items.rows) if at == row])

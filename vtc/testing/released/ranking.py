@@ -102,8 +102,7 @@ def _rates(scene: Scene, item: int) -> tuple[Tensor, Tensor]:
 def _all_rates(scene: Scene) -> tuple[Tensor, Tensor]:
     """Both as columns [I, 1]."""
     view, row = scene.view, scene.view.items.row
-    asking = view.text & (view.visual.cumsum(1) > 0)
-    return asking.sum(1)[row, None], view.visual.sum(1)[row, None]
+    return view.asking.sum(1)[row, None], view.visual.sum(1)[row, None]
 
 
 def _grid(scene: Scene, strides: tuple[int, ...], rate: float) -> Tensor:

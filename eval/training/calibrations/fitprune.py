@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import vtc
-from vtc import adapters
-from vtc.app.loading import load
 from vtc.errors import VTCError
 from vtc.eval.progress import SilentProgress
-from vtc.eval.training.prompts import plain_prompts
-from vtc.eval.training.settings import asked
-from vtc.method import weights as store
+from vtc.eval.training.calibrations import Calibration
 from vtc.method.base import Selection, StageView
 from vtc.methods.fitprune.method import SUMS, FitPrune
 from vtc.methods.fitprune.recipe import left_behind, recipe
@@ -64,17 +59,10 @@ def calibrate(
     return {"left": recipe(torch.cat(probe.counts, 2), torch.cat(probe.tokens)).float()}
 
 
-def calibrate_embedded(
-    out: Path,
-    name: str = "tiny-llava",
-    task: str = "tiny_image",
-    prompts: int = 200,
-    seed: int = 0,
-    device: str = "auto",
-    progress: SilentProgress | None = None,
-) -> Path:
-    """Write the recipe of an embedded model, from `prompts` questions about as many training scenes; the file."""
-    loaded = load(name, device=device, dtype="float32")
-    tensors = calibrate(loaded.model, plain_prompts(loaded, asked(task), prompts, seed), progress)
-    notes = {"base_model": name, "task": task, "prompts": str(prompts), "seed": str(seed)}
-    return store.save(out, tensors, {**notes, **FitPrune().settings(adapters.of(loaded.model).spec)})
+def calibration(retention: float | None, parameters: Mapping[str, Any]) -> Calibration:
+    """One recipe for every retention."""
+    if retention is not None or parameters:
+        raise VTCError(
+            "a recipe of fitprune serves every retention and has no options; leave --retention and --set out"
+        )
+    return Calibration(FitPrune(), calibrate)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +17,9 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import adapters
-from vtc.app.loading import load
 from vtc.errors import BudgetError, VTCError
 from vtc.eval.progress import SilentProgress
-from vtc.eval.training.prompts import plain_prompts
-from vtc.eval.training.settings import asked
-from vtc.method import weights as store
+from vtc.eval.training.calibrations import Calibration
 from vtc.method.base import ModelSpec, Selection, StageView
 from vtc.method.registry import create
 from vtc.methods.atp import thresholds
@@ -78,7 +74,7 @@ class _Probe(ATPTrainingFree):
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    prompts: Sequence[dict[str, Any]] | Iterable[dict[str, Any]],
+    prompts: Iterable[dict[str, Any]],
     retention: float,
     method: ATPTrainingFree | None = None,
     progress: SilentProgress | None = None,
@@ -137,37 +133,18 @@ def _constants(probe: _Probe, wanted: float) -> tuple[float, float]:
     return float(others[max(0, passing)]), theta_s
 
 
-def save(
-    path: str | Path, tensors: dict[str, Tensor], method: ATPTrainingFree, model: ModelSpec, notes: dict[str, str]
-) -> Path:
-    """Write a calibration, to be used with mode="calibrated" and weights=path."""
-    return store.save(path, tensors, {**notes, **method.settings(model)})
-
-
-def calibrate_embedded(
-    out: Path,
-    retention: float,
-    parameters: Mapping[str, Any],
-    name: str = "tiny-llava",
-    task: str = "tiny_image",
-    prompts: int = 200,
-    seed: int = 0,
-    device: str = "auto",
-    progress: SilentProgress | None = None,
-) -> Path:
-    """Write the thresholds that reach `retention` on average over `prompts` questions; returns the file."""
-    method = create("atp_training_free", **parameters)
+def calibration(retention: float | None, parameters: Mapping[str, Any]) -> Calibration:
+    """Thresholds that reach `retention` on average over the prompts."""
+    if retention is None:
+        raise VTCError("thresholds of atp_training_free are made for one retention; write for example --retention 0.33")
+    method, wanted = create("atp_training_free", **parameters), retention
     if not isinstance(method, ATPTrainingFree) or method.mode != "budget":
         raise VTCError("a calibration makes the constants itself; leave mode and weights out")
-    loaded = load(name, device=device, dtype="float32")
-    given = plain_prompts(loaded, asked(task), prompts, seed)
-    tensors = calibrate(loaded.model, given, retention, method, progress)
-    notes = {
-        "base_model": name,
-        "task": task,
-        "retention": str(retention),
-        "prompts": str(prompts),
-        "seed": str(seed),
-        "spatial_share": str(method.spatial_share),
-    }
-    return save(out, tensors, method, adapters.of(loaded.model).spec, notes)
+
+    def measure(
+        model: nn.Module, prompts: Iterable[dict[str, Any]], progress: SilentProgress | None
+    ) -> dict[str, Tensor]:
+        return calibrate(model, prompts, wanted, method, progress)
+
+    notes = {"retention": str(retention), "spatial_share": str(method.spatial_share)}
+    return Calibration(method, measure, notes)
