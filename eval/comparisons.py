@@ -17,7 +17,7 @@ from vtc.eval.answers import Answers, answers, draws
 from vtc.eval.cells import BASELINE
 from vtc.eval.results import Asked, Results, asked, budget_order
 from vtc.eval.seeds import pools
-from vtc.eval.statistics import LEVEL, Floats, bonett_price, sign_flips
+from vtc.eval.statistics import LEVEL, Floats, Z, alike, bonett_price, sign_flips, unresolved
 from vtc.eval.store import Record
 
 POINTS = (1.0, 2.0, 5.0)
@@ -73,7 +73,7 @@ def paired_series(data: Answers, couples: Sequence[tuple[int, int]]) -> list[Pai
     """The first minus the second series of each couple, numbers of `data`; Holm's correction runs over all of them.
 
     0/1 scores without clusters: McNemar's exact test and the Bonett-Price interval, else sign flips and bootstrap of
-    the (cluster) differences. `retention` is the first one's.
+    the (cluster) differences, `unresolved` where these are all the same. `retention` is the first one's.
     """
     if not couples:
         return []
@@ -84,15 +84,15 @@ def paired_series(data: Answers, couples: Sequence[tuple[int, int]]) -> list[Pai
     means = (weights @ differences.T) / (weights @ sizes)[:, None]
     low, high = np.quantile(means, ENDS, axis=0)
     p = sign_flips(differences)
-    top = data.top
-    hits = ((data.scores == 0) | (data.scores == top)).all(axis=1)
+    top, diff = data.top, differences.sum(axis=1) / sizes.sum()
+    for number in np.flatnonzero(alike(differences, sizes)):
+        low[number], high[number] = unresolved(float(diff[number]), len(sizes), top)
+    hits = ((data.scores == 0) | (data.scores == top)).all(axis=1) & (data.clusters is None)
     for number in np.flatnonzero(hits[one] & hits[other]):
         change = data.scores[one[number]] - data.scores[other[number]]
         up, down = int((change > 0).sum()), int((change < 0).sum())
-        if data.clusters is None or up == down == 0:  # a bootstrap of zeros would claim certainty
-            low[number], high[number] = (end * top for end in bonett_price(up, down, len(change)))
-            p[number] = stats.binomtest(up, up + down).pvalue if up + down else 1.0
-    diff = differences.sum(axis=1) / sizes.sum()
+        low[number], high[number] = (end * top for end in bonett_price(up, down, len(change)))
+        p[number] = stats.binomtest(up, up + down).pvalue if up + down else 1.0
     corrected = holm(p.tolist())
     return [
         Pair(asked(data.lines[a]), data.lines[a]["method"], data.lines[b]["method"], *map(float, numbers))
@@ -183,11 +183,27 @@ def _ratios(data: Answers, task: int) -> dict[int, Floats]:
     """Percent of the untouched model in each resample, [R], by number of the series; tasks are drawn apart."""
     assert data.baseline is not None
     sums, sizes = data.cluster_sums()
-    totals = draws(len(sizes), seed=task) @ sums.T
-    reference = totals[:, data.baseline]
+    others = [number for number in range(len(data.lines)) if number != data.baseline]
+    noise, weights = np.random.default_rng(task), draws(len(sizes), task)
+    return {n: resampled_ratio(sums[n], sums[data.baseline], sizes, data.top, weights, noise) for n in others}
+
+
+def resampled_ratio(
+    one: Floats, base: Floats, sizes: Floats, top: float, weights: Floats, noise: np.random.Generator
+) -> Floats:
+    """[R] percent of `base` that `one` reaches in each resample of the clusters; both are sums of the clusters, [G].
+
+    weights: [R, G] of `draws`. Where all clusters show the same difference, what is drawn is `noise`, as wide as the
+    interval of `unresolved`.
+    """
+    totals = weights @ np.stack([one, base], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = 100 * totals / np.where(reference > 0, reference, np.nan)[:, None]
-    return {number: ratios[:, number] for number in range(len(data.lines)) if number != data.baseline}
+        ratios: Floats = 100 * totals[:, 0] / np.where(totals[:, 1] > 0, totals[:, 1], np.nan)
+    if alike(one - base, sizes):
+        difference, mean = float((one - base).sum() / sizes.sum()), float(base.sum() / sizes.sum())
+        low, high = unresolved(difference, len(sizes), top)
+        ratios += noise.normal(0, 100 * (high - low) / 2 / Z / mean, len(ratios)) if mean > 0 else np.nan
+    return ratios
 
 
 @dataclass(frozen=True)

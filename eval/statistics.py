@@ -81,8 +81,11 @@ def interval(outcomes: Outcomes) -> Interval:
     groups = groups_of(len(outcomes.items), outcomes.clusters)
     how = "bootstrap" if outcomes.clusters is None else "cluster bootstrap"
     if outcomes.scores is not None:
-        return Interval(*_bootstrap_mean(outcomes.scores * outcomes.scale, groups), how)
-    return Interval(*_bootstrap_aggregate([outcomes], groups, lambda values: values[0]), how)
+        sums, counts = cluster_sums(outcomes.scores * outcomes.scale, groups)
+        if alike(sums, counts):
+            return Interval(None, None, f"{how}, to which equal scores say nothing")
+        return Interval(*_bootstrap_mean(sums, counts), how)
+    return Interval(*_ends(_resampled([outcomes], groups, lambda values: values[0])), how)
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -115,7 +118,8 @@ def paired(cell: Outcomes, baseline: Outcomes) -> Paired:
     """Compare two cells on the same N documents, which must be in the same order.
 
     0/1 scores without clusters: Bonett-Price interval (2012) and McNemar's exact test. Other means: bootstrap interval
-    and sign-flip test of the (cluster) differences. Metrics that are not means: both by recomputing the metric.
+    and sign-flip test of the (cluster) differences; where all of these are the same, to which a bootstrap is blind, the
+    interval of `unresolved`. Metrics that are not means: both by recomputing the metric.
     """
     if cell.scores is None or baseline.scores is None:
         return _paired_aggregate(cell, baseline)
@@ -127,16 +131,17 @@ def paired(cell: Outcomes, baseline: Outcomes) -> Paired:
         how = "Bonett-Price, McNemar exact"
         return Paired((up - down) / n * cell.scale, low * cell.scale, high * cell.scale, p, how, up, down)
     groups = groups_of(n, cell.clusters)
-    if cell.binary and baseline.binary and up == down == 0:  # a bootstrap of zeros would claim certainty
-        low, high = bonett_price(0, 0, n)
-        return Paired(0.0, low * cell.scale, high * cell.scale, 1.0, "Bonett-Price where no answer differs", 0, 0)
-    low, high = _bootstrap_mean(difference, groups)
-    sums, _ = cluster_sums(difference, groups)
+    sums, counts = cluster_sums(difference, groups)
+    mean, p = float(difference.mean()), float(sign_flips(sums[None])[0])
+    if alike(sums, counts):
+        low, high = unresolved(mean, len(groups), float(max(cell.scores.max(), baseline.scores.max())) * cell.scale)
+        return Paired(mean, low, high, p, "Bonett-Price where all differ by the same, sign flips", up, down)
+    low, high = _bootstrap_mean(sums, counts)
     how = "bootstrap, sign flips" if cell.clusters is None else "cluster bootstrap, sign flips of clusters"
-    return Paired(float(difference.mean()), low, high, float(sign_flips(sums[None])[0]), how, up, down)
+    return Paired(mean, low, high, p, how, up, down)
 
 
-def bonett_price(up: int, down: int, n: int) -> tuple[float, float]:
+def bonett_price(up: float, down: float, n: int) -> tuple[float, float]:
     """Interval of a difference of paired proportions: `up` pairs of `n` change from 0 to 1, `down` from 1 to 0.
 
     >>> tuple(round(end, 3) for end in bonett_price(5, 15, 100))
@@ -163,12 +168,26 @@ def cluster_sums(values: Floats, groups: Sequence[NDArray[np.intp]]) -> tuple[Fl
     return sums, np.array([len(group) for group in groups], dtype=np.float64)
 
 
-def _bootstrap_mean(values: Floats, groups: Sequence[NDArray[np.intp]]) -> tuple[float, float]:
-    sums, counts = cluster_sums(values, groups)
-    mean = float(sums.sum() / counts.sum())
-    if len(groups) < 2 or np.allclose(sums, mean * counts):
-        return mean, mean
+def alike(sums: Floats, counts: Floats) -> NDArray[np.bool_]:
+    """Whether the mean of every cluster is the same, [...] of sums [..., G]: a bootstrap would claim certainty."""
+    means = sums / counts
+    return np.asarray(np.isclose(means, means[..., :1], rtol=1e-9, atol=1e-12).all(axis=-1))
 
+
+def unresolved(difference: float, clusters: int, top: float) -> tuple[float, float]:
+    """Interval of a difference that every one of so many clusters shows alike, of scores from 0 to `top`.
+
+    That of Bonett and Price for as many pairs of answers, so many of which change that they differ by as much.
+
+    >>> [tuple(round(end, 2) for end in unresolved(difference, 2, 1.0)) for difference in (0.0, 1.0)]
+    [(-0.69, 0.69), (-0.35, 1.0)]
+    """
+    share = difference / top if top else 0.0
+    low, high = bonett_price(clusters * max(share, 0.0), clusters * max(-share, 0.0), clusters)
+    return low * top, high * top
+
+
+def _bootstrap_mean(sums: Floats, counts: Floats) -> tuple[float, float]:
     def ratio(total: Floats, count: Floats, axis: int = -1) -> Floats:
         quotient: Floats = total.sum(axis=axis) / count.sum(axis=axis)
         return quotient
@@ -180,7 +199,7 @@ def _bootstrap_mean(values: Floats, groups: Sequence[NDArray[np.intp]]) -> tuple
         vectorized=True,
         method="percentile",
         n_resamples=RESAMPLES,
-        batch=max(1, 2_000_000 // len(groups)),
+        batch=max(1, 2_000_000 // len(sums)),
         confidence_level=LEVEL,
         rng=np.random.default_rng(0),
     )
@@ -214,10 +233,10 @@ def sign_flips(differences: Floats) -> Floats:
     return p
 
 
-def _bootstrap_aggregate(
+def _resampled(
     cells: Sequence[Outcomes], groups: Sequence[NDArray[np.intp]], combine: Callable[[list[float]], float]
-) -> tuple[float | None, float | None]:
-    """Percentile interval of `combine` of the cells' metrics over resampled clusters; None if it cannot be computed."""
+) -> list[float]:
+    """`combine` of the cells' metrics over resampled clusters; nothing if it cannot be computed."""
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(resamples(len(cells[0].items))):
@@ -225,8 +244,15 @@ def _bootstrap_aggregate(
         try:
             draws.append(combine([float(c.aggregate([c.items[i] for i in chosen])) for c in cells]))
         except Exception:  # the task's own code, on a subset that it may not have been written for
-            return None, None
-    low, high = np.quantile(draws, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+            return []
+    return draws
+
+
+def _ends(drawn: Sequence[float]) -> tuple[float | None, float | None]:
+    """The percentile interval, None where there are no draws or all are the same."""
+    if not drawn or min(drawn) == max(drawn):
+        return None, None
+    low, high = np.quantile(drawn, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
     return float(low), float(high)
 
 
@@ -242,10 +268,10 @@ def _paired_aggregate(cell: Outcomes, baseline: Outcomes) -> Paired:
         return values[0] - values[1]
 
     observed = float(cell.aggregate(list(cell.items))) - float(baseline.aggregate(list(baseline.items)))
-    low, high = _bootstrap_aggregate([cell, baseline], groups, difference)
+    drawn = _resampled([cell, baseline], groups, difference)
     how = "bootstrap, swaps" if cell.clusters is None else "cluster bootstrap, swaps of clusters"
-    p = None if low is None else _swaps(cell, baseline, groups, observed)
-    return Paired(observed, low, high, p, how, None, None)
+    p = _swaps(cell, baseline, groups, observed) if drawn else None
+    return Paired(observed, *_ends(drawn), p, how, None, None)
 
 
 def _swaps(cell: Outcomes, baseline: Outcomes, groups: Sequence[NDArray[np.intp]], observed: float) -> float:

@@ -117,6 +117,13 @@ def test_retained_percent_is_the_mean_of_ratios(tmp_path: Path, write_store: Wri
         assert (entry.low, entry.high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))), abs=2.0)
 
 
+def test_the_same_answers_are_no_certainty_of_a_percent(tmp_path: Path, write_store: WriteStore) -> None:
+    write_store(tmp_path, [("none", 1.0), ("a", 0.5)], {"t": [[1.0, 1, 0, 1], [1.0, 1, 0, 1]]})
+    (entry,) = retained(read_results(tmp_path))
+    assert entry.percent == 100.0 and entry.low is not None and entry.high is not None
+    assert entry.low < 70 and entry.high > 130
+
+
 def test_a_method_that_lacks_a_task_is_not_ranked(tmp_path: Path, write_store: WriteStore) -> None:
     write_store(tmp_path, [("none", 1.0), ("a", 0.5)], {"t": [[1.0, 1], [1.0, 0]], "u": [[0.0, 0], [0.0, 0]]})
     (entry,) = retained(read_results(tmp_path))  # of u, where untouched is worth nothing, no percent exists

@@ -101,6 +101,20 @@ def test_no_difference_is_not_certainty() -> None:
         assert found.low < 0.0 < found.high
 
 
+@pytest.mark.parametrize("scores", [(1.0, 1.0, 1.0, 1.0), (0.5, 0.5, 0.5, 0.5), (1.0, 0.0, 1.0, 0.0)])
+@pytest.mark.parametrize("clusters", [[0, 0, 1, 1], [0, 0, 0, 0], None])
+def test_clusters_that_agree_are_not_certainty(scores: tuple[float, ...], clusters: list[int] | None) -> None:
+    if clusters is None and scores[1] == 0.0:
+        pytest.skip("these documents differ")
+    found = paired(outcomes(np.array(scores), clusters=clusters), outcomes(np.zeros(4), clusters=clusters))
+    assert found.low is not None and found.high is not None and found.diff == np.mean(scores)
+    assert found.high - found.low > 0.4 and found.low <= found.diff <= found.high
+    if clusters is not None:
+        assert found.low < 0 < found.high and found.p is not None and found.p >= 0.5
+    alone = interval(outcomes(np.full(4, 0.5), clusters=clusters))
+    assert alone.low is None and alone.high is None
+
+
 def test_clusters_widen_a_paired_interval() -> None:
     rng = np.random.default_rng(6)
     theirs = np.repeat((rng.random(50) < 0.9).astype(float), 6)
