@@ -15,7 +15,7 @@ from vtc.app.costs import CostMeter
 from vtc.cost.exact import Work, cost
 from vtc.cost.token_counts import constant
 from vtc.testing import tiny_inputs, tiny_model
-from vtc.testing.everything import OPTIONS, runs
+from vtc.testing.everything import runs, small
 from vtc.testing.models import TINY_MODELS
 from vtc.testing.pairs import with_tiny_pair
 from vtc.testing.tiny_llava_onevision import unshrunk
@@ -98,7 +98,7 @@ def test_the_rest_under_a_method_is_the_method_itself(registered: str, name: str
     and a thirtieth for others, since tokens are as many as they are wide; inside encoders that join patches they are
     as wide as all their patches, which doubles it.
     """
-    model, method = model_of(name), vtc.create(registered, **OPTIONS.get(registered, {}))
+    model, method = model_of(name), small(registered)
     if not runs(method, adapters.of(model).spec):
         pytest.skip("does not run on this family")
     method, told = with_tiny_pair(method, name)

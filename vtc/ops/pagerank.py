@@ -7,6 +7,8 @@ from torch import Tensor
 
 BLOCK = 2**25
 """Numbers of an attention block held at once (128 MiB in float32)."""
+CACHED = 2**18
+"""Numbers of the heads that a CPU works on at a time, so that their attention stays in the cache."""
 STORE = 2**26
 """Numbers of an attention matrix that is kept between the iterations instead of being computed again (256 MiB)."""
 
@@ -57,17 +59,43 @@ def attention_mass(
     query: [B, Hq, Q, D], key: [B, Hk, K, D], both after rotary embedding; Hq is a multiple of Hk (grouped queries).
     Queries are the last Q of the K keys; mass that reaches the keys before them is lost. mask: [B, 1|Hq, Q, K] bool or
     additive, or [B, K] bool (False receives nothing). causal: query i sees keys up to i + K - Q. share: [B, Q], p0;
-    rows that see no key pass nothing on. Returns [B, Hq, Q], float32. Streams over the queries, never [Q, K] at once
-    unless Hq * Q * K is below `store`.
+    rows that see no key pass nothing on. Returns [B, Hq, Q], float32. As many heads at a time as the device works on
+    best; streams over the queries of a head, never [Q, K] at once unless Q * K is below `store`.
     """
-    batch, heads, length, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    before = keys - length
-    queries = query.reshape(batch, groups, heads // groups, length, width)
-    seen = key.float().transpose(-1, -2).unsqueeze(2)  # shared by the neighbouring query heads of a group
-    begin = share.float()[:, None].expand(-1, heads, -1)
-    rows = max(1, min(length, block // max(1, batch * heads * keys)))
-    keep = batch * heads * length * keys <= store
+    batch, heads, length, _ = query.shape
+    keys, numbers = key.shape[2], length * key.shape[2]
+    mask = mask.expand(-1, heads, -1, -1) if mask is not None and mask.ndim == 4 else mask
+    some = max(1, (CACHED if query.device.type == "cpu" else store) // numbers)
+    found = []
+    for rows in torch.split(torch.arange(batch * heads, device=query.device), some):
+        item, head = rows // heads, rows % heads
+        seen = None if mask is None else mask[item, -keys:] if mask.ndim == 2 else mask[item, head]
+        q, k = query[item, head].float() * (scaling / tau), key[item, head // (heads // key.shape[1])].float()
+        keep = len(rows) * numbers <= store
+        found.append(_mass(q, k, share[item].float(), seen, tau, iterations, damping, causal, block, keep=keep))
+    return torch.cat(found).view(batch, heads, length)
+
+
+def _mass(
+    query: Tensor,
+    key: Tensor,
+    begin: Tensor,
+    mask: Tensor | None,
+    tau: float,
+    iterations: int,
+    damping: float,
+    causal: bool,
+    block: int,
+    *,
+    keep: bool,
+) -> Tensor:
+    """[G, Q] the same for heads side by side; query [G, Q, D], key [G, K, D], begin [G, Q], mask [G, Q, K] or [G, K].
+
+    keep: hold the attention between the iterations instead of computing it again.
+    """
+    heads, length, keys = *query.shape[:2], key.shape[1]
+    before, seen = keys - length, key.transpose(1, 2)
+    rows = max(1, min(length, block // max(1, heads * keys)))
     stored: list[Tensor] = []
     norms: list[Tensor] = []
     mass = begin
@@ -77,8 +105,7 @@ def attention_mass(
             last = min(first + rows, length)
             end = last + before if causal else keys
             if step == 0 or not keep:
-                logits = torch.matmul(queries[:, :, :, first:last].float() * (scaling / tau), seen[..., :end])
-                logits = _masked(logits.flatten(1, 2), mask, tau, causal, first, before, keys)
+                logits = _masked(query[:, first:last] @ seen[..., :end], mask, tau, causal, first, before)
                 if step == 0:
                     norms.append(logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min))
                 weights = logits.sub_(norms[number]).exp_()
@@ -86,22 +113,19 @@ def attention_mass(
                     stored.append(weights)
             else:
                 weights = stored[number]
-            passed = torch.matmul(mass[:, :, None, first:last], weights)[:, :, 0, before:]
-            arrived[..., : passed.shape[-1]] += passed
+            passed = torch.bmm(mass[:, None, first:last], weights)[:, 0, before:]
+            arrived[:, : passed.shape[1]] += passed
         mass = (1 - damping) * arrived + damping * begin
     return mass
 
 
-def _masked(
-    logits: Tensor, mask: Tensor | None, tau: float, causal: bool, first: int, before: int, keys: int
-) -> Tensor:
-    """Sharpened logits [B, H, rows, end] of the queries from `first` on, -inf where a key is not seen."""
-    rows, end = logits.shape[-2:]
-    if mask is not None and mask.ndim == 4:
-        part = mask[:, :, first : first + rows, :end]
-        logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part.float() / tau
-    elif mask is not None:
-        logits = logits.masked_fill(~mask.bool()[:, None, None, -keys:][..., :end], -torch.inf)
+def _masked(logits: Tensor, mask: Tensor | None, tau: float, causal: bool, first: int, before: int) -> Tensor:
+    """Sharpened logits [G, rows, end] of the queries from `first` on, -inf where a key is not seen."""
+    rows, end = logits.shape[1:]
+    if mask is not None:
+        part = mask[:, None, :end] if mask.ndim == 2 else mask[:, first : first + rows, :end]
+        additive = part.dtype != torch.bool and mask.ndim == 3
+        logits = logits + part.float() / tau if additive else logits.masked_fill(~part.bool(), -torch.inf)
     if causal:
         places = torch.arange(end, device=logits.device)
         own = torch.arange(first, first + rows, device=logits.device)[:, None] + before
