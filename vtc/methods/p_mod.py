@@ -39,10 +39,11 @@ class PMoD(LearnedCompressor, RoutedCompressor):
     LLM layers that tokens may skip, from 1 on, numbered in this model; all of them let the same share through.
 
     Departures from the paper and its code: p-MoD trains the whole LLM with its routers, here routers are trained behind
-    a frozen one; for a published checkpoint load its LLM as the model and put its routers into a file with the names
-    above. The budget is solved for, shares are rounded to the nearest token, the first layer sees every token, and
-    shares above 0.85 do not become 1. Every image has its own share; a layer that an image's tokens all go through
-    leaves them as they are, w or not; newline tokens skip nothing and are not weighed.
+    a frozen one; for a published checkpoint load its LLM as the model and put its routers, under the names above,
+    into a file that the method's `save` writes with its settings. The budget is solved for, shares are rounded to
+    the nearest token, the first layer sees every token, and shares above 0.85 do not become 1. Every image has its
+    own share; a layer that an image's tokens all go through leaves them as they are, w or not; newline tokens skip
+    nothing and are not weighed.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers

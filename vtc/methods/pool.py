@@ -20,9 +20,11 @@ class Pool(Compressor):
     Acts before the LLM on projected features, needs nothing. The output raster is the one with at most the budgeted
     number of cells whose shape is closest to the input's, so a budget that is no product of two sides is undershot;
     the achieved count is in the statistics. A video is pooled frame by frame, a tiled image tile by tile (frames or
-    tiles are averaged too where there are more of them than tokens to keep). Thumbnail and stitched map of an AnyRes
-    image are pooled separately and share the budget in proportion to their sizes; all newlines stay. A pooled token
-    takes the place and position of the token at its cell's centre.
+    tiles are averaged too where there are more of them than tokens to keep). Thumbnail and stitched map of an
+    AnyRes image are pooled separately and share the budget in proportion to their sizes; all newlines stay. A
+    pooled token takes the place and position of the token at its cell's centre. On a model trained for it, this is
+    what nested tokens do at inference (M3, arXiv:2405.17430, at 576, 144, 36, 9 and 1 tokens) and, but for pooling
+    behind the projector, TokenFLEX (arXiv:2504.03154).
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers

@@ -23,9 +23,10 @@ class Withdraw(Compressor):
     layer: l, of an LLM of 32 layers, scaled to the depth of others; 20 in YOPO's script, 16 in the figures of the other
     paper for LLaVA-1.5-7B. No retention or keep is given: the mean over the layers is l / L of the tokens.
 
-    Departures from the paper and its code: YOPO leaves the tokens in place, where nobody attends to them, which
-    gives the same text rows; its other cuts, of heads, windows and neurons, are not here. Withdrawal chooses l on
-    calibration samples by how far the answers' distributions part; here it is given.
+    Departures from the paper and its code: YOPO leaves the tokens in place, where nobody attends to them, which gives
+    the same text rows; its script takes 20 of 40 layers for the 13B model too, where layer=16 does that here; its
+    other cuts, of heads, windows and neurons, are not here. Withdrawal chooses l on calibration samples by how far
+    the answers' distributions part; here it is given.
 
     >>> import vtc
     >>> llava = vtc.adapters.families()["llava"].references[0]  # 24 and 32 layers
