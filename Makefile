@@ -67,7 +67,7 @@ docs: $(READY)
 	$(BIN)/python -m vtc.eval.documents
 
 results: $(READY)
-	$(BIN)/vtc sweep full --limit 200 --out results/full
+	$(BIN)/vtc sweep full --limit 120 --out results/full
 	$(BIN)/vtc sweep --out results/docs
 	cp results/docs/metrics.csv docs/results/tiny_image.csv
 	cp results/docs/figure.png docs/results/tiny_image.png

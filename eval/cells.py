@@ -116,7 +116,7 @@ def make_methods(spec: SweepSpec) -> list[tuple[MethodSpec, list[Run]]]:
 
 def _runs(entry: MethodSpec, spec: SweepSpec) -> list[Run]:
     if entry.name == DOWNSAMPLE:
-        if entry.parameters:
+        if entry.parameters or entry.positions:
             raise InputError(f"{entry.label!r}: {DOWNSAMPLE} has no hyper-parameters; write {DOWNSAMPLE}")
         return [(budget, None) for budget in _budgets(entry, spec)]
     if isinstance(entry.compressor, Composite):
@@ -175,7 +175,7 @@ def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
     cells = {baseline.key(): baseline}
     for entry, runs in make_methods(spec):
         for budget, method in runs:
-            cell = make_cell(entry.label, method, budget, spec.positions, **common)
+            cell = make_cell(entry.label, method, budget, entry.positions or spec.positions, **common)
             if cell.retention is not None:
                 cell = dataclasses.replace(cell, quantity=spec.budget)
             cells.setdefault(cell.key(), cell)

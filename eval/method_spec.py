@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from vtc.errors import InputError
-from vtc.method.base import Compressor
+from vtc.method.base import Compressor, Positions
 from vtc.method.budget import Budget
 from vtc.method.composite import Composite
 from vtc.method.text import Named, parse
@@ -27,7 +27,7 @@ from vtc.method.text import Named, parse
 class MethodSpec(BaseModel):
     """A method by name with the hyper-parameters that differ from its defaults, or several that act together.
 
-    retention, keep: its own budget, instead of the sweep's. parts: methods that act together on one model; `name` is
+    retention, keep: its own budget, instead of the sweep's. positions: its own position policy. parts: methods that act together on one model; `name` is
     then only a label. compressor: the object itself, where one was given instead of a name.
 
     >>> MethodSpec.model_validate({"name": "random", "seed": 1}).parameters
@@ -39,6 +39,7 @@ class MethodSpec(BaseModel):
     name: str = Field(min_length=1)
     retention: float | None = None
     keep: int | None = None
+    positions: Positions | None = None
     parts: tuple[MethodSpec, ...] = ()
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
 
@@ -48,6 +49,12 @@ class MethodSpec(BaseModel):
         return method_entries(given)
 
     @model_validator(mode="after")
+    def _positions_are_one(self) -> Self:
+        if any(part.positions for part in self.parts):
+            raise InputError(f"{self.name!r}: methods that act together have one position policy; give it to the sweep")
+        return self
+
+    @model_validator(mode="after")
     def _budget_is_one(self) -> Self:
         _ = self.budget  # which refuses what is none
         return self
@@ -55,7 +62,7 @@ class MethodSpec(BaseModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         given = serialise(self)
-        unused = {name for name in ("retention", "keep", "parts") if not given.get(name)}
+        unused = {name for name in ("retention", "keep", "positions", "parts") if not given.get(name)}
         return {name: value for name, value in given.items() if name not in unused}
 
     @property

@@ -111,6 +111,19 @@ def test_whatever_can_change_an_answer_changes_the_key(change: dict[str, Any]) -
     assert dataclasses.replace(cell, **change).key() != cell.key()
 
 
+def test_a_cell_has_a_position_policy_of_its_own() -> None:
+    made = cells(methods=["todre", "todre(positions=preserve)", "stride"], retentions=[0.5], positions="compact")[1:]
+    assert [cell.positions for cell in made] == ["compact", "preserve", "compact"]
+    assert made[0].label == made[1].label and made[0].key() != made[1].key() and "positions" not in made[1].parameters
+    for wrong, words in (
+        ("todre(positions=squeeze)", "input should be 'preserve', 'compact'"),
+        ("downsample(positions=compact)", "has no hyper-parameters"),
+        ("hiprune@0.5+aim(merge=false, positions=compact)@0.6", "have one position policy"),
+    ):
+        with pytest.raises(VTCError, match=words):
+            cells(methods=[wrong], retentions=[0.5])
+
+
 def test_the_label_does_not_change_the_key() -> None:
     cell = cells()[1]
     assert dataclasses.replace(cell, label="other").key() == cell.key()
