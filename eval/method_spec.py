@@ -27,8 +27,9 @@ from vtc.method.text import Named, parse
 class MethodSpec(BaseModel):
     """A method by name with the hyper-parameters that differ from its defaults, or several that act together.
 
-    retention, keep: its own budget, instead of the sweep's. positions: its own position policy. parts: methods that act together on one model; `name` is
-    then only a label. compressor: the object itself, where one was given instead of a name.
+    retention, keep: its own budget, instead of the sweep's. positions: its own position policy. parts: methods that act
+    together on one model; `name` is then only a label. compressor: the object itself, where one was given instead
+    of a name.
 
     >>> MethodSpec.model_validate({"name": "random", "seed": 1}).parameters
     {'seed': 1}
