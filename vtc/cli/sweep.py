@@ -97,13 +97,11 @@ def sweep(
         "gpus_per_worker": gpus_per_worker,
         "address": address,
     }
-    settings = read_settings(config) if config is not None else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
     reading = {"frames": frames, "fps": fps, "max_pixels": max_pixels}
-    reading = {name: value for name, value in reading.items() if value is not None}
-    if reading:
-        settings["video"] = {**(settings.get("video") or {}), **reading}
-    specs = make_series(settings, source=str(config) if config is not None else "vtc sweep")
+    given["video"] = {name: value for name, value in reading.items() if value is not None} or None
+    settings = read_settings(config) if config is not None else {}
+    options = {name: value for name, value in given.items() if value is not None}
+    specs = make_series(settings, options, source=str(config) if config is not None else "vtc sweep")
     use_plugins([plugin for spec in specs for plugin in spec.plugins])
     results: list[SweepResult] = []
     progress = ConsoleProgress()
