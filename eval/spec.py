@@ -31,6 +31,8 @@ TRAINING_FREE = (
 
 
 Quantity = Literal["tokens", "flops", "kv", "time"]
+SHARED_DEVICES = ("auto", "cuda", "balanced")
+"""Devices that stand for whatever GPUs a process is shown."""
 RETENTIONS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
 
 
@@ -87,7 +89,7 @@ class SweepSpec(BaseModel):
     revision: str | None = None
     engine: Literal["local", "ray"] = "local"
     workers: int = Field(default=1, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
+    gpus_per_worker: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     address: str | None = None
 
     @field_validator("methods", mode="before")
@@ -126,6 +128,19 @@ class SweepSpec(BaseModel):
     def _a_name(cls, given: str) -> str:
         if not given.strip():
             raise InputError("model is empty; write an embedded model, a folder or a hub name")
+        return given
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _of_gpus(cls, given: float | None, info: ValidationInfo) -> float | None:
+        if given and given > 1 and given != int(given):
+            raise InputError(f"gpus_per_worker {given:g} is no whole number of GPUs, and no share of one such as 0.5")
+        device = info.data.get("device", "auto")
+        if given and device not in SHARED_DEVICES:
+            raise InputError(
+                f"gpus_per_worker {given:g} shares out GPUs, and device {device!r} is one of its own choice; write"
+                f" device: {', '.join(SHARED_DEVICES)}, or no gpus_per_worker"
+            )
         return given
 
     @field_validator("address")

@@ -110,7 +110,8 @@ class Order:
         except Exception as error:
             raise InputError(
                 f"a method object of this sweep cannot be sent to another process ({one_line(error)}); register its "
-                "class in a file named under plugins and write the method by name, or use one local worker"
+                "class in a file named under plugins and write the method by name, or use one local worker without "
+                "gpus_per_worker"
             ) from error
 
     def knowing(self, known: Mapping[str, Record]) -> Order:

@@ -108,7 +108,7 @@ def _workers(
     progress: SilentProgress,
 ) -> Iterator[tuple[Facts, Pool]]:
     """The workers that `spec` asks for, and what they know of the model."""
-    if spec.engine == "local" and spec.workers == 1:
+    if spec.engine == "local" and spec.workers == 1 and not spec.gpus_per_worker:  # which others alone can be shown
         with Station(spec, tasks, asked, known) as station:
             yield station.facts, Here(station.worker)
         return
