@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtc.app.preparation import Chat
-from vtc.errors import InputError
+from vtc.errors import BudgetError, InputError
 from vtc.eval import files
 from vtc.eval.asked import Scorable
 from vtc.eval.catalogue import SweepTask, load_tasks
-from vtc.eval.cells import Cell, make_methods
+from vtc.eval.cells import Cell, make_methods, of_tokens
 from vtc.eval.cluster import RayEngine
 from vtc.eval.execute import Here, Pool, run_items
 from vtc.eval.facts import Facts
@@ -68,6 +68,8 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     progress = progress or default_progress()
     began = time.monotonic()
     make_methods(spec)
+    if unmoved := of_tokens(spec):
+        progress.note(f"note: budget {spec.budget!r} is not about {', '.join(unmoved)}, which stay numbers of tokens")
     check_trackers(spec.trackers)
     check_writable(spec.folder)
     tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile, spec.data_map)
@@ -83,6 +85,11 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         for reason in facts.left_out:
             progress.note(f"left out: {reason}")
         cells = facts.cells(spec)
+        if facts.left_out and len(cells) == 1:
+            raise BudgetError(
+                f"no method of this sweep can meet its budget, the first of them because {facts.left_out[0]}; or write"
+                " methods: [none] for the untouched model alone"
+            )
         by_task = {task.name: facts.cells(spec, task.name) for task in tasks}
         if store.exists:
             check_same_sweep(store, spec, tasks, cells)

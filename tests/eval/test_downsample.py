@@ -90,11 +90,16 @@ def test_frames_are_scaled_alike(loaded: Any) -> None:
 
 
 def test_models_of_one_size_are_left_out_of_a_sweep(model_folder: Path, task_folder: Path, tmp_path: Path) -> None:
-    settings = {"methods": ["downsample"], "retentions": [0.5], "tasks": ["blobs"], "include_path": [str(task_folder)]}
+    settings = {
+        "methods": ["downsample", "stride"],
+        "retentions": [0.5],
+        "tasks": ["blobs"],
+        "include_path": [str(task_folder)],
+    }
     notes = Notes()
     spec = make_spec({**settings, "model": str(model_folder), "device": "cpu", "limit": 1, "out": str(tmp_path)})
     result = run_sweep(spec, notes)
-    assert [line["method"] for line in result.results.select("blobs", "accuracy")] == ["none"]
+    assert [line["method"] for line in result.results.select("blobs", "accuracy")] == ["none", "stride"]
     (left,) = [note for note in notes.told if note.startswith("left out")]
     assert "downsample at 72 tokens" in left and "makes at least 144 of a picture" in left and "take 'pool'" in left
 
