@@ -39,3 +39,5 @@ from pathlib import Path
 
 TASKS = Path(__file__).parent / "tasks"
 """Folder of the tasks that ship."""
+CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the sweeps that ship."""

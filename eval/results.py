@@ -222,7 +222,11 @@ def _incomplete(
         for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
             answered = seen.count(key, (name, task["fingerprint"]), task["documents"])
             if answered < wanted or (name, key) not in scored:
-                default = "not answered yet" if answered < wanted else "not scored by this version yet"
+                default = (
+                    "not answered yet"
+                    if answered < wanted
+                    else "not scored by this version yet, which `vtc report --rescore` does"
+                )
                 reason = reasons.get((name, key), default)
                 cell = cells[key]
                 incomplete.append(Incomplete(name, names[key], asked(cell), answered, wanted, reason))

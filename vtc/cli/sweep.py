@@ -10,9 +10,12 @@ import typer
 from vtc.app.options import JsonOption, PluginOption, use_plugins
 from vtc.cli.results import show, show_series
 from vtc.cli.shared import DataMap, IncludePath, free_stdout, parts
+from vtc.eval import CONFIGS
 
 if TYPE_CHECKING:
     from vtc.eval.sweep import SweepResult
+
+SHIPPED = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -20,7 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command()
 def sweep(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file, or a shipped one: default, quick. Options override it.")
+        Path | None, typer.Argument(help=f"YAML file, or a shipped one: {SHIPPED}. Options override it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="tiny-llava, a local folder or a hub name.")] = None,
     methods: Annotated[
