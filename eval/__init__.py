@@ -19,7 +19,8 @@ The modules, in the order in which a sweep uses them::
     columns.py     the columns of the results; rescoring.py: metrics that lack or are of another scoring
     samples.py     pictures and questions of a few documents, for the report
     results.py, seeds.py, answers.py               a store as lines, seeds of a method as one, scores by document
-    comparisons.py, difficulty.py, compare.py      what follows from them; two sweeps side by side
+    comparisons.py, difficulty.py                  what follows from them
+    compare.py, matching.py                        two sweeps side by side; which of their cells are the same
     charts.py, curves.py, page.py                  Vega-Lite specifications, and pages that draw them
     tables.py, files.py, report.py, compare_report.py    tables, figures and reports
     ledger.py      published figures; ledger_check.py: a finished sweep against them
@@ -38,3 +39,5 @@ from pathlib import Path
 
 TASKS = Path(__file__).parent / "tasks"
 """Folder of the tasks that ship."""
+CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the sweeps that ship."""

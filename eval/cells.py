@@ -160,6 +160,29 @@ def _not_taken(method: Compressor) -> Compressor:
     return method
 
 
+def of_tokens(spec: SweepSpec) -> list[str]:
+    """Methods of `spec` whose numbers or shares of visual tokens its `budget` of another quantity leaves as they are.
+
+    Raises:
+        BudgetError: there is nothing that it is about.
+    """
+    if spec.budget == "tokens":
+        return []
+    runs = [(entry, budget, method) for entry, made in make_methods(spec) for budget, method in made]
+    if runs and all(budget is None or budget.retention is None for _, budget, _ in runs):
+        raise BudgetError(
+            f"budget {spec.budget!r} is what a retention is a share of, and none is given to a method here:"
+            f" {', '.join(dict.fromkeys(entry.label for entry, *_ in runs))}; write retentions, or leave budget out"
+        )
+    found = []
+    for entry, budget, method in runs:
+        if budget is not None and budget.keep is not None:
+            found.append(f"{entry.label} at {budget.keep} tokens")
+        elif budget is None and isinstance(method, Composite) and any(method.budgets):
+            found.append(entry.label)
+    return found
+
+
 def make_cells(spec: SweepSpec, model: Mapping[str, Any]) -> list[Cell]:
     """The cells of `spec` for a model with this fingerprint: the baseline, then method by method; no cell twice.
 

@@ -19,7 +19,7 @@ from vtc.eval.plan import Item
 from vtc.eval.spec import SweepSpec
 from vtc.eval.station import Order, Remote, cores
 from vtc.eval.store import Record
-from vtc.eval.workers import Gone, Link, Message
+from vtc.eval.workers import Gone, Link, Message, gpus_each
 
 STORE_BYTES = 200 << 20
 """Of Ray's object store; what is sent are texts and numbers."""
@@ -79,13 +79,10 @@ class RayEngine:
         """CPU threads and GPUs of each worker."""
         present = self._ray.cluster_resources()
         cpus, gpus = int(present.get("CPU", 0)), float(present.get("GPU", 0))
-        wanted = spec.gpus_per_worker
-        if wanted is None:
-            wanted = 1.0 if gpus and spec.device != "cpu" else 0.0
-        if wanted * spec.workers > gpus or spec.workers > cpus:
+        wanted = gpus_each(spec, gpus, "this cluster")
+        if spec.workers > cpus:
             raise InputError(
-                f"{spec.workers} workers with {wanted:g} GPUs and a CPU core each do not fit on this cluster, which has"
-                f" {gpus:g} GPUs and {cpus} cores; give fewer --workers or another --gpus-per-worker"
+                f"--workers {spec.workers} need a CPU core each, and this cluster has {cpus}; give fewer --workers"
             )
         return max(1, cpus // spec.workers), wanted
 

@@ -15,19 +15,18 @@ from vtc.errors import InputError
 from vtc.eval.answers import Answers, answers, draws
 from vtc.eval.cells import BASELINE
 from vtc.eval.comparisons import ENDS, paired_series, resampled_ratio
+from vtc.eval.matching import Matched, differing, lonely, match, other_settings
 from vtc.eval.results import Asked, Results, asked, plain_text, read_results
 from vtc.eval.store import Record
-
-Key = tuple[str, Asked]
 
 
 @dataclass(frozen=True)
 class Compared:
     """One metric of one method at one retention in both sweeps; every difference is the second minus the first.
 
-    n: documents that both scored, on which all of it is computed where scores by document are stored; otherwise values
-    are as stored and low, high and p None. retained: percent of the untouched model of the same sweep. p_holm:
-    corrected for all methods and retentions of the metric.
+    method: its name in the sweep that needs the shorter one. n: documents that both scored, on which all of it is
+    computed where scores by document are stored; otherwise values are as stored and low, high and p None. retained:
+    percent of the untouched model of the same sweep. p_holm: corrected for all methods and retentions of the metric.
     """
 
     task: str
@@ -81,13 +80,22 @@ def compare(first: Path, second: Path) -> Comparison:
         )
     for task in common:
         _check_same_task(task, one, other, str(first), str(second))
-    rows = [row for task in common for metric in _metrics(task, one, other) for row in _rows(task, metric, one, other)]
+    matched = {task: match(task, one, other) for task in common}
+    rows = [
+        row
+        for task in common
+        for metric in _metrics(task, one, other)
+        for row in _rows(task, metric, one, other, matched[task])
+    ]
     if not rows:
         raise InputError(
             f"{str(first)!r} and {str(second)!r} share no scored method at the same retention on the same documents of"
             f" {', '.join(common)}; `vtc report` shows what each has"
         )
-    return Comparison(*_names(one, other, first, second), rows, _notes(one, other, first, second))
+    notes = [*_notes(one, other, first, second), *other_settings(common, one, other, (first, second))]
+    notes += [*differing(list(matched.values()), one, other), *lonely(matched, (first, second))]
+    notes += _left_out(common, rows, one, other)
+    return Comparison(*_names(one, other, first, second), rows, notes)
 
 
 def _check_same_task(task: str, one: Results, other: Results, first: str, second: str) -> None:
@@ -133,33 +141,39 @@ def _notes(one: Results, other: Results, first: Path, second: Path) -> list[str]
                if versions[1].get(name) != there]  # fmt: skip
     if changed:
         notes.append(f"library versions: {', '.join(changed)}")
-    cells = [{(line["method"], asked(line)): line["parameters"] for line in r.lines} for r in (one, other)]
-    if differing := sorted({m for m, r in cells[0] if cells[1].get((m, r), cells[0][m, r]) != cells[0][m, r]}):
-        notes.append(f"other hyper-parameters under the same name: {', '.join(differing)}")
     return notes
 
 
-def _rows(task: str, metric: str, one: Results, other: Results) -> list[Compared]:
+def _left_out(tasks: Sequence[str], rows: Sequence[Compared], one: Results, other: Results) -> list[str]:
+    """A note for each task of which some metric has no row."""
+    notes = []
+    for task in tasks:
+        shown = {row.metric for row in rows if row.task == task}
+        if absent := [m for m in dict.fromkeys([*one.metrics(task), *other.metrics(task)]) if m not in shown]:
+            notes.append(
+                f"{task}: no cell is about the same documents in both, as far as is stored, in {', '.join(absent)}"
+            )
+    return notes
+
+
+def _rows(task: str, metric: str, one: Results, other: Results, matched: Matched) -> list[Compared]:
     first, second = (answers(results, task, metric, pool=False) for results in (one, other))
     if first is None or second is None:
-        return _as_stored(task, metric, one, other)
+        return _as_stored(task, metric, one, other, matched)
     common = [doc_id for doc_id in first.doc_ids if doc_id in set(second.doc_ids)]
     if not common:
         return []
-    return _paired(task, metric, first.only(common), second.only(common))
+    return _paired(task, metric, first.only(common), second.only(common), matched)
 
 
-def _key(line: Record) -> Key:
-    return line["method"], asked(line)
-
-
-def _paired(task: str, metric: str, first: Answers, second: Answers) -> list[Compared]:
+def _paired(task: str, metric: str, first: Answers, second: Answers, matched: Matched) -> list[Compared]:
     both = dataclasses.replace(
         first, lines=[*first.lines, *second.lines], scores=np.vstack([first.scores, second.scores]), kept=None
     )
     shift = len(first.lines)
-    there = {_key(line): number for number, line in enumerate(first.lines)}
-    couples = [(shift + n, there[_key(line)]) for n, line in enumerate(second.lines) if _key(line) in there]
+    there = {line["cell"]: number for number, line in enumerate(first.lines)}
+    partners = [there.get(matched.pairs.get(line["cell"], "")) for line in second.lines]
+    couples = [(shift + n, partner) for n, partner in enumerate(partners) if partner is not None]
     found = paired_series(both, couples)
     means = both.scores.mean(axis=1)
     sums, sizes = both.cluster_sums()
@@ -171,7 +185,7 @@ def _paired(task: str, metric: str, first: Answers, second: Answers) -> list[Com
     for (b, a), pair in zip(couples, found, strict=True):
         line, old = both.lines[b], both.lines[a]
         row = Compared(
-            task, metric, line["method"], asked(line), len(both.doc_ids), float(means[a]), float(means[b]),
+            task, metric, _name(old, line), asked(line), len(both.doc_ids), float(means[a]), float(means[b]),
             pair.diff, pair.low, pair.high, pair.p, pair.p_holm,
             first_tokens=old["visual_tokens_kept"], second_tokens=line["visual_tokens_kept"],
         )  # fmt: skip
@@ -191,17 +205,22 @@ def _paired(task: str, metric: str, first: Answers, second: Answers) -> list[Com
     return rows
 
 
-def _as_stored(task: str, metric: str, one: Results, other: Results) -> list[Compared]:
+def _name(old: Record, line: Record) -> str:
+    """The shorter name: a longer one only tells a cell from neighbours that the other sweep does not have."""
+    return min(str(line["method"]), str(old["method"]), key=len)
+
+
+def _as_stored(task: str, metric: str, one: Results, other: Results, matched: Matched) -> list[Compared]:
     """Rows without intervals, of cells about as many documents: nothing is known of each document."""
-    there = {_key(line): line for line in one.select(task, metric)}
+    there = {line["cell"]: line for line in one.select(task, metric)}
     rows = []
     for line in other.select(task, metric):
-        old = there.get(_key(line))
+        old = there.get(matched.pairs.get(line["cell"], ""))
         if old is None or old["n"] != line["n"]:
             continue
         percent = old["retained"], line["retained"]
         rows.append(Compared(
-            task, metric, line["method"], asked(line), line["n"], old["value"], line["value"],
+            task, metric, _name(old, line), asked(line), line["n"], old["value"], line["value"],
             line["value"] - old["value"], first_retained=percent[0], second_retained=percent[1],
             retained_diff=None if None in percent else percent[1] - percent[0],
             first_tokens=old["visual_tokens_kept"], second_tokens=line["visual_tokens_kept"],

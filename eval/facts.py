@@ -15,18 +15,22 @@ from vtc.method.base import Positions
 
 
 class Settled(NamedTuple):
-    """What the model added to a cell: its position policy, and how a budget in other units than tokens is met."""
+    """What the model added to a cell: its position policy, and how a budget in other units than tokens is met.
+
+    without: tasks whose prompts cannot meet its budget.
+    """
 
     positions: Positions | None
     setting: float | None = None
     achieved: float | None = None
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a loaded model told: its fingerprint, and what it added to the cells that can run, by their keys without it.
 
-    tasks: fingerprints by name, as this process found them. left_out: why other cells cannot run.
+    tasks: fingerprints by name, as this process found them. left_out: why other cells cannot run, or not on a task.
     """
 
     model: str
@@ -36,11 +40,11 @@ class Facts:
     settled: Mapping[str, Settled]
     left_out: tuple[str, ...]
 
-    def cells(self, spec: SweepSpec) -> list[Cell]:
-        """The cells of `spec` that can run, as they are stored."""
+    def cells(self, spec: SweepSpec, task: str = "") -> list[Cell]:
+        """The cells of `spec` that can run, as they are stored; of one task where it is named."""
         found = []
         for cell in make_cells(spec, self.fingerprint):
-            if (about := self.settled.get(asked := cell.key())) is not None:
+            if (about := self.settled.get(asked := cell.key())) is not None and task not in about.without:
                 if about.setting is not None:
                     cell = dataclasses.replace(at(cell, about.setting), achieved=about.achieved, asked=asked)
                 found.append(dataclasses.replace(cell, positions=about.positions))

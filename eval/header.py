@@ -21,8 +21,10 @@ def documents(spec: SweepSpec, task: Scorable) -> int:
     return min(spec.limit or len(task.documents), len(task.documents))
 
 
-def run_record(store: Store, spec: SweepSpec, tasks: Sequence[Scorable], cells: Sequence[Cell], facts: Facts) -> Record:
-    """The content of `run.json` once `spec` runs: what is there already, and this sweep."""
+def run_record(
+    store: Store, spec: SweepSpec, tasks: Sequence[Scorable], cells: Mapping[str, Sequence[Cell]], facts: Facts
+) -> Record:
+    """The content of `run.json` once `spec` runs: what is there already, and this sweep; cells: those of each task."""
     run: Record = store.run() if store.exists else {"tasks": {}, "sweeps": []}
     for task in tasks:
         asked = run["tasks"].get(task.name, {}).get("cells", [])
@@ -34,7 +36,7 @@ def run_record(store: Store, spec: SweepSpec, tasks: Sequence[Scorable], cells: 
             "repeats": task.repeats,
             "main_metric": task.main_metric,
             **task.settings(spec.generation),
-            "cells": list(dict.fromkeys([*asked, *(cell.key() for cell in cells)])),
+            "cells": list(dict.fromkeys([*asked, *(cell.key() for cell in cells[task.name])])),
         }
     sweep = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,7 +45,7 @@ def run_record(store: Store, spec: SweepSpec, tasks: Sequence[Scorable], cells: 
         "device": facts.device,
     }
     return {
-        "model": {"name": facts.model, "fingerprint": _plain(cells[0].model)},
+        "model": {"name": facts.model, "fingerprint": _plain(facts.fingerprint)},
         "seed": spec.seed,
         "generation": _plain(spec.generation),
         "video": spec.video.settings(),

@@ -53,7 +53,7 @@ def load_rows(path: Path, configuration: str | None, split: str | None, media: P
     or beside the data.
 
     Raises:
-        InputError: files that cannot be read, or a saved folder without the split.
+        InputError: files that cannot be read or are empty, or a saved folder without the split.
     """
     import datasets
 
@@ -72,10 +72,18 @@ def load_rows(path: Path, configuration: str | None, split: str | None, media: P
     except InputError:
         raise
     except Exception as error:
+        if isinstance(error.__cause__ or error, StopIteration):  # `datasets` met the end before a first row
+            raise _empty(path) from error
         reason = one_line(error.__cause__ or error)
         raise InputError(f"{str(path)!r} cannot be read: {reason}; write a file that `datasets` can load") from error
+    if not len(rows):
+        raise _empty(path)
     folders = [folder for folder in (media, path if path.is_dir() else path.parent) if folder is not None]
     return _with_pictures(rows, folders), files
+
+
+def _empty(path: Path) -> InputError:
+    return InputError(f"{str(path)!r} holds no rows; write a file with a row for each question or picture")
 
 
 def _with_pictures(rows: Any, folders: Sequence[Path]) -> Any:

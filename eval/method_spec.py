@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -22,6 +23,18 @@ from vtc.method.base import Compressor, Positions
 from vtc.method.budget import Budget
 from vtc.method.composite import Composite
 from vtc.method.text import Named, parse
+
+
+def no_boolean(given: Any) -> Any:
+    """`given`, unless it is true or false, which count as 1 and 0 in Python."""
+    if isinstance(given, bool):
+        raise InputError(f"{str(given).lower()} is no number; write for example 1, or leave it out")
+    return given
+
+
+Whole = Annotated[int, BeforeValidator(no_boolean)]
+Real = Annotated[float, BeforeValidator(no_boolean)]
+"""Numbers as a user writes them."""
 
 
 class MethodSpec(BaseModel):
@@ -38,8 +51,8 @@ class MethodSpec(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, arbitrary_types_allowed=True)
 
     name: str = Field(min_length=1)
-    retention: float | None = None
-    keep: int | None = None
+    retention: Real | None = None
+    keep: Whole | None = None
     positions: Positions | None = None
     parts: tuple[MethodSpec, ...] = ()
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)

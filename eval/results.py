@@ -86,7 +86,8 @@ class Outdated:
 class Results:
     """All results of a store. `lines` are the lines of `metrics.csv`: one metric of one cell each.
 
-    `stored` holds by task, metric and cell what was scored by document (`vtc.eval.scoring.metric_records`).
+    `stored` holds by task, metric and cell what was scored by document (`vtc.eval.scoring.metric_records`), `cells` the
+    settings of each cell by its key.
     """
 
     run: Record
@@ -95,6 +96,7 @@ class Results:
     unanswered: Sequence[Unanswered] = ()
     outdated: Sequence[Outdated] = ()
     stored: Mapping[tuple[str, str, str], Record] = field(default_factory=dict)
+    cells: Mapping[str, Record] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -154,7 +156,7 @@ def read_results(folder: Path) -> Results:
     failures = store.failures()
     lost = _unanswered(failures, run, seen)
     incomplete = _incomplete(failures, run, cells, names, lines, lost, seen)
-    return Results(run, lines, incomplete, lost, outdated, stored)
+    return Results(run, lines, incomplete, lost, outdated, stored, cells)
 
 
 def _of_one_scoring(run: Record, records: Sequence[Record]) -> tuple[list[Record], list[Outdated]]:
@@ -220,7 +222,11 @@ def _incomplete(
         for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
             answered = seen.count(key, (name, task["fingerprint"]), task["documents"])
             if answered < wanted or (name, key) not in scored:
-                default = "not answered yet" if answered < wanted else "not scored by this version yet"
+                default = (
+                    "not answered yet"
+                    if answered < wanted
+                    else "not scored by this version yet, which `vtc report --rescore` does"
+                )
                 reason = reasons.get((name, key), default)
                 cell = cells[key]
                 incomplete.append(Incomplete(name, names[key], asked(cell), answered, wanted, reason))

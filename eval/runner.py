@@ -46,19 +46,25 @@ class Runner(Answerer):
         if not getattr(self.processor, "chat_template", None):
             raise UnsupportedModel(f"{loaded.name!r} has no chat template, so its prompts cannot be written")
 
-    def check(self, cell: Cell, asked: Sequence[Chat] = ()) -> Cell:
-        """The cell with its position policy resolved; `asked` are some of the conversations that it will answer.
+    def check(self, cell: Cell) -> Cell:
+        """The cell with its position policy resolved.
 
         Raises:
             VTCError: the method cannot run on this model, or not at this budget.
         """
-        if cell.scales is not None:
-            for chat in asked:
-                self.downsampler.check(chat, cell.scales)
         if cell.compressor is None:
             return cell
         with self._attached(cell.compressor, cell) as handle:
             return dataclasses.replace(cell, positions=handle.positions)
+
+    def check_chat(self, cell: Cell, chat: Chat) -> None:
+        """Refuse a conversation that a cell cannot answer within its budget.
+
+        Raises:
+            BudgetError: its pictures have too many tokens at any size.
+        """
+        if cell.scales is not None:
+            self.downsampler.check(chat, cell.scales)
 
     def _attached(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
         limits = vars(cell.budget) if cell.budget is not None and compressor.needs_budget else {}

@@ -21,33 +21,53 @@ from vtc.eval.tables import nominal
 KEY = "sweeps"
 
 
-def make_series(settings: Mapping[str, Any], *, source: str = "sweep") -> list[SweepSpec]:
+def make_series(
+    settings: Mapping[str, Any], options: Mapping[str, Any] | None = None, *, source: str = "sweep"
+) -> list[SweepSpec]:
     """The sweeps that `settings` ask for: one, or those under ``sweeps``, each with what the file says besides.
 
-    Each of several lies in a folder of `out` that has its `name`, or that of its model.
+    `options` hold for every sweep, whatever `settings` say of it; of `video` they replace single fields. Each of
+    several lies in a folder of `out` that has its `name`, or that of its model.
 
     Raises:
-        InputError: what `make_spec` refuses, no list of mappings, or two sweeps of one name.
+        InputError: what `make_spec` refuses, no list of mappings, a folder for one of several, or two of one name.
 
     >>> several = {"limit": 8, "out": "here", "sweeps": [{"model": "tiny-llava"}, {"name": "b", "model": "tiny-llava"}]}
     >>> [(str(spec.folder), spec.limit) for spec in make_series(several)]
     [('here/tiny-llava', 8), ('here/b', 8)]
     """
+    options = options or {}
     if KEY not in settings:
-        return [make_spec(settings, source=source)]
+        return [make_spec(_overridden(settings, options), source=source)]
     shared = {name: value for name, value in settings.items() if name != KEY}
     entries = settings[KEY]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise InputError(f"{source}: {KEY} is no list of settings; write for example {KEY}: [{{model: tiny-llava}}]")
     made: dict[Path, SweepSpec] = {}
     for number, entry in enumerate(entries, 1):
-        own = {**shared, **entry}
+        if "out" in entry:
+            raise InputError(
+                f"{source}, sweep {number}: out {entry['out']!r} is that of one sweep of several, which lie side by"
+                " side; write its name, and out beside the list"
+            )
+        own = _overridden({**shared, **entry}, options)
         name = str(own.pop("name", "") or Path(str(own.get("model", "tiny-llava"))).name)
-        folder = Path(str(shared.get("out", "results"))) / name
+        folder = Path(str(own.get("out", "results"))) / name
         if folder in made:
-            raise InputError(f"{source}: two sweeps are called {name!r}; give one of them another name")
+            raise InputError(
+                f"{source}: two sweeps are called {name!r}; write a name: of its own in the entry of one of them"
+            )
         made[folder] = make_spec({**own, "out": str(folder)}, source=f"{source}, sweep {number}")
     return list(made.values())
+
+
+def _overridden(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `options` in the place of what they say."""
+    made = {**settings, **options}
+    before = settings.get("video") or {}
+    if "video" in options:  # what is no mapping stays, and is refused as it would be alone
+        made["video"] = {**before, **options["video"]} if isinstance(before, Mapping) else before
+    return made
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,14 @@ class Settler:
     def _found(self, cell: Cell) -> tuple[float, float]:
         target, quantity = cell.retention, cell.quantity
         assert target is not None
-        if target == 1:
-            return 1.0, 1.0
+
+        def share_at(retention: float) -> float:
+            return self._share(at(cell, retention))
+
         with contextlib.nullcontext() if quantity == "time" else self.runner.sharing([cell]):
-            tried = bisect(
-                lambda share: self._share(at(cell, share)), target, steps=STEPS[quantity], close=CLOSE[quantity]
-            )
+            if target == 1:  # everything is kept, whatever the method itself adds to its cost
+                return 1.0, share_at(1.0)
+            tried = bisect(share_at, target, steps=STEPS[quantity], close=CLOSE[quantity])
         if not tried or min(tried.values()) > target + MISS[quantity]:
             least = f"takes at least {min(tried.values()):.3f}" if tried else "can meet no retention"
             raise BudgetError(

@@ -17,12 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from vtc.app.options import output_path
 from vtc.app.video_reading import VideoReading
 from vtc.errors import BudgetError, InputError
-from vtc.eval.method_spec import MethodSpec, method_entries, sequence
+from vtc.eval import CONFIGS
+from vtc.eval.method_spec import MethodSpec, Real, Whole, method_entries, sequence
 from vtc.method.base import Positions
 from vtc.method.budget import Budget
-
-CONFIGS = Path(__file__).parent / "configs"
-
 
 TRAINING_FREE = (
     "random", "stride", "pool", "vtc_cls", "globalcom2", "hiprune", "todre", "atp_training_free", "mustdrop", "aim",
@@ -31,6 +29,8 @@ TRAINING_FREE = (
 
 
 Quantity = Literal["tokens", "flops", "kv", "time"]
+SHARED_DEVICES = ("auto", "cuda", "balanced")
+"""Devices that stand for whatever GPUs a process is shown."""
 RETENTIONS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
 
 
@@ -63,18 +63,18 @@ class SweepSpec(BaseModel):
 
     model: str = "tiny-llava"
     methods: tuple[MethodSpec, ...] = Field(default_factory=lambda known: _default_methods(known["model"]))
-    keep: tuple[int, ...] = ()
-    retentions: tuple[float, ...] = Field(default_factory=lambda known: () if known.get("keep") else RETENTIONS)
+    keep: tuple[Whole, ...] = ()
+    retentions: tuple[Real, ...] = Field(default_factory=lambda known: () if known.get("keep") else RETENTIONS)
     budget: Quantity = "tokens"
     tasks: tuple[str, ...] = ("tiny_image",)
-    limit: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=24, ge=1)
+    limit: Whole | None = Field(default=None, ge=1)
+    batch_size: Whole = Field(default=24, ge=1)
     out: Path | None = None
     include_path: tuple[Path, ...] = ()
     data_map: Path | dict[str, Any] | None = None
     plugins: tuple[str, ...] = ()
     trackers: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Whole = 0
     positions: Positions | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
     prompt_profile: str = "default"
@@ -86,8 +86,8 @@ class SweepSpec(BaseModel):
     attn_implementation: str | None = None
     revision: str | None = None
     engine: Literal["local", "ray"] = "local"
-    workers: int = Field(default=1, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
+    workers: Whole = Field(default=1, ge=1)
+    gpus_per_worker: Real | None = Field(default=None, ge=0, allow_inf_nan=False)
     address: str | None = None
 
     @field_validator("methods", mode="before")
@@ -128,6 +128,27 @@ class SweepSpec(BaseModel):
             raise InputError("model is empty; write an embedded model, a folder or a hub name")
         return given
 
+    @field_validator("video", mode="before")
+    @classmethod
+    def _of_numbers(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, Mapping) else ():
+            if isinstance(value, bool):
+                raise InputError(f"video.{name}: {str(value).lower()} is no number; leave it out for the default")
+        return given
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _of_gpus(cls, given: float | None, info: ValidationInfo) -> float | None:
+        if given and given > 1 and given != int(given):
+            raise InputError(f"gpus_per_worker {given:g} is no whole number of GPUs, and no share of one such as 0.5")
+        device = info.data.get("device", "auto")
+        if given and device not in SHARED_DEVICES:
+            raise InputError(
+                f"gpus_per_worker {given:g} shares out GPUs, and device {device!r} is one of its own choice; write"
+                f" device: {', '.join(SHARED_DEVICES)}, or no gpus_per_worker"
+            )
+        return given
+
     @field_validator("address")
     @classmethod
     def _of_ray(cls, given: str | None, info: ValidationInfo) -> str | None:
@@ -163,9 +184,10 @@ def make_spec(settings: Mapping[str, Any], *, source: str = "sweep") -> SweepSpe
     except ValidationError as error:
         problem = error.errors()[0]
     cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, InputError | BudgetError):
-        raise type(cause)(f"{source}: {cause}")
     where = ".".join(str(part) for part in problem["loc"])
+    if isinstance(cause, InputError | BudgetError):
+        named = f"{where}: " if isinstance(problem["input"], bool) else ""  # the other messages say of what they are
+        raise type(cause)(f"{source}: {named}{cause}")
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         raise InputError(f"{source}: unknown key {where!r}{_nearest_key(where)}")
     raise InputError(f"{source}: {where}: {problem['msg'].lower()}, got {problem['input']!r}")

@@ -20,7 +20,7 @@ from vtc.app.preparation import Chat, check_modalities
 from vtc.errors import BudgetError, InputError, VTCError, one_line
 from vtc.eval.answering import Outcome, Worker
 from vtc.eval.catalogue import SweepTask, load_tasks
-from vtc.eval.cells import make_cells, make_methods
+from vtc.eval.cells import Cell, make_cells, make_methods
 from vtc.eval.execute import Ended
 from vtc.eval.facts import Facts, Settled
 from vtc.eval.failures import breaks_the_device
@@ -62,14 +62,28 @@ class Station:
         with few_threads(loaded.model):
             for cell in make_cells(spec, fingerprint):
                 try:
-                    made = self._runner.check(settler.settle(cell), asked)
-                    settled[cell.key()] = Settled(made.positions, made.setting, made.achieved)
+                    made = self._runner.check(settler.settle(cell))
                 except BudgetError as error:
                     left_out.append(str(error))
+                    continue
+                beyond = self._beyond(made, tasks, asked)
+                left_out += [f"of {task}: {reason}" for task, reason in beyond.items()]
+                if len(beyond) < len(tasks):
+                    settled[cell.key()] = Settled(made.positions, made.setting, made.achieved, tuple(beyond))
         found = {task.name: task.fingerprint for task in tasks}
         device = str(device_of(loaded.model))
         self.facts = Facts(loaded.name, device, fingerprint, found, settled, tuple(left_out))
         self.worker = Worker(self._runner, tasks, self.facts.cells(spec), spec.video)
+
+    def _beyond(self, cell: Cell, tasks: Sequence[SweepTask], asked: Sequence[Chat]) -> dict[str, str]:
+        """The tasks that a cell cannot answer, and why."""
+        found = {}
+        for task, chat in zip(tasks, asked, strict=True):
+            try:
+                self._runner.check_chat(cell, chat)
+            except BudgetError as error:
+                found[task.name] = str(error)
+        return found
 
     def __enter__(self) -> Station:
         self._open = contextlib.ExitStack()
@@ -110,7 +124,8 @@ class Order:
         except Exception as error:
             raise InputError(
                 f"a method object of this sweep cannot be sent to another process ({one_line(error)}); register its "
-                "class in a file named under plugins and write the method by name, or use one local worker"
+                "class in a file named under plugins and write the method by name, or use one local worker without "
+                "gpus_per_worker"
             ) from error
 
     def knowing(self, known: Mapping[str, Record]) -> Order:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtc.app.preparation import Chat
-from vtc.errors import InputError
+from vtc.errors import BudgetError, InputError
 from vtc.eval import files
 from vtc.eval.asked import Scorable
 from vtc.eval.catalogue import SweepTask, load_tasks
-from vtc.eval.cells import Cell, make_methods
+from vtc.eval.cells import Cell, make_methods, of_tokens
 from vtc.eval.cluster import RayEngine
 from vtc.eval.execute import Here, Pool, run_items
 from vtc.eval.facts import Facts
@@ -58,7 +58,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     """Run `spec`, or take it up where an earlier run of it ended; in a notebook with a bar, unless told otherwise.
 
     Everything that can be refused is refused before the first answer, and before anything is written; a retention that
-    a method inside the LLM cannot meet on this model is only noted and left out. An exception of
+    a method cannot meet on this model, or on a task, is only noted and left out there. An exception of
     a method or of a task's scoring code ends only the cells concerned; it is in `SweepResult.failures`.
 
     Raises:
@@ -68,6 +68,8 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
     progress = progress or default_progress()
     began = time.monotonic()
     make_methods(spec)
+    if unmoved := of_tokens(spec):
+        progress.note(f"note: budget {spec.budget!r} is not about {', '.join(unmoved)}, which stay numbers of tokens")
     check_trackers(spec.trackers)
     check_writable(spec.folder)
     tasks = load_tasks(spec.tasks, spec.include_path, spec.prompt_profile, spec.data_map)
@@ -83,14 +85,20 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
         for reason in facts.left_out:
             progress.note(f"left out: {reason}")
         cells = facts.cells(spec)
+        if facts.left_out and len(cells) == 1:
+            raise BudgetError(
+                f"no method of this sweep can meet its budget, the first of them because {facts.left_out[0]}; or write"
+                " methods: [none] for the untouched model alone"
+            )
+        by_task = {task.name: facts.cells(spec, task.name) for task in tasks}
         if store.exists:
             check_same_sweep(store, spec, tasks, cells)
         with store.writing() as writer:
             for note in changes_since(store, spec):
                 progress.note(f"note: {note}")
-            writer.save_run(run_record(store, spec, tasks, cells, facts))
+            writer.save_run(run_record(store, spec, tasks, by_task, facts))
             writer.add_cells(cell.record() for cell in cells)
-            answered, failures = answer_missing(spec, tasks, cells, pool, writer, progress)
+            answered, failures = answer_missing(spec, tasks, by_task, pool, writer, progress)
             for task in tasks:
                 failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
             write_samples(store, tasks)
@@ -108,7 +116,7 @@ def _workers(
     progress: SilentProgress,
 ) -> Iterator[tuple[Facts, Pool]]:
     """The workers that `spec` asks for, and what they know of the model."""
-    if spec.engine == "local" and spec.workers == 1:
+    if spec.engine == "local" and spec.workers == 1 and not spec.gpus_per_worker:  # which others alone can be shown
         with Station(spec, tasks, asked, known) as station:
             yield station.facts, Here(station.worker)
         return
@@ -126,21 +134,21 @@ def _workers(
 def answer_missing(
     spec: SweepSpec,
     tasks: Sequence[Scorable],
-    cells: Sequence[Cell],
+    cells: Mapping[str, Sequence[Cell]],
     pool: Pool,
     writer: Writer,
     progress: SilentProgress,
 ) -> tuple[int, list[Record]]:
-    """Fetch the missing answers; return how many were stored, and the failures."""
+    """Fetch the missing answers of each task's cells; return how many were stored, and the failures."""
     wanted = {task.name: range(documents(spec, task)) for task in tasks}
-    keys = [cell.key() for cell in cells]
+    keys = {task: [cell.key() for cell in each] for task, each in cells.items()}
     failed = writer.store.failures()
     items: list[Item] = []
     for task in tasks:
         apart = failed_alone(failed, task.key, ["prepare", "answer"])
-        items += plan(task, len(wanted[task.name]), keys, writer.seen, spec.batch_size, apart)
-    total = sum(len(wanted[task.name]) * task.repeats * len(keys) for task in tasks)
-    left = sum(missing(task, key, wanted[task.name], writer.seen) for task in tasks for key in keys)
+        items += plan(task, len(wanted[task.name]), keys[task.name], writer.seen, spec.batch_size, apart)
+    total = sum(len(wanted[task.name]) * task.repeats * len(keys[task.name]) for task in tasks)
+    left = sum(missing(task, key, wanted[task.name], writer.seen) for task in tasks for key in keys[task.name])
     if left < total:
         progress.note(f"{total - left} of {total} answers are stored already")
     if not items:

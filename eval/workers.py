@@ -15,14 +15,13 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from vtc.app.loading import BALANCED
 from vtc.errors import InputError, VTCError
 from vtc.eval.answering import Outcome
 from vtc.eval.execute import Ended
 from vtc.eval.facts import Facts
 from vtc.eval.plan import Item
 from vtc.eval.progress import SilentProgress
-from vtc.eval.spec import SweepSpec
+from vtc.eval.spec import SHARED_DEVICES, SweepSpec
 from vtc.eval.station import Order, Refused, Remote, cores
 from vtc.eval.store import Record
 
@@ -215,18 +214,32 @@ class LocalEngine:
         """Nothing is left once the processes have ended."""
 
 
+def gpus_each(spec: SweepSpec, present: float, where: str) -> float:
+    """GPUs of each worker; 0 leaves the choice to the device. present: how many there are; where: what has them.
+
+    Raises:
+        InputError: more are asked for.
+    """
+    share = spec.gpus_per_worker
+    if share is None:
+        share = 1.0 if present and spec.device in SHARED_DEVICES else 0.0
+    if share * spec.workers > present:
+        fitting = math.floor(100 * present / spec.workers) / 100
+        instead = f"fewer --workers, or --gpus-per-worker {fitting:g} to share them" if fitting else "fewer --workers"
+        if not present:
+            instead = "no --gpus-per-worker"
+        raise InputError(
+            f"--workers {spec.workers} with --gpus-per-worker {share:g} need {math.ceil(share * spec.workers)} GPUs,"
+            f" and {where} has {present:g}; give {instead}"
+        )
+    return share
+
+
 def _devices(spec: SweepSpec, worker: int, present: int) -> str | None:
     """CUDA_VISIBLE_DEVICES of a worker; None leaves it as it is."""
-    if not present or spec.device not in ("auto", "cuda", BALANCED):
-        return None
-    share = 1.0 if spec.gpus_per_worker is None else spec.gpus_per_worker
+    share = gpus_each(spec, present, "this machine")
     if not share:
         return None
-    if share * spec.workers > present:
-        raise InputError(
-            f"{spec.workers} workers with {share:g} GPUs each need {math.ceil(share * spec.workers)}, and this machine"
-            f" shows {present}; give fewer --workers, or --gpus-per-worker {present / spec.workers:.2g} to share them"
-        )
     first = math.floor(worker * share + 1e-9)
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = shown.split(",") if shown else [str(number) for number in range(present)]

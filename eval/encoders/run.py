@@ -109,15 +109,16 @@ def run_encoders(
         if store.exists:
             check_same_sweep(store, spec, tasks, cells)
         names = {task.name: task.fingerprint for task in tasks}
+        by_task = {task.name: cells for task in tasks}
         facts = Facts(spec.model, str(encoder.weight.device), encoder.fingerprint(), names, {}, ())
         with store.writing() as writer:
             for note in changes_since(store, spec):
                 progress.note(f"note: {note}")
-            run = run_record(store, spec, tasks, cells, facts)
+            run = run_record(store, spec, tasks, by_task, facts)
             run["sweeps"][-1]["spec"] |= {"encoder": _plain(pictures) | {"pretrained": pretrained}}
             writer.save_run(run)
             writer.add_cells(cell.record() for cell in cells)
-            answered, failures = answer_missing(spec, tasks, cells, Here(worker), writer, progress)
+            answered, failures = answer_missing(spec, tasks, by_task, Here(worker), writer, progress)
             for task in tasks:
                 failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
             write_samples(store, tasks)

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,93 @@ def test_what_both_have_is_paired_on_the_documents_of_both(two: tuple[Path, Path
     assert (row.first_tokens, row.second_tokens) == (50.0, 50.0)
     assert [note for note in found.notes if "100 documents" in note and "80" in note]
     assert [note for note in found.notes if note.endswith("u") and "only in" in note]
+
+
+def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change every line of cells.jsonl, or run.json."""
+    path = folder / name
+    records = [
+        json.loads(text) for text in (path.read_text().splitlines() if name != "run.json" else [path.read_text()])
+    ]
+    for record in records:
+        change(record)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_cells_without_a_partner_are_named(two: tuple[Path, Path]) -> None:
+    (note,) = [note for note in compare(*two).notes if "compared with nothing" in note]
+    assert note == f"compared with nothing, only in {two[0]} (t): b at 0.5"
+
+
+def test_cells_are_matched_by_what_they_are(tmp_path: Path, write_store: WriteStore) -> None:
+    """A neighbour in one folder makes a name longer; a label says what a default is; both are the same cell."""
+    scores = {"t": [hits(40, 0.5, seed) for seed in range(4)]}
+    write_store(tmp_path / "a", [("none", 1.0), ("x", 0.5), ("y", 0.5)], {"t": scores["t"][:3]})
+    write_store(tmp_path / "b", [("none", 1.0), ("x", 0.5), ("x", 0.5), ("y", 0.5)], scores)
+
+    def told_apart(cell: dict[str, Any]) -> None:
+        cell["positions"] = {"k1": "compact", "k2": "preserve"}.get(cell["cell"])
+        cell["label"] = {"y": "y(seed=0)"}.get(cell["label"], cell["label"])
+
+    rewrite(tmp_path / "b", "cells.jsonl", told_apart)
+    rewrite(
+        tmp_path / "a", "cells.jsonl", lambda cell: cell.update(positions="preserve" if cell["cell"] == "k1" else None)
+    )
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert [(row.method, row.diff) for row in found.rows] == [
+        (name, pytest.approx(np.mean(scores["t"][there]) - np.mean(scores["t"][here])))
+        for name, here, there in (("none", 0, 0), ("x", 1, 2), ("y", 2, 3))
+    ]
+    assert [note for note in found.notes if "x [positions=compact] at 0.5" in note and "only in" in note]
+    assert not [note for note in found.notes if "under the same name" in note]
+
+
+def test_what_else_differs_is_noted(tmp_path: Path, write_store: WriteStore) -> None:
+    for name in ("a", "b"):
+        write_store(tmp_path / name, CELLS[:3], {"t": [hits(40, 0.5, seed) for seed in range(3)]})
+
+    def other_run(run: dict[str, Any]) -> None:
+        run |= {"seed": 3, "video": {"frames": 8}, "generation": {"max_new_tokens": 2}}
+        run["tasks"]["t"] |= {"generation": {"max_new_tokens": 2}, "prompt_profile": "qwen"}
+        run["model"]["fingerprint"] = {"dtype": "float16"}
+
+    def other_cell(cell: dict[str, Any]) -> None:
+        if cell["label"] == "a":
+            cell |= {"positions": "compact", "version": 2, "parameters": {"alpha": 1}}
+
+    rewrite(tmp_path / "b", "run.json", other_run)
+    rewrite(tmp_path / "b", "cells.jsonl", other_cell)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert len(found.rows) == 3
+    for words in (
+        f"seed 0 in {tmp_path / 'a'}, 3 in", "video settings {} in", "generation settings {} in",
+        "t: generation settings {} in", "t: prompt profile 'default' in", "dtype None in",
+        "another position policy under the same name: a (positions None -> compact)",
+        "another version under the same name: a (version 1 -> 2)",
+        "other hyper-parameters under the same name: a (alpha None -> 1)",
+    ):  # fmt: skip
+        assert [note for note in found.notes if note.startswith(words)], (words, found.notes)
+
+
+def test_budgets_of_other_quantities_are_not_compared(tmp_path: Path, write_store: WriteStore) -> None:
+    for name in ("a", "b"):
+        write_store(tmp_path / name, CELLS[:2], {"t": [hits(40, 0.5, seed) for seed in range(2)]})
+    rewrite(tmp_path / "b", "cells.jsonl", lambda cell: cell.update(quantity="kv") if cell["label"] == "a" else None)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert [row.method for row in found.rows] == ["none"]
+    assert [note.split(": ")[1] for note in found.notes if "nothing" in note] == ["a at 0.5", "a at 0.5 of kv"]
+
+
+def test_a_metric_without_common_documents_is_named(two: tuple[Path, Path]) -> None:
+    def unknown(line: dict[str, Any]) -> None:
+        if line["task"] == "t":
+            line["metrics"] += [{**line["metrics"][0], "metric": "f1", "scores": None}]
+
+    for folder in two:
+        rewrite(folder, "metrics.jsonl", unknown)
+    found = compare(*two)
+    assert {row.metric for row in found.rows} == {"accuracy"}
+    assert [note for note in found.notes if note.startswith("t: no cell is about the same documents") and "f1" in note]
 
 
 def test_a_sweep_is_equal_to_itself(two: tuple[Path, Path]) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from vtc.errors import InputError, UnknownName
 from vtc.eval.catalogue import SweepTask, load_tasks
 from vtc.eval.data_map import read_data_map
-from vtc.eval.local_rows import data_files
+from vtc.eval.local_rows import data_files, load_rows
 from vtc.eval.rescoring import rescore
 from vtc.eval.spec import make_spec
 from vtc.eval.store import Store
@@ -233,6 +233,15 @@ def test_broken_files_name_file_and_task(tasks: Path, mapping: dict[str, Any]) -
     Path(mapping["joined"]).write_text("{broken")
     with pytest.raises(InputError, match=r"data_map: 'joined', for task 'joined': '.*questions\.jsonl' cannot be read"):
         load_tasks(["joined"], [tasks], data_map=mapping)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "question,image\n")]
+)
+def test_files_without_rows_are_refused(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}' (holds no rows; write|cannot be read: (?!StopIteration))"):
+        load_rows(tmp_path / name, None, "test", None)
 
 
 def test_missing_columns_name_file_task_and_columns(tmp_path: Path) -> None:

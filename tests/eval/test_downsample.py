@@ -90,13 +90,38 @@ def test_frames_are_scaled_alike(loaded: Any) -> None:
 
 
 def test_models_of_one_size_are_left_out_of_a_sweep(model_folder: Path, task_folder: Path, tmp_path: Path) -> None:
-    settings = {"methods": ["downsample"], "retentions": [0.5], "tasks": ["blobs"], "include_path": [str(task_folder)]}
+    settings = {
+        "methods": ["downsample", "stride"],
+        "retentions": [0.5],
+        "tasks": ["blobs"],
+        "include_path": [str(task_folder)],
+    }
     notes = Notes()
     spec = make_spec({**settings, "model": str(model_folder), "device": "cpu", "limit": 1, "out": str(tmp_path)})
     result = run_sweep(spec, notes)
-    assert [line["method"] for line in result.results.select("blobs", "accuracy")] == ["none"]
+    assert [line["method"] for line in result.results.select("blobs", "accuracy")] == ["none", "stride"]
     (left,) = [note for note in notes.told if note.startswith("left out")]
     assert "downsample at 72 tokens" in left and "makes at least 144 of a picture" in left and "take 'pool'" in left
+
+
+def test_a_budget_that_one_task_cannot_meet_leaves_the_others(
+    model_folder: Path, write_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Downsampler, given: Chat, budget: Budget) -> None:
+        if "large" in given.source:
+            raise BudgetError("too large")
+
+    monkeypatch.setattr(Downsampler, "check", check)
+    folders = [str(write_task(tmp_path / name, name)) for name in ("small", "large")]
+    settings = {"model": str(model_folder), "methods": ["downsample", "stride"], "retentions": [0.5], "device": "cpu"}
+    settings |= {"tasks": ["large", "small"], "include_path": folders, "limit": 2, "out": str(tmp_path / "out")}
+    notes = Notes()
+    result = run_sweep(make_spec(settings), notes)
+    found = {task: {line["method"] for line in result.results.select(task, "accuracy")} for task in settings["tasks"]}
+    assert found == {"small": {"none", "downsample", "stride"}, "large": {"none", "stride"}}
+    assert [note for note in notes.told if note.startswith("left out")] == ["left out: of large: too large"]
+    assert not result.results.incomplete and not result.failures and result.answered == 10
+    assert run_sweep(make_spec(settings), notes).answered == 0
 
 
 def test_a_sweep_compares_it_at_the_tokens_of_the_untouched_model(

@@ -37,6 +37,49 @@ def test_each_has_what_the_file_says_and_its_own() -> None:
     assert first.methods == second.methods
 
 
+def test_options_override_every_entry() -> None:
+    """Of a video, those fields alone that they name."""
+    settings = {
+        "retentions": [0.5],
+        "out": "there",
+        "video": {"max_pixels": 9},
+        "sweeps": [
+            {"model": "tiny-llava", "limit": 5, "methods": ["random"]},
+            {"name": "b", "tasks": ["tiny_video"], "keep": [9], "video": {"frames": 8, "sampling": "uniform"}},
+        ],
+    }
+    options = {"limit": 2, "methods": ["stride"], "tasks": ["mine"], "retentions": ["0.25"], "video": {"frames": 4}}
+    first, second = make_series(settings, {**options, "out": "here", "model": "tiny-qwen"})
+    for spec in (first, second):
+        assert (spec.model, spec.limit, spec.tasks, spec.retentions) == ("tiny-qwen", 2, ("mine",), (0.25,))
+        assert [method.name for method in spec.methods] == ["stride"] and spec.video.frames == 4
+    assert (first.video.max_pixels, second.video.sampling) == (9, "uniform")
+    assert [spec.folder for spec in (first, second)] == [Path("here/tiny-qwen"), Path("here/b")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"sweeps": [{"limit": 5}]}, {"limit": 0}, "sweep, sweep 1: limit: .* 1, got 0"),
+        ({"sweeps": [{"model": "a"}, {"model": "b"}]}, {"model": "c"}, "two sweeps are called 'c'; write a name: "),
+        ({"video": 8}, {"video": {"frames": 2}}, "video: .* got 8"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    settings: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        make_series(settings, options)
+
+
+def test_the_command_overrides_every_entry(command: Any, tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump({"sweeps": [{"model": "tiny-llava", "limit": 3, "video": {"frames": 2}}]}))
+    for option in (["--limit", "0"], ["--frames", "0"]):
+        status, _, said = command("sweep", file, *option)
+        assert status == 2 and "two.yaml, sweep 1: " in said, said
+
+
 @pytest.mark.parametrize(
     ("sweeps", "words"),
     [
@@ -44,6 +87,7 @@ def test_each_has_what_the_file_says_and_its_own() -> None:
         ("tiny-llava", "sweeps is no list of settings"),
         ([{"model": "a"}, {"model": "b/a"}], "two sweeps are called 'a'"),
         ([{"model": "a"}, {"modell": "b"}], "my.yaml, sweep 2: unknown key 'modell'; did you mean 'model'"),
+        ([{"model": "a", "out": "x"}], "my.yaml, sweep 1: out 'x' is that of one sweep of several"),
         ([{"retentions": [2]}], "my.yaml, sweep 1: retention=2.0 is outside"),
     ],
 )

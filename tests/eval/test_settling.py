@@ -11,7 +11,7 @@ import pytest
 
 from vtc.errors import BudgetError, InputError
 from vtc.eval import settling
-from vtc.eval.cells import Cell, make_cells
+from vtc.eval.cells import Cell, make_cells, of_tokens
 from vtc.eval.generation import make_generation
 from vtc.eval.progress import SilentProgress
 from vtc.eval.runner import Runner
@@ -62,6 +62,28 @@ def test_a_share_of_one_is_everything(settler: Settler, runner: Runner, chats: l
     cell = settler.settle(cell_of("random", 1.0, "flops"))
     assert (cell.setting, cell.achieved) == (1.0, 1.0)
     assert shares(runner, chats, cell, "flops_share") == [1.0] * 3
+
+
+def test_a_share_of_one_costs_what_it_costs(settler: Settler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that adds operations of its own exceeds the untouched model where it keeps everything."""
+    monkeypatch.setattr(settler.runner, "prefill", lambda batch, cell: ([{"flops_share": 1.02}], 1.0))
+    cell = settler.settle(cell_of("vtc_cls", 1.0, "flops"))
+    assert (cell.setting, cell.achieved) == (1.0, 1.02)
+
+
+def test_budgets_that_stay_tokens_are_named() -> None:
+    def named(**settings: Any) -> list[str]:
+        return of_tokens(make_spec({"budget": "flops", **settings}))
+
+    shares = "hiprune@0.5+aim(merge=False)@0.6"
+    assert named(methods=["random", "stride@9", shares], retentions=[0.5], keep=[4]) == [
+        "random at 4 tokens", "stride at 9 tokens", shares,
+    ]  # fmt: skip
+    assert named(methods=["random@0.5"], keep=[4]) == [] == named(methods=["none"], keep=[4])
+    assert named(methods=[shares], budget="tokens") == []
+    for settings in ({"methods": ["random"], "keep": [4]}, {"methods": [shares], "retentions": [0.5]}):
+        with pytest.raises(BudgetError, match=r"'flops' is what a retention is a share of, and none is given .* here"):
+            named(**settings)
 
 
 def test_tokens_stay_tokens(settler: Settler) -> None:
@@ -170,6 +192,16 @@ def test_a_sweep_of_cache_shares(model_folder: Path, task_folder: Path, tmp_path
     assert more.answered == 20  # other cells, told apart in one table
     names = {line["method"] for line in more.results.select("blobs", "accuracy")}
     assert {"random [budget=kv]", "random [budget=tokens]"} <= names
+
+
+def test_a_sweep_of_which_nothing_is_left_is_refused(model_folder: Path, task_folder: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": str(model_folder), "methods": ["fastv(layer=1)"], "retentions": [0.3], "tasks": ["blobs"],
+        "include_path": [task_folder], "out": tmp_path / "out", "budget": "kv",
+    }  # fmt: skip
+    with pytest.raises(BudgetError, match=r"no method of this sweep can .* 0\.3 of the untouched model's KV cache"):
+        run_sweep(make_spec(settings))
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_hold_the_tokens_of_each_layer(sweep_rows: Callable[[], list[dict[str, Any]]]) -> None:

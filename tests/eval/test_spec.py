@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import typer
 
 import vtc
 from vtc.errors import BudgetError, InputError, VTCError
@@ -20,6 +21,38 @@ def test_the_default_file_says_what_the_defaults_are() -> None:
     spec = make_spec(read_settings(CONFIGS / "default.yaml"))
     assert spec.model_copy(update={"out": None}) == SweepSpec()
     assert spec.folder == SweepSpec().folder == Path("results/tiny-llava")
+
+
+def test_the_default_file_spells_out_every_setting() -> None:
+    assert set(read_settings(CONFIGS / "default.yaml")) == set(SweepSpec.model_fields)
+
+
+def test_the_help_names_every_shipped_file() -> None:
+    from vtc.cli.sweep import app
+
+    (argument,) = [each for each in typer.main.get_command(app).params if each.name == "config"]
+    assert ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml"))) in str(argument.help)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"keep": [True]}, "keep.0"),
+        ({"keep": True}, "keep.0"),
+        ({"retentions": [0.5, True]}, "retentions.1"),
+        ({"limit": True}, "limit"),
+        ({"batch_size": True}, "batch_size"),
+        ({"seed": False}, "seed"),
+        ({"workers": True}, "workers"),
+        ({"gpus_per_worker": True}, "gpus_per_worker"),
+        ({"video": {"frames": True}}, "video.frames"),
+        ({"methods": [{"name": "random", "keep": True}]}, "methods.0.keep"),
+        ({"methods": [{"name": "random", "retention": True}]}, "methods.0.retention"),
+    ],
+)
+def test_true_is_no_number(settings: dict[str, Any], where: str) -> None:
+    with pytest.raises(InputError, match=rf"^here: {where}: (true|false) is no number; "):
+        make_spec(settings, source="here")
 
 
 def test_every_shipped_file_is_valid_and_reached_by_its_name() -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vtc.errors import InputError, VTCError
 from vtc.eval import workers
@@ -268,10 +269,52 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shares(4, workers=2, gpus_per_worker=2, device="balanced") == ["0,1", "2,3"]
     assert shares(2, workers=4, gpus_per_worker=0.5) == ["0", "0", "1", "1"]
     assert shares(2, workers=4, gpus_per_worker=0) == [None] * 4
-    with pytest.raises(InputError, match=r"3 workers with 1 GPUs each need 3, .* shows 2; .*--gpus-per-worker 0\.67"):
+    assert shares(2, workers=1, gpus_per_worker=1, device="balanced") == ["0"]
+    refused = "--workers 3 with --gpus-per-worker 1 need 3 GPUs, and this machine has 2; .*--gpus-per-worker 0.66 to"
+    with pytest.raises(InputError, match=refused):
         shares(2, workers=3)
+    assert len(shares(2, workers=3, gpus_per_worker=0.66)) == 3  # what it says to write instead is taken
+    for number in (1, 2):
+        with pytest.raises(InputError, match="this machine has 0; give no --gpus-per-worker"):
+            shares(0, workers=number, gpus_per_worker=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert shares(2, workers=2) == ["5", "7"]
+
+
+def test_both_engines_share_out_by_one_rule() -> None:
+    from vtc.eval.cluster import RayEngine
+
+    def of_cluster(gpus: float, **settings: Any) -> tuple[int, float]:
+        engine = object.__new__(RayEngine)
+        engine._ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": gpus})
+        return engine._shares(make_spec({"engine": "ray", **settings}))
+
+    assert of_cluster(2, workers=4, gpus_per_worker=0.5) == (2, 0.5)
+    assert [of_cluster(2, workers=2)[1], of_cluster(0, workers=2)[1], of_cluster(2, device="cuda:1")[1]] == [1, 0, 0]
+    for gpus, words in ((2.0, "has 2; .*0.66 to share"), (0.0, "has 0; give no --gpus")):
+        with pytest.raises(InputError, match=f"--workers 3 with --gpus-per-worker 1 need 3 GPUs, .* cluster {words}"):
+            of_cluster(gpus, workers=3, gpus_per_worker=1)
+    with pytest.raises(InputError, match="--workers 9 need a CPU core each, and this cluster has 8"):
+        of_cluster(0, workers=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gpus_per_worker": 1, "device": "cpu"}, "gpus_per_worker 1 shares out GPUs, and device 'cpu'"),
+        ({"gpus_per_worker": 1.5}, "gpus_per_worker 1.5 is no whole number of GPUs"),
+        ({"gpus_per_worker": float("inf")}, "finite number"),
+    ],
+)
+def test_gpus_that_cannot_be_shared_out_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make_spec(settings)
+
+
+def test_a_single_worker_heeds_gpus_per_worker(sweep: Callable[..., SweepResult], monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="this machine has 0"):
+        sweep("gpu", device="auto", workers=1, gpus_per_worker=1)
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,12 @@ import typer
 from vtc.app.options import JsonOption, PluginOption, use_plugins
 from vtc.cli.results import show, show_series
 from vtc.cli.shared import DataMap, IncludePath, free_stdout, parts
+from vtc.eval import CONFIGS
 
 if TYPE_CHECKING:
     from vtc.eval.sweep import SweepResult
+
+SHIPPED = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -20,7 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command()
 def sweep(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file, or a shipped one: default, quick. Options override it.")
+        Path | None, typer.Argument(help=f"YAML file, or a shipped one: {SHIPPED}. Options override it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="tiny-llava, a local folder or a hub name.")] = None,
     methods: Annotated[
@@ -97,13 +100,11 @@ def sweep(
         "gpus_per_worker": gpus_per_worker,
         "address": address,
     }
-    settings = read_settings(config) if config is not None else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
     reading = {"frames": frames, "fps": fps, "max_pixels": max_pixels}
-    reading = {name: value for name, value in reading.items() if value is not None}
-    if reading:
-        settings["video"] = {**(settings.get("video") or {}), **reading}
-    specs = make_series(settings, source=str(config) if config is not None else "vtc sweep")
+    given["video"] = {name: value for name, value in reading.items() if value is not None} or None
+    settings = read_settings(config) if config is not None else {}
+    options = {name: value for name, value in given.items() if value is not None}
+    specs = make_series(settings, options, source=str(config) if config is not None else "vtc sweep")
     use_plugins([plugin for spec in specs for plugin in spec.plugins])
     results: list[SweepResult] = []
     progress = ConsoleProgress()
