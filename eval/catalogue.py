@@ -258,3 +258,19 @@ def list_tasks(include_path: Sequence[Path] = (), *, everything: bool = False) -
     """
     with _loading:
         return TaskIndex(include_path, defaults=everything).listed()
+
+
+def task_details(name: str, include_path: Sequence[Path] = ()) -> dict[str, str]:
+    """What the file of a task, group or tag says that it needs; lmms-eval's own are looked up where no local one fits.
+
+    Raises:
+        UnknownName: there is none of this name.
+    """
+    with _loading:
+        index = TaskIndex(include_path, defaults=False)
+        local = index.names
+        if name not in local:
+            index = TaskIndex(include_path, defaults=True)
+        if name not in index.names:
+            raise index.unknown(name, local)
+        return index.details(name)

@@ -121,6 +121,8 @@ class Results:
 def read_results(folder: Path) -> Results:
     """Everything a store knows about its tasks, each over the documents of the last sweep that asked about it.
 
+    Scores of a cell that lacks answers, which it had when it was scored, are left out.
+
     Raises:
         InputError: the folder holds no sweep, or results of a cell without the cell.
     """
@@ -136,7 +138,10 @@ def read_results(folder: Path) -> Results:
     records, outdated = _of_one_scoring(run, metrics)
     lines = []
 
-    seen = store.index()
+    seen, failures = store.index(), store.failures()
+    lost = _unanswered(failures, run, seen)
+    if len(seen):  # a packed store has scores alone
+        records = [each for each in records if not _is_lacking(run, each["task"], each["cell"], lost, seen)]
 
     def of(task: str, cell: str) -> list[Record]:  # read for old stores alone
         asked = run["tasks"][task]
@@ -153,8 +158,6 @@ def read_results(folder: Path) -> Results:
     for table in tables.values():
         add_table_columns(table)
     stored = {(record["task"], record["metric"], record["cell"]): record for record in records}
-    failures = store.failures()
-    lost = _unanswered(failures, run, seen)
     incomplete = _incomplete(failures, run, cells, names, lines, lost, seen)
     return Results(run, lines, incomplete, lost, outdated, stored, cells)
 
@@ -218,19 +221,30 @@ def _incomplete(
     scored = {(line["task"], line["cell"]) for line in lines}
     incomplete = []
     for name, task in run["tasks"].items():
-        wanted = (task["documents"] - sum(entry.task == name for entry in lost)) * task["repeats"]
         for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
-            answered = seen.count(key, (name, task["fingerprint"]), task["documents"])
-            if answered < wanted or (name, key) not in scored:
+            lacking, wanted = _lacking(run, name, key, lost, seen)
+            answered = wanted - lacking
+            if lacking > 0 or (name, key) not in scored:
                 default = (
                     "not answered yet"
-                    if answered < wanted
+                    if lacking > 0
                     else "not scored by this version yet, which `vtc report --rescore` does"
                 )
                 reason = reasons.get((name, key), default)
                 cell = cells[key]
                 incomplete.append(Incomplete(name, names[key], asked(cell), answered, wanted, reason))
     return incomplete
+
+
+def _lacking(run: Record, task: str, cell: str, lost: Sequence[Unanswered], seen: Seen) -> tuple[int, int]:
+    """How many answers of a cell to a task are not there, and how many are wanted."""
+    about = run["tasks"][task]
+    wanted = (about["documents"] - sum(entry.task == task for entry in lost)) * about["repeats"]
+    return wanted - seen.count(cell, (task, about["fingerprint"]), about["documents"]), wanted
+
+
+def _is_lacking(run: Record, task: str, cell: str, lost: Sequence[Unanswered], seen: Seen) -> bool:
+    return cell in run["tasks"][task]["cells"] and _lacking(run, task, cell, lost, seen)[0] > 0
 
 
 def _unanswered(failures: Sequence[Record], run: Record, seen: Seen) -> list[Unanswered]:

@@ -225,6 +225,25 @@ def judge_text(benchmark: Benchmark) -> str:
     return f"{benchmark.judge}*" if benchmark.rules_first else benchmark.judge or "none"
 
 
+def details(benchmark: Benchmark) -> dict[str, str]:
+    """What a benchmark is and what has to lie on disk for it, as `vtc tasks NAME` shows it; empty parts left out."""
+    each = benchmark
+    shown = {
+        "group": each.group,
+        "data set": f"{each.data}, on the hub or in a --data-map",
+        "loads besides": each.also,
+        "columns": ", ".join(each.columns),
+        "videos": each.media and f"$HF_HOME/{each.media}",
+        "needs": each.needs,
+        "note": each.note,
+        "questions": str(each.questions or NOT_STATED),
+        "judge": judge_text(each),
+        "licence": each.licence,
+        "status": each.status,
+    }
+    return {name: text for name, text in shown.items() if text}
+
+
 def task_page() -> str:
     """The document docs/tasks.md."""
     about = (

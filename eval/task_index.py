@@ -87,6 +87,20 @@ class TaskIndex:
         here = ", ".join(local) or "none"
         return UnknownName(f"unknown task {name!r};{hint} Local tasks: {here}. `vtc tasks --all` lists lmms-eval's own")
 
+    def details(self, name: str) -> dict[str, str]:
+        """What the file of one says of its data, and where it is."""
+        settings, path = self.settings(name), self.manager.task_index[name]["yaml_path"]
+        inner = settings.get("task")
+        shown = {
+            "kind": self.manager.task_index[name]["type"].removeprefix("python_"),
+            "file": path if isinstance(path, str) else "",
+            "tasks": ", ".join(map(str, inner)) if isinstance(inner, list) else "",
+            "data set": ":".join(str(settings[key]) for key in ("dataset_path", "dataset_name") if settings.get(key)),
+            "loaded with": str(settings.get("dataset_kwargs") or ""),
+            "output": str(settings.get("output_type", "")),
+        }
+        return {head: text for head, text in shown.items() if text}
+
     def listed(self) -> list[dict[str, str]]:
         """Those that a sweep can name: ``{"name", "kind", "folder"}`` each."""
         listed = []

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,18 @@ def test_the_csv_has_one_line_per_metric_of_each_cell(folder: Path) -> None:
     ]
     assert lines[0]["diff"] == "" and float(lines[2]["diff"]) == pytest.approx(-0.1)
     assert (lines[2]["positions"], lines[2]["parameters"], lines[2]["seed"]) == ("compact", '{"seed": 0}', "0")
+
+
+def test_scores_of_cells_whose_answers_are_lost_are_not_shown(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    scores = {"t": [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]}
+    folder = write_store(tmp_path / "cut", [("none", 1.0), ("a", 0.5), ("b", 0.5)], scores)
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(rows[:3]))
+    found = read_results(folder)
+    assert [line["method"] for line in found.lines] == ["none"]
+    assert [(entry.method, entry.answered, entry.wanted) for entry in found.incomplete] == [("a", 1, 2), ("b", 0, 2)]
+    (folder / "rows.jsonl").unlink()  # as an archive has it
+    assert len(read_results(folder).lines) == 3
 
 
 def test_what_is_incomplete_is_said_with_its_reason(folder: Path) -> None:

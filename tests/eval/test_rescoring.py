@@ -135,7 +135,11 @@ def test_two_scorings_are_never_in_one_table(folder: Path, blobs: Any) -> None:
     assert {line["cell"] for line in results.lines} == {"k0", "k2"}
     (entry,), (lacking,) = results.outdated, results.incomplete
     assert (entry.cells, entry.shown) == (1, False) and "are left out beside those of this one" in str(entry)
-    assert (lacking.method, lacking.answered, lacking.reason) == ("random", 6, "not scored by this version yet")
+    assert (lacking.method, lacking.answered, lacking.reason) == (
+        "random",
+        6,
+        "not scored by this version yet, which `vtc report --rescore` does",
+    )
 
     with Store(folder).writing() as writer:  # what every sweep ends with
         before = (folder / "metrics.jsonl").read_text().count("\n")

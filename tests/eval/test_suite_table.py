@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from vtc.cli.main import app
+from vtc.errors import UnknownName
 from vtc.eval.suite import BENCHMARKS, GROUPS, RUN, STAND_IN, Benchmark, expand, members
 
 
@@ -73,6 +74,30 @@ def test_groups_become_their_tasks_and_other_names_stay() -> None:
     assert expand(["pope", "vtc_image"])[:2] == [("pope", "pope"), ("mme", "vtc_image")]
     assert {benchmark.group for benchmark in BENCHMARKS} == set(GROUPS)
     assert {benchmark.status for benchmark in BENCHMARKS} == {RUN, STAND_IN}
+
+
+def test_the_command_shows_what_one_needs(tmp_path: Path) -> None:
+    def shown(*arguments: str) -> str:
+        found = CliRunner().invoke(app, ["tasks", *arguments])
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    assert "--limit must be even" in shown("mme") and "lmms-lab-encoder/MME" in shown("mme")
+    video = shown("videomme", "gqa")
+    assert "$HF_HOME/videomme/data" in video and "videoID, question" in video and "GQA:testdev_balanced_images" in video
+    assert [entry["name"] for entry in json.loads(shown("vtc_image", "--json"))] == [
+        b.name for b in members("vtc_image")
+    ]
+    (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: json\ndataset_kwargs: {data_files: my.jsonl}\n")
+    mine = shown("mine", "--include-path", str(tmp_path))
+    assert "my.jsonl" in mine and str(tmp_path / "mine.yaml") in mine
+
+
+def test_a_task_that_there_is_not_is_refused() -> None:
+    found = CliRunner().invoke(app, ["tasks", "tiny_imagee"])
+    assert isinstance(found.exception, UnknownName) and "did you mean 'tiny_image'" in str(found.exception).replace(
+        '"', "'"
+    )
 
 
 def test_the_command_shows_them() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.command()
 def tasks(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Show all that is known of these: data, notes, ...")
+    ] = None,
     include_path: IncludePath = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Also lmms-eval's own generate_until tasks; most need data from the hub.")
@@ -24,11 +29,14 @@ def tasks(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tasks that a sweep can name: local ones, and the benchmark groups with what each task needs."""
+    """List the tasks that a sweep can name, or show what one needs: data set, columns, videos, and what to heed."""
     if path:
         from vtc.eval import TASKS
 
         print(TASKS)
+        return
+    if names:
+        _show([_details(name, include_path or ()) for name in _members(names)], as_json=as_json)
         return
     with free_stdout():
         from vtc.eval.catalogue import list_tasks
@@ -51,3 +59,32 @@ def tasks(
         print(f"\n{group}: {title} of lmms-eval (*: only asked where rules cannot read an answer)")
         for line in lines:
             print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
+    print("\n`vtc tasks NAME` shows the data set, columns and videos of a task, and what to heed.")
+
+
+def _members(names: Sequence[str]) -> list[str]:
+    from vtc.eval.suite import expand
+
+    return [name for name, _ in expand(names)]
+
+
+def _details(name: str, include_path: Sequence[Path]) -> dict[str, str]:
+    from vtc.eval.suite import benchmark_of, details
+
+    if (benchmark := benchmark_of([name])) is not None:
+        return {"name": name, **details(benchmark)}
+    with free_stdout():
+        from vtc.eval.catalogue import task_details
+
+        return {"name": name, **task_details(name, include_path)}
+
+
+def _show(found: Sequence[dict[str, str]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(list(found), indent=1))
+        return
+    for about in found:
+        print(about["name"])
+        for head, text in about.items():
+            if head != "name":
+                print(f"  {head + ':':15}{text}")
