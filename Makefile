@@ -67,11 +67,9 @@ docs: $(READY)
 	$(BIN)/python -m vtc.eval.documents
 
 results: $(READY)
-	$(BIN)/vtc sweep full --limit 120 --out results/full
 	$(BIN)/vtc sweep --out results/docs
 	cp results/docs/metrics.csv docs/results/tiny_image.csv
 	cp results/docs/figure.png docs/results/tiny_image.png
-	cp results/full/tiny-onevision/figure.png docs/results/tiny_onevision.png
 	$(BIN)/vtc mini build
 	$(BIN)/vtc sweep mini
 	$(BIN)/python -m vtc.eval.mini.report results/mini > docs/results/mini_llava.md

@@ -5,6 +5,7 @@ Those that hold other measurements have a command each, which they name; `make r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -15,8 +16,10 @@ from vtc.app.lines import lines_page
 from vtc.app.method_pages import method_pages, overview
 from vtc.eval import claims, parts, ranking
 from vtc.eval.archive import SUFFIX, read_scores
+from vtc.eval.charts import picture
 from vtc.eval.choosing import choosing_page
 from vtc.eval.columns import column_page
+from vtc.eval.curves import figure
 from vtc.eval.files import markdown
 from vtc.eval.reference import core_page, eval_page, methods_page
 from vtc.eval.results import Results
@@ -53,6 +56,20 @@ DOCUMENTS: Mapping[str, Callable[[], str]] = {
 """Name of a file in docs -> what makes its text."""
 
 
+DRAWN = {
+    "none", "random", "stride", "pool", "downsample", "vtc_cls", "globalcom2", "hiprune", "todre", "aim", "mustdrop",
+    "atp_training_free", "vqtoken_codebook", "visionzip", "divprune", "cdpruner", "fastv", "pyramiddrop",
+}  # fmt: skip
+"""Methods of the figure: fifty lines could not be told apart."""
+
+
+def onevision_figure() -> bytes:
+    """`DRAWN` on tiny-onevision, as PNG."""
+    (results,) = scored("tiny-onevision")
+    lines = [line for line in results.lines if results.cells[line["cell"]]["method"] in DRAWN]
+    return picture(figure(dataclasses.replace(results, lines=lines)), "png")
+
+
 BEGIN, END = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
 
 
@@ -70,6 +87,7 @@ def main(folder: Path = Path("docs"), readme: Path = Path("README.md")) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(make(), encoding="utf-8")
         sys.stdout.write(f"{folder / name}\n")
+    (folder / "results" / "tiny_onevision.png").write_bytes(onevision_figure())
 
 
 if __name__ == "__main__":
