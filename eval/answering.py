@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from vtc.app.answer import Batch
 from vtc.app.preparation import Chat, alike
 from vtc.app.video_reading import VideoReading
+from vtc.batch.trace import CallRecord
 from vtc.eval.catalogue import SweepTask
 from vtc.eval.cells import Cell
 from vtc.eval.failures import FAULTS, failure_record
+from vtc.eval.kept import kept_records, recorded
 from vtc.eval.messages import Clips
 from vtc.eval.plan import Item
 from vtc.eval.runner import Runner, batch_seed
@@ -26,11 +28,14 @@ Chats = Mapping[int, Chat]
 class Outcome:
     """What became of `cells` on documents of an item: rows of answers, or the failure that prevented them.
 
+    kept: which tokens were kept of those documents that `vtc.eval.kept` records.
+
     A failure that names one document concerns that document alone; one that names several, all of them alike.
     """
 
     cells: tuple[str, ...]
     rows: tuple[Record, ...] = ()
+    kept: tuple[Record, ...] = ()
     failure: Record | None = None
 
 
@@ -171,21 +176,23 @@ class Worker:
 
     def _outcome(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> Outcome:
         try:
-            return Outcome((cell.key(),), rows=self._answers(task, batch, cell, chats))
+            return self._answers(task, batch, cell, chats)
         except FAULTS as error:
             record = failure_record("answer", task.key, (cell.key(),), tuple(chats), error)
             return Outcome((cell.key(),), failure=record)
 
-    def _answers(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> tuple[Record, ...]:
+    def _answers(self, task: SweepTask, batch: Batch, cell: Cell, chats: Chats) -> Outcome:
         generation, key, doc_ids = task.generation(cell.generation), cell.key(), tuple(chats)
         before = batch.visual_tokens
         if cell.scales is not None:
             batch = self.runner.scaled(list(chats.values()), cell.scales, batch)
+        where = {"cell": key, "task": task.name, "task_fp": task.fingerprint}
         rows: list[Record] = []
+        trace: list[CallRecord] | None = [] if any(map(recorded, doc_ids)) else None
         for repeat in range(task.repeats):
             seed = batch_seed(cell.seed, task.name, doc_ids[0], repeat)
-            answers = self.runner.answer(batch, cell, generation, seed=seed)
-            where = {"cell": key, "task": task.name, "task_fp": task.fingerprint, "repeat": repeat}
+            answers = self.runner.answer(batch, cell, generation, seed=seed, trace=trace if repeat == 0 else None)
             for doc_id, answer, tokens in zip(doc_ids, answers, before, strict=True):
-                rows.append({**where, "doc_id": doc_id, **vars(answer), "visual_tokens_in": tokens})
-        return tuple(rows)
+                rows.append({**where, "repeat": repeat, "doc_id": doc_id, **vars(answer), "visual_tokens_in": tokens})
+        kept = [{**where, **each} for call in trace or () for each in kept_records(call, chats, self.runner.processor)]
+        return Outcome((key,), tuple(rows), tuple(kept))

@@ -11,6 +11,7 @@ from vtc.eval.failures import TaskKey
 from vtc.eval.store import Record
 
 if TYPE_CHECKING:
+    from vtc.eval.messages import Clips
     from vtc.eval.scoring import Scored
 
 
@@ -58,8 +59,8 @@ class Scorable(Asked, Protocol):
     def scored(self, rows: Sequence[Record], documents: int, side_files: Path | None = None) -> dict[str, Scored]:
         """The metrics of one cell from its answers to the first `documents` documents, see `vtc.eval.scoring.score`."""
 
-    def conversation(self, doc_id: int) -> Chat:
-        """Pictures and question of a document."""
+    def conversation(self, doc_id: int, clips: Clips | None = None) -> Chat:
+        """Pictures and question of a document; clips: how videos become frames."""
 
     def target(self, doc_id: int) -> str:
         """The right answer to it."""

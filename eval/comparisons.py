@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import stats
@@ -112,7 +112,8 @@ class Retained:
 
     low, high: 95 % bootstrap interval over questions, paired with the untouched model; None without scores by document.
     tokens: mean over tasks of the share of visual tokens that enter a layer, in percent. tasks: the percent of each.
-    spread: standard deviation over seeds of a method that ran with several.
+    spread: standard deviation over seeds of a method that ran with several. resampled: the percent in each resample,
+    [R], from which the interval is; None without one.
     """
 
     retention: Asked
@@ -123,11 +124,13 @@ class Retained:
     tokens: float | None
     tasks: Mapping[str, float]
     spread: float | None = None
+    resampled: Floats | None = field(default=None, repr=False, compare=False)
 
 
-def retained(results: Results) -> list[Retained]:
+def retained(results: Results, seeds: Mapping[str, int] | None = None) -> list[Retained]:
     """Each method at each retention over all tasks on whose main metric more is better, the best of a retention first.
 
+    seeds: of each task's draws, other ones for other questions; the tasks' numbers if nothing is said.
     A method that lacks one of these tasks at a retention has no mean over them and is left out there.
     """
     chosen = ranked_tasks(results)
@@ -140,7 +143,7 @@ def retained(results: Results) -> list[Retained]:
                 lines.setdefault((asked(line), line["method"]), {})[task] = line
         data = answers(results, task, metric)
         if data is not None and data.baseline is not None:
-            for index, drawn in _ratios(data, number).items():
+            for index, drawn in _ratios(data, number if seeds is None else seeds[task]).items():
                 line = data.lines[index]
                 resampled.setdefault((asked(line), line["method"]), {})[task] = drawn
     made = []
@@ -148,15 +151,22 @@ def retained(results: Results) -> list[Retained]:
         if len(by_task) < len(chosen):
             continue
         ratios = list(resampled.get(key, {}).values())
-        low = high = None
-        if len(ratios) == len(chosen):
-            low, high = map(float, np.nanquantile(np.mean(ratios, axis=0), ENDS))
+        mean = np.mean(ratios, axis=0) if len(ratios) == len(chosen) else None
+        low, high = ends(mean)
         percent = {task: float(line["retained"]) for task, line in by_task.items()}
         tokens = _mean(_percent(line["visual_tokens_kept"], line["visual_tokens_in"]) for line in by_task.values())
         spreads = [_percent(line.get("spread"), line["value"]) for line in by_task.values()]
         spread = _mean(None if s is None else s * percent[task] / 100 for task, s in zip(by_task, spreads, strict=True))
-        made.append(Retained(*key, float(np.mean(list(percent.values()))), low, high, tokens, percent, spread))
+        made.append(Retained(*key, float(np.mean(list(percent.values()))), low, high, tokens, percent, spread, mean))
     return sorted(made, key=lambda r: (budget_order(r.retention), -r.percent, r.method))
+
+
+def ends(resampled: Floats | None) -> tuple[float | None, float | None]:
+    """The 95 % interval of a figure from what it is in each resample; None where that is not known."""
+    if resampled is None:
+        return None, None
+    low, high = np.nanquantile(resampled, ENDS)
+    return float(low), float(high)
 
 
 def ranked_tasks(results: Results) -> list[str]:
@@ -180,7 +190,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _ratios(data: Answers, task: int) -> dict[int, Floats]:
-    """Percent of the untouched model in each resample, [R], by number of the series; tasks are drawn apart."""
+    """Percent of the untouched model in each resample, [R], by number of the series; each `task` is drawn apart."""
     assert data.baseline is not None
     sums, sizes = data.cluster_sums()
     others = [number for number in range(len(data.lines)) if number != data.baseline]

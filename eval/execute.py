@@ -155,6 +155,7 @@ class _Books:
             if cells:  # else another worker had begun before it was stopped
                 self._enter_failure(task, outcome.failure, cells)
             return
+        self._writer.add_kept(outcome.kept)  # first: what is killed between the two comes again
         stored = self._writer.add_rows(outcome.rows)
         if cells:
             self._waiting[task, cells[0]] -= stored

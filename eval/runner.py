@@ -20,6 +20,7 @@ from vtc.adapters.placement import device_of
 from vtc.app.answer import Answer, Answerer, Batch
 from vtc.app.likelihood import Likelihood, likelihoods
 from vtc.app.preparation import Chat
+from vtc.batch.trace import CallRecord
 from vtc.engine.sharing import SharedEncoder
 from vtc.errors import UnsupportedModel
 from vtc.eval.cells import Cell
@@ -66,9 +67,10 @@ class Runner(Answerer):
         if cell.scales is not None:
             self.downsampler.check(chat, cell.scales)
 
-    def _attached(self, compressor: Compressor, cell: Cell) -> vtc.Handle:
+    def _attached(self, compressor: Compressor, cell: Cell, *, trace: bool = False) -> vtc.Handle:
         limits = vars(cell.budget) if cell.budget is not None and compressor.needs_budget else {}
-        return self.compressed(compressor, positions=cell.positions, **limits)  # several together hold theirs
+        # several together hold theirs
+        return self.compressed(compressor, positions=cell.positions, trace=trace, **limits)
 
     @torch.inference_mode()
     def prefill(self, batch: Batch, cell: Cell) -> tuple[list[dict[str, Any]], float]:
@@ -101,8 +103,16 @@ class Runner(Answerer):
         """Inside this context, the images of a batch are encoded by the first of `cells` that answers it."""
         return vtc.share_encoder(self.model, [cell.compressor for cell in cells if cell.compressor is not None])
 
-    def answer(self, batch: Batch, cell: Cell, generation: Generation, *, seed: int = 0) -> list[Answer]:
-        """The B answers of `cell`, cut at stop strings. `seed` is used by sampling only.
+    def answer(
+        self,
+        batch: Batch,
+        cell: Cell,
+        generation: Generation,
+        *,
+        seed: int = 0,
+        trace: list[CallRecord] | None = None,
+    ) -> list[Answer]:
+        """The B answers of `cell`, cut at stop strings. seed: used by sampling only. trace: gets what was kept.
 
         Raises:
             VTCError: NaN, which is looked for among what a method ranks by in the first batch of each cell.
@@ -113,8 +123,10 @@ class Runner(Answerer):
             answers = self.generate(batch, generation.arguments, seed=drawn)
         else:
             blame = None if cell.key() in self._checked else cell.label
-            with self._attached(cell.compressor, cell) as handle:
+            with self._attached(cell.compressor, cell, trace=trace is not None) as handle:
                 answers = self.generate(batch, generation.arguments, handle, seed=drawn, blame=blame)
+            if trace is not None:
+                trace += handle.trace[:1]
             self._checked.add(cell.key())
         return [dataclasses.replace(answer, text=generation.cut(answer.text)) for answer in answers]
 

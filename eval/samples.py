@@ -1,7 +1,8 @@
 """Pictures and questions of a few documents beside the answers, in `samples/TASK.json`, so that a report can show them.
 
-A sweep has its tasks at hand and writes them; a store that is read later may not find its tasks any more. The drawn
-documents are said to be what they are: half of them those on which the cells disagree most, the rest spread evenly.
+A sweep has its tasks at hand and writes them; a store that is read later may not find its tasks any more. They are
+documents of which kept tokens are recorded, said to be what they are: half of them those on which the cells disagree
+most, the rest spread evenly.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vtc.app.media import Video
+from vtc.app.show.geometry import Media
+from vtc.app.video_reading import VideoReading
 from vtc.errors import InputError, one_line
 from vtc.eval.asked import Scorable
+from vtc.eval.kept import media_of, read_kept, recorded
+from vtc.eval.messages import Clips
 from vtc.eval.results import asked
 from vtc.eval.store import Record, Store
 
@@ -30,10 +34,11 @@ PICTURES = 4
 """Pictures shown of one document."""
 
 
-def write_samples(store: Store, tasks: Sequence[Scorable]) -> None:
+def write_samples(store: Store, tasks: Sequence[Scorable], reading: VideoReading | None = None) -> None:
     """Write the samples of each task whose main metric has been scored by document, and the answers' pictures.
 
-    A document whose pictures cannot be read is left out: its answers lack as well, or the failure is recorded.
+    A document whose pictures cannot be read is left out: its answers lack as well, or the failure is recorded. reading:
+    how videos became frames.
 
     Raises:
         InputError: the folder cannot be written.
@@ -44,19 +49,20 @@ def write_samples(store: Store, tasks: Sequence[Scorable]) -> None:
         about = task.name, task.fingerprint, asked, task.main_metric
         fields = ("task", "task_fp", "documents", "metric")
         scores = [record["scores"] for record in metrics if tuple(record[name] for name in fields) == about]
-        chosen = choose([each for each in scores if each], max(2, LIMIT // len(tasks)))
+        scores = [{doc: score for doc, score in each.items() if recorded(int(doc))} for each in scores if each]
+        chosen = choose(scores, max(2, LIMIT // len(tasks)))
         if not chosen:
             continue
-        samples = [entry for doc_id, why in chosen.items() if (entry := _sample(task, doc_id, why)) is not None]
+        found = [_sample(task, doc_id, why, reading) for doc_id, why in chosen.items()]
+        samples = [entry for entry in found if entry is not None]
         _write(store.folder / "samples" / f"{task.name}.json", {"fingerprint": task.fingerprint, "samples": samples})
 
 
 def read_samples(folder: Path, task: str, fingerprint: str) -> list[Record]:
     """The stored samples of a task; none where nothing was stored, or of the task as it was before it changed.
 
-    A sample has `doc_id`, `question`, `target`, `why` and `pictures`, a list of data URIs. `kept`, where something has
-    put it there, says what a cell kept: by cell one ``{"rows": R, "columns": C, "share": [R * C numbers in [0, 1]]}``
-    per picture, in reading order.
+    A sample has `doc_id`, `question`, `target`, `why`, `pictures`, a list of data URIs, and `places`: of each picture
+    the number of its medium in the conversation, the frame, and how many frames that has.
     """
     path = folder / "samples" / f"{task}.json"
     try:
@@ -85,27 +91,26 @@ def choose(scores: Sequence[dict[str, float]], count: int) -> dict[int, str]:
     return reasons
 
 
-def _sample(task: Scorable, doc_id: int, why: str) -> Record | None:
+def _sample(task: Scorable, doc_id: int, why: str, reading: VideoReading | None) -> Record | None:
     try:
-        messages = task.conversation(doc_id)
+        messages = task.conversation(doc_id, Clips(reading))
         target = task.target(doc_id)
     except Exception:  # the task's own code; what it refuses while answering is recorded as a failure already
         return None
     parts = [part for message in messages for part in message["content"]]
-    pictures = [picture for part in parts for picture in _pictures(part)]
+    media = [_frames(each) for each in media_of(messages)]
+    pictures = [(medium, at, len(frames)) for medium, frames in enumerate(media) for at in range(len(frames))]
     question = "\n".join(str(part["text"]) for part in parts if part["type"] == "text")
     step = max(1, -(-len(pictures) // PICTURES))
-    shown = [thumbnail(picture) for picture in pictures[::step]]
+    shown = pictures[::step]
     return {
-        "doc_id": doc_id, "question": question, "target": target, "why": why, "pictures": shown,
-        "of": len(pictures),
+        "doc_id": doc_id, "question": question, "target": target, "why": why,
+        "pictures": [thumbnail(media[medium][at]) for medium, at, _ in shown], "places": shown, "of": len(pictures),
     }  # fmt: skip
 
 
-def _pictures(part: Mapping[str, Any]) -> list[Image.Image]:
-    if isinstance(part.get("video"), Video):
-        return [Image.fromarray(frame) for frame in part["video"].frames]
-    return [part["image"]] if "image" in part else []
+def _frames(shown: Media) -> list[Image.Image]:
+    return [Image.fromarray(frame) for frame in shown.frames] if isinstance(shown, Video) else [shown]
 
 
 def thumbnail(picture: Image.Image) -> str:
@@ -132,8 +137,8 @@ def browsed(
 ) -> Record:
     """By task what a browser of samples shows: its `cells` with `method` and `retention`, and its `samples`.
 
-    Each sample also has `answers` and `scores` in the order of the cells, None where there is none. lines: those of the
-    results, `stored` what was scored by document.
+    Each sample also has `answers`, `scores` and `kept` in the order of the cells, None where there is none; kept: see
+    `vtc.eval.kept.read_kept`. lines: those of the results, `stored` what was scored by document.
     """
     wanted: dict[tuple[str, str, int], dict[str, str]] = {}
     tasks: Record = {}
@@ -148,19 +153,26 @@ def browsed(
         answers = wanted.get((row["task"], row["task_fp"], row["doc_id"]))
         if answers is not None and row["repeat"] == 0:
             answers[row["cell"]] = row["text"]
+    places = {
+        (name, run["tasks"][name]["fingerprint"], sample["doc_id"]): sample["places"]
+        for name, samples in tasks.items()
+        for sample in samples
+        if "places" in sample  # earlier versions recorded none
+    }
+    kept = read_kept(store, places)
     made: Record = {}
     for name, samples in tasks.items():
         metric = run["tasks"][name]["main_metric"]
         cells = {line["cell"]: line for line in lines if line["task"] == name and line["metric"] == metric}
         shown = []
         for sample in samples:
-            answers = wanted[name, run["tasks"][name]["fingerprint"], sample["doc_id"]]
+            document = name, run["tasks"][name]["fingerprint"], sample["doc_id"]
+            answers, left = wanted[document], kept.get(document, {})
             scores = [
                 ((stored.get((name, metric, c)) or {}).get("scores") or {}).get(str(sample["doc_id"])) for c in cells
             ]
-            kept = sample.get("kept") or {}
-            places = {"kept": [kept.get(cell) for cell in cells]} if kept else {}
-            shown.append({**sample, "answers": [answers.get(cell) for cell in cells], "scores": scores, **places})
+            said = {"answers": [answers.get(cell) for cell in cells], "kept": [left.get(cell) for cell in cells]}
+            shown.append({**sample, **said, "scores": scores})
         named = [{"method": line["method"], "retention": asked(line)} for line in cells.values()]
         made[name] = {"cells": named, "samples": shown}
     return made

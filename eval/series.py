@@ -9,13 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from vtc.errors import InputError
-from vtc.eval.comparisons import retained
+from vtc.eval.comparisons import Retained, ends, retained
 from vtc.eval.results import Asked, Results, budget_order
 from vtc.eval.spec import SweepSpec, make_spec
+from vtc.eval.statistics import Floats
 from vtc.eval.tables import nominal
 
 KEY = "sweeps"
@@ -75,7 +77,8 @@ class Overall:
     """A method at one budget over several sweeps.
 
     percent: of the untouched model's performance, the ratio of each task of each sweep, then their mean. sweeps, tasks:
-    how many there are in it.
+    how many there are in it. low, high: 95 % bootstrap interval over questions, paired with the untouched model; sweeps
+    that ask the same questions draw the same. None without scores by document.
     """
 
     method: str
@@ -83,20 +86,35 @@ class Overall:
     percent: float
     sweeps: int
     tasks: int
+    low: float | None = None
+    high: float | None = None
 
 
 def overall(results: Sequence[Results]) -> list[Overall]:
     """Methods over several sweeps, the best of a budget first; only those that every sweep has at this budget."""
-    found: dict[tuple[str, Asked], list[list[float]]] = defaultdict(list)
+    found: dict[tuple[str, Asked], list[Retained]] = defaultdict(list)
+    numbers: dict[tuple[str, str], int] = {}  # of everything that is asked, a task with its fingerprint
     for each in results:
-        for line in retained(each):
-            found[_bare(line.method), line.retention].append(list(line.tasks.values()))
+        asked = {name: (name, task["fingerprint"]) for name, task in each.run["tasks"].items()}
+        seeds = {name: numbers.setdefault(task, len(numbers)) for name, task in asked.items()}
+        for line in retained(each, seeds):
+            found[_bare(line.method), line.retention].append(line)
     made = []
     for (method, retention), by_sweep in found.items():
         if len(by_sweep) == len(results):
-            tasks = [percent for sweep in by_sweep for percent in sweep]
-            made.append(Overall(method, retention, fmean(tasks), len(by_sweep), len(tasks)))
+            tasks = [percent for line in by_sweep for percent in line.tasks.values()]
+            low, high = ends(_mean(by_sweep))
+            made.append(Overall(method, retention, fmean(tasks), len(by_sweep), len(tasks), low, high))
     return sorted(made, key=lambda entry: (budget_order(entry.retention), -entry.percent, entry.method))
+
+
+def _mean(lines: Sequence[Retained]) -> Floats | None:
+    """The mean over all tasks of all lines in each resample; None where that of a line is not known."""
+    known = [line.resampled for line in lines if line.resampled is not None]
+    if len(known) < len(lines):
+        return None
+    mean: Floats = np.average(known, axis=0, weights=[len(line.tasks) for line in lines])
+    return mean
 
 
 def _bare(method: str) -> str:
@@ -105,15 +123,20 @@ def _bare(method: str) -> str:
 
 
 def overall_table(entries: Sequence[Overall]) -> Table:
-    """Methods x budgets for a terminal, methods in the order of their means."""
+    """Methods x budgets for a terminal, each value above its interval, methods in the order of their means."""
     budgets = sorted({entry.retention for entry in entries}, key=budget_order)
-    by_method: dict[str, dict[Asked, float]] = defaultdict(dict)
+    by_method: dict[str, dict[Asked, Overall]] = defaultdict(dict)
     for entry in entries:
-        by_method[entry.method][entry.retention] = entry.percent
+        by_method[entry.method][entry.retention] = entry
     table = Table("method", title="over all sweeps", title_justify="left")
     for budget in budgets:
         table.add_column(nominal(budget), justify="right", no_wrap=True)
-    for method, percents in sorted(by_method.items(), key=lambda item: -fmean(item[1].values())):
-        cells = [f"{percents[budget]:.1f}" if budget in percents else "-" for budget in budgets]
+    for method, found in sorted(by_method.items(), key=lambda item: -fmean(e.percent for e in item[1].values())):
+        cells = [_cell(found[budget]) if budget in found else "-" for budget in budgets]
         table.add_row(Text(method), *cells)
     return table
+
+
+def _cell(entry: Overall) -> str:
+    interval = "" if entry.low is None else f"\n{entry.low:.1f} to {entry.high:.1f}"
+    return f"{entry.percent:.1f}{interval}"

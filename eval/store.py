@@ -1,10 +1,11 @@
-"""The record of a sweep on disk: four append-only files of JSON lines and `run.json`.
+"""The record of a sweep on disk: five append-only files of JSON lines and `run.json`.
 
 ::
 
     run.json        the model, the tasks with their fingerprints, every sweep that wrote here, library versions
     cells.jsonl     the settings of each cell
     rows.jsonl      one answer per line; flushed to the disk after each batch of a cell
+    kept.jsonl      which tokens a cell kept of one document, for some documents, see `vtc.eval.kept`
     metrics.jsonl   all metrics of one cell on one task per line; a later line replaces an earlier one
     failures.jsonl  what went wrong, where
 
@@ -29,6 +30,8 @@ from typing import Any
 from vtc.errors import InputError
 from vtc.eval.seen import RowKey, Seen
 
+OFTEN = ("rows", "kept")
+"""Files that every batch writes to."""
 SYNC = 1.0
 """Seconds of answers that a power failure may cost; a killed process loses none, what it wrote is with the system."""
 
@@ -44,6 +47,7 @@ TEXT, COUNT, SHARE, MAP, LIST = (str,), (int,), (int, float, type(None)), (dict,
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "cells": {"cell": TEXT, "label": TEXT, "version": COUNT, "parameters": MAP, "retention": SHARE, "seed": COUNT},
     "rows": {"cell": TEXT, "task": TEXT, "task_fp": TEXT, "doc_id": COUNT, "repeat": COUNT, "text": TEXT},
+    "kept": {"cell": TEXT, "task": TEXT, "task_fp": TEXT, "doc_id": COUNT, "stage": TEXT, "items": LIST},
     "metrics": {"cell": TEXT, "task": TEXT, "task_fp": TEXT, "documents": COUNT, "metrics": LIST},
     "failures": {"stage": TEXT, "task": TEXT, "task_fp": TEXT, "cells": LIST, "doc_ids": LIST, "reason": TEXT},
 }
@@ -139,6 +143,10 @@ class Store:
                 file.seek(place)
                 yield json.loads(file.readline())
 
+    def kept(self) -> Iterator[Record]:
+        """Which tokens cells kept of the documents that are recorded."""
+        return (record for _, record in read_lines(self.folder / "kept.jsonl"))
+
     def cells(self) -> dict[str, Record]:
         """Settings by cell key, in the order in which the cells were first swept."""
         return {record["cell"]: record for _, record in read_lines(self.folder / "cells.jsonl")}
@@ -229,6 +237,10 @@ class Writer:
             self.seen.add(key, place)
         return len(fresh)
 
+    def add_kept(self, records: Iterable[Record]) -> None:
+        """Append what was kept for answers that are not recorded yet; `add_rows` comes after it."""
+        self._append("kept", [record for record in records if row_key({**record, "repeat": 0}) not in self.seen])
+
     def add_metrics(self, metrics: Sequence[Record]) -> None:
         """Append all metrics of one cell on one task as one line; it replaces an earlier one on as many documents."""
         if metrics:
@@ -251,7 +263,7 @@ class Writer:
                 before = file.tell()
                 try:
                     _write_all(file, b"".join(lines))
-                    if name != "rows" or time.monotonic() - self._synced >= SYNC:
+                    if name not in OFTEN or time.monotonic() - self._synced >= SYNC:
                         os.fsync(file.fileno())
                         self._synced = time.monotonic()
                 except BaseException:

@@ -101,7 +101,7 @@ def run_sweep(spec: SweepSpec, progress: SilentProgress | None = None) -> SweepR
             answered, failures = answer_missing(spec, tasks, by_task, pool, writer, progress)
             for task in tasks:
                 failures += score_store(task, documents(spec, task), cells[0].key(), writer, progress)
-            write_samples(store, tasks)
+            write_samples(store, tasks, spec.video)
     results = write_report(spec.folder)
     track(results, spec.trackers, spec.folder)
     return SweepResult(spec.folder, results, failures, answered, time.monotonic() - began)

@@ -24,6 +24,7 @@ from vtc.adapters.pairs import Encoder
 from vtc.app.preparation import Chat
 from vtc.eval.encoders.metrics import mean_of, rank_of, speed, within
 from vtc.eval.failures import TaskKey
+from vtc.eval.messages import Clips
 from vtc.eval.scoring import Scored
 from vtc.eval.store import Record
 
@@ -73,8 +74,8 @@ class PictureTask(ABC):
         part.__dict__["fingerprint"] = self.fingerprint
         return part
 
-    def conversation(self, doc_id: int) -> Chat:
-        """The picture of a document, and what is asked about it."""
+    def conversation(self, doc_id: int, clips: Clips | None = None) -> Chat:
+        """The picture of a document, and what is asked about it; there are no videos."""
         picture = {"type": "image", "image": self.documents[doc_id].open()}
         content = [picture, {"type": "text", "text": self.question}]
         return Chat([{"role": "user", "content": content}], f"task {self.name!r}, document {doc_id}")

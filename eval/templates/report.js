@@ -50,19 +50,35 @@ if (browser) {
     if (kind) made.className = kind;
     return made;
   };
-  let at = 0;
+  let at = 0, chosen = null;  // the sample, and the cell whose kept tokens are drawn on its pictures
   const current = () => tasks[part("task").value];
-  const overlay = (sample, cell) => part("pictures").querySelectorAll("figure").forEach((figure, number) => {
-    figure.querySelector("canvas")?.remove();
-    const map = sample.kept?.[cell]?.[number];
-    if (!map) return;
-    const canvas = add(figure, "canvas"), pen = canvas.getContext("2d");
-    [canvas.width, canvas.height] = [map.columns * 8, map.rows * 8];
-    map.share.forEach((share, token) => {
-      pen.fillStyle = `rgba(0, 0, 0, ${0.75 * (1 - share)})`;
-      pen.fillRect(token % map.columns * 8, Math.floor(token / map.columns) * 8, 8, 8);
+  const veil = (box, [left, top, right, bottom], rows, columns, bits) => {
+    const canvas = add(box, "canvas"), pen = canvas.getContext("2d"), bytes = atob(bits);
+    const percent = (length) => `${100 * length}%`;
+    Object.assign(canvas.style, {
+      left: percent(left), top: percent(top), width: percent(right - left), height: percent(bottom - top),
     });
-  });
+    [canvas.width, canvas.height] = [columns, rows];
+    pen.fillStyle = "rgba(0, 0, 0, 0.78)";
+    for (let token = 0; token < rows * columns; token++) {
+      const kept = bytes.charCodeAt(token >> 3) >> (7 - token % 8) & 1;
+      if (!kept) pen.fillRect(token % columns, Math.floor(token / columns), 1, 1);
+    }
+  };
+  const draw = (sample, cell) => {
+    const { cells } = current(), kept = cell === null ? null : sample.kept[cell];
+    part("pictures").replaceChildren();
+    for (const [picture, name, ...map] of kept?.panels ?? sample.pictures.map((_, number) => [number, ""])) {
+      const figure = add(part("pictures"), "figure"), box = add(figure, "div"), image = add(box, "img");
+      image.src = sample.pictures[picture];
+      image.alt = `picture of document ${sample.doc_id}`;
+      if (kept) veil(box, ...map);
+      if (name && name !== "picture") add(figure, "figcaption", name);
+    }
+    part("kept").textContent = kept
+      ? `${cells[cell].method} at ${cells[cell].retention ?? "a budget of its own"}, ${kept.stage}: ${kept.left} of ${kept.of} visual tokens left`
+      : "";
+  };
   const show = () => {
     const { cells, samples } = current();
     at = (at + samples.length) % samples.length;
@@ -70,12 +86,6 @@ if (browser) {
     part("count").textContent = `${at + 1} of ${samples.length}: document ${sample.doc_id} (${sample.why})`;
     part("question").textContent = sample.question;
     part("target").textContent = sample.target;
-    part("pictures").replaceChildren();
-    for (const picture of sample.pictures) {
-      const image = add(add(part("pictures"), "figure"), "img");
-      image.src = picture;
-      image.alt = `picture of document ${sample.doc_id}`;
-    }
     const hidden = (sample.of || sample.pictures.length) - sample.pictures.length;
     part("more").textContent = hidden ? `${hidden} more pictures are not shown.` : "";
     const retentions = [...new Set(cells.map((cell) => cell.retention))], methods = [...new Set(cells.map((cell) => cell.method))];
@@ -90,16 +100,35 @@ if (browser) {
         const score = cell < 0 ? null : sample.scores[cell];
         const place = add(row, "td", cell < 0 ? "" : sample.answers[cell] ?? "–", score === null ? "" : score >= 0.5 ? "right" : "wrong");
         place.title = cell < 0 ? "" : sample.answers[cell] ?? "";
-        if (sample.kept?.[cell]) place.addEventListener("click", () => {
-          body.querySelector(".shown")?.classList.remove("shown");
-          place.classList.add("shown");
-          overlay(sample, cell);
-        });
+        if (!sample.kept[cell]) continue;
+        const press = () => {
+          chosen = chosen === cell ? null : cell;
+          mark();
+        };
+        Object.assign(place, { tabIndex: 0, role: "button" });
+        place.dataset.cell = cell;
+        place.addEventListener("click", press);
+        place.addEventListener("keydown", (event) => { if (event.key === "Enter") press(); });
       }
     }
+    const mark = () => {
+      for (const place of body.querySelectorAll("[data-cell]")) {
+        const pressed = +place.dataset.cell === chosen;
+        place.classList.toggle("shown", pressed);
+        place.ariaPressed = pressed;
+      }
+      draw(sample, sample.kept[chosen] ? chosen : null);
+    };
+    mark();
   };
-  part("task").addEventListener("change", () => { at = 0; show(); });
+  const begin = () => {
+    at = 0;
+    const first = current().samples[0].kept.findIndex((each) => each);
+    chosen = first < 0 ? null : first;
+    show();
+  };
+  part("task").addEventListener("change", begin);
   part("back").addEventListener("click", () => { at -= 1; show(); });
   part("on").addEventListener("click", () => { at += 1; show(); });
-  show();
+  begin();
 }

@@ -190,7 +190,7 @@ class FakeRunner:
             raise SystemExit("a task's code gave up")
         return Batch({"ids": numbers}, (1,) * len(numbers))
 
-    def answer(self, batch: Any, cell: Any, generation: Any, seed: int) -> list[Any]:
+    def answer(self, batch: Any, cell: Any, generation: Any, seed: int, trace: Any) -> list[Any]:
         if self.heavy & set(batch.inputs["ids"]) and cell.key() == "c":
             raise MemoryError("out of memory")
         if cell.key() in self.fails or (self.fails_shared and self.inside):

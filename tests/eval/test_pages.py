@@ -103,9 +103,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, write_store: WriteStore) -> 
     picture = thumbnail(Image.new("RGB", (600, 300), "red"))
     samples = [
         {"doc_id": doc, "question": f"What <b>colour</b> {doc}?", "target": "red", "why": "spread evenly", "of": 1,
-         "pictures": [picture], "kept": {"k1": [{"rows": 2, "columns": 3, "share": [0, 1, 0, 0.5, 0, 1]}]}}
+         "pictures": [picture], "places": [[0, 0, 1]]}
         for doc in (3, 5)
     ]  # fmt: skip
+    about = {"task": "images", "task_fp": "f", "stage": "before the LLM", "left": 5, "of": 16}
+    panels = [["overview", 1, 2, "QA=="], ["tiles", 2, 3, "VA=="]]  # 01 and 010 101
+    items = [{"media": 0, "kind": "image", "window": [0.25, 0, 0.75, 1], "panels": panels}]
+    lines = [{**about, "cell": cell, "doc_id": doc, "items": items} for cell in ("k1", "k2") for doc in (3, 5)]
+    (folder / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "samples").mkdir()
     (folder / "samples" / "images.json").write_text(json.dumps({"fingerprint": "f", "samples": samples}))
     write_report(folder)
@@ -171,8 +176,48 @@ def test_samples_show_picture_question_and_answers(browser: Any, store: Path) ->
     assert "document 5" in browser.execute_script(words)
     cells = browser.execute_script("return document.querySelectorAll('.browser td.right, .browser td.wrong').length")
     assert cells == 1 + 3 * 13 + 9
-    browser.execute_script("document.querySelectorAll('.browser tbody tr')[1].cells[2].click()")  # the cell k1
-    assert browser.execute_script("return document.querySelectorAll('.browser canvas').length") == 1
+
+
+VEILED = """
+const box = (element) => {
+  const { x, y, width, height } = element.getBoundingClientRect();
+  return [x, y, width, height];
+};
+return [...document.querySelectorAll(".browser figure")].map((figure) => {
+  const canvas = figure.querySelector("canvas"), [x, y, width, height] = box(figure.querySelector("img"));
+  if (!canvas) return null;
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const [left, top, w, h] = box(canvas);
+  return {
+    size: [canvas.width, canvas.height],
+    dropped: [...pixels].filter((_, at) => at % 4 === 3).map((alpha) => alpha > 0),
+    window: [(left - x) / width, (top - y) / height, w / width, h / height],
+    name: figure.querySelector("figcaption").innerText,
+  };
+});
+"""
+
+
+def test_an_answer_shows_the_tokens_that_its_cell_kept(browser: Any, store: Path) -> None:
+    open_page(browser, store / "report.html", 1280)
+    overview, tiles = browser.execute_script(VEILED)  # of k1, the first cell that has some
+    assert (overview["name"], overview["size"], overview["dropped"]) == ("overview", [2, 1], [True, False])
+    assert (tiles["name"], tiles["size"]) == ("tiles", [3, 2])
+    assert tiles["dropped"] == [True, False, True, False, True, False]
+    assert np.allclose(tiles["window"], [0.25, 0, 0.5, 1], atol=0.01)
+    line = "return document.querySelector('[data-part=kept]').innerText"
+    assert browser.execute_script(line) == "random at 0.5, before the LLM: 5 of 16 visual tokens left"
+    browser.execute_script("document.querySelector('[data-part=on]').click()")  # the same cell, on the next sample
+    assert browser.execute_script(line).startswith("random at 0.5")
+    shown = "return [...document.querySelectorAll('.browser td.shown')].map((cell) => cell.ariaPressed)"
+    assert browser.execute_script(shown) == ["true"]
+    press = "document.querySelectorAll('.browser tbody tr')[1].cells[arguments[0]].click()"
+    browser.execute_script(press, 3)  # k2
+    assert browser.execute_script(line).startswith("random at 0.25")
+    browser.execute_script(press, 4)  # k3, of which nothing is recorded
+    assert browser.execute_script(line).startswith("random at 0.25")
+    browser.execute_script(press, 3)
+    assert browser.execute_script(VEILED) == [None] and browser.execute_script(line) == ""
 
 
 @pytest.mark.parametrize("width", [400, 1280])

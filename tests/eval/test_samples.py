@@ -66,18 +66,18 @@ def test_a_browser_gets_the_answers_of_every_cell(blobs: Any, tmp_path: Path, wr
     assert [(cell["method"], cell["retention"]) for cell in shown["cells"]] == [("none", 1.0), ("a", 0.5), ("b", 0.5)]
     last = next(sample for sample in shown["samples"] if sample["doc_id"] == 9)
     assert last["answers"] == ["answer 1", "answer 0", "answer 1"] and last["scores"] == [1.0, 0.0, 1.0]
-    assert "kept" not in last
+    assert last["kept"] == [None, None, None] and last["places"] == [[0, 0, 1]]
 
 
-def test_what_a_cell_kept_is_handed_on_where_it_is_stored(blobs: Any, tmp_path: Path, write_store: WriteStore) -> None:
+def test_samples_of_earlier_versions_show_no_kept_tokens(blobs: Any, tmp_path: Path, write_store: WriteStore) -> None:
     results = read_results(scored(blobs, tmp_path, write_store))
     path = tmp_path / "samples" / "blobs.json"
     content = json.loads(path.read_text())
-    kept = [{"rows": 1, "columns": 2, "share": [0.0, 1.0]}]
-    content["samples"][0]["kept"] = {"k1": kept}
+    for sample in content["samples"]:
+        del sample["places"]
     path.write_text(json.dumps(content))
     shown = browsed(Store(tmp_path), results.run, results.lines, results.stored)["blobs"]
-    assert shown["samples"][0]["kept"] == [None, kept, None]
+    assert shown["samples"][0]["kept"] == [None, None, None]
 
 
 def test_thumbnails_are_small_and_keep_their_shape() -> None:

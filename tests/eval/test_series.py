@@ -6,8 +6,10 @@ import io
 import json
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -15,7 +17,8 @@ from typer.testing import CliRunner
 
 from vtc.errors import InputError, VTCError
 from vtc.eval import series
-from vtc.eval.comparisons import Retained
+from vtc.eval.comparisons import Retained, retained
+from vtc.eval.results import read_results
 from vtc.eval.series import make_series, overall, overall_table
 
 
@@ -103,8 +106,9 @@ def test_the_mean_is_over_all_tasks_of_all_sweeps(monkeypatch: pytest.MonkeyPatc
         line("random", 0.25, {"c": 10.0}),
         line("atp(weights=y)", 0.5, {"c": 97.0}),
     ]
-    monkeypatch.setattr(series, "retained", lambda results: results)
-    found = overall([one, two])  # type: ignore[list-item]
+    monkeypatch.setattr(series, "retained", lambda results, seeds: results.lines)
+    several: Any = [SimpleNamespace(run={"tasks": {}}, lines=lines) for lines in (one, two)]
+    found = overall(several)
     assert [(each.method, each.retention, each.percent, each.sweeps, each.tasks) for each in found] == [
         ("atp", 0.5, 99.0, 2, 3), ("random", 0.5, 70.0, 2, 3),
     ]  # fmt: skip
@@ -113,6 +117,34 @@ def test_the_mean_is_over_all_tasks_of_all_sweeps(monkeypatch: pytest.MonkeyPatc
     assert [word for word in shown.getvalue().split() if word in ("atp", "99.0", "random", "70.0")] == [
         "atp", "99.0", "random", "70.0",
     ]  # fmt: skip
+
+
+def test_the_interval_is_over_the_questions_of_all_sweeps(tmp_path: Path, write_store: Any) -> None:
+    """Two models on the same questions are less certain than on other ones, and no less certain than one of them."""
+    rng = np.random.default_rng(0)
+    hits = [(rng.random(200) < share).astype(float).tolist() for share in (0.9, 0.6)]
+    clusters = [n // 2 for n in range(200)]
+
+    def found(*sweeps: tuple[str, str]) -> Any:
+        several = []
+        for number, (task, fingerprint) in enumerate(sweeps):
+            folder = tmp_path / f"{len(list(tmp_path.iterdir()))}-{number}"
+            given = {"clusters": {task: clusters}, "fingerprint": fingerprint}
+            several.append(read_results(write_store(folder, [("none", 1.0), ("a", 0.5)], {task: hits}, **given)))
+        (entry,) = overall(several)
+        return entry, retained(several[0])[0]
+
+    alone, line = found(("t", "f"))
+    assert (alone.percent, alone.low, alone.high) == (line.percent, line.low, line.high)
+    assert alone.low < alone.percent < alone.high
+    same, _ = found(("t", "f"), ("t", "f"))
+    assert (same.low, same.high) == pytest.approx((alone.low, alone.high))
+    for others in ((("t", "f"), ("u", "f")), (("t", "f"), ("t", "g"))):
+        apart, _ = found(*others)
+        assert apart.high - apart.low == pytest.approx((same.high - same.low) / 2**0.5, rel=0.1)
+    console = Console(width=80, file=(shown := io.StringIO()))
+    console.print(overall_table([same]))
+    assert f"{same.low:.1f} to {same.high:.1f}" in shown.getvalue()
 
 
 def line(method: str, retention: float, tasks: dict[str, float]) -> Retained:

@@ -87,7 +87,7 @@ def test_a_sweep_answers_scores_and_reports_every_cell(sweep: Callable[..., Swee
     result = sweep()
     assert result.answered == 50 and not result.failures and not result.results.incomplete
     assert {path.name for path in result.folder.iterdir()} == {
-        "run.json", "cells.jsonl", "rows.jsonl", "metrics.jsonl", "metrics.csv", "metrics.parquet",
+        "run.json", "cells.jsonl", "rows.jsonl", "kept.jsonl", "metrics.jsonl", "metrics.csv", "metrics.parquet",
         "table.md", "table.tex", "figure.png", "figure.svg", "report.html", "samples", ".lock",
     }  # fmt: skip
     lines = {(line["method"], line["retention"], line["metric"]): line for line in result.results.lines}

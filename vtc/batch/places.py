@@ -26,6 +26,17 @@ class Places:
     panel: Tensor
     box: Tensor
 
+    def raster(self, panel: int) -> Tensor:
+        """[rows, columns] number of the token at each place of a panel, -1 where none lies."""
+        tokens = (self.panel == panel).nonzero().flatten()
+        boxes = self.box[tokens]
+        size = 1 / (boxes[0, 2:] - boxes[0, :2])
+        column, row = (boxes[:, :2] * size).round().long().unbind(1)
+        columns, rows = size.round().long().tolist()
+        found = torch.full((rows, columns), -1, device=tokens.device)
+        found[row, column] = tokens
+        return found
+
 
 def places(layout: VisualItem) -> Places:
     """Panels and boxes of an item's tokens, in token order.

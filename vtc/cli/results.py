@@ -138,4 +138,7 @@ def show_series(results: Sequence[SweepResult], *, as_json: bool) -> None:
         return
     console = Console()
     console.print(overall_table(means), crop=False, no_wrap=True, overflow="ignore")
-    console.print("percent of the untouched model: ratio per task, then the mean over all tasks of all sweeps")
+    console.print(
+        "percent of the untouched model: ratio per task, then the mean over all tasks of all sweeps, "
+        "above its 95 % interval over questions"
+    )

@@ -13,7 +13,8 @@ from vtc.app.images import open_image
 from vtc.app.loading import Loaded
 from vtc.app.media import Video
 from vtc.app.options import output_path
-from vtc.app.show.look import Cell, Look, Media, look
+from vtc.app.show.geometry import Media
+from vtc.app.show.look import Cell, Look, look
 from vtc.app.show.page import page
 from vtc.app.show.sheet import sheet
 from vtc.errors import InputError

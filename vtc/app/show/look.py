@@ -8,19 +8,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from vtc.app.answer import Answerer, Batch
 from vtc.app.loading import Loaded
-from vtc.app.media import Video
 from vtc.app.preparation import Chat
+from vtc.app.show.geometry import Media, acting, caption, kind, order, window
 from vtc.batch.places import Places, places
 from vtc.batch.trace import CallRecord, ItemRecord
 from vtc.errors import InputError, VTCError
-from vtc.method.base import CacheStage, Compressor, EncoderStage, Stage
-
-Media = Image.Image | Video
+from vtc.method.base import Compressor, Stage
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def look(
     if not media:
         raise InputError("no picture and no video given; there is nothing to show")
     answerer = Answerer(loaded)
-    parts = [{"type": _kind(each), _kind(each): each} for each in media]
+    parts = [{"type": kind(each), kind(each): each} for each in media]
     batch = answerer.prepare([Chat([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}])])
     arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}
     (plain,) = answerer.generate(batch, arguments)
@@ -101,8 +98,8 @@ def look(
     items = records[0].items
     if len(items) != len(media):
         raise VTCError(f"the prompt holds {len(items)} items for {len(media)} pictures and videos, nothing is shown")
-    ordered = _in_order(media, items)
-    windows = tuple(_window(loaded.processor, each, item) for each, item in zip(ordered, items, strict=True))
+    ordered = [media[number] for number in order(media, items)]
+    windows = tuple(window(loaded.processor, each, item) for each, item in zip(ordered, items, strict=True))
     return Look(
         prompt=prompt,
         media=tuple(ordered),
@@ -112,16 +109,6 @@ def look(
         answer=plain.text.strip(),
         seen=tuple(seen),
     )
-
-
-def _kind(media: Media) -> str:
-    return "video" if isinstance(media, Video) else "image"
-
-
-def _in_order(media: Sequence[Media], items: Sequence[ItemRecord]) -> list[Media]:
-    """The media as the items follow one another in the prompt."""
-    waiting = {kind: iter([each for each in media if _kind(each) == kind]) for kind in ("image", "video")}
-    return [next(waiting[item.kind]) for item in items]
 
 
 def _see(answerer: Answerer, batch: Batch, cell: Cell, arguments: Mapping[str, Any], records: list[CallRecord]) -> Seen:
@@ -134,13 +121,9 @@ def _see(answerer: Answerer, batch: Batch, cell: Cell, arguments: Mapping[str, A
 
 
 def _stages(record: CallRecord) -> Iterator[tuple[str, tuple[Left, ...]]]:
-    """Caption and items of every stage that left fewer tokens, or other ones, in some KV head at least."""
-    before = [item.layout.n_tokens for item in record.items]
-    for stage in record.keep:
-        now = [int(item.passed[stage].sum()) for item in record.items]
-        if now != before or stage in record.heads or any(stage in item.merged_into for item in record.items):
-            yield caption(stage), tuple(_left(item, stage) for item in record.items)
-        before = now
+    """Caption and items of every stage that changed something."""
+    for stage in acting(record.items):
+        yield caption(stage), tuple(_left(item, stage) for item in record.items)
 
 
 def _left(item: ItemRecord, stage: Stage) -> Left:
@@ -150,27 +133,3 @@ def _left(item: ItemRecord, stage: Stage) -> Left:
 
 def _numbers(values: Tensor | None) -> Any:
     return None if values is None else values.cpu().numpy()
-
-
-def caption(stage: Stage) -> str:
-    """A stage in words.
-
-    >>> caption(0), caption(2), caption(EncoderStage(1)), caption(CacheStage(0)), caption(CacheStage(2))
-    ('before the LLM', 'before layer 2', 'in the encoder', 'after the prefill', 'caches from layer 2 on')
-    """
-    if isinstance(stage, EncoderStage):
-        return "in the encoder"
-    if isinstance(stage, CacheStage):
-        return f"caches from layer {stage.from_layer} on" if stage.from_layer else "after the prefill"
-    return f"before layer {stage}" if stage else "before the LLM"
-
-
-def _window(processor: Any, media: Media, item: ItemRecord) -> tuple[float, float, float, float]:
-    """What of the picture its panels show: left, top, right and bottom as fractions of it."""
-    images = processor.image_processor
-    if isinstance(media, Video) or item.layout.n_crops > 1 or not getattr(images, "do_center_crop", False):
-        return 0.0, 0.0, 1.0, 1.0
-    edge, crop = images.size.get("shortest_edge"), images.crop_size
-    scale = edge / min(media.size) if edge else 1.0
-    wide, high = (min(1.0, crop[name] / (scale * getattr(media, name))) for name in ("width", "height"))
-    return (1 - wide) / 2, (1 - high) / 2, (1 + wide) / 2, (1 + high) / 2

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vtc.app.media import Video
-from vtc.app.show.look import Left, Look, Media
+from vtc.app.show.geometry import Media
+from vtc.app.show.look import Left, Look
 from vtc.batch.places import Places
 
 Drawing = Literal["kept", "scores"]
