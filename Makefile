@@ -94,6 +94,7 @@ results: $(READY)
 	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
 	$(BIN)/python tests/eval/faults.py
 	$(BIN)/python tests/eval/speed.py
+	$(BIN)/python tests/eval/engines.py
 	$(BIN)/vtc tiny table > docs/results/tiny_models.md
 	$(BIN)/vtc encoders --scenes 300 --retentions 0.75,0.5,0.25,0.11,0.05 --out results/encoders
 	$(BIN)/python -m vtc.eval.encoders.page results/encoders > docs/results/encoders.md
