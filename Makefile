@@ -100,6 +100,7 @@ results: $(READY)
 	$(BIN)/python -m vtc.eval.encoders.page results/encoders > docs/results/encoders.md
 	cp results/encoders/figure.png docs/results/encoders.png
 	$(BIN)/python -m vtc.eval.pictures docs/pictures
+	$(BIN)/python tests/eval/report_pictures.py
 	$(MAKE) docs
 
 clean:
