@@ -92,11 +92,13 @@ results: $(READY)
 	$(BIN)/python -m vtc.testing.overhead > docs/results/overhead.md
 	$(BIN)/python tests/eval/faults.py
 	$(BIN)/python tests/eval/speed.py
+	$(BIN)/python tests/eval/engines.py
 	$(BIN)/vtc tiny table > docs/results/tiny_models.md
 	$(BIN)/vtc encoders --scenes 300 --retentions 0.75,0.5,0.25,0.11,0.05 --out results/encoders
 	$(BIN)/python -m vtc.eval.encoders.page results/encoders > docs/results/encoders.md
 	cp results/encoders/figure.png docs/results/encoders.png
 	$(BIN)/python -m vtc.eval.pictures docs/pictures
+	$(BIN)/python tests/eval/report_pictures.py
 	$(MAKE) docs
 
 clean:

@@ -106,6 +106,7 @@ def score_store(
     for key in todo:
         answers = writer.store.rows_at(writer.seen.places(key, task.key))  # of one cell, not of all at once
         rows = [{**row, "doc_id": numbers[row["doc_id"]]} for row in answers if row["doc_id"] in numbers]
+        rows.sort(key=lambda row: (row["doc_id"], row["repeat"]))  # sums depend on it; workers end in any order
         try:
             scored, records = metric_records(scoring, key, len(doc_ids), rows, reference, writer.store.folder)
         except FAULTS as error:

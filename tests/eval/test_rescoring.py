@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +206,17 @@ def test_a_value_of_the_wrong_type_is_named() -> None:
         number.value(line)
     whole = dataclasses.replace(line, record={**line.record, "value": 1})
     assert number.value(whole) == 1
+
+
+def test_the_order_of_the_answers_changes_nothing(folder: Path, task_folder: Path, tmp_path: Path) -> None:
+    """Workers end in any order, and a sum of the same numbers in another order is another sum."""
+    path = folder / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, "visual_tokens_kept": 10.0 ** (row["doc_id"] - 9) / 3} for row in rows]
+    tables = []
+    for order in (rows, rows[::-1]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in order))
+        rescore(folder, [task_folder])
+        tables.append(to_csv(read_results(folder)))
+    assert sum(row["visual_tokens_kept"] for row in rows[:6]) != sum(row["visual_tokens_kept"] for row in rows[5::-1])
+    assert tables[0] == tables[1]
