@@ -68,8 +68,8 @@ class Runner(Answerer):
             self.downsampler.check(chat, cell.scales)
 
     def _attached(self, compressor: Compressor, cell: Cell, *, trace: bool = False) -> vtc.Handle:
+        # several together hold their budgets
         limits = vars(cell.budget) if cell.budget is not None and compressor.needs_budget else {}
-        # several together hold theirs
         return self.compressed(compressor, positions=cell.positions, trace=trace, **limits)
 
     @torch.inference_mode()

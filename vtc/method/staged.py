@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import ClassVar
 
 from vtc.errors import BudgetError, UnsupportedMethod, VTCError
 from vtc.method.base import Compressor, ModelSpec, Needs, Plan, StageView
+from vtc.method.budget import CACHED
 from vtc.method.schedule import DEPTH, Profiles, Rates, Schedule, check, through
 
 
@@ -151,6 +153,7 @@ class StagedCompressor(ScheduledCompressor):
             return tuple(Schedule(layers, depth, self.between(model, layers)) for layers in lists)
         return tuple(Schedule(layers, depth) for layers in lists)
 
+    @functools.lru_cache(CACHED)  # noqa: B019 - a method is its hyper-parameters; asked at every stage
     def between(self, model: ModelSpec, starts: tuple[int, ...]) -> Profiles:
         """The profiles, of the stages there are on this model."""
         each = [dataclasses.replace(self, layers=(layer,)).lists(model)[0] for layer in self.published]

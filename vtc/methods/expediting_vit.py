@@ -130,8 +130,9 @@ class ExpeditingViT(Compressor):
     def rebuilt(self, refined: Tensor, before: Tensor, centres: Tensor) -> Tensor:
         """[G, t, D] rows of all tokens `before` [G, t, D] from the `refined` clusters [G, K, D] that were `centres`."""
         count = min(self.neighbours, centres.shape[1])
-        origin = before.float().mean(1, keepdim=True)
-        near = self.temperature * _nearness(before.float() - origin, centres - origin)
+        before = before.float()
+        origin = before.mean(1, keepdim=True)
+        near = self.temperature * _nearness(before - origin, centres - origin)
         flat = near.flatten(0, 1)
         some = top_k(flat, torch.full((len(flat),), count, device=flat.device)).view_as(near)
         weight = (near - near.amax(-1, keepdim=True)).exp() * some

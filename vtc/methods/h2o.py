@@ -39,8 +39,7 @@ class TextSum(PromptSum):
     name: ClassVar[str] = "text behind the image"
 
     def asking(self, rows: QueryRows) -> Tensor:
-        text = rows.text & (rows.visual.cumsum(1) > 0)
-        return torch.where(text.any(1, keepdim=True), text, rows.prompt)
+        return torch.where(rows.asking.any(1, keepdim=True), rows.asking, rows.prompt)
 
 
 READINGS: dict[Scores, type[PromptSum]] = {"sum": PromptSum, "mean": PromptMean, "text_rows": TextSum}

@@ -38,6 +38,10 @@ def streamed(
     """[G, S] what `read` makes of tokens and their products with the others there are, -inf with those that are not.
 
     x, others, there, block: as in `nearest`. read: x [G, s, C] and products [G, s, T] of some tokens -> [G, s].
+
+    >>> x, others = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [3.0, 4.0], [6.0, 8.0]]])
+    >>> streamed(x, others, torch.tensor([[True, True, False]]), lambda _, products: products.amax(2)).tolist()
+    [[3.0]]
     """
     absent = there.float().log()[:, None]  # 0 or -inf: to add it is several times as fast as to fill in a mask
     found = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.ops.blocks import CACHED
+
 BLOCK = 2**25
 """Numbers of an attention block held at once (128 MiB in float32)."""
-CACHED = 2**18
-"""Numbers of the heads that a CPU works on at a time, so that their attention stays in the cache."""
 STORE = 2**26
 """Numbers of an attention matrix that is kept between the iterations instead of being computed again (256 MiB)."""
 

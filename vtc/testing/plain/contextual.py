@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtc.methods.visionzip.contextual import add_mean, dominant_and_targets
-from vtc.ops.nearest import means, nearest, nearest_target
+from vtc.ops.nearest import means, nearest, nearest_target, streamed
 from vtc.testing.plain import OpCase, Size
 
 
@@ -39,6 +40,17 @@ def plain_nearest(x: Tensor, others: Tensor, there: Tensor, block: int = 0) -> T
             if cosines:
                 found[group, token] = max(places, key=lambda place: (round(cosines[place], 6), -place))
     return found
+
+
+def plain_streamed(
+    x: Tensor, others: Tensor, there: Tensor, read: Callable[[Tensor, Tensor], Tensor], block: int = 0
+) -> Tensor:
+    """All products at once."""
+    return read(x.float(), (x.float() @ others.transpose(1, 2)).masked_fill(~there[:, None], -torch.inf))
+
+
+def highest_arguments(size: Size) -> dict[str, Any]:
+    return {**other_arguments(size), "read": lambda _, products: products.amax(2), "block": 100}
 
 
 def plain_nearest_target(metric: Tensor, target: Tensor, left: Tensor, most: int, block: int = 0) -> Tensor:
@@ -132,6 +144,7 @@ def mean_arguments(size: Size) -> dict[str, Any]:
 CASES = (
     OpCase(dominant_and_targets, plain_dominant_and_targets, choice_arguments),
     OpCase(nearest, plain_nearest, other_arguments),
+    OpCase(streamed, plain_streamed, highest_arguments, 1e-6),
     OpCase(nearest_target, plain_nearest_target, target_arguments),
     OpCase(means, plain_means, mean_arguments, 1e-6),
     OpCase(add_mean, plain_add_mean, sum_arguments, 1e-6),

@@ -8,13 +8,8 @@ from torch import Tensor
 from vtc.methods.zero_tprune import GRAPH
 from vtc.ops.grid import output_grid
 from vtc.testing.released import Scene
+from vtc.testing.released.merging import pick, unit
 from vtc.testing.released.ranking import best
-
-unit = torch.nn.functional.normalize
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def diffrate(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
@@ -23,7 +18,7 @@ def diffrate(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
     gone = x.shape[1] - left
     order = score[:, 0].argsort(dim=1, descending=True)[:, : left + int(gone * (1 - scene.method.share))]
     first, tail = order[:, :left].sort(1).values, order[:, left:]
-    goal, source = _pick(x, first), _pick(x, tail)
+    goal, source = pick(x, first), pick(x, tail)
     cosine, into = (unit(source, dim=-1) @ unit(goal, dim=-1).transpose(1, 2)).max(2)
     torch.ones(into.shape[0], left).scatter_add(1, into, cosine)  # what keys count for in later blocks
     return goal.scatter_reduce(1, into[..., None].expand_as(source), source, "mean")
@@ -34,7 +29,7 @@ def token_transforming(scene: Scene, tokens: Tensor, score: Tensor) -> Tensor:
     x = tokens[:, 0]
     direction = unit(x, dim=-1)
     anchors = score[:, 0].topk(scene.keep, 1).indices.sort(1).values
-    alike = _pick(direction, anchors) @ direction.transpose(1, 2)
+    alike = pick(direction, anchors) @ direction.transpose(1, 2)
     weight: Tensor = (alike / scene.method.tau).softmax(-1)
     return weight @ x
 

@@ -59,7 +59,8 @@ def _match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return edges[:, r:], edges[:, :r], partner.gather(1, edges[:, :r])
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [G, K, D] of [G, M, D] by their places [G, K]."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
@@ -78,11 +79,11 @@ def tome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
         merged = []
         for values in (x * size, metric * size, size):
             even, odd = values[:, ::2], values[:, 1::2]
-            merged.append(torch.cat([_pick(even, stay), _added(odd, _pick(even, gone), into)], 1))
+            merged.append(torch.cat([pick(even, stay), _added(odd, pick(even, gone), into)], 1))
         place = torch.cat([place[:, ::2].gather(1, stay), place[:, 1::2]], 1)
         size = merged[2]
         x, metric = merged[0] / size, merged[1] / size
-    return _pick(x, place.argsort(1)).view(items, -1, width)
+    return pick(x, place.argsort(1)).view(items, -1, width)
 
 
 def pitome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
@@ -98,15 +99,15 @@ def pitome(scene: Scene, tokens: Tensor, keys: Tensor) -> Tensor:
         energy = torch.nn.functional.elu(direction @ direction.transpose(1, 2) - margin).mean(2)
         order = energy.argsort(dim=1, descending=True)
         gone, into, alone = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-        partner = (_pick(direction, gone) @ _pick(direction, into).transpose(1, 2)).argmax(2)
+        partner = (pick(direction, gone) @ pick(direction, into).transpose(1, 2)).argmax(2)
         merged = []
         for values in (x * size, metric * size, size):
-            joined = _added(_pick(values, into), _pick(values, gone), partner)
-            merged.append(torch.cat([_pick(values, alone), joined], 1))
+            joined = _added(pick(values, into), pick(values, gone), partner)
+            merged.append(torch.cat([pick(values, alone), joined], 1))
         place = torch.cat([place.gather(1, alone), place.gather(1, into)], 1)
         size = merged[2]
         x, metric = merged[0] / size, merged[1] / size
-    return _pick(x, place.argsort(1)).view(items, -1, width)
+    return pick(x, place.argsort(1)).view(items, -1, width)
 
 
 def longvlm(scene: Scene, tokens: Tensor, features: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def aim(scene: Scene, tokens: Tensor, keys: Tensor | None = None) -> Tensor:
         merged = []
         for values in (x, metric) if keys is not None else (x,):
             even, odd = values[:, ::2], values[:, 1::2]
-            merged.append(torch.cat([_pick(even, stay), _added(odd, _pick(even, gone), into) / count[..., None]], 1))
+            merged.append(torch.cat([pick(even, stay), _added(odd, pick(even, gone), into) / count[..., None]], 1))
         x, metric = merged[0], merged[-1]
     return x.view(items, -1, width)
 
@@ -154,7 +155,7 @@ def visionzip(scene: Scene, tokens: Tensor, score: Tensor, keys: Tensor) -> Tens
     places = torch.arange(length).expand(groups, -1)
     order = torch.cat([places[~mask].view(groups, -1), places[mask].view(groups, -1)[:, number]], 1).argsort(1)
     rows = torch.cat([x[~mask].view(groups, dominant, width), merged], 1)
-    return _pick(rows, order).view(items, -1, width)
+    return pick(rows, order).view(items, -1, width)
 
 
 def vscan(scene: Scene, tokens: Tensor, early: Tensor, late: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ def mustdrop_windows(scene: Scene, tokens: Tensor, *_: Tensor) -> Tensor:
     similarity = (like.sum((-1, -2)) - like.diagonal(dim1=-2, dim2=-1).sum(-1)) / (k * (k - 1))
     r = (length - scene.keep) // (k - 1)
     chosen = similarity.topk(r, 1).indices
-    means = _pick(windows.mean(2), chosen)
+    means = pick(windows.mean(2), chosen)
     number = torch.arange(length).view(rows // wide, wide, columns // high, high).permute(0, 2, 1, 3).reshape(-1, k)
     gone = torch.zeros(items, length, dtype=torch.bool)
     gone.scatter_(1, number[chosen].flatten(1), True)

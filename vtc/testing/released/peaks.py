@@ -9,9 +9,7 @@ from torch import Tensor
 def prominence(x: Tensor, near: int | Tensor, real: Tensor | None = None) -> Tensor:
     """[G, M] density of the rows [G, M, D] times the distance to a denser one; over the `near` nearest, each included.
 
-    near: the same everywhere, or [G].
-
-    real: [G, M] bool, the rows there are; the others get -inf.
+    near: the same everywhere, or [G]. real: [G, M] bool, the rows there are; the others get -inf.
     """
     distance = torch.cdist(x, x) / x.shape[2] ** 0.5
     if real is not None:
