@@ -14,7 +14,7 @@ import numpy as np
 from vtc.errors import InputError
 from vtc.eval.answers import Answers, answers, draws
 from vtc.eval.cells import BASELINE
-from vtc.eval.comparisons import ENDS, paired_series, resampled_ratio
+from vtc.eval.comparisons import ends, paired_series, resampled_ratio
 from vtc.eval.matching import Matched, differing, lonely, match, other_settings
 from vtc.eval.results import Asked, Results, asked, plain_text, read_results
 from vtc.eval.store import Record
@@ -177,7 +177,7 @@ def _paired(task: str, metric: str, first: Answers, second: Answers, matched: Ma
     found = paired_series(both, couples)
     means = both.scores.mean(axis=1)
     sums, sizes = both.cluster_sums()
-    weights, noise = draws(len(sizes)), np.random.default_rng(0)
+    totals, noise = draws(len(sizes)) @ sums.T, np.random.default_rng(0)
     bases = (first.baseline, None if second.baseline is None else shift + second.baseline)
     better = bool(first.lines[0]["higher_is_better"])
     ranked = better and None not in bases and all(means[base] > 0 for base in bases if base is not None)
@@ -192,14 +192,14 @@ def _paired(task: str, metric: str, first: Answers, second: Answers, matched: Ma
         if ranked and line["method"] != BASELINE:
             percent = [100 * float(means[n] / means[base]) for n, base in zip((a, b), bases, strict=True)]
             drawn = [
-                resampled_ratio(sums[n], sums[base], sizes, both.top, weights, noise)
+                resampled_ratio(totals[:, [n, base]], sums[[n, base]], sizes, both.top, noise)
                 for n, base in zip((a, b), bases, strict=True)
                 if base is not None
             ]
-            low, high = np.nanquantile(drawn[1] - drawn[0], ENDS)
+            low, high = ends(drawn[1] - drawn[0])
             row = dataclasses.replace(
                 row, first_retained=percent[0], second_retained=percent[1], retained_diff=percent[1] - percent[0],
-                retained_low=float(low), retained_high=float(high),
+                retained_low=low, retained_high=high,
             )  # fmt: skip
         rows.append(row)
     return rows

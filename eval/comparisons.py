@@ -17,12 +17,11 @@ from vtc.eval.answers import Answers, answers, draws
 from vtc.eval.cells import BASELINE
 from vtc.eval.results import Asked, Results, asked, budget_order
 from vtc.eval.seeds import pools
-from vtc.eval.statistics import LEVEL, Floats, Z, alike, bonett_price, sign_flips, unresolved
+from vtc.eval.statistics import ENDS, Floats, Z, alike, bonett_price, sign_flips, unresolved
 from vtc.eval.store import Record
 
 POINTS = (1.0, 2.0, 5.0)
 POWER = 0.8
-ENDS = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
@@ -194,19 +193,18 @@ def _ratios(data: Answers, task: int) -> dict[int, Floats]:
     assert data.baseline is not None
     sums, sizes = data.cluster_sums()
     others = [number for number in range(len(data.lines)) if number != data.baseline]
-    noise, weights = np.random.default_rng(task), draws(len(sizes), task)
-    return {n: resampled_ratio(sums[n], sums[data.baseline], sizes, data.top, weights, noise) for n in others}
+    noise, totals = np.random.default_rng(task), draws(len(sizes), task) @ sums.T
+    both = ([n, data.baseline] for n in others)
+    return {each[0]: resampled_ratio(totals[:, each], sums[each], sizes, data.top, noise) for each in both}
 
 
-def resampled_ratio(
-    one: Floats, base: Floats, sizes: Floats, top: float, weights: Floats, noise: np.random.Generator
-) -> Floats:
-    """[R] percent of `base` that `one` reaches in each resample of the clusters; both are sums of the clusters, [G].
+def resampled_ratio(totals: Floats, sums: Floats, sizes: Floats, top: float, noise: np.random.Generator) -> Floats:
+    """[R] percent of the second of two series that the first reaches in each resample of the clusters.
 
-    weights: [R, G] of `draws`. Where all clusters show the same difference, what is drawn is `noise`, as wide as the
-    interval of `unresolved`.
+    totals: [R, 2] in each resample. sums: [2, G] of the clusters, sizes: [G]. Where all clusters show the same
+    difference, what is drawn is `noise`, as wide as the interval of `unresolved`.
     """
-    totals = weights @ np.stack([one, base], axis=1)
+    one, base = sums
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios: Floats = 100 * totals[:, 0] / np.where(totals[:, 1] > 0, totals[:, 1], np.nan)
     if alike(one - base, sizes):

@@ -16,6 +16,7 @@ from vtc.app.lines import lines_page
 from vtc.app.method_pages import method_pages, overview
 from vtc.eval import claims, parts, ranking
 from vtc.eval.archive import SUFFIX, read_scores
+from vtc.eval.cells import BASELINE
 from vtc.eval.charts import picture
 from vtc.eval.choosing import choosing_page
 from vtc.eval.columns import column_page
@@ -23,6 +24,8 @@ from vtc.eval.curves import figure
 from vtc.eval.files import markdown
 from vtc.eval.reference import core_page, eval_page, methods_page
 from vtc.eval.results import Results
+from vtc.eval.series import make_series
+from vtc.eval.spec import read_settings
 from vtc.eval.suite import task_page
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -56,17 +59,15 @@ DOCUMENTS: Mapping[str, Callable[[], str]] = {
 """Name of a file in docs -> what makes its text."""
 
 
-DRAWN = {
-    "none", "random", "stride", "pool", "downsample", "vtc_cls", "globalcom2", "hiprune", "todre", "aim", "mustdrop",
-    "atp_training_free", "vqtoken_codebook", "visionzip", "divprune", "cdpruner", "fastv", "pyramiddrop",
-}  # fmt: skip
-"""Methods of the figure: fifty lines could not be told apart."""
-
-
 def onevision_figure() -> bytes:
-    """`DRAWN` on tiny-onevision, as PNG."""
+    """The methods of the sweep `full` on tiny-onevision, as PNG: fifty lines could not be told apart."""
     (results,) = scored("tiny-onevision")
-    lines = [line for line in results.lines if results.cells[line["cell"]]["method"] in DRAWN]
+    sweeps = make_series(read_settings(Path("full")))
+    drawn = {
+        BASELINE,
+        *(method.name for sweep in sweeps if sweep.model == "tiny-onevision" for method in sweep.methods),
+    }
+    lines = [line for line in results.lines if results.cells[line["cell"]]["method"] in drawn]
     return picture(figure(dataclasses.replace(results, lines=lines)), "png")
 
 

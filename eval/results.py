@@ -140,8 +140,10 @@ def read_results(folder: Path) -> Results:
 
     seen, failures = store.index(), store.failures()
     lost = _unanswered(failures, run, seen)
+    answered = _answered(run, lost, seen)
     if len(seen):  # a packed store has scores alone
-        records = [each for each in records if not _is_lacking(run, each["task"], each["cell"], lost, seen)]
+        short = {key for key, (there, wanted) in answered.items() if there < wanted}
+        records = [each for each in records if (each["task"], each["cell"]) not in short]
 
     def of(task: str, cell: str) -> list[Record]:  # read for old stores alone
         asked = run["tasks"][task]
@@ -158,7 +160,7 @@ def read_results(folder: Path) -> Results:
     for table in tables.values():
         add_table_columns(table)
     stored = {(record["task"], record["metric"], record["cell"]): record for record in records}
-    incomplete = _incomplete(failures, run, cells, names, lines, lost, seen)
+    incomplete = _incomplete(failures, cells, names, lines, answered)
     return Results(run, lines, incomplete, lost, outdated, stored, cells)
 
 
@@ -206,12 +208,10 @@ def _settings(cell: Record) -> Record:
 
 def _incomplete(
     failures: Sequence[Record],
-    run: Record,
     cells: dict[str, Record],
     names: dict[str, str],
     lines: Sequence[Record],
-    lost: Sequence[Unanswered],
-    seen: Seen,
+    answered: Mapping[tuple[str, str], tuple[int, int]],
 ) -> list[Incomplete]:
     reasons = {
         (failure["task"], cell): f"{failure['stage']}: {failure['error']}: {failure['reason']}"
@@ -220,31 +220,26 @@ def _incomplete(
     }
     scored = {(line["task"], line["cell"]) for line in lines}
     incomplete = []
-    for name, task in run["tasks"].items():
-        for key in (key for key in task["cells"] if key in cells):  # written before its line of cells.jsonl is
-            lacking, wanted = _lacking(run, name, key, lost, seen)
-            answered = wanted - lacking
-            if lacking > 0 or (name, key) not in scored:
-                default = (
-                    "not answered yet"
-                    if lacking > 0
-                    else "not scored by this version yet, which `vtc report --rescore` does"
-                )
-                reason = reasons.get((name, key), default)
-                cell = cells[key]
-                incomplete.append(Incomplete(name, names[key], asked(cell), answered, wanted, reason))
+    for (name, key), (there, wanted) in answered.items():
+        if key in cells and (there < wanted or (name, key) not in scored):  # a cell is written after its key
+            default = (
+                "not answered yet"
+                if there < wanted
+                else "not scored by this version yet, which `vtc report --rescore` does"
+            )
+            reason = reasons.get((name, key), default)
+            incomplete.append(Incomplete(name, names[key], asked(cells[key]), there, wanted, reason))
     return incomplete
 
 
-def _lacking(run: Record, task: str, cell: str, lost: Sequence[Unanswered], seen: Seen) -> tuple[int, int]:
-    """How many answers of a cell to a task are not there, and how many are wanted."""
-    about = run["tasks"][task]
-    wanted = (about["documents"] - sum(entry.task == task for entry in lost)) * about["repeats"]
-    return wanted - seen.count(cell, (task, about["fingerprint"]), about["documents"]), wanted
-
-
-def _is_lacking(run: Record, task: str, cell: str, lost: Sequence[Unanswered], seen: Seen) -> bool:
-    return cell in run["tasks"][task]["cells"] and _lacking(run, task, cell, lost, seen)[0] > 0
+def _answered(run: Record, lost: Sequence[Unanswered], seen: Seen) -> dict[tuple[str, str], tuple[int, int]]:
+    """By task and cell how many answers are there, and how many are wanted."""
+    found = {}
+    for name, task in run["tasks"].items():
+        wanted = (task["documents"] - sum(entry.task == name for entry in lost)) * task["repeats"]
+        for key in task["cells"]:
+            found[name, key] = seen.count(key, (name, task["fingerprint"]), task["documents"]), wanted
+    return found
 
 
 def _unanswered(failures: Sequence[Record], run: Record, seen: Seen) -> list[Unanswered]:

@@ -20,6 +20,8 @@ from statsmodels.stats.proportion import proportion_confint
 LEVEL = 0.95
 RESAMPLES = 2000
 PERMUTATIONS = 9999
+ENDS = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+"""Of a percentile interval."""
 Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
 Floats = NDArray[np.float64]
 
@@ -252,7 +254,7 @@ def _ends(drawn: Sequence[float]) -> tuple[float | None, float | None]:
     """The percentile interval, None where there are no draws or all are the same."""
     if not drawn or min(drawn) == max(drawn):
         return None, None
-    low, high = np.quantile(drawn, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    low, high = np.quantile(drawn, ENDS)
     return float(low), float(high)
 
 
